@@ -1,0 +1,47 @@
+# make demo    environment, build, and the two experiments of the README
+# make test    environment, build, and every test
+# A fresh Debian or Ubuntu machine needs: python >= 3.10 with venv and headers (python3-venv python3-dev), a C++ compiler, make.
+
+PYTHON ?= python3
+VENV   ?= .venv
+bin    := $(VENV)/bin
+native := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py pyproject.toml
+train   = $(bin)/absgd-fast train --dataset digits --methods sgd,absgd,reference --seeds 8
+
+.PHONY: demo test bench sanitize clean
+demo: $(VENV)/.installed
+	$(train) --noise symmetric --noise-rate 0.4 --model mlp --lam -0.5 --warmup 0.3 --weight-decay 1e-4 --out demo/noise
+	$(train) --imbalance lt --rho 100 --model linear --lam 0.5 --warmup 0.5 --weight-decay 5e-4 --out demo/longtail
+
+test: $(VENV)/.installed
+	$(bin)/pytest
+
+bench: $(VENV)/.installed
+	$(bin)/pytest benchmarks
+
+# The kernels' tests once more, on a copy of the package whose kernels carry the address and undefined-behaviour sanitizers.
+sanitize: $(VENV)/.installed
+	$(bin)/cmake -S . -B build/sanitize -GNinja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) \
+	    -DPython_EXECUTABLE=$(abspath $(bin)/python) -DABSGD_SANITIZE=address,undefined
+	$(bin)/cmake --build build/sanitize
+	mkdir -p build/sanitized && cp -r absgd_fast build/sanitized && rm -f build/sanitized/absgd_fast/_*.so
+	$(bin)/cmake --install build/sanitize --prefix build/sanitized/absgd_fast
+	PYTHONPATH=build/sanitized ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    $(bin)/pytest -m "not slow" tests/test_ops.py tests/test_optim.py
+
+clean:
+	rm -rf build demo dist *.egg-info absgd_fast/_*.so absgd_fast/_build_info.json $(VENV)/.installed
+
+# torch first: the kernels are built against its headers
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("absgd_fast needs python >= 3.10, not " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(bin)/pip install torch==2.13.0
+	$(bin)/pip install "setuptools>=77" cmake ninja pybind11
+	@touch $@
+
+# editable: a change in Python needs no reinstall, a change in a file of $(native) makes one
+$(VENV)/.installed: $(VENV)/.torch $(native)
+	ABSGD_FAST_REQUIRE_NATIVE=1 $(bin)/pip install --no-build-isolation --editable .[test]
+	@touch $@

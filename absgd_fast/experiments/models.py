@@ -1,0 +1,89 @@
+"""The networks: linear, mlp, cnn for any image size, resnet32 for CIFAR.
+
+All take float32 images (B, channels, height, width) and give logits (B, classes).
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+MODELS = ("linear", "mlp", "cnn", "resnet32")
+
+
+def make_model(name, shape, classes, seed):
+    """A freshly initialised network; the same seed gives the same weights, and torch's global generator is left alone.
+
+    Args:
+        name: "linear" (softmax regression), "mlp" (two hidden layers of 128), "cnn" (two 3×3 convolutions) or
+            "resnet32" (He et al. 2016).
+        shape: (channels, height, width) of the images.
+        classes: number of logits.
+        seed: int.
+
+    Raises:
+        ValueError: unknown name, or resnet32 for anything but 32×32 images.
+
+    Example:
+        >>> import torch
+        >>> from absgd_fast.experiments.models import make_model
+        >>> make_model("mlp", (1, 8, 8), 10, seed=0)(torch.zeros(5, 1, 8, 8)).shape
+        torch.Size([5, 10])
+    """
+    check_model(name, shape)
+    channels, height, width = shape
+    pixels = channels * height * width
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name == "linear":
+            return nn.Sequential(nn.Flatten(), nn.Linear(pixels, classes))
+        if name == "mlp":
+            return nn.Sequential(
+                nn.Flatten(), nn.Linear(pixels, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, classes)
+            )
+        if name == "cnn":
+            return nn.Sequential(
+                nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+                nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+                nn.Flatten(), nn.Linear(32 * (height // 4) * (width // 4), classes),
+            )  # fmt: skip
+        return _resnet32(channels, classes)
+
+
+def check_model(name, shape):
+    """Raises ValueError if make_model has no such network for images of this shape."""
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; use one of {', '.join(MODELS)}")
+    channels, height, width = shape
+    if name == "resnet32" and (height, width) != (32, 32):
+        raise ValueError(f"model resnet32 takes 32×32 images, these are {height}×{width}: use linear, mlp or cnn")
+    if name == "cnn" and min(height, width) < 4:
+        raise ValueError(f"model cnn takes images of at least 4×4, these are {height}×{width}: use linear or mlp")
+
+
+def _resnet32(channels, classes):
+    blocks, width = [], 16
+    for out in (16, 32, 64):
+        for i in range(5):
+            blocks.append(_Block(width, out, stride=2 if i == 0 and out != width else 1))
+            width = out
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        *blocks,
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes),
+    )  # fmt: skip
+
+
+class _Block(nn.Module):
+    """relu(x + F(x)) with two 3×3 convolutions; where the size changes, the shortcut takes every second pixel and pads
+    the new channels with zeros (He et al. 2016, Sec. 4.2, option A: no parameters)."""
+
+    def __init__(self, channels, out, stride):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out)
+        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)
+        self.stride, self.pad = stride, (out - channels) // 2
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        shortcut = x[:, :, :: self.stride, :: self.stride]
+        return F.relu(y + F.pad(shortcut, (0, 0, 0, 0, self.pad, self.pad)))

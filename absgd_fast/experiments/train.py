@@ -1,0 +1,285 @@
+"""The training loop: every method on the same splits, seed by seed, with its time and the weights it gave.
+
+    for run in runs(Config(imbalance="lt", lam=0.5)): ...          one dict per method and seed, as soon as it is done
+
+Within one seed all methods see the same samples, wrong labels, initial weights and order of batches, so their
+differences may be taken seed by seed.
+"""
+
+import importlib.util
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Any, Callable
+
+import torch
+from torch import nn
+
+import absgd_fast as ab
+
+from . import data
+from .models import check_model, make_model
+
+MOMENTUM = 0.9  # the reference package has it built in, so it is everybody's
+
+# name: (our fused loss, torch's counterpart)
+LOSSES = {"ce": (ab.CrossEntropy, nn.CrossEntropyLoss)}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment; the command line's options with `-` for `_`.
+
+    lam, gamma and mix are those of ab.ABLoss. `warmup` is the share of the epochs trained with λ = inf, plainly, before
+    λ = lam (two-stage training, ABSGD paper, Sec. 3.6). The learning rate is divided by 10 at 60 % and 80 % of the
+    epochs. Seeds are 0 … seeds − 1.
+    """
+
+    dataset: str = "digits"
+    data_root: str | None = None
+    imbalance: str = "none"
+    rho: float = 100.0
+    noise: str = "none"
+    noise_rate: float = 0.4
+    loss: str = "ce"
+    methods: tuple = ("sgd", "absgd", "reference")
+    lam: float = -0.5
+    gamma: float = 0.9
+    mix: float = 0.0
+    warmup: float = 0.3
+    model: str = "mlp"
+    epochs: int = 120
+    lr: float = 0.1
+    batch_size: int = 64
+    weight_decay: float = 1e-4
+    seeds: int = 8
+
+    @property
+    def switch(self):
+        """The first epoch (0-based) with λ = lam."""
+        return round(self.warmup * self.epochs)
+
+    def check(self):
+        """Raises ValueError, one line that says what was given and what is allowed, for the first bad setting."""
+        choices = {
+            "dataset": ("digits", "cifar10", "cifar100"),
+            "imbalance": ("none", *data.IMBALANCES),
+            "noise": ("none", *data.NOISES),
+            "loss": tuple(LOSSES),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; use one of {', '.join(allowed)}")
+        for method in self.methods:
+            if method not in METHODS:
+                raise ValueError(f"unknown method {method!r}; use some of {','.join(METHODS)}")
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"methods: got {','.join(self.methods)!r}, expected each method at most once, e.g. sgd,absgd")
+        rules = {
+            "rho": (self.rho >= 1 and math.isfinite(self.rho), "a finite number ≥ 1"),
+            "noise_rate": (0 <= self.noise_rate < 1, "a number in [0, 1)"),
+            "lam": (self.lam != 0 and not math.isnan(self.lam), "a number other than 0 (inf for plain training)"),
+            "gamma": (0 < self.gamma <= 1, "a number in (0, 1]"),
+            "mix": (0 <= self.mix < math.inf, "a finite number ≥ 0"),
+            "warmup": (0 <= self.warmup <= 1, "a share of the epochs in [0, 1]"),
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "lr": (0 < self.lr < math.inf, "a finite number > 0"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "a finite number ≥ 0"),
+            "seeds": (self.seeds >= 1, "at least 1"),
+        }
+        for name, (right, expected) in rules.items():
+            if not right:
+                raise ValueError(f"{name.replace('_', '-')}: got {getattr(self, name)}, expected {expected}")
+        if "reference" in self.methods:
+            if importlib.util.find_spec("absgd") is None:
+                raise ValueError(
+                    "method reference needs the package absgd, which is not installed: pip install absgd==0.0.1, "
+                    "or leave reference out of the methods"
+                )
+            if self.mix != 0:
+                raise ValueError(f"mix: got {self.mix}, but method reference knows only 0; leave it out of the methods")
+        if self.dataset == "digits":
+            check_model(self.model, (1, 8, 8))
+        else:
+            check_model(self.model, (3, 32, 32))
+
+
+# ------------------------------------------------------------------------------------------------ methods
+
+
+@dataclass
+class Method:
+    """What one way of training needs: loss(logits, labels), an optimizer, what to call after each epoch, and
+    weights() → (B,), the robust weights of the batch just trained on."""
+
+    loss: Callable
+    optimizer: Any
+    after_epoch: Callable
+    weights: Callable
+
+
+def _sgd(parameters, config):
+    # fused=True is the fastest step torch has: the cost of ABSGD is measured against that
+    optimizer = torch.optim.SGD(parameters, config.lr, MOMENTUM, weight_decay=config.weight_decay, fused=True)
+    return Method(LOSSES[config.loss][1](), optimizer, lambda: None, lambda: None)
+
+
+def _absgd(parameters, config):
+    loss = ab.ABLoss(LOSSES[config.loss][0](), lam=config.lam, gamma=config.gamma, mix=config.mix)
+    stages = ab.TwoStage(loss, config.lam, start=config.switch)
+    optimizer = ab.ABSGD(parameters, config.lr, MOMENTUM, weight_decay=config.weight_decay)
+    return Method(loss, optimizer, stages.step, lambda: loss.last.weights)
+
+
+def _reference(parameters, config):
+    from absgd.losses import ABLoss
+    from absgd.optimizers import ABSGD
+
+    class Kept(LOSSES[config.loss][1]):
+        """The per-sample losses, kept for weights(): the package does not show its weights."""
+
+        def forward(self, logits, labels):
+            self.last = super().forward(logits, labels)
+            return self.last
+
+    criterion = Kept(reduction="none")
+    # updateLambda counts its calls from 0 and switches on at number milestone − 1. It is called before the first epoch
+    # and after each, so that λ starts in the same epoch as in _absgd.
+    loss = ABLoss(config.lam, milestone=config.switch + 1, criterion=criterion, abgamma=config.gamma)
+    loss.updateLambda()
+
+    def weights():
+        return None if loss.ablambda is None else torch.exp(criterion.last.detach() / loss.ablambda) / loss.u.detach()
+
+    return Method(loss, ABSGD(parameters, config.lr, weight_decay=config.weight_decay), loss.updateLambda, weights)
+
+
+METHODS = {"sgd": _sgd, "absgd": _absgd, "reference": _reference}
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+
+def runs(config, source=None, on_epoch=lambda method, seed: None):
+    """Trains every method of `config` on every seed and yields each run's result when it is done.
+
+    Args:
+        config: a Config.
+        source: its data set, where load_source has been called before.
+        on_epoch: called as on_epoch(method, seed) after each epoch.
+
+    Yields:
+        dict per run, ready for JSON (numbers that are not finite are None):
+            method, seed
+            accuracy, balanced_accuracy    on the test set after the last epoch, percent
+            per_class_recall               C percentages
+            seconds                        training alone: no evaluation, no bookkeeping
+            train_loss                     mean plain loss over the training set after the last epoch
+            train_counts                   training samples of each class, by their true label
+            epochs                         per epoch: accuracy, balanced_accuracy; class_weight (C each), the mean
+                                           robust weight that the steps of the epoch gave to the samples labelled so;
+                                           clean_weight, flipped_weight, the same by whether the label is right
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: as Config.check and data.load_source.
+
+    Example:
+        >>> from absgd_fast.experiments.train import Config, runs
+        >>> config = Config(methods=("sgd", "absgd"), model="linear", epochs=1, seeds=1)
+        >>> [run["method"] for run in runs(config)]
+        ['sgd', 'absgd']
+
+    Source: ABSGD paper, Sec. 4 (protocol) and Fig. 4 (weights per class).
+    """
+    config.check()
+    source = source or data.load_source(config.dataset, config.data_root)
+    for seed in range(config.seeds):
+        split = data.draw(
+            source, seed, imbalance=config.imbalance, rho=config.rho, noise=config.noise, rate=config.noise_rate
+        )
+        if seed == 0:
+            _warm_up(config, source, split)
+        # a different method goes first each time, so that none always meets the cold or the warm machine
+        turn = seed % len(config.methods)
+        for method in config.methods[turn:] + config.methods[:turn]:
+            yield _run(method, config, source, split, seed, lambda: on_epoch(method, seed))
+
+
+def _warm_up(config, source, split):
+    """A few steps of each method whose result is thrown away: what is loaded on first use is in nobody's seconds."""
+    few = slice(2 * config.batch_size)
+    small = data.Split(split.x[few], split.y[few], split.y_true[few], split.x_test[:1], split.y_test[:1])
+    for method in config.methods:
+        _run(method, replace(config, epochs=2), source, small, 0, lambda: None)
+
+
+def _run(name, config, source, split, seed, on_epoch):
+    """Trains and tests one method on one split → the dict described in runs()."""
+    model = make_model(config.model, source.shape, source.classes, seed)
+    method = METHODS[name](model.parameters(), config)
+    decay = torch.optim.lr_scheduler.MultiStepLR(
+        method.optimizer, [round(0.6 * config.epochs), round(0.8 * config.epochs)], gamma=0.1
+    )
+    order = data.generator(seed, data.ORDER)
+    history = {key: [] for key in ("accuracy", "balanced_accuracy", "class_weight", "clean_weight", "flipped_weight")}
+    seconds = 0.0
+    for _ in range(config.epochs):
+        samples, weights = torch.randperm(len(split.y), generator=order), []
+        model.train()
+        for batch in samples.split(config.batch_size):
+            x, y = split.x[batch], split.y[batch]
+            if source.augment:
+                x = data.augment(x, order)
+            begun = time.perf_counter()
+            loss = method.loss(model(x), y)
+            method.optimizer.zero_grad()
+            loss.backward()
+            method.optimizer.step()
+            seconds += time.perf_counter() - begun
+            given = method.weights()
+            weights.append(torch.ones(len(batch)) if given is None else given)
+        decay.step()
+        method.after_epoch()
+        accuracy, balanced, recall = _test(model, split, source.classes)
+        for key, value in zip(history, (accuracy, balanced, *_mean_weights(torch.cat(weights), samples, split, source))):
+            history[key].append(value)
+        on_epoch()
+    return {
+        "method": name,
+        "seed": seed,
+        "accuracy": accuracy,
+        "balanced_accuracy": balanced,
+        "per_class_recall": recall,
+        "seconds": seconds,
+        "train_loss": _number(nn.functional.cross_entropy(_logits(model, split.x), split.y)),
+        "train_counts": torch.bincount(split.y_true, minlength=source.classes).tolist(),
+        "epochs": history,
+    }
+
+
+def _mean_weights(weights, samples, split, source):
+    """Per class (labels as trained on), over the right labels, over the wrong ones."""
+    y, wrong = split.y[samples], split.y[samples] != split.y_true[samples]
+    counts = torch.bincount(y, minlength=source.classes)
+    per_class = torch.zeros(source.classes, dtype=torch.float64).index_add_(0, y, weights.double()) / counts
+    return [_number(w) for w in per_class], _number(weights[~wrong].mean()), _number(weights[wrong].mean())
+
+
+def _test(model, split, classes):
+    """(accuracy, mean recall over the classes, list of recalls), percent."""
+    right = _logits(model, split.x_test).argmax(1) == split.y_test
+    counts = torch.bincount(split.y_test, minlength=classes)
+    recall = 100 * torch.bincount(split.y_test[right], minlength=classes) / counts
+    return _number(100 * right.double().mean()), _number(recall.nanmean()), [_number(r) for r in recall]
+
+
+@torch.no_grad()
+def _logits(model, x):
+    model.eval()
+    return torch.cat([model(part) for part in x.split(2000)])  # one forward, or several where memory would not do
+
+
+def _number(x):
+    """A float of six digits, or None where JSON has no number for it."""
+    return float(f"{float(x):.6g}") if math.isfinite(x) else None

@@ -1,0 +1,250 @@
+"""The whole pipeline in plain torch, to be read beside the paper. The oracle of the tests and the last fallback.
+
+Never optimised: every function is the formula of Algorithm 1 of *Attentional-Biased Stochastic Gradient Descent*
+(ABSGD), in the log domain, for any floating dtype and any device, differentiable by autograd. Equation numbers refer
+to that paper.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+NORMALIZERS = ("moving", "batch", "none")
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype losses and sums are computed in: float64 for float64, float32 for everything narrower.
+
+    A loss of 10 rounded to bfloat16 is off by up to 0.03, which an exponential turns into a weight that is off by 3 %.
+
+    >>> real_dtype(torch.bfloat16)
+    torch.float32
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def logit_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Per-sample cross-entropy: l = (1 - e) v_y (-log p_y) + (e / C) sum_k v_k (-log p_k), p = softmax(logits).
+
+    With r = sum_{k != y} exp(x_k - x_y), summed without the label: -log p_y = log1p(r), so that neither the loss nor
+    1 - p = r / (1 + r) cancels as p -> 1.
+
+    Args:
+        logits: (B, C) or (B, C, d1, ...), any floating dtype.
+        target: (B) or (B, d1, ...), integer labels in [0, C) or `ignore_index`.
+        weight: (C) class weights v, default all 1.
+        label_smoothing: e in [0, 1].
+        ignore_index: rows with this label have loss 0 and gradient 0.
+
+    Returns:
+        (B) or (B, d1, ...) losses, in `real_dtype(logits.dtype)`.
+
+    >>> logit_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
+    tensor([0.6931])
+    """
+    x = logits.movedim(1, -1).to(real_dtype(logits.dtype))
+    valid = target != ignore_index
+    y = torch.where(valid, target, 0).long().unsqueeze(-1)
+    x_y = x.gather(-1, y)
+    is_label = torch.zeros_like(x, dtype=torch.bool).scatter(-1, y, True)
+    if x.shape[-1] == 1:
+        nll = (x_y - x_y).squeeze(-1)  # one class: p = 1
+    else:
+        log_r = (x - x_y).masked_fill(is_label, -math.inf).logsumexp(-1)
+        nll = torch.logaddexp(log_r, torch.zeros_like(log_r))
+    v = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device) if weight is None else weight.to(x)
+    loss = (1 - label_smoothing) * v[y.squeeze(-1)] * nll
+    if label_smoothing:
+        # -log p_k = -log p_y + x_y - x_k
+        loss = loss + label_smoothing / x.shape[-1] * (v * (nll.unsqueeze(-1) + x_y - x)).sum(-1)
+    return torch.where(valid, loss, torch.zeros_like(loss))
+
+
+def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.as_tensor(value, device=device).detach().to(dtype)
+
+
+def _split(losses: Tensor, score: Tensor, lam: Tensor, log_s: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """z = score / lambda, which valid rows are usable, and which are not (NaN, inf, or beyond the state's range)."""
+    z = score / lam
+    valid = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
+    limit = min(torch.finfo(z.dtype).max, torch.finfo(log_s.dtype).max)
+    finite = losses.isfinite() & score.isfinite() & (z.abs() <= limit)
+    return z, valid & finite, valid & ~finite
+
+
+def robust_weights(
+    losses: Tensor,
+    log_s: float | Tensor,
+    lam: float | Tensor,
+    *,
+    gamma: float = 0.9,
+    alpha: float = 1.0,
+    init: str = "first",
+    normalizer: str = "moving",
+    max_weight: float = math.inf,
+    score: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Steps 3-5 of Algorithm 1 in the log domain: the robust weights and the next log s.
+
+        z_i     = L_i / lambda
+        log g   = logsumexp(z) - log n                                       (over the n valid, finite rows)
+        log s'  = logaddexp(log(1 - gamma) + log s, log(gamma alpha) + log g)
+        W_i     = exp(z_i - log s')
+
+    A departure from the paper, which starts from s = 0: with `init="first"` the first batch sets log s' = log(alpha) +
+    log g, because gamma g alone would make its weights 1 / gamma too large. `init="zero"` is the paper's start.
+
+    Args:
+        losses: any shape, per-sample losses L_i.
+        log_s: 0-d; log of the moving average s, -inf before the first batch.
+        lam: 0-d; lambda > 0 attends to large losses, < 0 to small ones, +-inf gives W = 1 and leaves log s alone.
+        gamma: share of this batch in the moving average, in (0, 1].
+        alpha: multiplier on the batch mean, in (0, 1].
+        init: "first" or "zero".
+        normalizer: "moving" (the paper), "batch" (log s' = log(alpha) + log g), "none" (log s' = 0).
+        max_weight: upper bound of W_i; the state does not see it.
+        score: like losses; z_i = score_i / lambda instead.
+        mask: like losses, bool; False = ignored, weight 0.
+
+    Returns:
+        weights (like losses, in `real_dtype`), new log s (0-d). Rows with a NaN or infinite loss have weight NaN, do not
+        enter the other weights, and keep log s where it was.
+
+    >>> weights, log_s = robust_weights(torch.tensor([0.0, 1.0]), -math.inf, 1.0)
+    >>> weights / 2  # on a first batch: softmax(L / lambda)
+    tensor([0.2689, 0.7311])
+    """
+    losses = losses.to(real_dtype(losses.dtype))
+    state = log_s.dtype if isinstance(log_s, Tensor) else losses.dtype
+    log_s = _scalar(log_s, state, losses.device)
+    lam = _scalar(lam, losses.dtype, losses.device)
+    z, good, bad = _split(losses, losses if score is None else score.to(losses.dtype), lam, log_s, mask)
+    n = good.sum()
+    kept = torch.where(good, z, torch.full_like(z, -math.inf)).flatten()
+    kept = torch.where(n > 0, kept, torch.zeros_like(kept))  # nothing to sum: keeps NaN out of a gradient nobody uses
+    log_g = kept.logsumexp(0) - n.clamp(min=1).to(z.dtype).log()
+    alone = math.log(alpha) + log_g
+    if normalizer == "none":
+        next_log_s = torch.zeros_like(log_g)
+    elif normalizer == "batch":
+        next_log_s = alone
+    else:
+        past = (math.log1p(-gamma) if gamma < 1 else -math.inf) + log_s.to(z.dtype)
+        start = torch.isneginf(log_s)
+        moving = torch.where(start, math.log(gamma) + alone, torch.logaddexp(past, math.log(gamma) + alone))
+        next_log_s = torch.where(start, alone, moving) if init == "first" else moving
+    plain = lam.isinf()
+    weights = torch.where(good, z - torch.where(plain, 0.0, next_log_s), torch.zeros_like(z)).exp().clamp(max=max_weight)
+    weights = torch.where(good, weights, torch.zeros_like(weights)).masked_fill(bad, math.nan)
+    moves = (n > 0) & ~bad.any() & ~plain
+    return weights, torch.where(moves, next_log_s.to(state), log_s)
+
+
+def robust_loss(
+    losses: Tensor,
+    log_s: float | Tensor,
+    lam: float | Tensor,
+    *,
+    mix: float = 0.0,
+    sample_weight: Tensor | None = None,
+    score: Tensor | None = None,
+    mask: Tensor | None = None,
+    **options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss whose gradient is the paper's weighted gradient: (1/n) sum_i t_i (W_i + mix) L_i, W detached (Eq. 2).
+
+    At |lambda| = inf it is the plain mean (1/n) sum_i t_i L_i. `options` go to `robust_weights`.
+
+    Args:
+        losses: any shape.
+        sample_weight: like losses, t_i, default 1.
+        mix: weight of a plain mean term; 1 reproduces the authors' code for noisy labels.
+
+    Returns:
+        loss (0-d), weights (like losses), new log s (0-d), bad (0-d bool: a valid row had no finite loss).
+
+    >>> loss, weights, log_s, bad = robust_loss(torch.tensor([1.0, 3.0]), -math.inf, math.inf)
+    >>> loss
+    tensor(2.)
+    """
+    losses = losses.to(real_dtype(losses.dtype))
+    with torch.no_grad():
+        weights, new_log_s = robust_weights(losses, log_s, lam, score=score, mask=mask, **options)
+        valid = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
+        bad = weights.isnan() & valid
+        n = (valid & ~bad).sum().clamp(min=1)
+        plain = _scalar(lam, losses.dtype, losses.device).isinf()
+        factor = weights + torch.where(plain, 0.0, mix)
+        if sample_weight is not None:
+            factor = factor * sample_weight.to(losses.dtype)
+        factor = factor.masked_fill(bad, math.nan) / n
+    loss = torch.where(valid, factor * losses, torch.zeros_like(losses)).sum()
+    return loss, weights, new_log_s, bad.any()
+
+
+def momentum_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor | None],
+    *,
+    lr: float | Tensor,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    heavy_ball: bool = False,
+) -> list[Tensor | None]:
+    """Step 6 of Algorithm 1, in place: momentum SGD in torch's form, or the paper's own (Eq. 2) with `heavy_ball`.
+
+        G = grad + weight_decay * w                            (-grad with `maximize`)
+        torch's form:  b = momentum * b + (1 - dampening) * G   (b = G at first),   w -= lr * b   (nesterov: G + momentum * b)
+        Eq. 2:         d = momentum * d - lr * G                (d = w_t - w_{t-1}),   w += d
+
+    The two agree until lr changes: Eq. 2 keeps the past steps at the lr they were taken with.
+
+    Args:
+        params, grads: lists of tensors of equal shapes.
+        momentum_buffers: per parameter b (or d), or None before its first step.
+
+    Returns:
+        the momentum buffers (None where momentum = 0).
+
+    >>> w = torch.tensor([1.0])
+    >>> buffers = momentum_step_([w], [torch.tensor([2.0])], [None], lr=0.1, momentum=0.9)
+    >>> w
+    tensor([0.8000])
+    """
+    out: list[Tensor | None] = []
+    with torch.no_grad():
+        for w, grad, buffer in zip(params, grads, momentum_buffers):
+            g = -grad if maximize else grad
+            if weight_decay:
+                g = g.add(w, alpha=weight_decay)
+            if heavy_ball:
+                buffer = torch.zeros_like(w) if buffer is None else buffer
+                buffer.mul_(momentum).sub_(lr * g)
+                w.add_(buffer)
+                out.append(buffer)
+                continue
+            if momentum:
+                if buffer is None:
+                    buffer = g.detach().clone(memory_format=torch.preserve_format)
+                else:
+                    buffer.mul_(momentum).add_(g, alpha=1 - dampening)
+                g = g.add(buffer, alpha=momentum) if nesterov else buffer
+            w.sub_(lr * g)
+            out.append(buffer if momentum else None)
+    return out

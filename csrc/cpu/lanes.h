@@ -1,0 +1,210 @@
+// Lane types of the CPU: one SIMD register of float or double, as wide as the instruction set this file is compiled for.
+//
+// Written with the compilers' vector extensions (GCC, Clang), so one text serves SSE2, AVX2, AVX-512 and NEON: the
+// arithmetic maps to single instructions, loads and stores are unaligned. Everything stands in a namespace of its own
+// per instruction set and nothing here includes a header with inline functions of std or torch: the linker might keep
+// the AVX-512 copy of a shared inline function, and an older machine would stop with SIGILL.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../math.h"
+
+#if defined(__AVX512F__)
+#define ABSGD_REGISTER_BYTES 64
+#elif defined(__AVX2__)
+#define ABSGD_REGISTER_BYTES 32
+#else
+#define ABSGD_REGISTER_BYTES 16
+#endif
+
+namespace absgd {
+namespace ABSGD_ISA_NAMESPACE {
+
+// Storage formats that are not C++ arithmetic types.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct Traits;
+template <>
+struct Traits<float> {
+  using Int = int32_t;
+  using UInt = uint32_t;
+  static constexpr int mantissa = 23, bias = 127;
+  static constexpr float magic = 12582912.0f;                    // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float exp_lowest = -87.3f, exp_highest = 88.7228f;  // outside: 0 and inf
+  static constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
+  // minimax on |x| <= ln(2)/2 with exp(0) = 1 exactly; 2.6e-9 relative, 0.9 ulp after rounding
+  static constexpr int exp_terms = 7;
+  static constexpr float exp_coefficients[exp_terms] = {1.0f,           1.00000004967f,    0.500000043465f,  0.166663653155f,
+                                                        0.0416647765084f, 0.00837902069907f, 0.00140612762496f};
+  static constexpr int log_terms = 5;  // atanh series: next term below 2^-24
+};
+template <>
+struct Traits<double> {
+  using Int = int64_t;
+  using UInt = uint64_t;
+  static constexpr int mantissa = 52, bias = 1023;
+  static constexpr double magic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double exp_lowest = -708.3, exp_highest = 709.78;
+  static constexpr double ln2_hi = 6.93145751953125e-1, ln2_lo = 1.42860682030941723212e-6;
+  static constexpr int exp_terms = 14;  // Taylor: next term 4e-18
+  static constexpr double exp_coefficients[exp_terms] = {
+      1.0,       1.0,        1.0 / 2,     1.0 / 6,      1.0 / 24,      1.0 / 120,      1.0 / 720,
+      1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+  static constexpr int log_terms = 12;
+};
+
+template <class To, class From>
+ABSGD_FN To bits_as(From value) {
+  static_assert(sizeof(To) == sizeof(From), "bits_as keeps the size");
+  To out;
+  __builtin_memcpy(&out, &value, sizeof(out));
+  return out;
+}
+
+template <class T>
+struct Lanes {
+  using Scalar = T;
+  using Int = typename Traits<T>::Int;
+  using UInt = typename Traits<T>::UInt;
+  static constexpr int N = ABSGD_REGISTER_BYTES / int(sizeof(T));
+  typedef T V __attribute__((vector_size(ABSGD_REGISTER_BYTES)));
+  typedef Int I __attribute__((vector_size(ABSGD_REGISTER_BYTES)));   // also the type of a comparison
+  typedef UInt U __attribute__((vector_size(ABSGD_REGISTER_BYTES)));
+  typedef uint16_t Half __attribute__((vector_size(ABSGD_REGISTER_BYTES / sizeof(T) * 2)));
+  typedef uint8_t Bytes __attribute__((vector_size(ABSGD_REGISTER_BYTES / sizeof(T))));
+
+  static ABSGD_FN V set(T x) { return V{} + x; }
+  static ABSGD_FN I set_int(Int x) { return I{} + x; }
+  static ABSGD_FN V select(I condition, V a, V b) { return condition ? a : b; }
+  static ABSGD_FN V max(V a, V b) { return a > b ? a : b; }
+  static ABSGD_FN I iota() {
+    I out;
+    for (int j = 0; j < N; ++j) out[j] = j;
+    return out;
+  }
+  static ABSGD_FN bool any(I condition) {
+    I folded = condition;
+    bool out = false;
+    for (int j = 0; j < N; ++j) out |= folded[j] != 0;
+    return out;
+  }
+
+  // ---- memory: unaligned, any storage format ----
+  static ABSGD_FN V load(const T* p) {
+    V out;
+    __builtin_memcpy(&out, p, sizeof(out));
+    return out;
+  }
+  static ABSGD_FN void store(T* p, V x) { __builtin_memcpy(p, &x, sizeof(x)); }
+  static ABSGD_FN V load(const bf16* p) {
+    Half h;
+    __builtin_memcpy(&h, p, sizeof(h));
+    return bits_as<V>(__builtin_convertvector(h, U) << 16);
+  }
+  static ABSGD_FN void store(bf16* p, V x) {
+    const U u = bits_as<U>(x);
+    const U rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
+    const Half h = __builtin_convertvector(U(x == x ? I(rounded) : set_int(0x7fc0)), Half);
+    __builtin_memcpy(p, &h, sizeof(h));
+  }
+  static ABSGD_FN V load(const f16* p) {
+    Half h;
+    __builtin_memcpy(&h, p, sizeof(h));
+    const U u = __builtin_convertvector(h, U);
+    // shift the exponent into place and let one multiplication rescale it: normal and subnormal numbers alike
+    const V small = bits_as<V>((u & 0x7fff) << 13) * set(0x1p112f);
+    const U special = ((u & 0x7fff) << 13) | 0x7f800000;
+    const U magnitude = U(((u & 0x7c00) == 0x7c00) ? I(special) : bits_as<I>(small));
+    return bits_as<V>(magnitude | ((u & 0x8000) << 16));
+  }
+  static ABSGD_FN void store(f16* p, V x) {
+    const U u = bits_as<U>(x), sign = (u >> 16) & 0x8000;
+    const V a = bits_as<V>(u & 0x7fffffff);
+    const U bits = bits_as<U>(a);
+    const U normal = (bits + 0xfff + ((bits >> 13) & 1) - 0x38000000) >> 13;             // to nearest, ties to even
+    const U subnormal = bits_as<U>(a + set(0.5f)) - bits_as<U>(set(0.5f));               // the addition rounds
+    const I nan_or_inf = a != a ? set_int(0x7e00) : set_int(0x7c00);
+    const I finite = a < set(0x1p-14f) ? I(subnormal) : I(normal);
+    const U out = U(a < set(65520.0f) ? finite : nan_or_inf) | sign;
+    const Half h = __builtin_convertvector(out, Half);
+    __builtin_memcpy(p, &h, sizeof(h));
+  }
+  static ABSGD_FN I load_flags(const uint8_t* p) {
+    Bytes b;
+    __builtin_memcpy(&b, p, sizeof(b));
+    return __builtin_convertvector(b, I) != 0;
+  }
+
+  // ---- reductions over the lanes, always in the same order ----
+  static ABSGD_FN T sum(V x) {
+    T part[N];
+    __builtin_memcpy(part, &x, sizeof(x));
+    for (int width = N / 2; width > 0; width /= 2)
+      for (int j = 0; j < width; ++j) part[j] += part[j + width];
+    return part[0];
+  }
+  static ABSGD_FN T highest(V x) {
+    T part[N];
+    __builtin_memcpy(part, &x, sizeof(x));
+    for (int width = N / 2; width > 0; width /= 2)
+      for (int j = 0; j < width; ++j) part[j] = part[j] > part[j + width] ? part[j] : part[j + width];
+    return part[0];
+  }
+
+  // ---- functions ----
+  // exp(x) = 2^k exp(r), |r| <= ln(2)/2; NaN stays NaN (the comparisons are false), results below 2^-126 become 0.
+  static ABSGD_FN V exp(V x) {
+    using K = Traits<T>;
+    const V clamped = x < set(K::exp_lowest) ? set(K::exp_lowest) : x;
+    const V shifted = clamped * set(T(1.4426950408889634)) + set(K::magic);  // k sits in the low bits
+    const V k = shifted - set(K::magic);
+    const V r = (clamped - k * set(K::ln2_hi)) - k * set(K::ln2_lo);
+    V p = set(K::exp_coefficients[K::exp_terms - 1]);
+    for (int j = K::exp_terms - 2; j >= 0; --j) p = p * r + set(K::exp_coefficients[j]);
+    const V scaled = bits_as<V>(bits_as<I>(p) + (bits_as<I>(shifted) << K::mantissa));
+    const V low = x < set(K::exp_lowest) ? set(0) : scaled;
+    return x > set(K::exp_highest) ? set(T(__builtin_inf())) : (x == x ? low : x);
+  }
+  // log(x) for x > 0: x = 2^k m, sqrt(1/2) <= m < sqrt(2), log m = 2 atanh((m - 1) / (m + 1)); inf and NaN pass through.
+  static ABSGD_FN V log(V x) {
+    using K = Traits<T>;
+    const I offset = bits_as<I>(set(T(0.70710678118654752)));
+    const I shifted = bits_as<I>(x) - offset;
+    const I k = shifted >> K::mantissa;
+    const V m = bits_as<V>(bits_as<I>(x) - (k << K::mantissa));
+    const V s = (m - set(1)) / (m + set(1)), s2 = s * s;
+    V series = set(T(1.0 / (2 * K::log_terms + 1)));
+    for (int j = K::log_terms - 1; j >= 1; --j) series = series * s2 + set(T(1.0 / (2 * j + 1)));
+    const V log_m = s * set(2) + s * set(2) * s2 * series;
+    const V kf = __builtin_convertvector(k, V);
+    const V out = kf * set(K::ln2_hi) + (log_m + kf * set(K::ln2_lo));
+    return x < set(T(__builtin_inf())) ? out : x;
+  }
+  // log(1 + x) for x >= 0: the second term gives back what rounding 1 + x lost.
+  static ABSGD_FN V log1p(V x) {
+    const V u = set(1) + x;
+    const V out = log(u) + (x - (u - set(1))) / u;
+    return u < set(T(__builtin_inf())) ? out : u;
+  }
+};
+
+// One double: the state update. The builtins are calls into libm, not inline functions.
+struct StateLane {
+  using V = double;
+  static ABSGD_FN V set(double x) { return x; }
+  static ABSGD_FN V select(bool condition, V a, V b) { return condition ? a : b; }
+  static ABSGD_FN V exp(V x) { return __builtin_exp(x); }
+  static ABSGD_FN V log(V x) { return __builtin_log(x); }
+  static ABSGD_FN V log1p(V x) { return __builtin_log1p(x); }
+};
+
+}  // namespace ABSGD_ISA_NAMESPACE
+}  // namespace absgd

@@ -1,0 +1,85 @@
+// The loop of the momentum step. Compiled once per instruction set beside loops.cpp.
+#include "../launch.h"
+#include "lanes.h"
+
+namespace absgd {
+namespace ABSGD_ISA_NAMESPACE {
+namespace {
+
+// One value: the last elements of a tensor.
+template <class T>
+struct OneLane {
+  using V = T;
+  static ABSGD_FN V set(T x) { return x; }
+};
+
+template <class L, class T>
+ABSGD_FN SgdNumbers<L> numbers(const StepGroup& g) {
+  return {L::set(T(g.maximize ? -1 : 1)), L::set(T(g.weight_decay)), L::set(T(g.momentum)), L::set(T(1 - g.dampening)),
+          L::set(T(g.lr)), g.weight_decay != 0};
+}
+
+// Elements [begin, end) of one tensor. begin is a multiple of kStepBlock, and so is end unless it is the tensor's end:
+// an element is in the same place of the same kind of loop however the work is shared, which keeps every bit.
+template <SgdForm form, class T>
+void update_range(const StepTensor& t, const StepGroup& group, int64_t begin, int64_t end) {
+  using L = Lanes<T>;
+  using One = OneLane<T>;
+  static_assert(kStepBlock % L::N == 0, "a share is whole registers");
+  T* param = static_cast<T*>(t.param);
+  T* buffer = static_cast<T*>(t.buffer);
+  const T* grad = static_cast<const T*>(t.grad);
+  const SgdNumbers<L> many = numbers<L, T>(group);
+  int64_t i = begin;
+  for (; i + L::N <= end; i += L::N) {
+    typename L::V w = L::load(param + i), v = form == SgdForm::plain ? w : L::load(buffer + i);
+    sgd_update<form, L>(w, v, L::load(grad + i), many);
+    if (form != SgdForm::plain) L::store(buffer + i, v);
+    L::store(param + i, w);
+  }
+  const SgdNumbers<One> single = numbers<One, T>(group);
+  for (; i < end; ++i) {
+    T w = param[i], v = form == SgdForm::plain ? w : buffer[i];
+    sgd_update<form, One>(w, v, grad[i], single);
+    if (form != SgdForm::plain) buffer[i] = v;
+    param[i] = w;
+  }
+}
+
+template <class T>
+void update(const StepTensor& t, const StepGroup& group, int64_t begin, int64_t end) {
+  if (group.momentum == 0) return update_range<SgdForm::plain, T>(t, group, begin, end);
+  if (group.heavy_ball) return update_range<SgdForm::heavy_ball, T>(t, group, begin, end);
+  if (group.nesterov) return update_range<SgdForm::nesterov, T>(t, group, begin, end);
+  update_range<SgdForm::momentum, T>(t, group, begin, end);
+}
+
+// The place of a flat index within a tensor, moved back to where a share may end.
+ABSGD_FN int64_t place(const StepTensor& t, int64_t index) {
+  const int64_t i = index - t.begin;
+  return i <= 0 ? 0 : i >= t.count ? t.count : i - i % kStepBlock;
+}
+
+}  // namespace
+
+void sgd_step(const StepTable& table, int64_t begin, int64_t end) {
+  int64_t low = 0, high = table.tensor_count;  // the first tensor that ends after `begin`
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (table.tensors[middle].begin + table.tensors[middle].count > begin)
+      high = middle;
+    else
+      low = middle + 1;
+  }
+  for (int64_t j = low; j < table.tensor_count && table.tensors[j].begin < end; ++j) {
+    const StepTensor& t = table.tensors[j];
+    const StepGroup& group = table.groups[t.group];
+    if (t.dtype == Dtype::f64)
+      update<double>(t, group, place(t, begin), place(t, end));
+    else
+      update<float>(t, group, place(t, begin), place(t, end));
+  }
+}
+
+}  // namespace ABSGD_ISA_NAMESPACE
+}  // namespace absgd

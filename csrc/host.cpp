@@ -1,0 +1,264 @@
+// Host objects: what an optimizer keeps between steps so that Python need not gather it again. Knows Python and the
+// DLPack exchange table (a public C interface through which torch >= 2.10 describes a tensor), but not torch, and runs
+// no loop over data: a second pool of threads would get in the way of torch's.
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+#include <unordered_map>
+#include <vector>
+
+#include "step_table.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// ---- DLPack (dmlc/dlpack, version 1): the declarations used here ----------------------------------------------------
+
+struct DLTensor {
+  void* data;
+  struct {
+    int32_t type, id;
+  } device;
+  int32_t ndim;
+  struct {
+    uint8_t code, bits;
+    uint16_t lanes;
+  } dtype;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+constexpr int32_t kDLCPU = 1;
+constexpr uint8_t kDLFloat = 2;
+
+struct DLPackExchangeAPI {
+  struct {
+    uint32_t major, minor;
+    void* previous;
+  } header;
+  void *managed_tensor_allocator, *managed_tensor_from_py_object, *managed_tensor_to_py_object;
+  int (*dltensor_from_py_object)(void* py_object, DLTensor* out);  // does not own: valid while the tensor lives
+  void* current_work_stream;
+};
+
+const DLPackExchangeAPI* exchange_api(const py::object& tensor_type) {
+  const py::capsule capsule = tensor_type.attr("__dlpack_c_exchange_api__");
+  const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (api == nullptr) throw py::error_already_set();
+  if (api->header.major != 1 || api->dltensor_from_py_object == nullptr)
+    throw py::value_error("this torch has another version of the DLPack exchange table than 1");
+  return api;
+}
+
+// ---- StepPlan -------------------------------------------------------------------------------------------------------
+
+struct Names {
+  PyObject* grad = PyUnicode_InternFromString("grad");
+  PyObject* is_neg = PyUnicode_InternFromString("is_neg");
+  PyObject* params = PyUnicode_InternFromString("params");
+  PyObject* buffer = PyUnicode_InternFromString("momentum_buffer");
+  PyObject* lr = PyUnicode_InternFromString("lr");
+  PyObject* momentum = PyUnicode_InternFromString("momentum");
+  PyObject* dampening = PyUnicode_InternFromString("dampening");
+  PyObject* weight_decay = PyUnicode_InternFromString("weight_decay");
+  PyObject* nesterov = PyUnicode_InternFromString("nesterov");
+  PyObject* maximize = PyUnicode_InternFromString("maximize");
+  PyObject* heavy_ball = PyUnicode_InternFromString("heavy_ball");
+};
+
+PyObject* item(PyObject* dict, PyObject* key) {
+  PyObject* out = PyDict_GetItemWithError(dict, key);
+  if (out == nullptr) {
+    if (PyErr_Occurred() == nullptr) PyErr_SetObject(PyExc_KeyError, key);
+    throw py::error_already_set();
+  }
+  return out;
+}
+double number(PyObject* dict, PyObject* key) {
+  const double out = PyFloat_AsDouble(item(dict, key));  // a tensor too: it has __float__
+  if (out == -1.0 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return out;
+}
+bool truth(PyObject* dict, PyObject* key) {
+  const int out = PyObject_IsTrue(item(dict, key));
+  if (out < 0) throw py::error_already_set();
+  return out != 0;
+}
+
+// Which state belongs to which parameter, so that a step looks nothing up by tensor (a tensor's hash is Python code).
+// The pointers here are only compared: one is followed after it was found again, in this same step, in the optimizer's
+// own containers. So the plan keeps nothing alive and takes no part in reference cycles.
+struct Slot {
+  PyObject *param, *state;  // state: the parameter's dict in optimizer.state, or null
+};
+
+class StepPlan {
+ public:
+  StepPlan(py::object tensor_type, py::object parameter_type, py::function allocate)
+      : api_(exchange_api(tensor_type)), tensor_type_(tensor_type), parameter_type_(parameter_type), allocate_(allocate) {}
+
+  // Reads every tensor afresh and writes the table for one step over all parameters that have a gradient.
+  // Returns (updated, held, others): the parameters in the table; their gradients and buffers, to be kept alive until the
+  // step is done; and [(group, [param, ...])] for what the table cannot hold (no momentum buffer yet, another dtype,
+  // device, layout or tensor type), which is left to the caller.
+  py::tuple refresh(py::list groups, py::dict state) {
+    if (!same_state(state)) remember(groups, state);
+    groups_.clear();
+    std::swap(tensors_, before_);
+    tensors_.clear();
+    elements_ = 0;
+    py::list updated, held, others;
+    size_t slot = 0;
+    for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.ptr()); ++g) {
+      const py::dict group = py::reinterpret_borrow<py::dict>(PyList_GET_ITEM(groups.ptr(), g));
+      const py::list params = py::list(py::reinterpret_borrow<py::object>(item(group.ptr(), names_.params)));
+      groups_.push_back({number(group.ptr(), names_.lr), number(group.ptr(), names_.momentum),
+                         number(group.ptr(), names_.dampening), number(group.ptr(), names_.weight_decay),
+                         truth(group.ptr(), names_.nesterov), truth(group.ptr(), names_.maximize),
+                         truth(group.ptr(), names_.heavy_ball)});
+      py::list left;
+      for (Py_ssize_t j = 0; j < PyList_GET_SIZE(params.ptr()); ++j, ++slot) {
+        PyObject* param = PyList_GET_ITEM(params.ptr(), j);
+        if (slot >= slots_.size() || slots_[slot].param != param) {
+          remember(groups, state);
+          if (slot >= slots_.size() || slots_[slot].param != param) throw py::value_error("param_groups changed during a step");
+        }
+        const py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, names_.grad));
+        if (!grad) throw py::error_already_set();
+        if (grad.is_none()) continue;
+        PyObject* buffer = nullptr;
+        if (groups_.back().momentum != 0 && slots_[slot].state != nullptr)
+          buffer = PyDict_GetItemWithError(slots_[slot].state, names_.buffer);
+        if (!add(param, grad.ptr(), buffer, int32_t(g))) {
+          left.append(py::handle(param));
+          continue;
+        }
+        updated.append(py::handle(param));
+        held.append(grad);
+        if (buffer != nullptr) held.append(py::handle(buffer));
+      }
+      if (PyList_GET_SIZE(left.ptr()) > 0) others.append(py::make_tuple(group, left));
+    }
+    write_table();
+    return py::make_tuple(updated, held, others);
+  }
+
+  // int64, CPU: holds a StepTable and what it points to, until the next refresh
+  py::object table() const { return table_; }
+
+ private:
+  // The optimizer's state holds the same dicts in the same order as when it was remembered.
+  bool same_state(const py::dict& state) const {
+    if (size_t(PyDict_Size(state.ptr())) != state_.size()) return false;
+    Py_ssize_t position = 0;
+    PyObject *key, *value;
+    for (size_t j = 0; PyDict_Next(state.ptr(), &position, &key, &value) != 0; ++j)
+      if (j >= state_.size() || state_[j].param != key || state_[j].state != value) return false;
+    return true;
+  }
+
+  void remember(const py::list& groups, const py::dict& state) {
+    state_.clear();
+    slots_.clear();
+    std::unordered_map<PyObject*, PyObject*> state_of;
+    Py_ssize_t position = 0;
+    PyObject *key, *value;
+    while (PyDict_Next(state.ptr(), &position, &key, &value) != 0) {
+      state_.push_back({key, value});
+      if (PyDict_Check(value)) state_of[key] = value;
+    }
+    for (py::handle group : groups)
+      for (py::handle param : py::list(py::reinterpret_borrow<py::object>(item(group.ptr(), names_.params)))) {
+        const auto found = state_of.find(param.ptr());
+        slots_.push_back({param.ptr(), found == state_of.end() ? nullptr : found->second});
+      }
+  }
+
+  bool read(PyObject* object, DLTensor* out) const {
+    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    if (type != tensor_type_.ptr() && type != parameter_type_.ptr()) return false;  // a subclass may be anything
+    if (api_->dltensor_from_py_object(object, out) != 0) {  // no storage: sparse, meta
+      PyErr_Clear();
+      return false;
+    }
+    return out->device.type == kDLCPU && out->dtype.code == kDLFloat && out->dtype.lanes == 1 &&
+           (out->dtype.bits == 32 || out->dtype.bits == 64);
+  }
+
+  bool add(PyObject* param, PyObject* grad, PyObject* buffer, int32_t group) {
+    DLTensor p, g, b;
+    if (!read(param, &p) || !read(grad, &g)) return false;
+    auto layout = [](const DLTensor& t) { return absgd::Layout{t.ndim, t.shape, t.strides}; };
+    if (!layout(p).dense() || g.dtype.bits != p.dtype.bits || !layout(g).same(layout(p))) return false;
+    if (groups_[size_t(group)].momentum != 0) {
+      if (buffer == nullptr || !read(buffer, &b) || b.dtype.bits != p.dtype.bits || !layout(b).same(layout(p))) return false;
+    } else {
+      b.data = nullptr;
+    }
+    const int64_t count = layout(p).count();
+    // autograd may hand out a single number whose sign is still to be flipped (the imaginary part of a conjugate); a larger
+    // such gradient has stride 2 and went elsewhere above
+    if (count == 1 && negated(grad)) return false;
+    tensors_.push_back({static_cast<char*>(p.data) + p.byte_offset, static_cast<char*>(g.data) + g.byte_offset,
+                      b.data == nullptr ? nullptr : static_cast<char*>(b.data) + b.byte_offset, elements_, count, group,
+                      p.dtype.bits == 64 ? absgd::Dtype::f64 : absgd::Dtype::f32});
+    elements_ += count;
+    return true;
+  }
+
+  bool negated(PyObject* tensor) const {
+    const py::object answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, names_.is_neg));
+    if (!answer) throw py::error_already_set();
+    return answer.ptr() == Py_True;
+  }
+
+  // [StepTable][groups][tensors], in memory that torch owns
+  void write_table() {
+    const size_t groups = sizeof(absgd::StepTable), tensors = groups + groups_.size() * sizeof(absgd::StepGroup);
+    const size_t bytes = tensors + tensors_.size() * sizeof(absgd::StepTensor);
+    if (bytes > capacity_) {
+      table_ = allocate_((bytes + 7) / 8);
+      DLTensor t;
+      if (api_->dltensor_from_py_object(table_.ptr(), &t) != 0) throw py::error_already_set();
+      memory_ = static_cast<char*>(t.data) + t.byte_offset;
+      capacity_ = bytes;
+    }
+    // memory that did not move since the last step still does not overlap
+    auto stayed = [](const absgd::StepTensor& a, const absgd::StepTensor& b) {
+      return a.param == b.param && a.buffer == b.buffer && a.count == b.count && a.dtype == b.dtype;
+    };
+    if (!std::equal(tensors_.begin(), tensors_.end(), before_.begin(), before_.end(), stayed))
+      overlap_ = absgd::step_overlaps(tensors_.data(), int64_t(tensors_.size()));
+    std::memcpy(memory_ + groups, groups_.data(), groups_.size() * sizeof(absgd::StepGroup));
+    std::memcpy(memory_ + tensors, tensors_.data(), tensors_.size() * sizeof(absgd::StepTensor));
+    const absgd::StepTable table{elements_, int64_t(tensors_.size()), reinterpret_cast<absgd::StepTensor*>(memory_ + tensors),
+                                 reinterpret_cast<absgd::StepGroup*>(memory_ + groups), overlap_};
+    std::memcpy(memory_, &table, sizeof(table));
+  }
+
+  const Names names_;
+  const DLPackExchangeAPI* api_;
+  py::object tensor_type_, parameter_type_;
+  py::function allocate_;
+  py::object table_;
+
+  std::vector<Slot> state_;  // in the order of optimizer.state
+  std::vector<Slot> slots_;  // in the order of the parameters
+
+  std::vector<absgd::StepGroup> groups_;
+  std::vector<absgd::StepTensor> tensors_, before_;  // of this step and of the last
+  int64_t elements_ = 0;
+  char* memory_ = nullptr;
+  size_t capacity_ = 0;
+  bool overlap_ = false;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "Host objects of absgd_fast: see csrc/host.cpp";
+  py::class_<StepPlan>(m, "StepPlan", "The table of a multi-tensor momentum step, kept between steps.")
+      .def(py::init<py::object, py::object, py::function>(), py::arg("tensor_type"), py::arg("parameter_type"), py::arg("allocate"))
+      .def("refresh", &StepPlan::refresh, py::arg("param_groups"), py::arg("state"))
+      .def_property_readonly("table", &StepPlan::table);
+}

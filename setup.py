@@ -1,0 +1,59 @@
+"""Hands over to CMake. A build that fails leaves the pure-Python package, and the reason in `_build_info.json`
+for `absgd-fast doctor`; with ABSGD_FAST_REQUIRE_NATIVE=1 it is an error instead."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    def run(self):
+        in_place = self.inplace or self.editable_mode
+        package = ROOT / "absgd_fast" if in_place else Path(self.build_lib).resolve() / "absgd_fast"
+        package.mkdir(parents=True, exist_ok=True)
+        for stale in [*package.glob("_*.so"), package / "_build_info.json"]:
+            stale.unlink(missing_ok=True)
+        try:
+            self.cmake(Path(self.build_temp).resolve(), package)
+        except RuntimeError as error:
+            if os.environ.get("ABSGD_FAST_REQUIRE_NATIVE") == "1":
+                raise SystemExit(f"absgd_fast: {error}") from None
+            info = dict(native=False, host=False, reason=str(error), compiler=None, isas=[], torch=None)
+            (package / "_build_info.json").write_text(json.dumps(info) + "\n")
+            print(f"absgd_fast: {error}\nabsgd_fast: installing without native kernels", file=sys.stderr)
+
+    def cmake(self, build, package):
+        # pip with --no-build-isolation runs a venv's Python without the venv's scripts on PATH
+        path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+        if not shutil.which("cmake", path=path):
+            raise RuntimeError("cmake not found; pip install cmake ninja")
+        ninja = ["-GNinja"] if shutil.which("ninja", path=path) else []
+        shutil.rmtree(build, ignore_errors=True)  # a build directory remembers paths of a vanished build environment
+        for arguments in (["-S", ROOT, "-B", build, f"-DPython_EXECUTABLE={sys.executable}", *ninja],
+                          ["--build", build], ["--install", build, "--prefix", package]):
+            done = subprocess.run(["cmake", *map(str, arguments)], env={**os.environ, "PATH": path}, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            print(done.stdout, flush=True)
+            if done.returncode:
+                lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+                where = next((i for i, line in enumerate(lines) if "error" in line.lower()), -3)
+                why = " ".join(lines[where:][:4]).split("(message): ")[-1].split("(project): ")[-1]
+                raise RuntimeError(f"the kernels could not be built: {why}")
+
+    def get_outputs(self):
+        return []
+
+    def get_output_mapping(self):
+        return {}
+
+
+setup(ext_modules=[Extension("absgd_fast._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
