@@ -110,8 +110,12 @@ _lib.define("isas() -> str")
 _lib.define("use_isa(str name) -> bool")
 _lib.define("native_signatures() -> str")
 
+_backend.why_not("cpu")  # registers the CPU kernels, if they are there
+
 
 # ---- autograd ------------------------------------------------------------------------------------------------------
+
+_scale, _scale_ = torch.ops.absgd_fast.scale.default, torch.ops.absgd_fast.scale_.default
 
 # True while the graph of the running backward is kept (retain_graph=True). Without this torch the gradient is copied.
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -135,8 +139,8 @@ class _Attach(torch.autograd.Function):
                 ' use backend="reference" for second derivatives'
             )
         if _graph_is_kept():
-            return torch.ops.absgd_fast.scale(grad, upstream), None
-        torch.ops.absgd_fast.scale_(grad, upstream)
+            return _scale(grad, upstream), None
+        _scale_(grad, upstream)
         return grad, None
 
 
@@ -151,7 +155,7 @@ class _AttachCompiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         (grad,) = ctx.saved_tensors
-        return torch.ops.absgd_fast.scale(grad, upstream), None, None
+        return _scale(grad, upstream), None, None
 
 
 # Function.apply is a Python wrapper (1 us) that serves setup_context and functorch; neither is used here: transforms

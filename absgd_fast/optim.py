@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import _backend, ops, reference
+
+_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "heavy_ball")
 
 
 class ABSGD(torch.optim.Optimizer):
@@ -126,6 +130,26 @@ class ABSGD(torch.optim.Optimizer):
                 group.setdefault(name, False)
         self._make_plan()
 
+    @staticmethod
+    def profile_hook_step(func: Callable) -> Callable:
+        """torch's wrapper of every `step` (profiler range, hooks), entered only when there is somebody to notice: it costs
+        5.5 us of the 35 that a step of 161 small tensors takes."""
+        hooked = torch.optim.Optimizer.profile_hook_step(func)
+
+        @wraps(func)
+        def step(self, *args, **kwargs):
+            noticed = (
+                torch.compiler.is_compiling()
+                or torch.autograd._profiler_enabled()
+                or self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or _global_optimizer_pre_hooks
+                or _global_optimizer_post_hooks
+            )
+            return (hooked if noticed else func)(self, *args, **kwargs)
+
+        return step
+
     def step(self, closure: Callable[[], float] | None = None):
         """Update every parameter that has a gradient.
 
@@ -163,7 +187,7 @@ class ABSGD(torch.optim.Optimizer):
     @torch.no_grad()
     def _step_group(self, group: dict, params: list[Tensor]) -> None:
         """One step of some parameters of a group without the plan."""
-        options = {name: group[name] for name in self.defaults}
+        options = {name: group[name] for name in _OPTIONS}
         momentum = group["momentum"]
         native, plain = ([], [], []), ([], [], [])
         for p in params:

@@ -241,7 +241,7 @@ def momentum_step_(
                 continue
             if momentum:
                 if buffer is None:
-                    buffer = g.detach().clone(memory_format=torch.preserve_format)
+                    buffer = g.detach().clone()
                 else:
                     buffer.mul_(momentum).add_(g, alpha=1 - dampening)
                 g = g.add(buffer, alpha=momentum) if nesterov else buffer

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import functional as F
 from . import ops, reference
-from .losses import CrossEntropy, LogitLoss, as_fused
+from .losses import CrossEntropy, fused_spec
 from .reference import NORMALIZERS, real_dtype
 
 _robust_logit_loss = torch.ops.absgd_fast.robust_logit_loss.default
@@ -160,6 +160,7 @@ class ABLoss(nn.Module):
             raise ValueError(f"max_weight: got {max_weight!r}, expected a positive number or None")
         self.init = F.check_choice(init, "init", ("first", "zero"))
         self.normalizer = F.check_choice(normalizer, "normalizer", NORMALIZERS)
+        self._mode = ops.mode(self.normalizer, self.init)
         self.process_group = process_group
         self.criterion = CrossEntropy() if criterion is None else criterion
         self.backend = backend
@@ -238,91 +239,81 @@ class ABLoss(nn.Module):
         groups: Tensor | None = None,
         update: bool = True,
     ) -> Tensor:
+        # Written for few Python calls: at 128 x 10 the kernels take 3 us of the 18 that forward and backward take.
         if groups is not None:
             raise ValueError("groups: only a rule uses groups; leave it out")
-        learns = update and self.training and torch.is_grad_enabled()
-        if learns:
+        grad_mode = torch.is_grad_enabled()
+        learns = update and grad_mode and self.training
+        if learns and self.process_group is not None:
             self._check_one_process()
-        fused = self._fused(args)
-        if fused is None:
+        spec = fused_spec(self._modules.get("criterion")) if len(args) == 2 else None
+        if spec is None:
             return self._any_loss(args, sample_weight, mask, score, learns)
         logits, target = args
-        if not self._native(logits):
-            return self._reference(self._valid_losses(fused, logits, target), sample_weight, mask, score, learns, target)
+        if not self._native(logits) or not _labels(target):
+            return self._any_loss(args, sample_weight, mask, score, learns, spec)
+        weight, label_smoothing, ignore_index = spec
+        if weight is not None:
+            weight = F.check_class_weight(weight, logits)
         if sample_weight is not None or mask is not None or score is not None:
             real = real_dtype(logits.dtype)
             sample_weight = F.per_sample(sample_weight, "sample_weight", target, real)
             mask = F.per_sample(mask, "mask", target, torch.bool)
             score = F.per_sample(score, "score", target, real)
         if self._lam_is_open and learns:
-            with torch.no_grad():
-                self._fix_lam(self._valid_losses(fused, logits, target), self._valid(target, mask))
-        with_grad = logits.requires_grad and torch.is_grad_enabled()
+            losses = self._logit_losses(logits.detach(), target, spec)
+            self._fix_lam(losses, _valid(target, ignore_index, mask))
+        with_grad = grad_mode and logits.requires_grad
         try:
             loss, rows, grad = _robust_logit_loss(
-                logits,
-                target,
-                fused.weight if fused.weight is None else F.check_class_weight(fused.weight, logits),
-                fused.label_smoothing,
-                fused.ignore_index,
-                score,
-                sample_weight,
-                mask,
+                logits, target, weight, label_smoothing, ignore_index, score, sample_weight, mask,
                 *self._state(learns, with_grad),
-            )
+            )  # fmt: skip
         except RuntimeError as error:
             F.check_target(logits, target)  # the usual mistakes, said in Python's words
             raise ops.translated(error) from None
         self.__dict__["_rows"] = rows  # nn.Module.__setattr__ costs 0.5 us
         return ops.attach(logits, loss, grad) if with_grad else loss
 
-    def _state(self, learns: bool, with_grad: bool):
+    def _state(self, learns: bool, with_grad: bool) -> tuple:
         """The operators' last arguments: state and numbers."""
-        mode = ops.mode(self.normalizer, self.init) | (ops.UPDATE if learns else 0) | (ops.WITH_GRAD if with_grad else 0)
-        return (
-            self.log_s, self.nonfinite_batches, self._lam_in_use(), self.gamma, self.alpha, self.mix, self.max_weight, mode,
-        )  # fmt: skip
+        state = self._buffers
+        lam = _PLAIN.to(state["lam"]) if self._lam_is_open else state["lam"]
+        mode = self._mode + (ops.UPDATE if learns else 0) + (ops.WITH_GRAD if with_grad else 0)
+        return state["log_s"], state["nonfinite_batches"], lam, self.gamma, self.alpha, self.mix, self.max_weight, mode
 
-    def _any_loss(self, args, sample_weight, mask, score, learns) -> Tensor:
-        """A criterion of the user's own: its losses, then the weights in one operator."""
-        losses = self.criterion(*args)
-        if not isinstance(losses, Tensor):
-            raise TypeError(f"ABLoss: criterion returned {type(losses).__name__}, expected a tensor of per-sample losses")
-        if losses.dim() == 0:
-            raise ValueError('ABLoss: criterion returned shape (), expected (B,) per-sample losses; pass reduction="none"')
-        if not losses.is_floating_point():
-            raise TypeError(f"ABLoss: criterion returned {losses.dtype}, expected floating per-sample losses")
-        if not self._native(losses):
-            return self._reference(losses, sample_weight, mask, score, learns)
+    def _any_loss(self, args, sample_weight, mask, score, learns, spec=None) -> Tensor:
+        """Losses of any kind first, then the weights in one operator, or all by reference.py."""
+        if spec is not None and _labels(args[1]):
+            losses = self._logit_losses(*args, spec)
+            valid = _valid(args[1], spec[2], None)
+        else:
+            losses, valid = _checked(self.criterion(*args)), None
         real = real_dtype(losses.dtype)
         losses = losses.to(real).contiguous()
         sample_weight = F.per_sample(sample_weight, "sample_weight", losses, real)
         mask = F.per_sample(mask, "mask", losses, torch.bool)
         score = F.per_sample(score, "score", losses, real)
+        if valid is not None:
+            mask = valid if mask is None else valid & mask
+        native = self._native(losses)
         if self._lam_is_open and learns:
             self._fix_lam(losses.detach(), mask)
+        if not native:
+            return self._reference(losses, sample_weight, mask, score, learns)
         with_grad = losses.requires_grad and torch.is_grad_enabled()
         loss, rows, grad = _robust_loss(losses, score, sample_weight, mask, *self._state(learns, with_grad))
         self.__dict__["_rows"] = rows
         return ops.attach(losses, loss, grad) if with_grad else loss
 
-    def _reference(self, losses, sample_weight, mask, score, learns, target=None) -> Tensor:
-        """The same by the formulas of reference.py."""
-        real = real_dtype(losses.dtype)
-        losses = losses.to(real)
-        sample_weight = F.per_sample(sample_weight, "sample_weight", losses, real)
-        score = F.per_sample(score, "score", losses, real)
-        mask = F.per_sample(mask, "mask", losses, torch.bool)
-        if target is not None:
-            mask = self._valid(target, mask)
-        if self._lam_is_open and learns:
-            self._fix_lam(losses.detach(), mask)
+    def _reference(self, losses, sample_weight, mask, score, learns) -> Tensor:
+        lam = self._state(False, False)[2]
         loss, weights, log_s, bad = reference.robust_loss(
-            losses, self.log_s, self._lam_in_use(), mix=self.mix, sample_weight=sample_weight, score=score, mask=mask,
+            losses, self.log_s, lam, mix=self.mix, sample_weight=sample_weight, score=score, mask=mask,
             gamma=self.gamma, alpha=self.alpha, init=self.init, normalizer=self.normalizer, max_weight=self.max_weight,
         )  # fmt: skip
         with torch.no_grad():
-            valid = torch.ones_like(losses) if mask is None else mask.to(real)
+            valid = torch.ones_like(losses) if mask is None else mask.to(losses.dtype)
             self._rows = torch.stack([losses.detach().where(valid > 0, 0), weights, valid])
             if learns:
                 self.log_s.copy_(log_s)
@@ -331,55 +322,36 @@ class ABLoss(nn.Module):
 
     # ---- helpers ----
 
-    def _fused(self, args) -> LogitLoss | None:
-        """The fused loss for these arguments: integer labels on batched logits, else the criterion itself is asked."""
-        criterion = self.criterion
-        if isinstance(criterion, LogitLoss):
-            fused = criterion if criterion.reduction == "none" else None
-        else:
-            fused = as_fused(criterion) if isinstance(criterion, nn.CrossEntropyLoss) else None
-            if fused is not None and len(args) == 2 and (args[1].is_floating_point() or args[0].dim() < 2):
-                return None  # soft targets, unbatched logits
-        return fused if len(args) == 2 else None
-
-    def _valid_losses(self, fused: LogitLoss, logits: Tensor, target: Tensor) -> Tensor:
+    def _logit_losses(self, logits: Tensor, target: Tensor, spec: tuple) -> Tensor:
+        weight, label_smoothing, ignore_index = spec
         return F.logit_loss(
-            logits,
-            target,
-            weight=fused.weight,
-            label_smoothing=fused.label_smoothing,
-            ignore_index=fused.ignore_index,
-            backend=self.backend or fused.backend,
+            logits, target, weight=weight, label_smoothing=label_smoothing, ignore_index=ignore_index, backend=self._backend()
         )
 
-    def _valid(self, target: Tensor, mask: Tensor | None) -> Tensor:
-        valid = target != self._fused((target, target)).ignore_index
-        return valid if mask is None else valid & mask
+    def _backend(self) -> str | None:
+        return self.backend or getattr(self.criterion, "backend", None)
 
     def _native(self, x: Tensor) -> bool:
+        """Whether the native operators serve this batch; ValueError if the state is on another device."""
         if _transformed():
             return False
-        device = getattr(x, "device", None)
+        device = x.device if isinstance(x, Tensor) else None
         served = self._served
-        if served is None or served[0] != device:
-            served = self._serve(device)
-        return served[1]
+        return served[1] if served is not None and served[0] == device else self._serve(device)
 
-    def _serve(self, device: torch.device | None) -> tuple[torch.device, bool]:
+    def _serve(self, device: torch.device | None) -> bool:
         if device is None:
-            raise TypeError("ABLoss: expected tensors (logits, target)")
+            raise TypeError("ABLoss: expected tensors, criterion(logits, target)")
         if device != self.log_s.device:
-            raise ValueError(f"ABLoss: got a batch on {device}, but its state is on {self.log_s.device}; use criterion.to({str(device)!r})")
-        backend = self.backend or getattr(self.criterion, "backend", None)
-        served = (device, ops.native(device, backend))
-        self.__dict__["_served"] = served
-        return served
-
-    def _lam_in_use(self) -> Tensor:
-        """lambda; the plain mean while a RelativeLam is open."""
-        return torch.full_like(self.lam, math.inf) if self._lam_is_open else self.lam
+            raise ValueError(
+                f"ABLoss: got a batch on {device}, but its state is on {self.log_s.device}; use criterion.to({str(device)!r})"
+            )
+        native = ops.native(device, self._backend())
+        self.__dict__["_served"] = (device, native)
+        return native
 
     def _fix_lam(self, losses: Tensor, mask: Tensor | None) -> None:
+        """RelativeLam: lambda from the mean of the first batch that has one."""
         counted = losses.isfinite() if mask is None else losses.isfinite() & mask
         lam = self._relative * losses.where(counted, 0).sum() / counted.sum()
         if bool(lam.isfinite() & (lam != 0)):
@@ -396,6 +368,30 @@ class ABLoss(nn.Module):
     def extra_repr(self) -> str:
         lam = f"RelativeLam({self._relative})" if self._lam_is_open else f"{float(self.lam):g}"
         return f"lam={lam}, gamma={self.gamma:g}, alpha={self.alpha:g}, mix={self.mix:g}, normalizer={self.normalizer!r}"
+
+
+_PLAIN = torch.tensor(math.inf)  # lambda while a RelativeLam is open
+
+
+def _labels(target: object) -> bool:
+    """Whether these are integer labels; soft targets go to the criterion itself."""
+    return isinstance(target, Tensor) and not target.dtype.is_floating_point
+
+
+def _valid(target: Tensor, ignore_index: int, mask: Tensor | None) -> Tensor:
+    valid = target != ignore_index
+    return valid if mask is None else valid & mask
+
+
+def _checked(losses: object) -> Tensor:
+    """What a criterion returned, if it is per-sample losses."""
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"ABLoss: criterion returned {type(losses).__name__}, expected a tensor of per-sample losses")
+    if losses.dim() == 0:
+        raise ValueError('ABLoss: criterion returned shape (), expected (B,) per-sample losses; pass reduction="none"')
+    if not losses.is_floating_point():
+        raise TypeError(f"ABLoss: criterion returned {losses.dtype}, expected floating per-sample losses")
+    return losses
 
 
 def _processes(group) -> int:

@@ -53,7 +53,6 @@ const DLPackExchangeAPI* exchange_api(const py::object& tensor_type) {
 // ---- StepPlan -------------------------------------------------------------------------------------------------------
 
 struct Names {
-  PyObject* grad = PyUnicode_InternFromString("grad");
   PyObject* is_neg = PyUnicode_InternFromString("is_neg");
   PyObject* params = PyUnicode_InternFromString("params");
   PyObject* buffer = PyUnicode_InternFromString("momentum_buffer");
@@ -92,10 +91,19 @@ struct Slot {
   PyObject *param, *state;  // state: the parameter's dict in optimizer.state, or null
 };
 
+// A list of the objects; the vector keeps its memory for the next step.
+py::list handed_over(std::vector<py::object>& objects) {
+  py::list out(objects.size());
+  for (size_t j = 0; j < objects.size(); ++j) PyList_SET_ITEM(out.ptr(), Py_ssize_t(j), objects[j].release().ptr());
+  objects.clear();
+  return out;
+}
+
 class StepPlan {
  public:
   StepPlan(py::object tensor_type, py::object parameter_type, py::function allocate)
-      : api_(exchange_api(tensor_type)), tensor_type_(tensor_type), parameter_type_(parameter_type), allocate_(allocate) {}
+      : api_(exchange_api(tensor_type)), tensor_type_(tensor_type), parameter_type_(parameter_type), grad_(tensor_type.attr("grad")),
+        allocate_(allocate) {}
 
   // Reads every tensor afresh and writes the table for one step over all parameters that have a gradient.
   // Returns (updated, held, others): the parameters in the table; their gradients and buffers, to be kept alive until the
@@ -107,7 +115,9 @@ class StepPlan {
     std::swap(tensors_, before_);
     tensors_.clear();
     elements_ = 0;
-    py::list updated, held, others;
+    updated_.clear();
+    held_.clear();
+    py::list others;
     size_t slot = 0;
     for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.ptr()); ++g) {
       const py::dict group = py::reinterpret_borrow<py::dict>(PyList_GET_ITEM(groups.ptr(), g));
@@ -123,27 +133,26 @@ class StepPlan {
           remember(groups, state);
           if (slot >= slots_.size() || slots_[slot].param != param) throw py::value_error("param_groups changed during a step");
         }
-        const py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, names_.grad));
-        if (!grad) throw py::error_already_set();
+        py::object grad = gradient(param);
         if (grad.is_none()) continue;
         PyObject* buffer = nullptr;
         if (groups_.back().momentum != 0 && slots_[slot].state != nullptr)
           buffer = PyDict_GetItemWithError(slots_[slot].state, names_.buffer);
-        if (!add(param, grad.ptr(), buffer, int32_t(g))) {
+        if (add(param, grad.ptr(), buffer, int32_t(g))) {
+          updated_.push_back(py::reinterpret_borrow<py::object>(param));
+          held_.push_back(std::move(grad));
+          if (buffer != nullptr) held_.push_back(py::reinterpret_borrow<py::object>(buffer));
+        } else {
           left.append(py::handle(param));
-          continue;
         }
-        updated.append(py::handle(param));
-        held.append(grad);
-        if (buffer != nullptr) held.append(py::handle(buffer));
       }
       if (PyList_GET_SIZE(left.ptr()) > 0) others.append(py::make_tuple(group, left));
     }
     write_table();
-    return py::make_tuple(updated, held, others);
+    return py::make_tuple(handed_over(updated_), handed_over(held_), others);
   }
 
-  // int64, CPU: holds a StepTable and what it points to, until the next refresh
+  // int64, CPU: holds a StepTable and what it points to, until the next refresh.
   py::object table() const { return table_; }
 
  private:
@@ -174,9 +183,22 @@ class StepPlan {
       }
   }
 
-  bool read(PyObject* object, DLTensor* out) const {
+  // A subclass may be anything.
+  bool plain(PyObject* object) const {
     PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-    if (type != tensor_type_.ptr() && type != parameter_type_.ptr()) return false;  // a subclass may be anything
+    return type == tensor_type_.ptr() || type == parameter_type_.ptr();
+  }
+
+  py::object gradient(PyObject* param) const {
+    // asking the descriptor itself saves the look-up: 12 of 42 ns
+    PyObject* out = plain(param) ? Py_TYPE(grad_.ptr())->tp_descr_get(grad_.ptr(), param, tensor_type_.ptr())
+                                 : PyObject_GetAttrString(param, "grad");
+    if (out == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(out);
+  }
+
+  bool read(PyObject* object, DLTensor* out) const {
+    if (!plain(object)) return false;
     if (api_->dltensor_from_py_object(object, out) != 0) {  // no storage: sparse, meta
       PyErr_Clear();
       return false;
@@ -238,13 +260,14 @@ class StepPlan {
 
   const Names names_;
   const DLPackExchangeAPI* api_;
-  py::object tensor_type_, parameter_type_;
+  py::object tensor_type_, parameter_type_, grad_;
   py::function allocate_;
   py::object table_;
 
   std::vector<Slot> state_;  // in the order of optimizer.state
   std::vector<Slot> slots_;  // in the order of the parameters
 
+  std::vector<py::object> updated_, held_;  // empty between steps
   std::vector<absgd::StepGroup> groups_;
   std::vector<absgd::StepTensor> tensors_, before_;  // of this step and of the last
   int64_t elements_ = 0;

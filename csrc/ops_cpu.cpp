@@ -29,23 +29,33 @@ using namespace absgd;
 
 // ---- tensors -------------------------------------------------------------------------------------------------------
 
-Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::Double:
-      return Dtype::f64;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::f16;
-    default:
-      STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
-  }
+// torch's dtype codes, read once: Tensor::scalar_type() asks for up to a dozen of them on every call (30 ns).
+const int32_t kFloat = aoti_torch_dtype_float32(), kDouble = aoti_torch_dtype_float64();
+const int32_t kBFloat16 = aoti_torch_dtype_bfloat16(), kHalf = aoti_torch_dtype_float16();
+const int32_t kLong = aoti_torch_dtype_int64(), kInt = aoti_torch_dtype_int32(), kBool = aoti_torch_dtype_bool();
+const int32_t kCpu = aoti_torch_device_type_cpu();
+
+int32_t code_of(const Tensor& t) {
+  int32_t code;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
+  return code;
 }
 
-ScalarType real_type(Dtype dtype) { return dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float; }
-size_t real_size(Dtype dtype) { return dtype == Dtype::f64 ? sizeof(double) : sizeof(float); }
+Dtype dtype_of(const Tensor& t) {
+  const int32_t code = code_of(t);
+  if (code == kFloat) return Dtype::f32;
+  if (code == kDouble) return Dtype::f64;
+  if (code == kBFloat16) return Dtype::bf16;
+  STD_TORCH_CHECK(code == kHalf, "expected float32, float64, bfloat16 or float16");
+  return Dtype::f16;
+}
+
+int32_t code_of(Dtype dtype) {
+  return dtype == Dtype::f32 ? kFloat : dtype == Dtype::f64 ? kDouble : dtype == Dtype::bf16 ? kBFloat16 : kHalf;
+}
+// What losses and sums of this storage type are computed in.
+Dtype real_of(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
+size_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
 // Fresh pages of a large result cost more than filling them: 64 k page faults at 2048 x 32000 fp32 (83 ms against 46 ms
 // with huge pages).
@@ -61,7 +71,7 @@ void prefer_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
-Tensor empty_cpu(const int64_t* sizes, int64_t dim, ScalarType type) {
+Tensor empty_cpu(const int64_t* sizes, int64_t dim, Dtype dtype) {
   int64_t strides[16];
   STD_TORCH_CHECK(dim <= 16, "at most 16 dimensions");
   int64_t step = 1;
@@ -70,48 +80,44 @@ Tensor empty_cpu(const int64_t* sizes, int64_t dim, ScalarType type) {
     step *= sizes[d] > 0 ? sizes[d] : 1;
   }
   AtenTensorHandle handle;
-  const int32_t code = type == ScalarType::Double     ? aoti_torch_dtype_float64()
-                       : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                       : type == ScalarType::Half     ? aoti_torch_dtype_float16()
-                                                      : aoti_torch_dtype_float32();
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, code_of(dtype), kCpu, 0, &handle));
   return Tensor(handle);
 }
-Tensor empty_scalar(ScalarType type) { return empty_cpu(nullptr, 0, type); }
-Tensor empty_none(ScalarType type) {
+Tensor empty_scalar(Dtype dtype) { return empty_cpu(nullptr, 0, dtype); }
+Tensor empty_none(Dtype dtype) {
   const int64_t zero = 0;
-  return empty_cpu(&zero, 1, type);
+  return empty_cpu(&zero, 1, dtype);
 }
 
-double read_scalar(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? *static_cast<const double*>(t.data_ptr())
-                                               : double(*static_cast<const float*>(t.data_ptr()));
-}
-void write_scalar(const Tensor& t, double value) {
-  if (t.scalar_type() == ScalarType::Double)
-    *static_cast<double*>(t.data_ptr()) = value;
-  else
-    *static_cast<float*>(t.data_ptr()) = float(value);
-}
-void check_scalar(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1 &&
-                      (t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double),
-                  name, ": expected one float32 or float64 number on the CPU");
-}
+// One number on the CPU, float32 or float64: a piece of state.
+struct Scalar {
+  void* data;
+  bool is_double;
 
-// A vector of one number per row, ready for the kernels: contiguous and of type `real`.
-const void* per_row(const std::optional<Tensor>& t, int64_t rows, ScalarType real, const char* name) {
+  Scalar(const Tensor& t, const char* name) : data(t.data_ptr()) {
+    const int32_t code = code_of(t);
+    is_double = code == kDouble;
+    STD_TORCH_CHECK((is_double || code == kFloat) && t.numel() == 1 && t.is_cpu(), name,
+                    ": expected one float32 or float64 number on the CPU");
+  }
+  double get() const { return is_double ? *static_cast<const double*>(data) : double(*static_cast<const float*>(data)); }
+  void set(double value) const {
+    if (is_double)
+      *static_cast<double*>(data) = value;
+    else
+      *static_cast<float*>(data) = float(value);
+  }
+};
+
+// A vector of one number per row, ready for the kernels.
+const void* per_row(const std::optional<Tensor>& t, int64_t rows, int32_t code, const char* name) {
   if (!t.has_value()) return nullptr;
-  STD_TORCH_CHECK(t->is_cpu() && t->numel() == rows && t->is_contiguous() && t->scalar_type() == real, name,
+  STD_TORCH_CHECK(t->is_cpu() && t->numel() == rows && t->is_contiguous() && code_of(*t) == code, name,
                   ": expected a contiguous CPU tensor with one value per sample, of the dtype the losses are computed in");
   return t->data_ptr();
 }
 const uint8_t* per_row_mask(const std::optional<Tensor>& t, int64_t rows) {
-  if (!t.has_value()) return nullptr;
-  STD_TORCH_CHECK(t->is_cpu() && t->numel() == rows && t->is_contiguous() && t->scalar_type() == ScalarType::Bool,
-                  "mask: expected a contiguous CPU bool tensor with one value per sample");
-  return static_cast<const uint8_t*>(t->data_ptr());
+  return static_cast<const uint8_t*>(per_row(t, rows, kBool, "mask"));
 }
 
 // ---- threads -------------------------------------------------------------------------------------------------------
@@ -138,7 +144,7 @@ struct Logits {
   Logits(const Tensor& logits_in, const Tensor& target_in, const std::optional<Tensor>& class_weight, double label_smoothing,
          int64_t ignore_index, const std::optional<Tensor>& mask)
       : logits(logits_in), target(target_in) {
-    STD_TORCH_CHECK(logits.dim() >= 2 && logits.is_cpu() && target.is_cpu(), "logits: expected a CPU tensor (B, C, ...)");
+    STD_TORCH_CHECK(logits.dim() >= 2 && logits.dim() <= 16 && logits.is_cpu() && target.is_cpu(), "logits: expected a CPU tensor (B, C, ...)");
     args.dtype = dtype_of(logits);
     if (!view()) {
       logits = torch::stable::contiguous(logits);
@@ -148,16 +154,17 @@ struct Logits {
     bool fits = target.dim() == logits.dim() - 1 && target.size(0) == args.batch;
     for (int64_t d = 2; fits && d < logits.dim(); ++d) fits = target.size(d - 1) == logits.size(d);
     STD_TORCH_CHECK(fits, "target: expected one label per row of logits");
-    args.target_int64 = target.scalar_type() == ScalarType::Long;
-    STD_TORCH_CHECK(args.target_int64 || target.scalar_type() == ScalarType::Int, "target: expected int64 or int32 labels");
+    const int32_t label_type = code_of(target);
+    args.target_int64 = label_type == kLong;
+    STD_TORCH_CHECK(args.target_int64 || label_type == kInt, "target: expected int64 or int32 labels");
     args.logits = logits.data_ptr();
     args.target = target.data_ptr();
     args.ignore_index = ignore_index;
     args.label_smoothing = label_smoothing;
-    args.class_weight = per_row(class_weight, args.classes, real(), "weight");
+    args.class_weight = per_row(class_weight, args.classes, code_of(real()), "weight");
     args.mask = per_row_mask(mask, args.rows());
 
-    const size_t padded = size_t(args.tiles()) * kTileRows, size = real_size(args.dtype);
+    const size_t padded = size_t(args.tiles()) * kTileRows, size = size_of(real());
     scratch.reset(new char[padded * (6 * size + 1)]);
     auto take = [&, at = scratch.get()](size_t bytes) mutable { return std::exchange(at, at + bytes); };
     args.losses = take(padded * size);
@@ -170,7 +177,7 @@ struct Logits {
   }
 
   void* factor;  // (rows) real, for the caller to fill
-  ScalarType real() const { return real_type(args.dtype); }
+  Dtype real() const { return real_of(args.dtype); }
 
   bool view() {
     const auto sizes = logits.sizes(), strides = logits.strides();
@@ -206,13 +213,9 @@ struct Logits {
   }
 
   Tensor grads(const void* factors) {
-    int64_t shape[16];
-    const auto sizes = logits.sizes();
-    STD_TORCH_CHECK(logits.dim() <= 16, "at most 16 dimensions");
-    for (int64_t d = 0; d < logits.dim(); ++d) shape[d] = sizes[d];
-    Tensor grad = empty_cpu(shape, logits.dim(), logits.scalar_type());
-    prefer_huge_pages(grad.data_ptr(), size_t(grad.numel()) * grad.element_size());
+    Tensor grad = empty_cpu(logits.sizes().data(), logits.dim(), args.dtype);
     args.grad = grad.data_ptr();
+    prefer_huge_pages(args.grad, size_t(args.rows() * args.classes) * size_of(args.dtype));
     args.factor = factors;
     parallel(args.tiles(), kTileRows * args.classes,
              [&](int64_t begin, int64_t end) { cpu_kernels().logit_grads(args, begin, end); });
@@ -226,8 +229,8 @@ std::tuple<Tensor, Tensor> logit_loss(Tensor logits, Tensor target, std::optiona
   rows.stats();
   const auto shape = rows.target.sizes();
   Tensor losses = empty_cpu(shape.data(), rows.target.dim(), rows.real());
-  if (rows.args.rows() > 0) std::memcpy(losses.data_ptr(), rows.args.losses, size_t(rows.args.rows()) * real_size(rows.args.dtype));
-  return {losses, with_grad ? rows.grads(nullptr) : empty_none(logits.scalar_type())};
+  if (rows.args.rows() > 0) std::memcpy(losses.data_ptr(), rows.args.losses, size_t(rows.args.rows()) * size_of(rows.real()));
+  return {losses, with_grad ? rows.grads(nullptr) : empty_none(rows.args.dtype)};
 }
 
 // ---- robust weights ------------------------------------------------------------------------------------------------
@@ -235,20 +238,18 @@ std::tuple<Tensor, Tensor> logit_loss(Tensor logits, Tensor target, std::optiona
 // Bits of `mode`; ops.py has the same table.
 enum Mode : int64_t { kNormalizer = 3, kInitFirst = 4, kUpdate = 8, kWithGrad = 16 };
 
-RobustArgs robust_args(Dtype dtype, int64_t count, const Tensor& log_s, const Tensor& lam, double gamma, double alpha,
+RobustArgs robust_args(Dtype dtype, int64_t count, const Scalar& log_s, const Tensor& lam, double gamma, double alpha,
                        int64_t mode) {
-  check_scalar(log_s, "log_s");
-  check_scalar(lam, "lam");
   RobustArgs a{};
   a.dtype = dtype;
   a.count = count;
-  a.lam = read_scalar(lam);
+  a.lam = Scalar(lam, "lam").get();
   a.gamma = gamma;
   a.alpha = alpha;
   a.max_weight = HUGE_VAL;
   a.normalizer = Normalizer(mode & kNormalizer);
   a.init_first = (mode & kInitFirst) != 0;
-  a.z_limit = dtype == Dtype::f64 && log_s.scalar_type() == ScalarType::Double ? DBL_MAX : FLT_MAX;
+  a.z_limit = dtype == Dtype::f64 && log_s.is_double ? DBL_MAX : FLT_MAX;
   return a;
 }
 
@@ -269,12 +270,12 @@ Outcome run_robust(const RobustArgs& a, double log_s, double* loss) {
   return outcome;
 }
 
-void commit(const Outcome& outcome, double old_log_s, int64_t mode, const Tensor& log_s, const Tensor& nonfinite) {
+void commit(const Outcome& outcome, int64_t mode, const Scalar& log_s, const Tensor& nonfinite) {
   if ((mode & kUpdate) == 0) return;
   if (outcome.bad > 0)
     ++*static_cast<int64_t*>(nonfinite.data_ptr());
-  else if (outcome.new_log_s != old_log_s)
-    write_scalar(log_s, outcome.new_log_s);
+  else
+    log_s.set(outcome.new_log_s);
 }
 
 // (3, ...): losses, weights and validity (0 or 1) of one forward, for `.last`
@@ -282,8 +283,11 @@ struct Rows {
   Tensor tensor;
   size_t bytes;  // of one row
 
-  Rows(const Tensor& like, ScalarType real) : tensor(empty(like, real)), bytes(size_t(tensor.numel()) / 3 * tensor.element_size()) {}
-  char* row(int k) const { return static_cast<char*>(tensor.data_ptr()) + size_t(k) * bytes; }
+  char* data;
+
+  Rows(const Tensor& like, int64_t count, Dtype real)
+      : tensor(empty(like, real)), bytes(size_t(count) * size_of(real)), data(static_cast<char*>(tensor.data_ptr())) {}
+  char* row(int k) const { return data + size_t(k) * bytes; }
 
   void fill(const RobustArgs& a) const {
     if (a.count == 0) return;
@@ -298,7 +302,7 @@ struct Rows {
   }
 
  private:
-  static Tensor empty(const Tensor& like, ScalarType real) {
+  static Tensor empty(const Tensor& like, Dtype real) {
     int64_t shape[16] = {3};
     STD_TORCH_CHECK(like.dim() < 16, "at most 15 dimensions");
     const auto sizes = like.sizes();
@@ -314,70 +318,69 @@ std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(Tensor logits, Tensor targe
                                                      double mix, double max_weight, int64_t mode) {
   Logits rows(logits, target, class_weight, label_smoothing, ignore_index, mask);
   const int64_t count = rows.args.rows();
-  RobustArgs a = robust_args(rows.real() == ScalarType::Double ? Dtype::f64 : Dtype::f32, count, log_s, lam, gamma, alpha, mode);
+  const Scalar state(log_s, "log_s");
+  RobustArgs a = robust_args(rows.real(), count, state, lam, gamma, alpha, mode);
   a.mix = mix;
   a.max_weight = max_weight;
-  a.scores = per_row(score, count, rows.real(), "score");
-  a.sample_weight = per_row(sample_weight, count, rows.real(), "sample_weight");
+  a.scores = per_row(score, count, code_of(a.dtype), "score");
+  a.sample_weight = per_row(sample_weight, count, code_of(a.dtype), "sample_weight");
   rows.stats();  // raises on a bad label, before anything is written
 
-  const Rows out(rows.target, rows.real());
+  const Rows out(rows.target, count, a.dtype);
   a.losses = rows.args.losses;
   a.valid = rows.args.valid;
   a.weights = out.row(1);
   a.factor = rows.factor;
-  const double old_log_s = read_scalar(log_s);
   double value;
-  const Outcome outcome = run_robust(a, old_log_s, &value);
+  const Outcome outcome = run_robust(a, state.get(), &value);
   out.fill(a);
-  Tensor loss = empty_scalar(rows.real());
-  write_scalar(loss, value);
-  Tensor grad = (mode & kWithGrad) != 0 ? rows.grads(rows.factor) : empty_none(logits.scalar_type());
-  commit(outcome, old_log_s, mode, log_s, nonfinite);
+  Tensor loss = empty_scalar(a.dtype);
+  Scalar(loss, "loss").set(value);
+  Tensor grad = (mode & kWithGrad) != 0 ? rows.grads(rows.factor) : empty_none(rows.args.dtype);
+  commit(outcome, mode, state, nonfinite);
   return {loss, out.tensor, grad};
 }
 
 std::tuple<Tensor, Tensor, Tensor> robust_loss(Tensor losses, std::optional<Tensor> score, std::optional<Tensor> sample_weight,
                                                std::optional<Tensor> mask, Tensor log_s, Tensor nonfinite, Tensor lam,
                                                double gamma, double alpha, double mix, double max_weight, int64_t mode) {
-  const Dtype dtype = dtype_of(losses);
-  const ScalarType real = real_type(dtype);
+  const Dtype real = dtype_of(losses);
   const int64_t count = losses.numel();
-  RobustArgs a = robust_args(dtype, count, log_s, lam, gamma, alpha, mode);
+  const Scalar state(log_s, "log_s");
+  RobustArgs a = robust_args(real, count, state, lam, gamma, alpha, mode);
   a.mix = mix;
   a.max_weight = max_weight;
-  a.losses = per_row(losses, count, real, "losses");
-  a.scores = per_row(score, count, real, "score");
-  a.sample_weight = per_row(sample_weight, count, real, "sample_weight");
+  a.losses = per_row(losses, count, code_of(real_of(real)), "losses");
+  a.scores = per_row(score, count, code_of(real), "score");
+  a.sample_weight = per_row(sample_weight, count, code_of(real), "sample_weight");
   a.valid = per_row_mask(mask, count);
-  const Rows out(losses, real);
+  const Rows out(losses, count, real);
   Tensor loss = empty_scalar(real);
   Tensor grad = (mode & kWithGrad) != 0 ? empty_cpu(losses.sizes().data(), losses.dim(), real) : empty_none(real);
   a.weights = out.row(1);
   a.factor = (mode & kWithGrad) != 0 ? grad.data_ptr() : nullptr;
-  const double old_log_s = read_scalar(log_s);
   double value;
-  const Outcome outcome = run_robust(a, old_log_s, &value);
+  const Outcome outcome = run_robust(a, state.get(), &value);
   out.fill(a);
-  write_scalar(loss, value);
-  commit(outcome, old_log_s, mode, log_s, nonfinite);
+  Scalar(loss, "loss").set(value);
+  commit(outcome, mode, state, nonfinite);
   return {loss, out.tensor, grad};
 }
 
 std::tuple<Tensor, Tensor, Tensor> robust_weights(Tensor losses, Tensor log_s, Tensor lam, std::optional<Tensor> mask,
                                                   double gamma, double alpha, int64_t mode) {
-  const Dtype dtype = dtype_of(losses);
-  const ScalarType real = real_type(dtype);
+  const Dtype real = dtype_of(losses);
   const int64_t count = losses.numel(), two = 2;
-  RobustArgs a = robust_args(dtype, count, log_s, lam, gamma, alpha, mode);
-  a.losses = per_row(losses, count, real, "losses");
+  const Scalar state(log_s, "log_s");
+  RobustArgs a = robust_args(real, count, state, lam, gamma, alpha, mode);
+  a.losses = per_row(losses, count, code_of(real_of(real)), "losses");
   a.valid = per_row_mask(mask, count);
   Tensor weights = empty_cpu(losses.sizes().data(), losses.dim(), real);
   a.weights = weights.data_ptr();
   double value;
-  const Outcome outcome = run_robust(a, read_scalar(log_s), &value);
-  Tensor new_log_s = empty_scalar(log_s.scalar_type()), shares = empty_cpu(&two, 1, ScalarType::Double);
-  write_scalar(new_log_s, outcome.new_log_s);
+  const Outcome outcome = run_robust(a, state.get(), &value);
+  Tensor new_log_s = empty_scalar(state.is_double ? Dtype::f64 : Dtype::f32), shares = empty_cpu(&two, 1, Dtype::f64);
+  Scalar(new_log_s, "log_s").set(outcome.new_log_s);
   static_cast<double*>(shares.data_ptr())[0] = outcome.share;
   static_cast<double*>(shares.data_ptr())[1] = outcome.share_state;
   return {weights, new_log_s, shares};
@@ -388,13 +391,13 @@ Tensor robust_weights_backward(Tensor weights, Tensor grad_weights, Tensor grad_
   a.dtype = dtype_of(weights);
   a.count = weights.numel();
   a.weights = weights.data_ptr();
-  a.lam = read_scalar(lam);
+  a.lam = Scalar(lam, "lam").get();
   VjpArgs g{};
-  g.upstream = per_row(grad_weights, a.count, weights.scalar_type(), "grad_weights");
-  g.upstream_log_s = read_scalar(grad_log_s);
+  g.upstream = per_row(grad_weights, a.count, code_of(a.dtype), "grad_weights");
+  g.upstream_log_s = Scalar(grad_log_s, "grad_log_s").get();
   g.share = static_cast<const double*>(shares.data_ptr())[0];
   g.share_state = static_cast<const double*>(shares.data_ptr())[1];
-  Tensor out = empty_cpu(weights.sizes().data(), weights.dim(), weights.scalar_type());
+  Tensor out = empty_cpu(weights.sizes().data(), weights.dim(), a.dtype);
   g.out = out.data_ptr();
   std::vector<double> dots(size_t(a.blocks()));
   parallel(a.blocks(), kBlock,
@@ -412,14 +415,14 @@ void run_scale(const Tensor& source, const Tensor& out, const Tensor& upstream_i
   a.source = source.data_ptr();
   a.grad = out.data_ptr();
   Tensor upstream = upstream_in;
-  const ScalarType real = real_type(a.dtype);
-  STD_TORCH_CHECK(source.is_contiguous() && upstream.is_cpu() && upstream.scalar_type() == real,
+  STD_TORCH_CHECK(source.is_contiguous() && upstream.is_cpu() && code_of(upstream) == code_of(real_of(a.dtype)),
                   "scale: expected a contiguous gradient and an upstream gradient of the losses' dtype");
   bool constant = true;  // a 0-d tensor, or one value expanded (the gradient of a mean)
   for (int64_t stride : upstream.strides()) constant = constant && stride == 0;
   if (out.numel() == 0) return;
   if (constant) {
-    a.scalar = read_scalar(upstream);
+    const void* value = upstream.data_ptr();
+    a.scalar = a.dtype == Dtype::f64 ? *static_cast<const double*>(value) : double(*static_cast<const float*>(value));
     if (a.scalar == 1.0 && a.source == a.grad) return;  // loss.backward(): the gradient is already there
     // slices of a fixed size; the last one may be short, so it is walked by itself
     constexpr int64_t kSlice = 4096;
@@ -427,7 +430,7 @@ void run_scale(const Tensor& source, const Tensor& out, const Tensor& upstream_i
     a.inner = kSlice;
     const int64_t whole = out.numel() / kSlice;
     parallel(whole, kSlice, [&](int64_t begin, int64_t end) { cpu_kernels().scale(a, begin, end); });
-    const size_t done = size_t(whole * kSlice) * out.element_size();
+    const size_t done = size_t(whole * kSlice) * size_of(a.dtype);
     a.inner = out.numel() - whole * kSlice;
     a.source = static_cast<const char*>(a.source) + done;
     a.grad = static_cast<char*>(a.grad) + done;
@@ -445,8 +448,9 @@ void run_scale(const Tensor& source, const Tensor& out, const Tensor& upstream_i
 }
 
 Tensor scale(Tensor grad, Tensor upstream) {
-  Tensor out = empty_cpu(grad.sizes().data(), grad.dim(), grad.scalar_type());
-  prefer_huge_pages(out.data_ptr(), size_t(out.numel()) * out.element_size());
+  const Dtype dtype = dtype_of(grad);
+  Tensor out = empty_cpu(grad.sizes().data(), grad.dim(), dtype);
+  prefer_huge_pages(out.data_ptr(), size_t(out.numel()) * size_of(dtype));
   run_scale(grad, out, upstream);
   return out;
 }

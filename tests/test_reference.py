@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import absgd_fast as ab
 
 WEIGHT_OPTIONS = dict(gamma=0.9, alpha=1.0, init="first", mask=None)  # names and defaults are the contract
-LOSS_OPTIONS = dict(kind="ce", scale=None, shift=None, margin=None, weight=None, label_smoothing=0.0, ignore_index=-100)
+LOSS_OPTIONS = dict(kind="ce", weight=None, label_smoothing=0.0, ignore_index=-100)
 
 
 def test_oracle_is_algorithm_1(rng):

@@ -331,18 +331,19 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         import numpy as np
 
-        # Python 2 and numpy 1 wrote numpy.core, numpy 2 writes numpy._core
-        module = module.replace("numpy._core", "numpy.core")
+        core = getattr(np, "_core", None) or np.core  # numpy 2 renamed it
         allowed = {
-            ("numpy", "ndarray"): np.ndarray,
-            ("numpy", "dtype"): np.dtype,
-            ("_codecs", "encode"): _latin1_bytes,
+            "numpy.ndarray": np.ndarray,
+            "numpy.dtype": np.dtype,
+            "numpy.core.multiarray._reconstruct": core.multiarray._reconstruct,
+            "numpy.core.numeric._frombuffer": core.numeric._frombuffer,
+            "_codecs.encode": _latin1_bytes,
         }
-        if (module, name) in allowed:
-            return allowed[module, name]
-        if (module, name) in (("numpy.core.multiarray", "_reconstruct"), ("numpy.core.numeric", "_frombuffer")):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which has no place in a CIFAR file")
+        asked = f"{module}.{name}"
+        try:
+            return allowed[asked.replace("numpy._core", "numpy.core")]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {asked}, which has no place in a CIFAR file") from None
 
 
 def _latin1_bytes(text, encoding):

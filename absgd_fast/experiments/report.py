@@ -15,7 +15,6 @@ import io
 import json
 import math
 import os
-import platform
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -23,10 +22,13 @@ from statistics import mean, median, stdev
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from rich import box
 from rich.table import Table
+
+from absgd_fast import _backend
 
 BASELINE = "sgd"
 METRICS = ("accuracy", "balanced_accuracy", "seconds")
@@ -56,12 +58,17 @@ def collect(config, runs, *, command=(), threads=None, partial=False):
         {"config": {...}, "runs": [...], "summary": summarise(runs), "paired": pair(runs), "partial", "command",
         "environment", "created"}
     """
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("absgd_fast", "absgd"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+    here = _backend.report()
+    environment = {name: here[name] for name in ("python", "torch")} | {"absgd_fast": here["version"]}
+    if "reference" in config.methods:
+        environment["absgd"] = importlib.metadata.version("absgd")
+    environment |= {
+        "backend": here["selected for CPU tensors"],
+        "instruction set": here["cpu"]["instruction set"],
+        "machine": here["cpu"]["machine"],
+        "cpus": os.cpu_count(),
+        "threads": threads,
+    }
     settings = asdict(config) | {"methods": list(config.methods)}
     if math.isinf(config.lam):
         settings["lam"] = str(config.lam)  # JSON has no infinity
@@ -72,7 +79,7 @@ def collect(config, runs, *, command=(), threads=None, partial=False):
         "paired": pair(runs),
         "partial": partial,
         "command": shlex.join(command),
-        "environment": versions | {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": threads},
+        "environment": environment,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -82,7 +89,8 @@ def summarise(runs):
 
     Example:
         >>> from absgd_fast.experiments.report import summarise
-        >>> runs = [{"method": "sgd", "accuracy": a, "balanced_accuracy": a, "seconds": 1.0} for a in (70.0, 72.0)]
+        >>> numbers = {"accuracy": 70.0, "balanced_accuracy": 70.0, "seconds": 1.0}
+        >>> runs = [{"method": "sgd", "seed": 0} | numbers, {"method": "sgd", "seed": 1} | numbers | {"accuracy": 72.0}]
         >>> summarise(runs)["sgd"]["accuracy"]
         {'mean': 71.0, 'std': 1.4142135623730951, 'n': 2}
     """
@@ -180,7 +188,7 @@ def _judge(method, mine, base, seeds):
     if gap + margin < 0:
         return "worse", f"No, it did harm. {method} fell behind {BASELINE} by {size} {tail}."
     return "unclear", (
-        f"Not measurably. {method} and {BASELINE} differ by {_signed(gap)} ± {error:.1f} points of balanced accuracy "
+        f"Not shown. {method} and {BASELINE} differ by {_signed(gap)} ± {error:.1f} points of balanced accuracy "
         f"{tail}; the 95 % interval, {_signed(gap - margin)} to {_signed(gap + margin)}, contains 0."
     )
 
@@ -209,6 +217,11 @@ def _classes(mine, base, seeds):
                 f" Averaged over the {half} largest classes: {_signed(mean(head))} points; over the "
                 f"{len(order) - half} smallest: {_signed(mean(tail))}."
             )
+    right, wrong = (
+        [w for s in seeds if (w := mine[s]["epochs"][key][-1]) is not None] for key in ("clean_weight", "flipped_weight")
+    )
+    if right and wrong:
+        text += f" In the last epoch right labels weighed {mean(right):.2f} on average, wrong ones {mean(wrong):.2f}."
     return text
 
 
@@ -398,14 +411,16 @@ def _axes(xlabel, ylabel, size=(6.4, 3.8)):
 
 
 def _over_seeds(runs, key):
-    """(mean, std) over the seeds of a per-epoch series: (E,) each; None counts as missing."""
+    """(mean, std) over the seeds of a per-epoch series, (epochs,) each."""
     series = torch.tensor([_numbers(run["epochs"][key]) for run in runs], dtype=torch.float64)
     return _mean_std(series)
 
 
 def _mean_std(series):
-    average = series.nanmean(0)
-    return average, (series - average).square().nanmean(0).mul(len(series) / max(len(series) - 1, 1)).sqrt()
+    """(mean, std) along the first dimension of a tensor, as numpy arrays; NaN counts as missing."""
+    average, n = series.nanmean(0), series.isfinite().sum(0)
+    variance = (series - average).square().nansum(0) / (n - 1).clamp_min(1)
+    return average.numpy(), variance.sqrt().numpy()
 
 
 def _numbers(values):
@@ -428,7 +443,7 @@ def _accuracy(results, by_method):
     figure, axes = _axes("epoch", "balanced accuracy on the test set, %")
     for method, mine in by_method.items():
         average, std = _over_seeds(mine.values(), "balanced_accuracy")
-        epochs = torch.arange(1, len(average) + 1)
+        epochs = range(1, len(average) + 1)
         axes.plot(epochs, average, label=method, linewidth=1.8, **STYLES[method])
         axes.fill_between(epochs, average - std, average + std, color=STYLES[method]["color"], alpha=0.15, linewidth=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -437,27 +452,35 @@ def _accuracy(results, by_method):
     return "Accuracy while training", "Mean over the seeds; the band is ± one standard deviation.", figure
 
 
+def _groups(runs):
+    """[(classes, name, images)] from most to fewest training images: one class each, or ten groups where single classes
+    would be a smear."""
+    order, counts = _head_to_tail(runs)
+    size = 1 if len(order) <= 20 else math.ceil(len(order) / 10)
+    groups = []
+    for start in range(0, len(order), size):
+        classes = order[start : start + size]
+        most, fewest = f"{counts[classes[0]]:g}", f"{counts[classes[-1]]:g}"
+        name = f"{classes[0]}" if size == 1 else f"{len(classes)} classes"
+        groups.append((classes, name, most if most == fewest else f"{most}–{fewest}"))
+    return groups
+
+
 def _recall(by_method):
-    order, counts = _head_to_tail([run for mine in by_method.values() for run in mine.values()])
+    groups = _groups([run for mine in by_method.values() for run in mine.values()])
     figure, axes = _axes("class, from most to fewest training images (their number below)", "recall on the test set, %")
-    places = torch.arange(len(order), dtype=torch.float64)
     width = 0.8 / len(by_method)
     for i, (method, mine) in enumerate(by_method.items()):
         recall = torch.tensor([_numbers(run["per_class_recall"]) for run in mine.values()], dtype=torch.float64)
-        average, std = _mean_std(recall[:, order])
-        if len(order) <= 20:
-            offset = (i - (len(by_method) - 1) / 2) * width
-            axes.bar(
-                places + offset, average, width * 0.92, yerr=std if len(recall) > 1 else None, label=method,
-                color=STYLES[method]["color"], error_kw={"elinewidth": 0.8, "ecolor": "#222222"},
-            )  # fmt: skip
-        else:  # too many classes for bars
-            axes.plot(places, average, label=method, linewidth=1.4, **STYLES[method])
-    if len(order) <= 20:
-        axes.set_xticks(places, [f"{c}\n{counts[c]:g}" for c in order])
-    else:
-        ticks = list(range(0, len(order), len(order) // 10))
-        axes.set_xticks(ticks, [f"{order[i]}\n{counts[order[i]]:g}" for i in ticks])
+        recall = torch.stack([recall[:, classes].nanmean(1) for classes, _, _ in groups], 1)
+        average, std = _mean_std(recall)
+        places = [place + (i - (len(by_method) - 1) / 2) * width for place in range(len(groups))]
+        axes.bar(
+            places, average, width * 0.92, yerr=std if len(recall) > 1 else None, label=method,
+            color=STYLES[method]["color"], error_kw={"elinewidth": 0.8, "ecolor": "#222222"},
+        )  # fmt: skip
+    labels = [f"{name}\n{images}".replace(" ", "\n") for _, name, images in groups]
+    axes.set_xticks(range(len(groups)), labels)
     axes.grid(False, axis="x")
     axes.set_ylim(0, 105)
     axes.legend(frameon=False, ncols=len(by_method), loc="lower center", bbox_to_anchor=(0.5, 1.0))
@@ -465,25 +488,17 @@ def _recall(by_method):
 
 
 def _weights(results, method, mine):
-    order, counts = _head_to_tail(mine.values())
+    groups = _groups(mine.values())
     series = torch.tensor(
         [[_numbers(epoch) for epoch in run["epochs"]["class_weight"]] for run in mine.values()], dtype=torch.float64
-    ).nanmean(0)  # (E, C)
-    # a hundred lines would be a smear: then ten groups of classes
-    size = math.ceil(len(order) / 10)
-    groups = [order[i : i + size] for i in range(0, len(order), size)]
+    ).nanmean(0)  # (epochs, C)
     figure, axes = _axes("epoch", f"mean robust weight under {method}")
-    from matplotlib import colormaps
-
     colours = colormaps["viridis"].resampled(len(groups) + 1)  # its last, light yellow, is lost on white
-    epochs = torch.arange(1, len(series) + 1)
-    for i, group in enumerate(groups):
-        sizes = [counts[c] for c in group]
-        name = f"{group[0]}" if len(group) == 1 else f"{len(group)} classes"
-        images = f"{sizes[0]:g}" if len(group) == 1 else f"{min(sizes):g}–{max(sizes):g}"
-        axes.plot(epochs, series[:, group].nanmean(1), color=colours(i), linewidth=1.5, label=f"{name} ({images})")
+    lines = [series[:, classes].nanmean(1).tolist() for classes, _, _ in groups]
+    for i, ((_, name, images), line) in enumerate(zip(groups, lines)):
+        axes.plot(range(1, len(line) + 1), line, color=colours(i), linewidth=1.5, label=f"{name} ({images})")
     axes.axhline(1, color=STYLES[BASELINE]["color"], linewidth=1, linestyle="--")
-    _log_if_wide(axes, series)
+    _log_if_wide(axes, sum(lines, []))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _mark_switch(axes, results)
     axes.legend(
@@ -506,14 +521,14 @@ def _clean_and_flipped(results, by_method):
             continue
         for key, label, marker in (("clean_weight", "right label", "o"), ("flipped_weight", "wrong label", "x")):
             average, _ = _over_seeds(by_method[method].values(), key)
-            epochs = torch.arange(1, len(average) + 1)
+            epochs = range(1, len(average) + 1)
             axes.plot(
                 epochs, average, label=f"{method}, {label}", marker=marker, markevery=max(1, len(average) // 10),
                 markersize=5, linewidth=1.6, **STYLES[method],
             )  # fmt: skip
-            ends.append(average)
+            ends += average.tolist()
     axes.axhline(1, color=STYLES[BASELINE]["color"], linewidth=1, linestyle="--")
-    _log_if_wide(axes, torch.cat(ends))
+    _log_if_wide(axes, ends)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _mark_switch(axes, results)
     axes.legend(frameon=False, fontsize=8)
@@ -527,8 +542,8 @@ def _clean_and_flipped(results, by_method):
 
 def _log_if_wide(axes, values):
     """A log scale when the weights span more than a factor of four."""
-    values = values[values.isfinite() & (values > 0)]
-    if len(values) and values.max() > 4 * values.min():
+    values = [value for value in values if math.isfinite(value) and value > 0]
+    if values and max(values) > 4 * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_locator(NullLocator())

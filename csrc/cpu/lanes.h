@@ -36,9 +36,10 @@ template <>
 struct Traits<float> {
   using Int = int32_t;
   using UInt = uint32_t;
-  static constexpr int mantissa = 23, bias = 127;
-  static constexpr float magic = 12582912.0f;                    // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr float exp_lowest = -87.3f, exp_highest = 88.7228f;  // outside: 0 and inf
+  static constexpr int mantissa = 23;
+  static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  static constexpr float exp_bias = 126;       // exponent bias - 1
+  static constexpr float exp_lowest = -87.3f, exp_highest = 89.5f;  // where 2^(k-1) is 0 and inf, see exp
   static constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
   // minimax on |x| <= ln(2)/2 with exp(0) = 1 exactly; 2.6e-9 relative, 0.9 ulp after rounding
   static constexpr int exp_terms = 7;
@@ -50,9 +51,10 @@ template <>
 struct Traits<double> {
   using Int = int64_t;
   using UInt = uint64_t;
-  static constexpr int mantissa = 52, bias = 1023;
-  static constexpr double magic = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr double exp_lowest = -708.3, exp_highest = 709.78;
+  static constexpr int mantissa = 52;
+  static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double exp_bias = 1022;
+  static constexpr double exp_lowest = -708.4, exp_highest = 710.5;
   static constexpr double ln2_hi = 6.93145751953125e-1, ln2_lo = 1.42860682030941723212e-6;
   static constexpr int exp_terms = 14;  // Taylor: next term 4e-18
   static constexpr double exp_coefficients[exp_terms] = {
@@ -84,16 +86,12 @@ struct Lanes {
   static ABSGD_FN V set(T x) { return V{} + x; }
   static ABSGD_FN I set_int(Int x) { return I{} + x; }
   static ABSGD_FN V select(I condition, V a, V b) { return condition ? a : b; }
+  // One instruction on x86, which gives b where a or b is NaN.
   static ABSGD_FN V max(V a, V b) { return a > b ? a : b; }
+  static ABSGD_FN V min(V a, V b) { return a < b ? a : b; }
   static ABSGD_FN I iota() {
     I out;
     for (int j = 0; j < N; ++j) out[j] = j;
-    return out;
-  }
-  static ABSGD_FN bool any(I condition) {
-    I folded = condition;
-    bool out = false;
-    for (int j = 0; j < N; ++j) out |= folded[j] != 0;
     return out;
   }
 
@@ -143,35 +141,39 @@ struct Lanes {
     return __builtin_convertvector(b, I) != 0;
   }
 
-  // ---- reductions over the lanes, always in the same order ----
+  // ---- reductions over the lanes, always in the same order: halves, quarters, ... ----
   static ABSGD_FN T sum(V x) {
-    T part[N];
-    __builtin_memcpy(part, &x, sizeof(x));
-    for (int width = N / 2; width > 0; width /= 2)
-      for (int j = 0; j < width; ++j) part[j] += part[j + width];
-    return part[0];
+    return fold<ABSGD_REGISTER_BYTES>(x, [](auto a, auto b) { return a + b; });
   }
   static ABSGD_FN T highest(V x) {
-    T part[N];
-    __builtin_memcpy(part, &x, sizeof(x));
-    for (int width = N / 2; width > 0; width /= 2)
-      for (int j = 0; j < width; ++j) part[j] = part[j] > part[j + width] ? part[j] : part[j + width];
-    return part[0];
+    return fold<ABSGD_REGISTER_BYTES>(x, [](auto a, auto b) { return a > b ? a : b; });
+  }
+  template <int Bytes, class W, class F>
+  static ABSGD_FN T fold(W x, F f) {
+    if constexpr (Bytes > 16) {
+      typedef T Part __attribute__((vector_size(Bytes / 2)));
+      Part half[2];
+      __builtin_memcpy(half, &x, Bytes);
+      return fold<Bytes / 2>(f(half[0], half[1]), f);
+    } else if constexpr (sizeof(T) == 8) {
+      return f(T(x[0]), T(x[1]));
+    } else {
+      return f(f(T(x[0]), T(x[2])), f(T(x[1]), T(x[3])));
+    }
   }
 
   // ---- functions ----
-  // exp(x) = 2^k exp(r), |r| <= ln(2)/2; NaN stays NaN (the comparisons are false), results below 2^-126 become 0.
+  // exp(x) = 2 exp(r) 2^(k-1), |r| <= ln(2)/2. No test of special cases: x is clamped to where 2^(k-1) has become 0 or
+  // inf (so results below 2^-125 are 0), and a NaN, which passes max and min as their second operand, ends in a product.
   static ABSGD_FN V exp(V x) {
     using K = Traits<T>;
-    const V clamped = x < set(K::exp_lowest) ? set(K::exp_lowest) : x;
-    const V shifted = clamped * set(T(1.4426950408889634)) + set(K::magic);  // k sits in the low bits
-    const V k = shifted - set(K::magic);
+    const V clamped = min(set(K::exp_highest), max(set(K::exp_lowest), x));
+    const V shifted = clamped * set(T(1.4426950408889634)) + set(K::round + K::exp_bias);
+    const V k = shifted - set(K::round + K::exp_bias);
     const V r = (clamped - k * set(K::ln2_hi)) - k * set(K::ln2_lo);
-    V p = set(K::exp_coefficients[K::exp_terms - 1]);
-    for (int j = K::exp_terms - 2; j >= 0; --j) p = p * r + set(K::exp_coefficients[j]);
-    const V scaled = bits_as<V>(bits_as<I>(p) + (bits_as<I>(shifted) << K::mantissa));
-    const V low = x < set(K::exp_lowest) ? set(0) : scaled;
-    return x > set(K::exp_highest) ? set(T(__builtin_inf())) : (x == x ? low : x);
+    V p = set(2 * K::exp_coefficients[K::exp_terms - 1]);
+    for (int j = K::exp_terms - 2; j >= 0; --j) p = p * r + set(2 * K::exp_coefficients[j]);
+    return p * bits_as<V>(bits_as<I>(shifted) << K::mantissa);
   }
   // log(x) for x > 0: x = 2^k m, sqrt(1/2) <= m < sqrt(2), log m = 2 atanh((m - 1) / (m + 1)); inf and NaN pass through.
   static ABSGD_FN V log(V x) {

@@ -98,6 +98,7 @@ ABSGD_FN void store_rows(const RowPointers<S>& rows, int first, int64_t c, typen
 // classes of one row; with few classes, or classes that are not adjacent, it holds one class of N rows, which needs no
 // reduction across lanes (at 128 x 10 that is 0.9 us instead of 2.4).
 constexpr int64_t kFewClasses = 48;
+constexpr int64_t kCachedClasses = 2048;  // a tile of so many classes stays in the second-level cache
 
 template <class L>
 struct Tile {
@@ -171,29 +172,35 @@ struct RowOfClasses {
     return L::highest(L::max(L::max(m0, m1), L::max(m2, m3)));
   }
 
-  // sum over k != label of exp(x_k - max)
+  // sum over k != label of exp(x_k - max). Only the chunk that holds the label compares indices; no branch depends on
+  // where in the chunk it is (a mispredicted branch costs as much as 40 classes).
   T rest(T max, int64_t label) const {
     const V m = L::set(max);
+    const I own = L::set_int(typename L::Int(label));
     V sum[4] = {};
-    auto add = [&](int64_t begin, int64_t end) {
+    auto add = [&](V& into, int64_t k, bool compare) {
+      const V e = L::exp(L::load(x + k * L::N) - m);
+      into += compare ? L::select(index(k * L::N) == own, L::set(0), e) : e;
+    };
+    for (int64_t begin = 0; begin < whole(); begin += kChunk) {
+      const int64_t end = smaller(begin + kChunk, whole());
+      const bool here = label >= begin * L::N && label < end * L::N;
       int64_t k = begin;
-      for (; k + 4 <= end; k += 4)
-        for (int u = 0; u < 4; ++u) sum[u] += L::exp(L::load(x + (k + u) * L::N) - m);
-      for (; k < end; ++k) sum[0] += L::exp(L::load(x + k * L::N) - m);
-    };
-    auto add_some = [&](int64_t first, I which) {
-      const I not_label = index(first) != L::set_int(typename L::Int(label));
-      sum[1] += L::select(which & not_label, L::exp(L::load(x + first) - m), L::set(0));
-    };
-    const int64_t own = label / L::N;
-    add(0, smaller(own, whole()));
-    if (own < whole()) {
-      add_some(own * L::N, L::set_int(-1));
-      add(own + 1, whole());
+      if (here) {
+        for (; k + 2 <= end; k += 2) add(sum[0], k, true), add(sum[1], k + 1, true);
+      } else {
+        for (; k + 4 <= end; k += 4)
+          for (int u = 0; u < 4; ++u) add(sum[u], k + u, false);
+      }
+      for (; k < end; ++k) add(sum[2], k, true);
     }
-    if (has_tail()) add_some(tail(), fresh());
+    if (has_tail()) {
+      const V e = L::exp(L::load(x + tail()) - m);
+      sum[3] += L::select(fresh() & (index(tail()) != own), e, L::set(0));
+    }
     return L::sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
+  static constexpr int64_t kChunk = 32;  // registers
 
   // sum_k v_k (x_k - max), v = null: 1
   T weighted_gaps(T max, const T* v) const {
@@ -279,12 +286,19 @@ int64_t logit_stats_typed(const LogitArgs& a, int64_t begin, int64_t end) {
       t.max[j] = t.rest[j] = t.others[j] = 0;
     }
     if (many) {
-      for (int j = 0; j < count; ++j) {
-        if (!t.valid[j]) continue;
-        const RowOfClasses<L, S> row{rows.row[j], a.classes};
-        t.max[j] = row.max();
-        t.rest[j] = row.rest(t.max[j], t.label[j]);
-        if (smooth) t.others[j] = row.weighted_gaps(t.max[j], v);
+      // All maxima of a tile first, then all sums: no sum waits for its own maximum (128 x 100: 4.4 -> 3.7 us). Rows that
+      // together leave the cache are finished one by one.
+      const int step = a.classes <= kCachedClasses ? int(kTileRows) : 1;
+      for (int j = 0; j < count; j += step) {
+        const int stop = int(smaller(j + step, count));
+        for (int i = j; i < stop; ++i)
+          if (t.valid[i]) t.max[i] = RowOfClasses<L, S>{rows.row[i], a.classes}.max();
+        for (int i = j; i < stop; ++i) {
+          if (!t.valid[i]) continue;
+          const RowOfClasses<L, S> row{rows.row[i], a.classes};
+          t.rest[i] = row.rest(t.max[i], t.label[i]);
+          if (smooth) t.others[i] = row.weighted_gaps(t.max[i], v);
+        }
       }
     } else {
       for (int j = 0; j < count; j += L::N) {
