@@ -52,8 +52,8 @@ def main(argv=None):
         return _fail(1, "interrupted")
     except OSError as error:
         return _fail(1, error)
-    except SystemExit as leaving:  # --help
-        return leaving.code or 0
+    except SystemExit as leaving:  # --help, or the benchmarks' own options
+        return _fail(1, leaving) if isinstance(leaving.code, str) else leaving.code or 0
 
 
 def _fail(code, message):
@@ -167,7 +167,7 @@ def _doctor(arguments, argv):
 
 
 def _train(arguments, argv):
-    _require(["rich", "jinja2", "matplotlib"] + ["sklearn"] * (arguments.dataset == "digits"))
+    _require(["rich", "jinja2", "matplotlib", "scipy"] + ["sklearn"] * (arguments.dataset == "digits"))
     import torch
 
     from absgd_fast.experiments import data
@@ -183,8 +183,8 @@ def _train(arguments, argv):
     except (ValueError, FileNotFoundError) as error:
         raise Refused(error) from error
     before = torch.get_num_threads()
-    # On digits' small networks two threads gain nothing (0.57 and 0.60 s per run), and on a busy machine, where they
-    # wait for each other, they lose everything (13 s).
+    # On digits' small networks a second thread hardly gains (0.57 s per run against 0.60), and on a busy machine, where
+    # the two wait for each other, it loses everything (13 s).
     torch.set_num_threads(arguments.threads or (1 if config.dataset == "digits" else before))
     try:
         return _train_and_report(config, source, out, [PROGRAM, *argv])

@@ -16,6 +16,7 @@ from .reference import NORMALIZERS, real_dtype
 _robust_logit_loss = torch.ops.absgd_fast.robust_logit_loss.default
 _robust_loss = torch.ops.absgd_fast.robust_loss.default
 _transformed = torch._C._are_functorch_transforms_active
+_distributed = torch.distributed.is_initialized if torch.distributed.is_available() else lambda: False
 
 
 class RelativeLam:
@@ -244,7 +245,7 @@ class ABLoss(nn.Module):
             raise ValueError("groups: only a rule uses groups; leave it out")
         grad_mode = torch.is_grad_enabled()
         learns = update and grad_mode and self.training
-        if learns and self.process_group is not None:
+        if learns and _distributed() and self.process_group is not None:
             self._check_one_process()
         spec = fused_spec(self._modules.get("criterion")) if len(args) == 2 else None
         if spec is None:
@@ -359,10 +360,11 @@ class ABLoss(nn.Module):
             self._lam_is_open = False
 
     def _check_one_process(self) -> None:
-        if self.process_group is not None and _processes(self.process_group) > 1:
+        processes = torch.distributed.get_world_size(None if self.process_group == "auto" else self.process_group)
+        if processes > 1:
             raise NotImplementedError(
-                f"process_group: got {self.process_group!r} on {_processes(self.process_group)} processes, which is not "
-                "available yet; process_group=None normalises each process by itself"
+                f"process_group: got {self.process_group!r} on {processes} processes, which is not available yet; "
+                "process_group=None normalises each process by itself"
             )
 
     def extra_repr(self) -> str:
@@ -392,13 +394,6 @@ def _checked(losses: object) -> Tensor:
     if not losses.is_floating_point():
         raise TypeError(f"ABLoss: criterion returned {losses.dtype}, expected floating per-sample losses")
     return losses
-
-
-def _processes(group) -> int:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 1
-    return distributed.get_world_size(None if group == "auto" else group)
 
 
 def _not_yet(name: str, given: bool, instead: str) -> None:

@@ -3,11 +3,12 @@
 // no loop over data: a second pool of threads would get in the way of torch's.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstring>
 #include <unordered_map>
 #include <vector>
 
-#include "step_table.h"
+#include "launch.h"
 
 namespace py = pybind11;
 
@@ -238,7 +239,8 @@ class StepPlan {
   void write_table() {
     const size_t groups = sizeof(absgd::StepTable), tensors = groups + groups_.size() * sizeof(absgd::StepGroup);
     const size_t bytes = tensors + tensors_.size() * sizeof(absgd::StepTensor);
-    if (bytes > capacity_) {
+    const bool grown = bytes > capacity_;
+    if (grown) {
       table_ = allocate_((bytes + 7) / 8);
       DLTensor t;
       if (api_->dltensor_from_py_object(table_.ptr(), &t) != 0) throw py::error_already_set();
@@ -249,13 +251,14 @@ class StepPlan {
     auto stayed = [](const absgd::StepTensor& a, const absgd::StepTensor& b) {
       return a.param == b.param && a.buffer == b.buffer && a.count == b.count && a.dtype == b.dtype;
     };
-    if (!std::equal(tensors_.begin(), tensors_.end(), before_.begin(), before_.end(), stayed))
-      overlap_ = absgd::step_overlaps(tensors_.data(), int64_t(tensors_.size()));
+    const bool same = std::equal(tensors_.begin(), tensors_.end(), before_.begin(), before_.end(), stayed);
+    const absgd::StepTable* last = same && !grown ? reinterpret_cast<absgd::StepTable*>(memory_) : nullptr;
+    const absgd::StepTable table{elements_, int64_t(tensors_.size()), reinterpret_cast<absgd::StepTensor*>(memory_ + tensors),
+                                 reinterpret_cast<absgd::StepGroup*>(memory_ + groups), last != nullptr && last->checked,
+                                 last != nullptr && last->overlap};
+    std::memcpy(memory_, &table, sizeof(table));
     std::memcpy(memory_ + groups, groups_.data(), groups_.size() * sizeof(absgd::StepGroup));
     std::memcpy(memory_ + tensors, tensors_.data(), tensors_.size() * sizeof(absgd::StepTensor));
-    const absgd::StepTable table{elements_, int64_t(tensors_.size()), reinterpret_cast<absgd::StepTensor*>(memory_ + tensors),
-                                 reinterpret_cast<absgd::StepGroup*>(memory_ + groups), overlap_};
-    std::memcpy(memory_, &table, sizeof(table));
   }
 
   const Names names_;
@@ -273,7 +276,6 @@ class StepPlan {
   int64_t elements_ = 0;
   char* memory_ = nullptr;
   size_t capacity_ = 0;
-  bool overlap_ = false;
 };
 
 }  // namespace

@@ -16,6 +16,7 @@ enum class Dtype : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
 // ---- losses on logits ----------------------------------------------------------------------------------------------
 
+constexpr int64_t kFewClasses = 48;  // below, a SIMD register holds rows instead of classes
 constexpr int64_t kTileRows = 16;  // rows that one tile finishes together; per-row scratch is padded to whole tiles
 
 struct LogitArgs {
@@ -39,10 +40,12 @@ struct LogitArgs {
   uint8_t* valid;             // 0 = ignored
 
   // gradient: factor_i * d loss_i / d logits
-  void* grad;                 // (batch, classes, inner) contiguous
+  void* grad;                 // (batch, classes, inner) contiguous; or null
+  bool keep;                  // logit_stats leaves exp(a - max) in grad, for logit_grads to scale
   const void* factor;         // (batch * inner) real; or null = 1
 
   int64_t rows() const { return batch * inner; }
+  bool along_classes() const { return stride_class == 1 && inner == 1 && classes >= kFewClasses; }
   int64_t tiles() const { return (rows() + kTileRows - 1) / kTileRows; }
 };
 
@@ -107,6 +110,37 @@ struct ScaleArgs {
 //
 // The elements of all tensors form one flat index space, so threads get equal shares whatever the sizes of the tensors.
 
+struct Layout {
+  int64_t dim;
+  const int64_t *sizes, *strides;  // (dim), in elements
+
+  ABSGD_FN int64_t count() const {
+    int64_t out = 1;
+    for (int64_t d = 0; d < dim; ++d) out *= sizes[d];
+    return out;
+  }
+  // Element i of the one and element i of the other lie at the same place.
+  ABSGD_FN bool same(const Layout& other) const {
+    if (dim != other.dim) return false;
+    for (int64_t d = 0; d < dim; ++d)
+      if (sizes[d] != other.sizes[d] || (sizes[d] > 1 && strides[d] != other.strides[d])) return false;
+    return true;
+  }
+  // The elements fill a block of memory, each place once, in whatever order of dimensions (channels_last).
+  ABSGD_FN bool dense() const {
+    int64_t block = 1;
+    for (bool grew = true; grew;) {
+      grew = false;
+      for (int64_t d = dim - 1; d >= 0; --d)
+        if (sizes[d] > 1 && strides[d] == block) {
+          block *= sizes[d];
+          grew = true;
+        }
+    }
+    return block == count() || count() == 0;
+  }
+};
+
 struct StepGroup {
   double lr, momentum, dampening, weight_decay;
   bool nesterov, maximize, heavy_ball;
@@ -125,7 +159,8 @@ struct StepTable {
   int64_t elements, tensor_count;
   const StepTensor* tensors;  // ordered by begin, without gaps
   const StepGroup* groups;
-  bool overlap;               // some share memory: one tensor after the other
+  bool checked;               // `overlap` is known for these tensors
+  bool overlap;               // some of the tensors written share memory: one after the other, then
 };
 
 constexpr int64_t kStepBlock = 64;  // a share of the flat index ends at a multiple of this within a tensor

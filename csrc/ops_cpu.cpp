@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstring>
@@ -19,7 +20,6 @@
 #endif
 
 #include "launch.h"
-#include "step_table.h"
 
 namespace {
 
@@ -133,6 +133,8 @@ void parallel(int64_t items, int64_t elements_per_item, const F& f) {
   torch::stable::parallel_for(0, items, grain > 0 ? grain : 1, f);
 }
 
+constexpr size_t kCacheBytes = size_t(32) << 20;
+
 // ---- losses on logits ----------------------------------------------------------------------------------------------
 
 // logits (B, C, d1, ...) as (batch, classes, inner) with strides; copies only where d1, ... have no common stride.
@@ -212,25 +214,36 @@ struct Logits {
       }
   }
 
-  Tensor grads(const void* factors) {
+  // Room for the gradient, before stats(): the exponentials of the forward pass are kept there while that saves time
+  // (512 x 1000 fp32: 0.35 -> 0.25 ns per element; nothing where the gradient leaves the cache in between).
+  Tensor make_grad(bool wanted) {
+    if (!wanted) return empty_none(args.dtype);
     Tensor grad = empty_cpu(logits.sizes().data(), logits.dim(), args.dtype);
     args.grad = grad.data_ptr();
-    prefer_huge_pages(args.grad, size_t(args.rows() * args.classes) * size_of(args.dtype));
+    const size_t bytes = size_t(args.rows() * args.classes) * size_of(args.dtype);
+    prefer_huge_pages(args.grad, bytes);
+    args.keep = args.dtype == real() && args.along_classes() && bytes <= kCacheBytes;
+    return grad;
+  }
+
+  void grads(const void* factors) {
+    if (args.grad == nullptr) return;
     args.factor = factors;
     parallel(args.tiles(), kTileRows * args.classes,
              [&](int64_t begin, int64_t end) { cpu_kernels().logit_grads(args, begin, end); });
-    return grad;
   }
 };
 
 std::tuple<Tensor, Tensor> logit_loss(Tensor logits, Tensor target, std::optional<Tensor> class_weight, double label_smoothing,
                                       int64_t ignore_index, bool with_grad) {
   Logits rows(logits, target, class_weight, label_smoothing, ignore_index, std::nullopt);
+  Tensor grad = rows.make_grad(with_grad);
   rows.stats();
+  rows.grads(nullptr);
   const auto shape = rows.target.sizes();
   Tensor losses = empty_cpu(shape.data(), rows.target.dim(), rows.real());
   if (rows.args.rows() > 0) std::memcpy(losses.data_ptr(), rows.args.losses, size_t(rows.args.rows()) * size_of(rows.real()));
-  return {losses, with_grad ? rows.grads(nullptr) : empty_none(rows.args.dtype)};
+  return {losses, grad};
 }
 
 // ---- robust weights ------------------------------------------------------------------------------------------------
@@ -324,6 +337,7 @@ std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(Tensor logits, Tensor targe
   a.max_weight = max_weight;
   a.scores = per_row(score, count, code_of(a.dtype), "score");
   a.sample_weight = per_row(sample_weight, count, code_of(a.dtype), "sample_weight");
+  Tensor grad = rows.make_grad((mode & kWithGrad) != 0);
   rows.stats();  // raises on a bad label, before anything is written
 
   const Rows out(rows.target, count, a.dtype);
@@ -336,7 +350,7 @@ std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(Tensor logits, Tensor targe
   out.fill(a);
   Tensor loss = empty_scalar(a.dtype);
   Scalar(loss, "loss").set(value);
-  Tensor grad = (mode & kWithGrad) != 0 ? rows.grads(rows.factor) : empty_none(rows.args.dtype);
+  rows.grads(rows.factor);
   commit(outcome, mode, state, nonfinite);
   return {loss, out.tensor, grad};
 }
@@ -458,7 +472,30 @@ void scale_(Tensor grad, Tensor upstream) { run_scale(grad, grad, upstream); }
 
 // ---- momentum step -------------------------------------------------------------------------------------------------
 
-void run_step(const StepTable& table) {
+// Whether two of the tensors that a step writes share memory (a parameter listed twice, `a.data = b.data`): then the
+// tensors must be updated one after the other.
+bool step_overlaps(const StepTensor* tensors, int64_t count) {
+  struct Range {
+    const char *begin, *end;
+  };
+  std::vector<Range> ranges;
+  ranges.reserve(size_t(2 * count));
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t bytes = tensors[j].count * (tensors[j].dtype == Dtype::f64 ? 8 : 4);
+    for (void* start : {tensors[j].param, tensors[j].buffer})
+      if (start != nullptr && bytes > 0) ranges.push_back({static_cast<char*>(start), static_cast<char*>(start) + bytes});
+  }
+  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  for (size_t j = 1; j < ranges.size(); ++j)
+    if (ranges[j].begin < ranges[j - 1].end) return true;
+  return false;
+}
+
+void run_step(StepTable& table) {
+  if (!table.checked) {
+    table.overlap = step_overlaps(table.tensors, table.tensor_count);
+    table.checked = true;
+  }
   if (!table.overlap) {
     parallel(table.elements, 1, [&](int64_t begin, int64_t end) { cpu_kernels().sgd_step(table, begin, end); });
     return;
@@ -472,7 +509,7 @@ void sgd_planned_step(Tensor table) {
   STD_TORCH_CHECK(table.is_contiguous() && table.scalar_type() == ScalarType::Long &&
                       size_t(table.numel()) * sizeof(int64_t) >= sizeof(StepTable),
                   "sgd_planned_step: expected the table of a StepPlan");
-  run_step(*static_cast<const StepTable*>(table.data_ptr()));
+  run_step(*static_cast<StepTable*>(table.data_ptr()));
 }
 
 Layout layout_of(const Tensor& t) { return {t.dim(), t.sizes().data(), t.strides().data()}; }
@@ -504,7 +541,7 @@ void sgd_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vecto
   const StepGroup group{lr, momentum, dampening, weight_decay, nesterov, maximize, heavy_ball};
   std::vector<Fitted> written, read;
   std::vector<StepTensor> tensors;
-  StepTable table{0, int64_t(params.size()), nullptr, &group, false};
+  StepTable table{0, int64_t(params.size()), nullptr, &group, false, false};
   for (size_t j = 0; j < params.size(); ++j) {
     const Tensor param = written.emplace_back(params[j], params[j]).fitted;
     void* buffer = momentum != 0 ? written.emplace_back(momentum_buffers[j], param).fitted.data_ptr() : nullptr;
@@ -513,7 +550,6 @@ void sgd_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vecto
     table.elements += tensors.back().count;
   }
   table.tensors = tensors.data();
-  table.overlap = step_overlaps(tensors.data(), table.tensor_count);
   run_step(table);
   for (Fitted& t : written) t.restore();
 }

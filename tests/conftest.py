@@ -63,6 +63,8 @@ def identity(losses):
 class Losses:
     """A callable that returns the per-sample losses; rows are ignored through mask=."""
 
+    zeroes_ignored = True  # the gradient of an ignored row is 0 even where it holds NaN
+
     def criterion(self, backend):
         return identity
 
@@ -78,6 +80,8 @@ class Losses:
 
 class Fused:
     """Two-class logits with these cross-entropies; rows are ignored through ignore_index."""
+
+    zeroes_ignored = True
 
     def criterion(self, backend):
         return ab.CrossEntropy(backend=backend)
@@ -99,6 +103,8 @@ class Fused:
 
 class Wrapped(Fused):
     """The same logits through torch's own module; rows are ignored through mask=."""
+
+    zeroes_ignored = False  # torch's backward of cross-entropy makes 0 * NaN of a zero upstream gradient
 
     def criterion(self, backend):
         return torch.nn.CrossEntropyLoss(reduction="none")

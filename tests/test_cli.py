@@ -164,11 +164,16 @@ def test_a_real_interrupt(in_an_empty_folder):
     command += ["--epochs", "20", "--seeds", "10000", "--threads", "1", "--out", "results"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=in_an_empty_folder
-    )
-    first = process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=in_an_empty_folder,
+        # a shell's background job, which the tests may be, has SIGINT ignored, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        first = process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert first.startswith("seed 0") and process.returncode == 1 and "Traceback" not in err
     results = json.loads((in_an_empty_folder / "results" / "results.json").read_text())
     assert results["partial"] is True and 1 <= len(results["runs"]) < 20000

@@ -480,7 +480,8 @@ def test_only_shared_seeds_are_paired():
     [
         ([3, 4, 5], "better", r"^Yes. absgd beat sgd by 5.3 ± 0.8 points .*66.3 % against 61.0 %.*3 of them",
          r"rose on 3 of 3 classes, most on class 2 \(\+8.0 points, 1 training image\).*It fell on none.*"
-         r"1 largest classes: \+4.0 points; over the 2 smallest: \+6.0\. In the last epoch right labels weighed 1.50 on average, wrong ones 0.10"),
+         r"1 largest classes: \+4.0 points; over the 2 smallest: \+6.0\. "
+         r"In the last epoch right labels weighed 1.50 on average, wrong ones 0.10"),
         ([-3, -4, -5], "worse", r"^No, it did harm. absgd fell behind sgd by 5.3 ± 0.8 points .*better in 0 of them",
          r"rose on 0 of 3 classes. It fell on 3, most on class 2 \(−8.0 points, 1 training image\)"),
         ([3, -3, 0.3], "unclear", r"^Not shown. .* \+0.1 ± .*interval, −.* to \+.*, contains 0", "rose on 3"),

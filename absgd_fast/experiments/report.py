@@ -239,7 +239,7 @@ def _cost(method, by_method, seeds):
 
 
 def _time_ratios(mine, base):
-    return [mine[s]["seconds"] / base[s]["seconds"] for s in sorted(mine.keys() & base.keys()) if base[s]["seconds"] > 0]
+    return [mine[s]["seconds"] / base[s]["seconds"] for s in sorted(mine.keys() & base.keys())]
 
 
 def notes(results):

@@ -94,10 +94,9 @@ ABSGD_FN void store_rows(const RowPointers<S>& rows, int first, int64_t c, typen
 
 // ---- losses on logits ----------------------------------------------------------------------------------------------
 //
-// Two walks over a tile of rows give the same numbers per row. With many adjacent classes a SIMD register holds
-// classes of one row; with few classes, or classes that are not adjacent, it holds one class of N rows, which needs no
-// reduction across lanes (at 128 x 10 that is 0.9 us instead of 2.4).
-constexpr int64_t kFewClasses = 48;
+// Two walks over a tile of rows give the same numbers per row. With many adjacent classes (LogitArgs::along_classes) a
+// SIMD register holds classes of one row; with few classes, or classes that are not adjacent, it holds one class of N
+// rows, which needs no reduction across lanes (at 128 x 10 that is 0.9 us instead of 2.4).
 constexpr int64_t kCachedClasses = 2048;  // a tile of so many classes stays in the second-level cache
 
 template <class L>
@@ -173,13 +172,19 @@ struct RowOfClasses {
   }
 
   // sum over k != label of exp(x_k - max). Only the chunk that holds the label compares indices; no branch depends on
-  // where in the chunk it is (a mispredicted branch costs as much as 40 classes).
-  T rest(T max, int64_t label) const {
+  // where in the chunk it is (a mispredicted branch costs as much as 40 classes). The exponentials go to `kept`.
+  template <bool Keep>
+  T rest(T max, int64_t label, T* kept) const {
     const V m = L::set(max);
     const I own = L::set_int(typename L::Int(label));
     V sum[4] = {};
+    auto exponential = [&](int64_t first) {
+      const V e = L::exp(L::load(x + first) - m);
+      if constexpr (Keep) L::store(kept + first, e);
+      return e;
+    };
     auto add = [&](V& into, int64_t k, bool compare) {
-      const V e = L::exp(L::load(x + k * L::N) - m);
+      const V e = exponential(k * L::N);
       into += compare ? L::select(index(k * L::N) == own, L::set(0), e) : e;
     };
     for (int64_t begin = 0; begin < whole(); begin += kChunk) {
@@ -195,7 +200,7 @@ struct RowOfClasses {
       for (; k < end; ++k) add(sum[2], k, true);
     }
     if (has_tail()) {
-      const V e = L::exp(L::load(x + tail()) - m);
+      const V e = exponential(tail());
       sum[3] += L::select(fresh() & (index(tail()) != own), e, L::set(0));
     }
     return L::sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
@@ -214,16 +219,18 @@ struct RowOfClasses {
     return L::sum(sum);
   }
 
-  // grad_k = exp(x_k - max) * scale - spread v_k, except at the label
+  // grad_k = exp(x_k - max) * scale - spread v_k, except at the label. Kept: the exponentials already stand in grad.
+  template <bool Kept>
   void gradient(S* grad, T max, T scale, T spread, const T* v, int64_t label, T at_label) const {
     const V m = L::set(max), s = L::set(scale);
     auto value = [&](int64_t first) {
-      const V g = L::exp(L::load(x + first) - m) * s;
+      const V g = (Kept ? L::load(grad + first) : L::exp(L::load(x + first) - m)) * s;
       if (spread == 0) return g;
       return g - (v == nullptr ? L::set(spread) : L::load(v + first) * L::set(spread));
     };
+    const V last = value(tail());  // read before its neighbour is overwritten
     for (int64_t k = 0; k < whole(); ++k) L::store(grad + k * L::N, value(k * L::N));
-    if (has_tail()) L::store(grad + tail(), value(tail()));
+    L::store(grad + tail(), last);
     S out[L::N];
     L::store(out, L::set(at_label - (v == nullptr ? spread : spread * v[label])));
     grad[label] = out[0];
@@ -272,7 +279,7 @@ int64_t logit_stats_typed(const LogitArgs& a, int64_t begin, int64_t end) {
   using L = Lanes<T>;
   using V = typename L::V;
   const T* v = static_cast<const T*>(a.class_weight);
-  const bool smooth = a.label_smoothing != 0, many = a.stride_class == 1 && a.classes >= kFewClasses;
+  const bool smooth = a.label_smoothing != 0, many = a.along_classes();
   const T total_v = smooth ? total_class_weight<T>(a) : T(0);
   int64_t bad = kAllLabelsGood;
   Tile<L> t;
@@ -296,7 +303,8 @@ int64_t logit_stats_typed(const LogitArgs& a, int64_t begin, int64_t end) {
         for (int i = j; i < stop; ++i) {
           if (!t.valid[i]) continue;
           const RowOfClasses<L, S> row{rows.row[i], a.classes};
-          t.rest[i] = row.rest(t.max[i], t.label[i]);
+          T* kept = a.keep ? static_cast<T*>(a.grad) + (first + i) * a.classes : nullptr;
+          t.rest[i] = kept ? row.template rest<true>(t.max[i], t.label[i], kept) : row.template rest<false>(t.max[i], t.label[i], kept);
           if (smooth) t.others[i] = row.weighted_gaps(t.max[i], v);
         }
       }
@@ -327,8 +335,7 @@ void logit_grads_typed(const LogitArgs& a, int64_t begin, int64_t end) {
   using L = Lanes<T>;
   using V = typename L::V;
   const T* v = static_cast<const T*>(a.class_weight);
-  const bool smooth = a.label_smoothing != 0;
-  const bool many = a.stride_class == 1 && a.inner == 1 && a.classes >= kFewClasses;
+  const bool smooth = a.label_smoothing != 0, many = a.along_classes();
   const T total_v = smooth ? total_class_weight<T>(a) : T(0), spread = T(a.label_smoothing / double(a.classes));
   const T* factor = static_cast<const T*>(a.factor);
   Tile<L> t;
@@ -357,7 +364,9 @@ void logit_grads_typed(const LogitArgs& a, int64_t begin, int64_t end) {
           __builtin_memset(grads.row[j], 0, size_t(a.classes) * sizeof(S));
           continue;
         }
-        RowOfClasses<L, S>{rows.row[j], a.classes}.gradient(grads.row[j], max[j], scale[j], s[j], v, t.label[j], at_label[j]);
+        const RowOfClasses<L, S> row{rows.row[j], a.classes};
+        const auto write = a.keep ? &RowOfClasses<L, S>::template gradient<true> : &RowOfClasses<L, S>::template gradient<false>;
+        (row.*write)(grads.row[j], max[j], scale[j], s[j], v, t.label[j], at_label[j]);
       }
     } else {
       for (int j = 0; j < count; j += L::N) {
