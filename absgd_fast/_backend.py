@@ -71,6 +71,7 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
+@torch.compiler.assume_constant_result  # what can run does not change between two calls of a compiled function
 def select(device: torch.device, backend: str | None = None) -> str:
     """The backend that serves tensors on `device`: the forced one, or the fastest that can run.
 

@@ -186,5 +186,5 @@ def robust_weights(
         return reference.robust_weights(losses, log_s, lam, gamma=gamma, alpha=alpha, init=init, mask=mask)
     log_s = torch.as_tensor(log_s, dtype=state, device=losses.device).detach()
     lam = torch.as_tensor(lam, dtype=real, device=losses.device).detach()
-    mode = ops.mode("moving", init)
-    return ops.robust_weights(losses.to(real).contiguous(), log_s, lam, mask, float(gamma), float(alpha), mode)
+    flags = ops.flags("moving", init)
+    return ops.robust_weights(losses.to(real).contiguous(), log_s, lam, mask, float(gamma), float(alpha), flags)

@@ -39,6 +39,7 @@ class LogitLoss(nn.Module):
         if self.reduction == "sum":
             return losses.sum()
         valid = target != self.ignore_index
+        losses = losses.where(valid, 0)  # ignored rows have gradient 0 even where nothing is left to divide by
         if self.weight is None:
             return losses.sum() / valid.sum()
         weight = self.weight.to(losses.device, real_dtype(logits.dtype))

@@ -19,20 +19,20 @@ _lib = torch.library.Library("absgd_fast", "DEF")
 
 # ---- schemas and fakes ---------------------------------------------------------------------------------------------
 
-# `mode` packs what never changes within a run into one integer (an argument costs 40 ns); ops_cpu.cpp has the same bits.
+# `flags` packs what never changes within a run into one integer (an argument costs 40 ns); ops_cpu.cpp has the same bits.
 INIT_FIRST, UPDATE, WITH_GRAD = 4, 8, 16
 
 
-def mode(normalizer: str, init: str) -> int:
-    """Bits of the `mode` argument.
+def flags(normalizer: str, init: str) -> int:
+    """Bits of the `flags` argument.
 
-    >>> mode("batch", "first") == 1 | INIT_FIRST
+    >>> flags("batch", "first") == 1 | INIT_FIRST
     True
     """
     return NORMALIZERS.index(normalizer) | (INIT_FIRST if init == "first" else 0)
 
 
-_STATE = "Tensor(a!) log_s, Tensor(b!) nonfinite, Tensor lam, float gamma, float alpha, float mix, float max_weight, int mode"
+_STATE = "Tensor(a!) log_s, Tensor(b!) nonfinite, Tensor lam, float gamma, float alpha, float mix, float max_weight, int flags"
 _ROWS = "Tensor? score, Tensor? sample_weight, Tensor? mask"
 _LOSS = "Tensor logits, Tensor target, Tensor? class_weight, float label_smoothing, int ignore_index"
 
@@ -47,33 +47,36 @@ def _define(schema: str):
     return torch.library.register_fake(f"absgd_fast::{name}", lib=_lib)
 
 
-def _made(like: Tensor, with_grad: bool, dtype: torch.dtype) -> Tensor:
+def _made(like: Tensor, with_grad: bool) -> Tensor:
+    """A gradient made in the forward pass. Not in float16: what a loss scale (GradScaler) is there to lift into range would
+    already be 0 when backward brings that scale."""
+    dtype = torch.float32 if like.dtype == torch.float16 else like.dtype
     return like.new_empty(like.shape if with_grad else (0,), dtype=dtype)
 
 
 @_define(f"logit_loss({_LOSS}, bool with_grad) -> (Tensor losses, Tensor grad)")
 def _(logits, target, class_weight, label_smoothing, ignore_index, with_grad):
-    return logits.new_empty(target.shape, dtype=real_dtype(logits.dtype)), _made(logits, with_grad, logits.dtype)
+    return logits.new_empty(target.shape, dtype=real_dtype(logits.dtype)), _made(logits, with_grad)
 
 
 @_define(f"robust_logit_loss({_LOSS}, {_ROWS}, {_STATE}) -> (Tensor loss, Tensor rows, Tensor grad)")
 def _(logits, target, class_weight, label_smoothing, ignore_index, score, sample_weight, mask, log_s, nonfinite, lam,
-      gamma, alpha, mix, max_weight, mode):  # fmt: skip
+      gamma, alpha, mix, max_weight, flags):  # fmt: skip
     real = real_dtype(logits.dtype)
     rows = logits.new_empty((3, *target.shape), dtype=real)
-    return logits.new_empty((), dtype=real), rows, _made(logits, bool(mode & WITH_GRAD), logits.dtype)
+    return logits.new_empty((), dtype=real), rows, _made(logits, bool(flags & WITH_GRAD))
 
 
 @_define(f"robust_loss(Tensor losses, {_ROWS}, {_STATE}) -> (Tensor loss, Tensor rows, Tensor grad)")
-def _(losses, score, sample_weight, mask, log_s, nonfinite, lam, gamma, alpha, mix, max_weight, mode):
-    return losses.new_empty(()), losses.new_empty((3, *losses.shape)), _made(losses, bool(mode & WITH_GRAD), losses.dtype)
+def _(losses, score, sample_weight, mask, log_s, nonfinite, lam, gamma, alpha, mix, max_weight, flags):
+    return losses.new_empty(()), losses.new_empty((3, *losses.shape)), _made(losses, bool(flags & WITH_GRAD))
 
 
 @_define(
-    "robust_weights(Tensor losses, Tensor log_s, Tensor lam, Tensor? mask, float gamma, float alpha, int mode)"
+    "robust_weights(Tensor losses, Tensor log_s, Tensor lam, Tensor? mask, float gamma, float alpha, int flags)"
     " -> (Tensor weights, Tensor log_s_new, Tensor shares)"
 )
-def _(losses, log_s, lam, mask, gamma, alpha, mode):
+def _(losses, log_s, lam, mask, gamma, alpha, flags):
     return losses.new_empty(losses.shape), log_s.new_empty(()), losses.new_empty((2,), dtype=torch.float64)
 
 
@@ -82,9 +85,9 @@ def _(weights, grad_weights, grad_log_s, lam, shares):
     return weights.new_empty(weights.shape)
 
 
-@_define("scale(Tensor grad, Tensor upstream) -> Tensor")
-def _(grad, upstream):
-    return grad.new_empty(grad.shape)
+@_define("scale(Tensor grad, Tensor upstream, bool to_half) -> Tensor")
+def _(grad, upstream, to_half):
+    return grad.new_empty(grad.shape, dtype=torch.float16 if to_half else grad.dtype)
 
 
 @_define("scale_(Tensor(a!) grad, Tensor upstream) -> ()")
@@ -128,6 +131,7 @@ class _Attach(torch.autograd.Function):
     def forward(ctx, x: Tensor, made: tuple[Tensor, Tensor]) -> Tensor:
         value, grad = made
         ctx.save_for_backward(grad)
+        ctx.to_half = x.dtype == torch.float16
         return value
 
     @staticmethod
@@ -138,8 +142,8 @@ class _Attach(torch.autograd.Function):
                 "absgd_fast: create_graph=True through a fused kernel, which has only a first derivative;"
                 ' use backend="reference" for second derivatives'
             )
-        if _graph_is_kept():
-            return _scale(grad, upstream), None
+        if ctx.to_half or _graph_is_kept():
+            return _scale(grad, upstream, ctx.to_half), None
         _scale_(grad, upstream)
         return grad, None
 
@@ -150,12 +154,13 @@ class _AttachCompiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, value: Tensor, grad: Tensor) -> Tensor:
         ctx.save_for_backward(grad)
+        ctx.to_half = x.dtype == torch.float16
         return value.clone()
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
         (grad,) = ctx.saved_tensors
-        return _scale(grad, upstream), None, None
+        return _scale(grad, upstream, ctx.to_half), None, None
 
 
 # Function.apply is a Python wrapper (1 us) that serves setup_context and functorch; neither is used here: transforms
@@ -174,8 +179,8 @@ class _RobustWeights(torch.autograd.Function):
     """(W, log s') differentiable in the losses (MATH: vjp in csrc/math.h robust_weight_vjp)."""
 
     @staticmethod
-    def forward(ctx, losses, log_s, lam, mask, gamma, alpha, mode):
-        weights, new_log_s, shares = torch.ops.absgd_fast.robust_weights(losses, log_s, lam, mask, gamma, alpha, mode)
+    def forward(ctx, losses, log_s, lam, mask, gamma, alpha, flags):
+        weights, new_log_s, shares = torch.ops.absgd_fast.robust_weights(losses, log_s, lam, mask, gamma, alpha, flags)
         ctx.save_for_backward(weights, lam, shares)
         return weights, new_log_s
 

@@ -52,16 +52,18 @@ def logit_loss(
     >>> logit_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
     tensor([0.6931])
     """
-    x = logits.movedim(1, -1).to(real_dtype(logits.dtype))
     valid = target != ignore_index
     y = torch.where(valid, target, 0).long().unsqueeze(-1)
+    x = logits.movedim(1, -1).to(real_dtype(logits.dtype))
+    x = torch.where(valid.unsqueeze(-1), x, torch.zeros_like(x))  # ignored rows may hold anything
     x_y = x.gather(-1, y)
     is_label = torch.zeros_like(x, dtype=torch.bool).scatter(-1, y, True)
-    if x.shape[-1] == 1:
-        nll = (x_y - x_y).squeeze(-1)  # one class: p = 1
-    else:
-        log_r = (x - x_y).masked_fill(is_label, -math.inf).logsumexp(-1)
-        nll = torch.logaddexp(log_r, torch.zeros_like(log_r))
+    distance = (x - x_y).masked_fill(is_label, -math.inf)
+    on_top = (distance <= 0).all(-1)  # the label is a maximum, so r <= C - 1 and p >= 1 / C
+    r = torch.where(on_top.unsqueeze(-1), distance, torch.full_like(x, -math.inf)).exp().sum(-1)
+    nll = torch.where(on_top, r.log1p(), x.logsumexp(-1) - x_y.squeeze(-1))
+    top = x.detach().amax(-1) if x.numel() else nll.detach()
+    nll = nll * (1 + (top - top))  # a NaN or a +inf among the logits makes the row NaN, as everywhere in torch
     v = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device) if weight is None else weight.to(x)
     loss = (1 - label_smoothing) * v[y.squeeze(-1)] * nll
     if label_smoothing:
@@ -71,7 +73,8 @@ def logit_loss(
 
 
 def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.as_tensor(value, device=device).detach().to(dtype)
+    value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    return value.detach().to(device, dtype)
 
 
 def _split(losses: Tensor, score: Tensor, lam: Tensor, log_s: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,7 +149,8 @@ def robust_weights(
         moving = torch.where(start, math.log(gamma) + alone, torch.logaddexp(past, math.log(gamma) + alone))
         next_log_s = torch.where(start, alone, moving) if init == "first" else moving
     plain = lam.isinf()
-    weights = torch.where(good, z - torch.where(plain, 0.0, next_log_s), torch.zeros_like(z)).exp().clamp(max=max_weight)
+    weights = torch.where(good, z - torch.where(plain, 0.0, next_log_s), torch.zeros_like(z)).exp()
+    weights = torch.where(plain, weights, weights.clamp(max=max_weight))
     weights = torch.where(good, weights, torch.zeros_like(weights)).masked_fill(bad, math.nan)
     moves = (n > 0) & ~bad.any() & ~plain
     return weights, torch.where(moves, next_log_s.to(state), log_s)
@@ -186,7 +190,7 @@ def robust_loss(
         bad = weights.isnan() & valid
         n = (valid & ~bad).sum().clamp(min=1)
         plain = _scalar(lam, losses.dtype, losses.device).isinf()
-        factor = weights + torch.where(plain, 0.0, mix)
+        factor = torch.where(plain, weights, weights + mix)
         if sample_weight is not None:
             factor = factor * sample_weight.to(losses.dtype)
         factor = factor.masked_fill(bad, math.nan) / n

@@ -161,7 +161,7 @@ class ABLoss(nn.Module):
             raise ValueError(f"max_weight: got {max_weight!r}, expected a positive number or None")
         self.init = F.check_choice(init, "init", ("first", "zero"))
         self.normalizer = F.check_choice(normalizer, "normalizer", NORMALIZERS)
-        self._mode = ops.mode(self.normalizer, self.init)
+        self._flags = ops.flags(self.normalizer, self.init)
         self.process_group = process_group
         self.criterion = CrossEntropy() if criterion is None else criterion
         self.backend = backend
@@ -263,7 +263,8 @@ class ABLoss(nn.Module):
             score = F.per_sample(score, "score", target, real)
         if self._lam_is_open and learns:
             losses = self._logit_losses(logits.detach(), target, spec)
-            self._fix_lam(losses, _valid(target, ignore_index, mask))
+            valid = target != ignore_index
+            self._fix_lam(losses, valid if mask is None else valid & mask)
         with_grad = grad_mode and logits.requires_grad
         try:
             loss, rows, grad = _robust_logit_loss(
@@ -280,23 +281,26 @@ class ABLoss(nn.Module):
         """The operators' last arguments: state and numbers."""
         state = self._buffers
         lam = _PLAIN.to(state["lam"]) if self._lam_is_open else state["lam"]
-        mode = self._mode + (ops.UPDATE if learns else 0) + (ops.WITH_GRAD if with_grad else 0)
-        return state["log_s"], state["nonfinite_batches"], lam, self.gamma, self.alpha, self.mix, self.max_weight, mode
+        flags = self._flags + (ops.UPDATE if learns else 0) + (ops.WITH_GRAD if with_grad else 0)
+        return state["log_s"], state["nonfinite_batches"], lam, self.gamma, self.alpha, self.mix, self.max_weight, flags
 
     def _any_loss(self, args, sample_weight, mask, score, learns, spec=None) -> Tensor:
         """Losses of any kind first, then the weights in one operator, or all by reference.py."""
+        valid = None
         if spec is not None and _labels(args[1]):
-            losses = self._logit_losses(*args, spec)
-            valid = _valid(args[1], spec[2], None)
+            logits, target = args
+            if mask is not None:  # a row that is ignored anyway may hold anything
+                mask = F.per_sample(mask, "mask", target, torch.bool)
+                target = target.masked_fill(~mask, spec[2])
+            losses = self._logit_losses(logits, target, spec)
+            valid = target != spec[2]
         else:
-            losses, valid = _checked(self.criterion(*args)), None
+            losses = _checked(self.criterion(*args))
         real = real_dtype(losses.dtype)
         losses = losses.to(real).contiguous()
         sample_weight = F.per_sample(sample_weight, "sample_weight", losses, real)
-        mask = F.per_sample(mask, "mask", losses, torch.bool)
+        mask = F.per_sample(mask, "mask", losses, torch.bool) if valid is None else valid
         score = F.per_sample(score, "score", losses, real)
-        if valid is not None:
-            mask = valid if mask is None else valid & mask
         native = self._native(losses)
         if self._lam_is_open and learns:
             self._fix_lam(losses.detach(), mask)
@@ -352,9 +356,8 @@ class ABLoss(nn.Module):
         return native
 
     def _fix_lam(self, losses: Tensor, mask: Tensor | None) -> None:
-        """RelativeLam: lambda from the mean of the first batch that has one."""
-        counted = losses.isfinite() if mask is None else losses.isfinite() & mask
-        lam = self._relative * losses.where(counted, 0).sum() / counted.sum()
+        """RelativeLam: lambda from the first batch whose plain mean is a finite number other than 0."""
+        lam = self._relative * (losses if mask is None else losses[mask]).mean()
         if bool(lam.isfinite() & (lam != 0)):
             self.lam.copy_(lam)
             self._lam_is_open = False
@@ -378,11 +381,6 @@ _PLAIN = torch.tensor(math.inf)  # lambda while a RelativeLam is open
 def _labels(target: object) -> bool:
     """Whether these are integer labels; soft targets go to the criterion itself."""
     return isinstance(target, Tensor) and not target.dtype.is_floating_point
-
-
-def _valid(target: Tensor, ignore_index: int, mask: Tensor | None) -> Tensor:
-    valid = target != ignore_index
-    return valid if mask is None else valid & mask
 
 
 def _checked(losses: object) -> Tensor:

@@ -6,7 +6,8 @@
 
 #include <stdint.h>
 
-#include "math.h"
+// Inlined always: a copy that the linker keeps might be the one compiled for AVX-512.
+#define ABSGD_INLINE inline __attribute__((always_inline))
 
 namespace absgd {
 
@@ -20,7 +21,7 @@ constexpr int64_t kFewClasses = 48;  // below, a SIMD register holds rows instea
 constexpr int64_t kTileRows = 16;  // rows that one tile finishes together; per-row scratch is padded to whole tiles
 
 struct LogitArgs {
-  Dtype dtype;                // of logits and grad
+  Dtype dtype;                // of logits
   const void* logits;         // (batch, classes, inner), any strides, in elements
   int64_t batch, classes, inner;
   int64_t stride_batch, stride_class, stride_inner;
@@ -40,13 +41,13 @@ struct LogitArgs {
   uint8_t* valid;             // 0 = ignored
 
   // gradient: factor_i * d loss_i / d logits
-  void* grad;                 // (batch, classes, inner) contiguous; or null
+  void* grad;                 // (batch, classes, inner) contiguous, of the logits' dtype but f32 for f16; or null
   bool keep;                  // logit_stats leaves exp(a - max) in grad, for logit_grads to scale
   const void* factor;         // (batch * inner) real; or null = 1
 
-  int64_t rows() const { return batch * inner; }
-  bool along_classes() const { return stride_class == 1 && inner == 1 && classes >= kFewClasses; }
-  int64_t tiles() const { return (rows() + kTileRows - 1) / kTileRows; }
+  ABSGD_INLINE int64_t rows() const { return batch * inner; }
+  ABSGD_INLINE bool along_classes() const { return stride_class == 1 && inner == 1 && classes >= kFewClasses; }
+  ABSGD_INLINE int64_t tiles() const { return (rows() + kTileRows - 1) / kTileRows; }
 };
 
 constexpr int64_t kAllLabelsGood = INT64_MAX;
@@ -54,6 +55,9 @@ constexpr int64_t kAllLabelsGood = INT64_MAX;
 // ---- robust weights on a vector of losses --------------------------------------------------------------------------
 
 constexpr int64_t kBlock = 4096;  // losses per partial sum: fixed, so sums do not depend on the number of threads
+
+// Where log s' comes from: the moving average, this batch alone, or nowhere (log s' = 0).
+enum class Normalizer : int { moving = 0, batch = 1, none = 2 };
 
 struct RobustArgs {
   Dtype dtype;                // f32 or f64
@@ -70,7 +74,7 @@ struct RobustArgs {
   void* weights;              // (count) real
   void* factor;               // (count) real: d loss / d losses; or null
 
-  int64_t blocks() const { return (count + kBlock - 1) / kBlock; }
+  ABSGD_INLINE int64_t blocks() const { return (count + kBlock - 1) / kBlock; }
 };
 
 // log-sum-exp of z over one block: max + log(sum)
@@ -100,7 +104,7 @@ struct VjpArgs {
 struct ScaleArgs {
   Dtype dtype;                // of grad
   void* grad;                 // (batch, classes, inner) contiguous
-  const void* source;         // read from here; may be grad itself
+  const void* source;         // read from here, same dtype but f32 for f16; may be grad itself
   int64_t batch, classes, inner;
   const void* upstream;       // (batch * inner) real; or null
   double scalar;              // used where upstream is null
@@ -114,20 +118,20 @@ struct Layout {
   int64_t dim;
   const int64_t *sizes, *strides;  // (dim), in elements
 
-  ABSGD_FN int64_t count() const {
+  ABSGD_INLINE int64_t count() const {
     int64_t out = 1;
     for (int64_t d = 0; d < dim; ++d) out *= sizes[d];
     return out;
   }
   // Element i of the one and element i of the other lie at the same place.
-  ABSGD_FN bool same(const Layout& other) const {
+  ABSGD_INLINE bool same(const Layout& other) const {
     if (dim != other.dim) return false;
     for (int64_t d = 0; d < dim; ++d)
       if (sizes[d] != other.sizes[d] || (sizes[d] > 1 && strides[d] != other.strides[d])) return false;
     return true;
   }
   // The elements fill a block of memory, each place once, in whatever order of dimensions (channels_last).
-  ABSGD_FN bool dense() const {
+  ABSGD_INLINE bool dense() const {
     int64_t block = 1;
     for (bool grew = true; grew;) {
       grew = false;

@@ -51,37 +51,24 @@ struct CrossEntropy {
 
 // ---- Robust weights (Alg. 1, in the log domain) --------------------------------------------------------------------
 
-// Where log s' comes from.
-enum class Normalizer : int { moving = 0, batch = 1, none = 2 };
-
 // log((1/n) sum_i exp(z_i)) from m = max z and sum_i exp(z_i - m)
 template <class L>
 ABSGD_FN typename L::V log_mean_exp(typename L::V max, typename L::V sum, typename L::V n) {
   return max + L::log(sum) - L::log(n);
 }
 
+// log(exp(a) + exp(b)); a may be -inf, b is finite
 template <class L>
 ABSGD_FN typename L::V logaddexp(typename L::V a, typename L::V b) {
   const typename L::V hi = L::select(a > b, a, b), lo = L::select(a > b, b, a);
-  // both -inf: -inf - -inf would be NaN
-  return L::select(lo > hi - L::set(1e300), hi + L::log1p(L::exp(lo - hi)), hi);
+  return hi + L::log1p(L::exp(lo - hi));
 }
 
-// Step 5 of Alg. 1, s' = (1 - gamma) s + gamma alpha g, in logarithms; share = d log s' / d log g' times exp(log g - log s')
-// i.e. gamma' alpha, with gamma' = 1 where the batch stands alone.
-template <class V>
-struct NextState {
-  V log_s, share;
-};
+// Step 5 of Alg. 1 in logarithms, s' = (1 - gamma) s + gamma alpha g. `alone`: s' = alpha g, as if gamma were 1.
 template <class L>
-ABSGD_FN NextState<typename L::V> next_state(typename L::V log_s, typename L::V log_g, typename L::V gamma,
-                                             typename L::V alpha, Normalizer normalizer, bool init_first) {
-  using V = typename L::V;
-  if (normalizer == Normalizer::none) return {L::set(0), L::set(0)};
-  const bool start = !(log_s > L::set(-1e300));  // log s = -inf: no batch yet
-  if (normalizer == Normalizer::batch || (start && init_first)) return {L::log(alpha) + log_g, alpha};
-  const V now = L::log(gamma * alpha) + log_g;
-  return {start ? now : logaddexp<L>(L::log1p(-gamma) + log_s, now), gamma * alpha};
+ABSGD_FN typename L::V next_log_s(typename L::V log_s, typename L::V log_g, typename L::V gamma, typename L::V alpha, bool alone) {
+  if (alone) return L::log(alpha) + log_g;
+  return logaddexp<L>(L::log1p(-gamma) + log_s, L::log(gamma * alpha) + log_g);
 }
 
 // Step 6 of Alg. 1: W_i = exp(L_i / lambda) / s', clamped from above by max_weight (the state does not see the clamp).

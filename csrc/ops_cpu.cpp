@@ -55,6 +55,9 @@ int32_t code_of(Dtype dtype) {
 }
 // What losses and sums of this storage type are computed in.
 Dtype real_of(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
+// How a gradient made in the forward pass is stored. Not in float16: what a loss scale (GradScaler) is there to lift
+// into range would already be 0 when backward brings that scale.
+Dtype made_as(Dtype dtype) { return dtype == Dtype::f16 ? Dtype::f32 : dtype; }
 size_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
 // Fresh pages of a large result cost more than filling them: 64 k page faults at 2048 x 32000 fp32 (83 ms against 46 ms
@@ -217,10 +220,11 @@ struct Logits {
   // Room for the gradient, before stats(): the exponentials of the forward pass are kept there while that saves time
   // (512 x 1000 fp32: 0.35 -> 0.25 ns per element; nothing where the gradient leaves the cache in between).
   Tensor make_grad(bool wanted) {
-    if (!wanted) return empty_none(args.dtype);
-    Tensor grad = empty_cpu(logits.sizes().data(), logits.dim(), args.dtype);
+    const Dtype stored = made_as(args.dtype);
+    if (!wanted) return empty_none(stored);
+    Tensor grad = empty_cpu(logits.sizes().data(), logits.dim(), stored);
     args.grad = grad.data_ptr();
-    const size_t bytes = size_t(args.rows() * args.classes) * size_of(args.dtype);
+    const size_t bytes = size_t(args.rows() * args.classes) * size_of(stored);
     prefer_huge_pages(args.grad, bytes);
     args.keep = args.dtype == real() && args.along_classes() && bytes <= kCacheBytes;
     return grad;
@@ -248,11 +252,11 @@ std::tuple<Tensor, Tensor> logit_loss(Tensor logits, Tensor target, std::optiona
 
 // ---- robust weights ------------------------------------------------------------------------------------------------
 
-// Bits of `mode`; ops.py has the same table.
-enum Mode : int64_t { kNormalizer = 3, kInitFirst = 4, kUpdate = 8, kWithGrad = 16 };
+// Bits of `flags`; ops.py has the same table.
+enum Flags : int64_t { kNormalizer = 3, kInitFirst = 4, kUpdate = 8, kWithGrad = 16 };
 
 RobustArgs robust_args(Dtype dtype, int64_t count, const Scalar& log_s, const Tensor& lam, double gamma, double alpha,
-                       int64_t mode) {
+                       int64_t flags) {
   RobustArgs a{};
   a.dtype = dtype;
   a.count = count;
@@ -260,8 +264,8 @@ RobustArgs robust_args(Dtype dtype, int64_t count, const Scalar& log_s, const Te
   a.gamma = gamma;
   a.alpha = alpha;
   a.max_weight = HUGE_VAL;
-  a.normalizer = Normalizer(mode & kNormalizer);
-  a.init_first = (mode & kInitFirst) != 0;
+  a.normalizer = Normalizer(flags & kNormalizer);
+  a.init_first = (flags & kInitFirst) != 0;
   a.z_limit = dtype == Dtype::f64 && log_s.is_double ? DBL_MAX : FLT_MAX;
   return a;
 }
@@ -283,8 +287,8 @@ Outcome run_robust(const RobustArgs& a, double log_s, double* loss) {
   return outcome;
 }
 
-void commit(const Outcome& outcome, int64_t mode, const Scalar& log_s, const Tensor& nonfinite) {
-  if ((mode & kUpdate) == 0) return;
+void commit(const Outcome& outcome, int64_t flags, const Scalar& log_s, const Tensor& nonfinite) {
+  if ((flags & kUpdate) == 0) return;
   if (outcome.bad > 0)
     ++*static_cast<int64_t*>(nonfinite.data_ptr());
   else
@@ -328,16 +332,16 @@ std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(Tensor logits, Tensor targe
                                                      double label_smoothing, int64_t ignore_index, std::optional<Tensor> score,
                                                      std::optional<Tensor> sample_weight, std::optional<Tensor> mask,
                                                      Tensor log_s, Tensor nonfinite, Tensor lam, double gamma, double alpha,
-                                                     double mix, double max_weight, int64_t mode) {
+                                                     double mix, double max_weight, int64_t flags) {
   Logits rows(logits, target, class_weight, label_smoothing, ignore_index, mask);
   const int64_t count = rows.args.rows();
   const Scalar state(log_s, "log_s");
-  RobustArgs a = robust_args(rows.real(), count, state, lam, gamma, alpha, mode);
+  RobustArgs a = robust_args(rows.real(), count, state, lam, gamma, alpha, flags);
   a.mix = mix;
   a.max_weight = max_weight;
   a.scores = per_row(score, count, code_of(a.dtype), "score");
   a.sample_weight = per_row(sample_weight, count, code_of(a.dtype), "sample_weight");
-  Tensor grad = rows.make_grad((mode & kWithGrad) != 0);
+  Tensor grad = rows.make_grad((flags & kWithGrad) != 0);
   rows.stats();  // raises on a bad label, before anything is written
 
   const Rows out(rows.target, count, a.dtype);
@@ -351,17 +355,17 @@ std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(Tensor logits, Tensor targe
   Tensor loss = empty_scalar(a.dtype);
   Scalar(loss, "loss").set(value);
   rows.grads(rows.factor);
-  commit(outcome, mode, state, nonfinite);
+  commit(outcome, flags, state, nonfinite);
   return {loss, out.tensor, grad};
 }
 
 std::tuple<Tensor, Tensor, Tensor> robust_loss(Tensor losses, std::optional<Tensor> score, std::optional<Tensor> sample_weight,
                                                std::optional<Tensor> mask, Tensor log_s, Tensor nonfinite, Tensor lam,
-                                               double gamma, double alpha, double mix, double max_weight, int64_t mode) {
+                                               double gamma, double alpha, double mix, double max_weight, int64_t flags) {
   const Dtype real = dtype_of(losses);
   const int64_t count = losses.numel();
   const Scalar state(log_s, "log_s");
-  RobustArgs a = robust_args(real, count, state, lam, gamma, alpha, mode);
+  RobustArgs a = robust_args(real, count, state, lam, gamma, alpha, flags);
   a.mix = mix;
   a.max_weight = max_weight;
   a.losses = per_row(losses, count, code_of(real_of(real)), "losses");
@@ -370,23 +374,23 @@ std::tuple<Tensor, Tensor, Tensor> robust_loss(Tensor losses, std::optional<Tens
   a.valid = per_row_mask(mask, count);
   const Rows out(losses, count, real);
   Tensor loss = empty_scalar(real);
-  Tensor grad = (mode & kWithGrad) != 0 ? empty_cpu(losses.sizes().data(), losses.dim(), real) : empty_none(real);
+  Tensor grad = (flags & kWithGrad) != 0 ? empty_cpu(losses.sizes().data(), losses.dim(), real) : empty_none(real);
   a.weights = out.row(1);
-  a.factor = (mode & kWithGrad) != 0 ? grad.data_ptr() : nullptr;
+  a.factor = (flags & kWithGrad) != 0 ? grad.data_ptr() : nullptr;
   double value;
   const Outcome outcome = run_robust(a, state.get(), &value);
   out.fill(a);
   Scalar(loss, "loss").set(value);
-  commit(outcome, mode, state, nonfinite);
+  commit(outcome, flags, state, nonfinite);
   return {loss, out.tensor, grad};
 }
 
 std::tuple<Tensor, Tensor, Tensor> robust_weights(Tensor losses, Tensor log_s, Tensor lam, std::optional<Tensor> mask,
-                                                  double gamma, double alpha, int64_t mode) {
+                                                  double gamma, double alpha, int64_t flags) {
   const Dtype real = dtype_of(losses);
   const int64_t count = losses.numel(), two = 2;
   const Scalar state(log_s, "log_s");
-  RobustArgs a = robust_args(real, count, state, lam, gamma, alpha, mode);
+  RobustArgs a = robust_args(real, count, state, lam, gamma, alpha, flags);
   a.losses = per_row(losses, count, code_of(real_of(real)), "losses");
   a.valid = per_row_mask(mask, count);
   Tensor weights = empty_cpu(losses.sizes().data(), losses.dim(), real);
@@ -426,6 +430,7 @@ Tensor robust_weights_backward(Tensor weights, Tensor grad_weights, Tensor grad_
 void run_scale(const Tensor& source, const Tensor& out, const Tensor& upstream_in) {
   ScaleArgs a{};
   a.dtype = dtype_of(out);
+  STD_TORCH_CHECK(dtype_of(source) == made_as(a.dtype), "scale: expected the gradient as the forward pass made it");
   a.source = source.data_ptr();
   a.grad = out.data_ptr();
   Tensor upstream = upstream_in;
@@ -444,10 +449,10 @@ void run_scale(const Tensor& source, const Tensor& out, const Tensor& upstream_i
     a.inner = kSlice;
     const int64_t whole = out.numel() / kSlice;
     parallel(whole, kSlice, [&](int64_t begin, int64_t end) { cpu_kernels().scale(a, begin, end); });
-    const size_t done = size_t(whole * kSlice) * size_of(a.dtype);
+    const size_t done = size_t(whole * kSlice);
     a.inner = out.numel() - whole * kSlice;
-    a.source = static_cast<const char*>(a.source) + done;
-    a.grad = static_cast<char*>(a.grad) + done;
+    a.source = static_cast<const char*>(a.source) + done * size_of(made_as(a.dtype));
+    a.grad = static_cast<char*>(a.grad) + done * size_of(a.dtype);
     if (a.inner > 0) cpu_kernels().scale(a, 0, 1);
     return;
   }
@@ -461,8 +466,8 @@ void run_scale(const Tensor& source, const Tensor& out, const Tensor& upstream_i
   parallel(a.batch * a.classes, a.inner, [&](int64_t begin, int64_t end) { cpu_kernels().scale(a, begin, end); });
 }
 
-Tensor scale(Tensor grad, Tensor upstream) {
-  const Dtype dtype = dtype_of(grad);
+Tensor scale(Tensor grad, Tensor upstream, bool to_half) {
+  const Dtype dtype = to_half ? Dtype::f16 : dtype_of(grad);
   Tensor out = empty_cpu(grad.sizes().data(), grad.dim(), dtype);
   prefer_huge_pages(out.data_ptr(), size_t(out.numel()) * size_of(dtype));
   run_scale(grad, out, upstream);

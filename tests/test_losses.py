@@ -42,7 +42,7 @@ def check(got, exact, eager, dtype, what, *, cancels=False):
     floor = max(4 * ulp if cancels else ulp * 2**-6, torch.finfo(dtype).tiny * torch.finfo(dtype).eps if rounding else 0)
     np.testing.assert_allclose(got, exact, rtol=64 * ulp + rounding, atol=floor, err_msg=what)
     if got.size and not rounding:
-        bound = max(4 * np.abs(eager - exact).max(), 8 * ulp * np.abs(exact).max())
+        bound = max(4 * np.abs(eager - exact).max(), 8 * ulp * np.abs(exact).max(), floor)
         assert np.abs(got - exact).max() <= bound, f"{what}: error beyond eager torch's"
 
 
@@ -394,6 +394,26 @@ def test_same_bits_for_1_and_2_threads(backend, threads, shape, dtype):
     for other in results[1:]:
         for ours, again in zip(results[0], other):
             assert torch.equal(ours, again)
+
+
+@pytest.mark.parametrize("form", ["loss", "mean", "robust"])
+def test_loss_scaling_keeps_small_half_gradients(backend, form):
+    """fp16 with a GradScaler: the upstream 2^16 lifts small gradients above fp16's range before they are rounded, as in eager torch.
+
+    64 x 33 probabilities / 64 go far below fp16's smallest number, 6e-8.
+    """
+    logits, target = make((64, 33), torch.float16)
+    exact, exact_grad = oracle.cross_entropy(logits.detach().double(), target)
+    criterion = ab.CrossEntropy(reduction="none" if form != "mean" else "mean", backend=backend)
+    if form == "robust":
+        criterion = ab.ABLoss(criterion, lam=-0.5, backend=backend)
+        exact_grad = exact_grad * oracle.ABLoss(-0.5)(exact).weights[:, None]
+    value = criterion(logits, target)
+    scale = 2.0**16 if form != "loss" else 2.0**10  # the sum of rows, or its mean: neither overflows
+    (grad,) = torch.autograd.grad(value.sum() * scale, logits)
+    wanted = exact_grad * scale / (1 if form == "loss" else 64)
+    assert (np.abs(wanted / scale) < 6e-8).sum() > 5 and np.abs(wanted).max() < 6e4  # unscaled these are lost, scaled none overflows
+    np.testing.assert_allclose(grad.double(), wanted, rtol=2**-10, atol=2**-24)
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------

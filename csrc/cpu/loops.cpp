@@ -220,8 +220,8 @@ struct RowOfClasses {
   }
 
   // grad_k = exp(x_k - max) * scale - spread v_k, except at the label. Kept: the exponentials already stand in grad.
-  template <bool Kept>
-  void gradient(S* grad, T max, T scale, T spread, const T* v, int64_t label, T at_label) const {
+  template <bool Kept, class G>
+  void gradient(G* grad, T max, T scale, T spread, const T* v, int64_t label, T at_label) const {
     const V m = L::set(max), s = L::set(scale);
     auto value = [&](int64_t first) {
       const V g = (Kept ? L::load(grad + first) : L::exp(L::load(x + first) - m)) * s;
@@ -231,7 +231,7 @@ struct RowOfClasses {
     const V last = value(tail());  // read before its neighbour is overwritten
     for (int64_t k = 0; k < whole(); ++k) L::store(grad + k * L::N, value(k * L::N));
     L::store(grad + tail(), last);
-    S out[L::N];
+    G out[L::N];
     L::store(out, L::set(at_label - (v == nullptr ? spread : spread * v[label])));
     grad[label] = out[0];
   }
@@ -330,7 +330,8 @@ int64_t logit_stats_typed(const LogitArgs& a, int64_t begin, int64_t end) {
   return bad;
 }
 
-template <class S, class T>
+// G: how the gradient is stored, S except for f16 (LogitArgs::grad)
+template <class S, class T, class G>
 void logit_grads_typed(const LogitArgs& a, int64_t begin, int64_t end) {
   using L = Lanes<T>;
   using V = typename L::V;
@@ -344,7 +345,7 @@ void logit_grads_typed(const LogitArgs& a, int64_t begin, int64_t end) {
     const int count = int(smaller(kTileRows, a.rows() - first));
     read_labels<L>(a, first, count, t);
     const auto rows = row_pointers(static_cast<const S*>(a.logits), a, a.stride_batch, a.stride_class, a.stride_inner, first);
-    const auto grads = row_pointers(static_cast<S*>(a.grad), a, a.classes * a.inner, a.inner, 1, first);
+    const auto grads = row_pointers(static_cast<G*>(a.grad), a, a.classes * a.inner, a.inner, 1, first);
     // per row: exp(x - max) * scale - s v_k off the label, at_label - s v_y on it
     T scale[kTileRows], s[kTileRows], at_label[kTileRows], max[kTileRows];
     for (int j = 0; j < kTileRows; j += L::N) {
@@ -361,11 +362,11 @@ void logit_grads_typed(const LogitArgs& a, int64_t begin, int64_t end) {
     if (many) {
       for (int j = 0; j < count; ++j) {
         if (!t.valid[j]) {
-          __builtin_memset(grads.row[j], 0, size_t(a.classes) * sizeof(S));
+          __builtin_memset(grads.row[j], 0, size_t(a.classes) * sizeof(G));
           continue;
         }
         const RowOfClasses<L, S> row{rows.row[j], a.classes};
-        const auto write = a.keep ? &RowOfClasses<L, S>::template gradient<true> : &RowOfClasses<L, S>::template gradient<false>;
+        const auto write = a.keep ? &RowOfClasses<L, S>::template gradient<true, G> : &RowOfClasses<L, S>::template gradient<false, G>;
         (row.*write)(grads.row[j], max[j], scale[j], s[j], v, t.label[j], at_label[j]);
       }
     } else {
@@ -475,12 +476,14 @@ Outcome robust_finish(const RobustArgs& a, const Partial* partials, double log_s
   if (__builtin_isinf(a.lam)) return out;  // the plain mean: z = 0, W = exp(0 - 0)
   for (int64_t b = 0; b < a.blocks(); ++b)
     if (partials[b].good > 0) sum += partials[b].sum * L::exp(partials[b].max - max);
-  const double log_g = log_mean_exp<L>(max, sum, double(out.good));
-  const NextState<double> next = next_state<L>(log_s, log_g, a.gamma, a.alpha, a.normalizer, a.init_first);
-  out.log_s = next.log_s;
-  out.share = next.share * out.inverse_n;
+  if (a.normalizer != Normalizer::none) {
+    const double log_g = log_mean_exp<L>(max, sum, double(out.good));
+    const bool alone = a.normalizer == Normalizer::batch || (a.init_first && log_s == -__builtin_inf());
+    out.log_s = next_log_s<L>(log_s, log_g, a.gamma, a.alpha, alone);
+    out.share = (alone ? a.alpha : a.gamma * a.alpha) * out.inverse_n;
+  }
   if (out.bad == 0) {  // one bad batch never poisons the state
-    out.new_log_s = next.log_s;
+    out.new_log_s = out.log_s;
     out.share_state = out.share;
   }
   return out;
@@ -492,14 +495,16 @@ void robust_apply_typed(const RobustArgs& a, const Outcome& o, double* loss_part
   using V = typename L::V;
   const T* sample_weight = static_cast<const T*>(a.sample_weight);
   const V nan = L::set(T(__builtin_nan(""))), zero = L::set(0);
-  const V mix = L::set(__builtin_isinf(a.lam) ? T(0) : T(a.mix)), inverse_n = L::set(T(o.inverse_n));
+  const bool plain = __builtin_isinf(a.lam);  // the plain mean: W = 1 as it is
+  const V mix = L::set(plain ? T(0) : T(a.mix)), inverse_n = L::set(T(o.inverse_n));
+  const V max_weight = L::set(plain ? T(1) : T(a.max_weight));
   for (int64_t b = begin; b < end; ++b) {
     const int64_t first = b * kBlock, last = smaller(first + kBlock, a.count);
     V sum = zero;
     for (int64_t i = first; i < last; i += L::N) {
       const Scores<L> s(a, i, last);
       auto settle = [&](V x) { return L::select(s.good, x, L::select(s.valid, nan, zero)); };
-      const V w = settle(robust_weight<L>(s.z, L::set(T(o.log_s)), L::set(T(a.max_weight))));
+      const V w = settle(robust_weight<L>(s.z, L::set(T(o.log_s)), max_weight));
       const V t = sample_weight == nullptr ? L::set(1) : load_some<L>(sample_weight, i, last, 0);
       const V factor = settle(sample_factor<L>(w, mix, t, inverse_n));
       sum += L::select(s.valid, factor * s.loss, zero);
@@ -542,11 +547,11 @@ void robust_vjp_typed(const RobustArgs& a, const VjpArgs& g, int64_t begin, int6
 
 // ---- gradient scaling ----------------------------------------------------------------------------------------------
 
-template <class S, class T>
+template <class S, class T, class G>
 void scale_typed(const ScaleArgs& a, int64_t begin, int64_t end) {
   using L = Lanes<T>;
   const T* upstream = static_cast<const T*>(a.upstream);
-  S* out = static_cast<S*>(a.grad);
+  G* out = static_cast<G*>(a.grad);
   const S* in = static_cast<const S*>(a.source);
   // slices of equal factors: a row of classes (inner = 1); else the factors lie along the slice
   auto walk = [&](int64_t first, int64_t count, auto factor) {
@@ -554,9 +559,10 @@ void scale_typed(const ScaleArgs& a, int64_t begin, int64_t end) {
     for (; i + L::N <= count; i += L::N) L::store(out + first + i, L::load(in + first + i) * factor(i));
     if (i == count) return;
     S part[L::N] = {};
+    G done[L::N];
     __builtin_memcpy(part, in + first + i, size_t(count - i) * sizeof(S));
-    L::store(part, L::load(part) * factor(i));
-    __builtin_memcpy(out + first + i, part, size_t(count - i) * sizeof(S));
+    L::store(done, L::load(part) * factor(i));
+    __builtin_memcpy(out + first + i, done, size_t(count - i) * sizeof(G));
   };
   if (upstream == nullptr) {
     walk(begin * a.inner, (end - begin) * a.inner, [&](int64_t) { return L::set(T(a.scalar)); });
@@ -584,8 +590,10 @@ int64_t logit_stats(const LogitArgs& a, int64_t begin, int64_t end) {
   });
 }
 void logit_grads(const LogitArgs& a, int64_t begin, int64_t end) {
+  if (a.dtype == Dtype::f16) return logit_grads_typed<f16, float, float>(a, begin, end);
   for_storage(a.dtype, [&](auto s, auto t) {
-    logit_grads_typed<typename decltype(s)::type, typename decltype(t)::type>(a, begin, end);
+    using S = typename decltype(s)::type;
+    logit_grads_typed<S, typename decltype(t)::type, S>(a, begin, end);
   });
 }
 void robust_partials(const RobustArgs& a, Partial* partials, int64_t begin, int64_t end) {
@@ -601,8 +609,11 @@ void robust_vjp(const RobustArgs& a, const VjpArgs& g, int64_t begin, int64_t en
   for_real(a.dtype, [&](auto t) { robust_vjp_typed<typename decltype(t)::type>(a, g, begin, end); });
 }
 void scale(const ScaleArgs& a, int64_t begin, int64_t end) {
-  for_storage(a.dtype,
-              [&](auto s, auto t) { scale_typed<typename decltype(s)::type, typename decltype(t)::type>(a, begin, end); });
+  if (a.dtype == Dtype::f16) return scale_typed<float, float, f16>(a, begin, end);
+  for_storage(a.dtype, [&](auto s, auto t) {
+    using S = typename decltype(s)::type;
+    scale_typed<S, typename decltype(t)::type, S>(a, begin, end);
+  });
 }
 
 }  // namespace

@@ -1,0 +1,193 @@
+"""What is timed: the cases, their right answers, and the figures to reach.
+
+A case makes its data when asked; the data knows the right answer, computed by absgd_fast.reference in float64, and says
+how far a competitor's result is from it. Nothing is timed that is further away than `tolerance`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+import torch
+
+from absgd_fast import reference
+from absgd_fast.experiments.models import make_model
+
+STEPS = 3  # taken before the check: from the second on, momentum and the moving average have a past
+LAM, GAMMA = -1.0, 0.9
+SGD = dict(lr=0.1, momentum=0.9, weight_decay=1e-4)
+
+
+def distance(given, exact):
+    """Largest error over the largest exact value, row by row: rows of small weight count like the others. 0-d."""
+    return ((given.double() - exact).abs().amax(-1) / exact.abs().amax(-1)).max()
+
+
+class Logits:
+    """logits (rows, classes) of `dtype` and labels. Row 0 is nearly sure of its label, where p - 1 loses digits; row 1 is
+    nearly sure of another, and hardly counts."""
+
+    def __init__(self, rows, classes, dtype=torch.float32):
+        draw = torch.Generator().manual_seed(0)
+        logits = torch.randn(rows, classes, generator=draw)
+        self.target = torch.randint(classes, (rows,), generator=draw)
+        logits[0, self.target[0]] = math.log(classes) + 5
+        logits[1, self.target[1]] = -10
+        self.logits = logits.to(dtype)
+        # torch and the reference package round a bfloat16 loss of 21 by up to 0.06, and its weight by as much
+        self.tolerance = 0.25 if dtype == torch.bfloat16 else 1e-4
+        self._part = max(1, 2**21 // classes)  # rows at a time in float64
+
+    @cached_property
+    def _exact(self):
+        """Losses (rows,) and their gradients (rows, classes) in float64."""
+        losses = torch.empty(len(self.logits), dtype=torch.float64)
+        slopes = torch.empty(self.logits.shape, dtype=torch.float64)
+        for x, y, loss, slope in zip(*(t.split(self._part) for t in (self.logits, self.target, losses, slopes))):
+            x = x.double().requires_grad_()
+            loss[:] = nll = reference.logit_loss(x, y)
+            (slope[:],) = torch.autograd.grad(nll.sum(), x)
+        return losses.detach(), slopes
+
+    def error(self, loss, grad, lam, init):
+        """Of the loss and its gradient in step number STEPS of Algorithm 1 on this batch; lam = inf is the plain mean."""
+        losses, slopes = self._exact
+        log_s = -math.inf
+        for _ in range(STEPS):
+            exact, weights, log_s, _ = reference.robust_loss(losses, log_s, lam, gamma=GAMMA, init=init)
+        factors = (weights / len(losses)).unsqueeze(1)
+        parts = zip(*(t.split(self._part) for t in (grad, slopes, factors)))
+        errors = [distance(got, slope * factor) for got, slope, factor in parts]
+        return float(torch.stack([*errors, distance(loss.detach()[None], exact[None])]).max())
+
+
+class Tensors:
+    """Parameters of given shapes, each with a gradient that stays the same in every step."""
+
+    tolerance = 1e-5
+
+    def __init__(self, shapes):
+        draw = torch.Generator().manual_seed(0)
+        self.start = [torch.randn(shape, generator=draw) for shape in shapes]
+        self.grads = [torch.randn(shape, generator=draw) for shape in shapes]
+
+    def parameters(self):
+        params = [torch.nn.Parameter(w.clone()) for w in self.start]
+        for p, grad in zip(params, self.grads):
+            p.grad = grad
+        return params
+
+    @cached_property
+    def _exact(self):
+        params, grads = ([t.double() for t in tensors] for tensors in (self.start, self.grads))
+        buffers = [None] * len(params)
+        for _ in range(STEPS):
+            buffers = reference.momentum_step_(params, grads, buffers, **SGD)
+        return params
+
+    def error(self, params):
+        """Of the way that STEPS steps have gone."""
+        return _way_off(self.start, params, self._exact)
+
+
+class Training:
+    """A network of absgd_fast.experiments.models on batches of 64 images of 8 x 8 pixels, as of scikit-learn's digits.
+
+    The pixels are noise: the time of a step does not depend on them."""
+
+    tolerance = 1e-3  # of few steps: a float32 weight of 0.1 that moves by 1e-4 says no more
+
+    def __init__(self, name):
+        draw = torch.Generator().manual_seed(0)
+        self.model = partial(make_model, name, (1, 8, 8), 10, seed=0)
+        self.batches = [
+            (torch.rand(64, 1, 8, 8, generator=draw), torch.randint(10, (64,), generator=draw)) for _ in range(8)
+        ]
+
+    def error(self, model, lam, init):
+        """Of the way that the parameters have gone in STEPS steps."""
+        start = [p.detach().clone() for p in self.model().parameters()]
+        exact = self.model().double()
+        params, log_s = list(exact.parameters()), -math.inf
+        buffers = [None] * len(params)
+        for x, y in self.batches[:STEPS]:
+            losses = reference.logit_loss(exact(x.double()), y)
+            loss, _, log_s, _ = reference.robust_loss(losses, log_s, lam, gamma=GAMMA, init=init)
+            buffers = reference.momentum_step_(params, torch.autograd.grad(loss, params), buffers, **SGD)
+        return _way_off(start, list(model.parameters()), params)
+
+
+@torch.no_grad()
+def _way_off(start, given, exact):
+    return float(torch.stack([distance((g.double() - s).flatten(), (e - s).flatten()) for s, g, e in zip(start, given, exact)]).max())
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """targets: at most this share of the competitor's time; for suite memory, of what is measured."""
+
+    suite: str
+    name: str
+    data: Callable
+    targets: Mapping[str, float] = field(default_factory=dict)
+
+
+# ---- tensor lists ----------------------------------------------------------------------------------------------------
+
+
+def _conv(out, channels, size):
+    """A convolution and its batch norm."""
+    return [(out, channels, size, size), (out,), (out,)]
+
+
+def resnet32():
+    """ResNet-32 for CIFAR (He et al. 2016; classifier without bias): 94 tensors, 0.46 M numbers."""
+    shapes, width = _conv(16, 3, 3), 16
+    for out in [16] * 5 + [32] * 5 + [64] * 5:
+        shapes += _conv(out, width, 3) + _conv(out, out, 3)
+        width = out
+    return [*shapes, (10, width)]
+
+
+def resnet50():
+    """ResNet-50 for ImageNet: 161 tensors, 25.6 M numbers."""
+    shapes, width = _conv(64, 3, 7), 64
+    for inner, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shapes += _conv(inner, width, 1) + _conv(inner, inner, 3) + _conv(4 * inner, inner, 1)
+            shapes += [] if block else _conv(4 * inner, width, 1)
+            width = 4 * inner
+    return [*shapes, (1000, width), (1000,)]
+
+
+# ---- the cases -------------------------------------------------------------------------------------------------------
+
+
+def _loss(rows, classes, target=None, dtype=torch.float32):
+    targets = {} if target is None else {"cross_entropy": target, "absgd package": 0.4}
+    name = f"{rows} × {classes} {'bf16' if dtype == torch.bfloat16 else 'fp32'}"
+    return Case("loss", name, partial(Logits, rows, classes, dtype), targets)
+
+
+def _step(name, shapes, fused, default):
+    return Case("step", name, partial(Tensors, shapes), {"SGD fused": fused, "SGD default": default})
+
+
+CASES = [
+    _loss(128, 10, 0.8),
+    _loss(128, 100, 0.8),
+    _loss(512, 1000, 0.45),
+    _loss(512, 8142, 0.35),
+    _loss(2048, 32000, 0.3),
+    _loss(512, 8142, dtype=torch.bfloat16),
+    _loss(2048, 32000, dtype=torch.bfloat16),
+    # Tensors of 262 MB: the allocator maps and unmaps each of them, so that what is resident is what is in use.
+    Case("memory", "2048 × 32000 fp32", partial(Logits, 2048, 32000), {"peak": 1.01, "retained": 2.01}),
+    Case("memory", "128 × 10 fp32", partial(Logits, 128, 10), {"growth": 1.0}),
+    _step("ResNet-32, 94 tensors", resnet32(), 0.3, 0.15),
+    _step("ResNet-50, 161 tensors", resnet50(), 1.0, 0.5),
+    _step("161 tensors of 4", [(4,)] * 161, 0.25, 0.1),
+    Case("train", "mlp 64-128-128-10", partial(Training, "mlp")),
+    Case("train", "cnn", partial(Training, "cnn")),
+]
