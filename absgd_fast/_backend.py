@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-NAMES = ("cpu", "reference")
+NAMES = ("cuda", "triton", "cpu", "reference")
 _HERE = Path(__file__).parent
 _CHOICES = "None, " + ", ".join(map(repr, NAMES))
 
@@ -59,6 +59,8 @@ def why_not(name: str) -> str | None:
         return None
     if name == "cpu":
         return _load_cpu()
+    if name in NAMES:
+        return "this version has no such kernels; tensors on a GPU are served by reference"
     raise ValueError(f"backend: got {name!r}, expected one of {_CHOICES}")
 
 

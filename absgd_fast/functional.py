@@ -2,83 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import _checks, ops, reference
 from .reference import real_dtype
-
-KINDS = ("ce",)
-
-
-def check_share(value: float, name: str) -> float:
-    """A number in (0, 1], or ValueError."""
-    if not (isinstance(value, (int, float)) and 0 < value <= 1):
-        raise ValueError(f"{name}: got {value!r}, expected a number in (0, 1]")
-    return float(value)
-
-
-def check_choice(value: str, name: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
-    return value
-
-
-def check_lam(lam: float | Tensor) -> float | Tensor:
-    """lambda: any number but 0 and NaN (a tensor on the CPU is looked into, one on a GPU is not waited for)."""
-    if isinstance(lam, Tensor):
-        if lam.numel() != 1:
-            raise ValueError(f"lam: got a tensor of shape {tuple(lam.shape)}, expected a number or a 0-d tensor")
-        if lam.device.type != "cpu" or torch.compiler.is_compiling():
-            return lam
-    elif isinstance(lam, bool) or not isinstance(lam, (int, float)):
-        raise TypeError(f"lam: got {type(lam).__name__}, expected a number or a 0-d tensor")
-    value = float(lam)
-    if value == 0 or math.isnan(value):
-        raise ValueError(
-            f"lam: got {value}, expected a number other than 0: > 0 attends to large losses (imbalance), "
-            "< 0 to small ones (label noise), inf is the plain mean"
-        )
-    return lam
-
-
-def per_sample(value: Tensor | None, name: str, like: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """One value per loss, contiguous, in `dtype`."""
-    if value is None:
-        return None
-    if not isinstance(value, Tensor) or value.shape != like.shape or value.device != like.device:
-        got = f"shape {tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{name}: got {got}, expected one value per sample, shape {tuple(like.shape)} on {like.device}")
-    if dtype == torch.bool and value.dtype != torch.bool:
-        raise TypeError(f"{name}: got {value.dtype}, expected torch.bool (True = valid)")
-    return value.detach().to(dtype).contiguous()
-
-
-def check_target(logits: Tensor, target: Tensor) -> None:
-    """Shapes, dtypes and devices of logits (B, C, ...) and target (B, ...)."""
-    if not isinstance(logits, Tensor) or not isinstance(target, Tensor):
-        raise TypeError(f"logits, target: got {type(logits).__name__} and {type(target).__name__}, expected tensors")
-    if not logits.dtype.is_floating_point:
-        raise TypeError(f"logits: got {logits.dtype}, expected float32, float64, bfloat16 or float16")
-    if target.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"target: got {target.dtype}, expected int64 or int32 class labels; use target.long()")
-    if logits.dim() < 2 or target.shape != logits.shape[:1] + logits.shape[2:]:
-        raise ValueError(
-            f"target: got shape {tuple(target.shape)} for logits of shape {tuple(logits.shape)}, "
-            "expected logits (B, C) or (B, C, d1, ...) and target (B) or (B, d1, ...)"
-        )
-    if target.device != logits.device:
-        raise ValueError(f"target: got a tensor on {target.device}, expected {logits.device} as the logits")
-
-
-def check_class_weight(weight: Tensor | None, logits: Tensor) -> Tensor | None:
-    if weight is None:
-        return None
-    if weight.shape != logits.shape[1:2]:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected one weight per class, ({logits.shape[1]},)")
-    return weight.detach().to(logits.device, real_dtype(logits.dtype)).contiguous()
 
 
 def logit_loss(
@@ -119,10 +47,10 @@ def logit_loss(
     The formula is torch.nn.functional.cross_entropy's; -log p is computed as log1p(sum_{k != y} exp(x_k - x_y)), which
     keeps the label's gradient exact as p -> 1 (csrc/math.h).
     """
-    check_choice(kind, "kind", KINDS)
-    check_target(logits, target)
-    check_smoothing(label_smoothing)
-    weight = check_class_weight(weight, logits)
+    _checks.choice(kind, "kind", reference.KINDS)
+    _checks.target(logits, target)
+    _checks.smoothing(label_smoothing)
+    weight = _checks.class_weight(weight, logits)
     if not ops.native(logits.device, backend):
         if target.device.type == "cpu" and not torch._C._are_functorch_transforms_active():
             ops.check_labels(target, logits.shape[1], ignore_index)
@@ -133,12 +61,6 @@ def logit_loss(
     except RuntimeError as error:
         raise ops.translated(error) from None
     return ops.attach(logits, losses, grad) if with_grad else losses
-
-
-def check_smoothing(label_smoothing: float) -> float:
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing: got {label_smoothing!r}, expected a number in [0, 1]")
-    return float(label_smoothing)
 
 
 def robust_weights(
@@ -175,12 +97,14 @@ def robust_weights(
 
     >>> weights, log_s = robust_weights(torch.tensor([1.0, 1000.0]), float("-inf"), 1.0)
     >>> weights, log_s  # no overflow: W <= B / (gamma alpha)
-    (tensor([0., 2.]), tensor(999.3069))
+    (tensor([0., 2.]), tensor(999.3068))
     """
-    check_share(gamma, "gamma"), check_share(alpha, "alpha"), check_lam(lam)
-    check_choice(init, "init", ("first", "zero"))
+    _checks.share(gamma, "gamma")
+    _checks.share(alpha, "alpha")
+    _checks.lam(lam)
+    _checks.choice(init, "init", ("first", "zero"))
     real = real_dtype(losses.dtype)
-    mask = per_sample(mask, "mask", losses, torch.bool)
+    mask = _checks.per_sample(mask, "mask", losses, torch.bool)
     state = log_s.dtype if isinstance(log_s, Tensor) else real
     if not ops.native(losses.device, backend):
         return reference.robust_weights(losses, log_s, lam, gamma=gamma, alpha=alpha, init=init, mask=mask)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from . import _checks
 from . import functional as F
 from .reference import real_dtype
 
 
 class LogitLoss(nn.Module):
-    """What the losses on logits share: class weights, ignored rows, the reduction."""
+    """What the losses on logits share: class weights, ignored rows, the reduction.
+
+    >>> isinstance(CrossEntropy(), LogitLoss)
+    True
+    """
 
     def __init__(self, weight: Tensor | None, label_smoothing: float, ignore_index: int, reduction: str, backend: str | None):
         super().__init__()
@@ -19,9 +24,9 @@ class LogitLoss(nn.Module):
             if weight.dim() != 1 or not weight.is_floating_point():
                 raise ValueError(f"weight: got shape {tuple(weight.shape)} {weight.dtype}, expected one float weight per class, (C,)")
         self.register_buffer("weight", weight)
-        self.label_smoothing = F.check_smoothing(label_smoothing)
+        self.label_smoothing = _checks.smoothing(label_smoothing)
         self.ignore_index = int(ignore_index)
-        self.reduction = F.check_choice(reduction, "reduction", ("none", "mean", "sum"))
+        self.reduction = _checks.choice(reduction, "reduction", ("none", "mean", "sum"))
         self.backend = backend
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 NORMALIZERS = ("moving", "batch", "none")
+KINDS = ("ce",)
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -30,6 +31,7 @@ def logit_loss(
     logits: Tensor,
     target: Tensor,
     *,
+    kind: str = "ce",
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
@@ -42,6 +44,7 @@ def logit_loss(
     Args:
         logits: (B, C) or (B, C, d1, ...), any floating dtype.
         target: (B) or (B, d1, ...), integer labels in [0, C) or `ignore_index`.
+        kind: "ce".
         weight: (C) class weights v, default all 1.
         label_smoothing: e in [0, 1].
         ignore_index: rows with this label have loss 0 and gradient 0.
@@ -52,6 +55,8 @@ def logit_loss(
     >>> logit_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
     tensor([0.6931])
     """
+    if kind not in KINDS:
+        raise ValueError(f"kind: got {kind!r}, expected one of {KINDS}")
     valid = target != ignore_index
     y = torch.where(valid, target, 0).long().unsqueeze(-1)
     x = logits.movedim(1, -1).to(real_dtype(logits.dtype))
@@ -151,7 +156,9 @@ def robust_weights(
     plain = lam.isinf()
     weights = torch.where(good, z - torch.where(plain, 0.0, next_log_s), torch.zeros_like(z)).exp()
     weights = torch.where(plain, weights, weights.clamp(max=max_weight))
-    weights = torch.where(good, weights, torch.zeros_like(weights)).masked_fill(bad, math.nan)
+    weights = torch.where(good, weights, torch.zeros_like(weights))
+    broken = torch.where(bad, losses, torch.zeros_like(losses)) * torch.zeros_like(losses).masked_fill(bad, math.nan)
+    weights = torch.where(bad, broken, weights)  # NaN, and so is its own gradient
     moves = (n > 0) & ~bad.any() & ~plain
     return weights, torch.where(moves, next_log_s.to(state), log_s)
 

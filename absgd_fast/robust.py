@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from . import _checks, ops, reference
 from . import functional as F
-from . import ops, reference
 from .losses import CrossEntropy, fused_spec
 from .reference import NORMALIZERS, real_dtype
 
@@ -34,7 +34,7 @@ class RelativeLam:
     """
 
     def __init__(self, r: float):
-        self.r = float(F.check_lam(r))
+        self.r = float(_checks.lam(r))
         if math.isinf(self.r):
             raise ValueError(f"r: got {r}, expected a finite number other than 0")
 
@@ -46,6 +46,11 @@ class LastForward:
     """Detached view of one forward of `ABLoss`; every figure is computed when it is read.
 
     losses, weights: shape of the per-sample losses. ess, mean_loss: 0-d.
+
+    >>> criterion = ABLoss(lam=1.0)
+    >>> _ = criterion(torch.zeros(2, 4), torch.tensor([0, 3]))
+    >>> criterion.last.mean_loss, criterion.last.ess
+    (tensor(1.3863), tensor(2.))
     """
 
     def __init__(self, rows: Tensor):
@@ -123,7 +128,7 @@ class ABLoss(nn.Module):
     >>> loss = criterion(logits, torch.tensor([0, 0]))  # the second label looks wrong
     >>> loss.backward()
     >>> criterion.last.weights
-    tensor([1.9993e+00, 6.7068e-04])
+    tensor([1.9993e+00, 6.7070e-04])
     """
 
     def __init__(
@@ -151,16 +156,16 @@ class ABLoss(nn.Module):
             raise ValueError("lam: got None, expected a number other than 0 or RelativeLam(r); math.inf is the plain mean")
         if criterion is not None and not callable(criterion):
             raise TypeError(f"criterion: got {type(criterion).__name__}, expected a callable that returns per-sample losses")
-        self.gamma = F.check_share(gamma, "gamma")
-        self.alpha = F.check_share(alpha, "alpha")
+        self.gamma = _checks.share(gamma, "gamma")
+        self.alpha = _checks.share(alpha, "alpha")
         self.mix = float(mix)
         if not math.isfinite(self.mix):
             raise ValueError(f"mix: got {mix!r}, expected a finite number")
         self.max_weight = math.inf if max_weight is None else float(max_weight)
         if not self.max_weight > 0:
             raise ValueError(f"max_weight: got {max_weight!r}, expected a positive number or None")
-        self.init = F.check_choice(init, "init", ("first", "zero"))
-        self.normalizer = F.check_choice(normalizer, "normalizer", NORMALIZERS)
+        self.init = _checks.choice(init, "init", ("first", "zero"))
+        self.normalizer = _checks.choice(normalizer, "normalizer", NORMALIZERS)
         self._flags = ops.flags(self.normalizer, self.init)
         self.process_group = process_group
         self.criterion = CrossEntropy() if criterion is None else criterion
@@ -188,7 +193,7 @@ class ABLoss(nn.Module):
             self._relative, self._lam_is_open = value.r, True
             self.lam.fill_(math.nan)
         else:
-            F.check_lam(value)
+            _checks.lam(value)
             self._relative, self._lam_is_open = None, False
             self.lam.copy_(value) if isinstance(value, Tensor) else self.lam.fill_(value)
         if reset:
@@ -255,12 +260,12 @@ class ABLoss(nn.Module):
             return self._any_loss(args, sample_weight, mask, score, learns, spec)
         weight, label_smoothing, ignore_index = spec
         if weight is not None:
-            weight = F.check_class_weight(weight, logits)
+            weight = _checks.class_weight(weight, logits)
         if sample_weight is not None or mask is not None or score is not None:
             real = real_dtype(logits.dtype)
-            sample_weight = F.per_sample(sample_weight, "sample_weight", target, real)
-            mask = F.per_sample(mask, "mask", target, torch.bool)
-            score = F.per_sample(score, "score", target, real)
+            sample_weight = _checks.per_sample(sample_weight, "sample_weight", target, real)
+            mask = _checks.per_sample(mask, "mask", target, torch.bool)
+            score = _checks.per_sample(score, "score", target, real)
         if self._lam_is_open and learns:
             losses = self._logit_losses(logits.detach(), target, spec)
             valid = target != ignore_index
@@ -272,7 +277,7 @@ class ABLoss(nn.Module):
                 *self._state(learns, with_grad),
             )  # fmt: skip
         except RuntimeError as error:
-            F.check_target(logits, target)  # the usual mistakes, said in Python's words
+            _checks.target(logits, target)  # the usual mistakes, said in Python's words
             raise ops.translated(error) from None
         self.__dict__["_rows"] = rows  # nn.Module.__setattr__ costs 0.5 us
         return ops.attach(logits, loss, grad) if with_grad else loss
@@ -290,7 +295,7 @@ class ABLoss(nn.Module):
         if spec is not None and _labels(args[1]):
             logits, target = args
             if mask is not None:  # a row that is ignored anyway may hold anything
-                mask = F.per_sample(mask, "mask", target, torch.bool)
+                mask = _checks.per_sample(mask, "mask", target, torch.bool)
                 target = target.masked_fill(~mask, spec[2])
             losses = self._logit_losses(logits, target, spec)
             valid = target != spec[2]
@@ -298,9 +303,9 @@ class ABLoss(nn.Module):
             losses = _checked(self.criterion(*args))
         real = real_dtype(losses.dtype)
         losses = losses.to(real).contiguous()
-        sample_weight = F.per_sample(sample_weight, "sample_weight", losses, real)
-        mask = F.per_sample(mask, "mask", losses, torch.bool) if valid is None else valid
-        score = F.per_sample(score, "score", losses, real)
+        sample_weight = _checks.per_sample(sample_weight, "sample_weight", losses, real)
+        mask = _checks.per_sample(mask, "mask", losses, torch.bool) if valid is None else valid
+        score = _checks.per_sample(score, "score", losses, real)
         native = self._native(losses)
         if self._lam_is_open and learns:
             self._fix_lam(losses.detach(), mask)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from . import functional as F
+from . import _checks
 from .robust import ABLoss, RelativeLam
 
 
@@ -38,8 +38,8 @@ class TwoStage:
         if isinstance(start, bool) or not isinstance(start, int) or start < 0:
             raise ValueError(f"start: got {start!r}, expected a number of steps >= 0")
         if not isinstance(lam, RelativeLam):
-            F.check_lam(lam)
-        self.unit = F.check_choice(unit, "unit", ("epoch", "step"))
+            _checks.lam(lam)
+        self.unit = _checks.choice(unit, "unit", ("epoch", "step"))
         self.criterion, self.lam, self.start = criterion, lam, start
         self.count = 0
         criterion.set_lam(lam if start == 0 else math.inf)

@@ -25,18 +25,18 @@ def distance(given, exact):
 
 
 class Logits:
-    """logits (rows, classes) of `dtype` and labels. Row 0 is nearly sure of its label, where p - 1 loses digits; row 1 is
-    nearly sure of another, and hardly counts."""
+    """logits (rows, classes) of `dtype` and labels. Row 0 is rather sure of its label, where p - 1 loses digits; row 1 is
+    sure of others, and hardly counts."""
 
     def __init__(self, rows, classes, dtype=torch.float32):
         draw = torch.Generator().manual_seed(0)
         logits = torch.randn(rows, classes, generator=draw)
         self.target = torch.randint(classes, (rows,), generator=draw)
-        logits[0, self.target[0]] = math.log(classes) + 5
-        logits[1, self.target[1]] = -10
+        logits[0, self.target[0]] = math.log(classes) + 3
+        logits[1, self.target[1]] = -5
         self.logits = logits.to(dtype)
-        # torch and the reference package round a bfloat16 loss of 21 by up to 0.06, and its weight by as much
-        self.tolerance = 0.25 if dtype == torch.bfloat16 else 1e-4
+        # torch and the reference package round a bfloat16 loss of 16 by up to 0.06, and its weight by as much
+        self.tolerance = 0.1 if dtype == torch.bfloat16 else 1e-4
         self._part = max(1, 2**21 // classes)  # rows at a time in float64
 
     @cached_property
@@ -46,9 +46,10 @@ class Logits:
         slopes = torch.empty(self.logits.shape, dtype=torch.float64)
         for x, y, loss, slope in zip(*(t.split(self._part) for t in (self.logits, self.target, losses, slopes))):
             x = x.double().requires_grad_()
-            loss[:] = nll = reference.logit_loss(x, y)
-            (slope[:],) = torch.autograd.grad(nll.sum(), x)
-        return losses.detach(), slopes
+            nll = reference.logit_loss(x, y)
+            loss[:] = nll.detach()
+            slope[:] = torch.autograd.grad(nll.sum(), x)[0]
+        return losses, slopes
 
     def error(self, loss, grad, lam, init):
         """Of the loss and its gradient in step number STEPS of Algorithm 1 on this batch; lam = inf is the plain mean."""

@@ -72,9 +72,11 @@ ABSGD_FN typename L::V next_log_s(typename L::V log_s, typename L::V log_g, type
 }
 
 // Step 6 of Alg. 1: W_i = exp(L_i / lambda) / s', clamped from above by max_weight (the state does not see the clamp).
+// log s' comes in two parts, high + low: at L / lambda = 1000 a float log s' alone would put 3e-5 into every weight.
 template <class L>
-ABSGD_FN typename L::V robust_weight(typename L::V z, typename L::V log_s, typename L::V max_weight) {
-  const typename L::V w = L::exp(z - log_s);
+ABSGD_FN typename L::V robust_weight(typename L::V z, typename L::V log_s_high, typename L::V log_s_low,
+                                     typename L::V max_weight) {
+  const typename L::V w = L::exp((z - log_s_high) - log_s_low);
   return L::select(w > max_weight, max_weight, w);
 }
 

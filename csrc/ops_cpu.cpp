@@ -75,7 +75,7 @@ void prefer_huge_pages(void* data, size_t bytes) {
 }
 
 Tensor empty_cpu(const int64_t* sizes, int64_t dim, Dtype dtype) {
-  int64_t strides[16];
+  int64_t strides[16] = {};
   STD_TORCH_CHECK(dim <= 16, "at most 16 dimensions");
   int64_t step = 1;
   for (int64_t d = dim - 1; d >= 0; --d) {

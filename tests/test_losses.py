@@ -68,6 +68,30 @@ def test_every_width(backend, case, dtype, index):
         check(grad, exact_grad, eager_grad, dtype, "gradient", cancels=case.cancels)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_every_width_robust(backend, case, dtype):
+    """The same widths through ABLoss, whose kernel is another one: one step from the middle of a run, 5 rows, upstream -3."""
+    for classes in CLASSES[::2]:
+        logits, target = make((5, classes), dtype, seed=classes)
+        criterion = case.fused(**case.tensors(classes, wide(dtype)), backend=backend)
+        robust, exact = ab.ABLoss(criterion, lam=-0.5, backend=backend), oracle.ABLoss(-0.5)
+        if dtype == torch.float64:
+            robust = robust.double()
+        robust.log_s.fill_(-0.75)
+        exact.log_s = -0.75
+        losses, grads = exact_of(case, logits, target, classes)
+        forward = exact(losses, mask=target != case.options(classes).get("ignore_index", -100))
+        value = robust(logits, target)
+        (grad,) = torch.autograd.grad(value, logits, torch.tensor(-3.0, dtype=value.dtype))
+        tol = 64 * torch.finfo(wide(dtype)).eps
+        np.testing.assert_allclose(value.detach(), forward.loss, rtol=tol, atol=tol**2)
+        np.testing.assert_allclose(robust.last.weights, forward.weights, rtol=tol)
+        np.testing.assert_allclose(robust.log_s, exact.log_s, rtol=tol, atol=tol)
+        wanted = grads * forward.grad[:, None] * -3
+        cancelled = tol / 16 if case.cancels else 0
+        np.testing.assert_allclose(grad.double(), wanted, rtol=max(tol, torch.finfo(dtype).eps), atol=cancelled)
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (1, 5), (2, 5, 0), (0, 5, 3), (3, 6, 7), (2, 3, 5, 4), (2, 17, 3, 2, 2)], ids=str)
 def test_shapes(backend, case, dtype, shape):
     logits, target = make(shape, dtype)
@@ -113,6 +137,12 @@ def test_layouts(backend, dtype, layout, shape):
     torch.testing.assert_close(losses.double(), exact, rtol=tol, atol=tol)
     tol = max(tol, torch.finfo(dtype).eps)
     torch.testing.assert_close(grad.double(), exact_grad, rtol=tol, atol=tol / 4)
+    robust = []
+    for x in (plain, moved):
+        criterion = ab.ABLoss(ab.CrossEntropy(backend=backend), lam=0.7, backend=backend)
+        value = criterion(x, labels)
+        robust.append((value.detach(), criterion.last.weights, *torch.autograd.grad(value, x)))
+    torch.testing.assert_close(*robust, rtol=tol, atol=tol / 4)
 
 
 def test_expanded_logits(backend):
@@ -295,6 +325,12 @@ def test_nan_and_inf_logits(backend, value, dtype, classes):
     (grad,) = torch.autograd.grad(losses.sum(), logits)
     assert torch.isnan(losses[:-1]).all() and torch.isnan(grad[:-1]).all()
     assert torch.isfinite(losses[-1]) and torch.isfinite(grad[-1]).all()
+    robust = ab.ABLoss(ab.CrossEntropy(backend=backend), lam=0.5, backend=backend)
+    value = robust(logits, target)
+    (robust_grad,) = torch.autograd.grad(value, logits)
+    assert torch.isnan(value) and torch.isnan(robust_grad[:-1]).all() and torch.isnan(robust.last.weights[:-1]).all()
+    torch.testing.assert_close(robust_grad[-1], grad[-1])  # alone in its batch, the clean row has W = 1
+    assert float(robust.log_s) == -INF and int(robust.nonfinite_batches) == 1
     assert torch.isnan(F.cross_entropy(logits.detach(), target, reduction="none")[:-1]).all()  # and torch agrees
 
 

@@ -226,6 +226,22 @@ def test_arguments_have_the_shape_of_the_losses(one_backend, shape, rng):
     assert float(value) == pytest.approx(exact.loss, rel=1e-11) and criterion.last.weights.shape == shape
 
 
+def test_mask_and_ignored_rows_together(backend, rng):
+    """A row is valid if neither ignore_index nor the mask says otherwise; labels of an image, int32."""
+    logits, target = torch.tensor(rng.normal(size=(4, 5, 6)), requires_grad=True), torch.tensor(rng.integers(0, 5, (4, 6)))
+    target[1, 2] = target[3, 0] = -100
+    mask = torch.tensor(rng.random((4, 6)) < 0.7)
+    mask[1, 2], mask[3, 0] = True, False
+    criterion = ab.ABLoss(ab.CrossEntropy(backend=backend), lam=0.5, backend=backend).double()
+    value = criterion(logits, target.int(), mask=mask)
+    (grad,) = torch.autograd.grad(value, logits)
+    losses, grads = oracle.cross_entropy(oracle.rows(logits.detach()), target.flatten())
+    forward = oracle.ABLoss(0.5)(losses, mask=(mask & (target != -100)).flatten())
+    assert float(value) == pytest.approx(forward.loss, rel=1e-11)
+    np.testing.assert_allclose(grad, oracle.unrows(grads * forward.grad[:, None], logits.shape), rtol=1e-10, atol=1e-15)
+    np.testing.assert_allclose(criterion.last.weights.flatten(), forward.weights, rtol=1e-11)
+
+
 def test_no_gradient_reaches_weights_score_or_sample_weight(one_backend, rng):
     losses, weight, score = (torch.tensor(rng.random(5), requires_grad=True) for _ in range(3))
     value = ab.ABLoss(lambda x: x, lam=0.5, backend=one_backend).double()(losses, sample_weight=weight, score=score)

@@ -497,14 +497,14 @@ void robust_apply_typed(const RobustArgs& a, const Outcome& o, double* loss_part
   const V nan = L::set(T(__builtin_nan(""))), zero = L::set(0);
   const bool plain = __builtin_isinf(a.lam);  // the plain mean: W = 1 as it is
   const V mix = L::set(plain ? T(0) : T(a.mix)), inverse_n = L::set(T(o.inverse_n));
-  const V max_weight = L::set(plain ? T(1) : T(a.max_weight));
+  const V max_weight = L::set(plain ? T(1) : T(a.max_weight)), log_s_low = L::set(T(o.log_s - double(T(o.log_s))));
   for (int64_t b = begin; b < end; ++b) {
     const int64_t first = b * kBlock, last = smaller(first + kBlock, a.count);
     V sum = zero;
     for (int64_t i = first; i < last; i += L::N) {
       const Scores<L> s(a, i, last);
       auto settle = [&](V x) { return L::select(s.good, x, L::select(s.valid, nan, zero)); };
-      const V w = settle(robust_weight<L>(s.z, L::set(T(o.log_s)), max_weight));
+      const V w = settle(robust_weight<L>(s.z, L::set(T(o.log_s)), log_s_low, max_weight));
       const V t = sample_weight == nullptr ? L::set(1) : load_some<L>(sample_weight, i, last, 0);
       const V factor = settle(sample_factor<L>(w, mix, t, inverse_n));
       sum += L::select(s.valid, factor * s.loss, zero);

@@ -83,6 +83,12 @@ void sgd_step(const StepTable& table, int64_t begin, int64_t end) {
   }
   for (int64_t j = low; j < table.tensor_count && table.tensors[j].begin < end; ++j) {
     const StepTensor& t = table.tensors[j];
+    if (j + 2 < table.tensor_count) {
+      const StepTensor& later = table.tensors[j + 2];
+      __builtin_prefetch(later.param);
+      __builtin_prefetch(later.grad);
+      __builtin_prefetch(later.buffer);
+    }
     const StepGroup& group = table.groups[t.group];
     if (t.dtype == Dtype::f64)
       update<double>(t, group, place(t, begin), place(t, end));

@@ -1,0 +1,370 @@
+"""How it is timed: `absgd-fast bench [--suite loss|step|train|all] [--out FILE.json]`.
+
+Every competitor's result is checked against the float64 oracle before it is timed; who is wrong is left out with the
+reason, and if ours is wrong nothing is reported. Then come rounds: in each, every competitor runs one block of calls,
+beginning with another one each time, and Python's garbage collector waits. A round gives one time per competitor and
+one ratio (ours over theirs, under the same conditions, so that what else the machine does mostly cancels); reported are
+medians and quartiles over the rounds, and the cases we lose like the ones we win.
+
+Timings compare only within one run.
+"""
+
+import argparse
+import ctypes
+import datetime
+import gc
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import perf_counter_ns
+
+import torch
+
+from absgd_fast import _backend
+
+from .cases import CASES
+from .peers import OURS, PEERS, LeftOut, ready
+
+SUITES = {"loss": ("loss", "memory"), "step": ("step",), "train": ("train",), "all": ("loss", "memory", "step", "train")}
+BLOCK = 5e6  # ns: long against the clock and a cold start, short against what changes on a machine
+ROUNDS = (7, 101)  # at least, at most
+GROWTH_STEPS = 5000
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+def _block(run, calls):
+    """ns per call. Where calls are short, one call before the clock starts finds what others left in the caches."""
+    if calls > 1:
+        run()
+    start = perf_counter_ns()
+    for _ in range(calls):
+        run()
+    return (perf_counter_ns() - start) / calls
+
+
+def interleave(runs, seconds):
+    """{name: [µs per call in each round]} for {name: callable}, in about `seconds`."""
+    quickest = {name: min(_block(run, 1) for _ in range(5)) for name, run in runs.items()}
+    calls = {name: max(1, round(BLOCK / ns)) for name, ns in quickest.items()}
+    one_round = sum(calls[name] * ns for name, ns in quickest.items())
+    rounds = min(max(int(seconds * 1e9 / one_round), ROUNDS[0]), ROUNDS[1])
+    names, times = list(runs), {name: [] for name in runs}
+    gc.collect()
+    gc.disable()
+    try:
+        for r in range(rounds):
+            for name in names[r % len(names) :] + names[: r % len(names)]:
+                times[name].append(_block(runs[name], calls[name]) / 1e3)
+    finally:
+        gc.enable()
+    return times
+
+
+def spread(values):
+    """Median and quartiles."""
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "q1": q1, "q3": q3}
+
+
+def gather(case, data, look):
+    """({name: look(peer, error)} of those who are ready, {name: why not} of the others). LeftOut if ours is not."""
+    found, absent = {}, {}
+    for name, factory in PEERS[case.suite].items():
+        try:
+            found[name] = look(*ready(factory, data))
+        except LeftOut as reason:
+            if name == OURS:
+                raise LeftOut(f"{case.suite} {case.name}: {OURS}: {reason}") from reason
+            absent[name] = str(reason)
+    return found, absent
+
+
+def compare(case, seconds):
+    """One case, timed: a dict ready for JSON. Raises LeftOut if our result is wrong."""
+    data = case.data()
+    found, absent = gather(case, data, lambda peer, error: (peer.run, error))
+    times = interleave({name: run for name, (run, _) in found.items()}, seconds)
+    ours, peers = times[OURS], {}
+    for name, (_, error) in found.items():
+        peers[name] = {"us": spread(times[name]), "error": error}
+        if name != OURS:
+            ratio = spread([a / b for a, b in zip(ours, times[name])])
+            target = case.targets.get(name)
+            peers[name] |= {"ratio": ratio, "target": target, "met": None if target is None else ratio["median"] <= target}
+    return {
+        "suite": case.suite, "case": case.name, "rounds": len(ours), "tolerance": data.tolerance,
+        "peers": peers, "absent": absent,
+    }  # fmt: skip
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def heap():
+    """Bytes in use in the C heap, where tensors and graphs live: exact, on Linux with glibc 2.33 or newer."""
+
+    class Info(ctypes.Structure):
+        _fields_ = [(name, ctypes.c_size_t) for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]  # fmt: skip
+
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = Info
+    gc.collect()
+    info = mallinfo()
+    return info.uordblks + info.hblkhd
+
+
+def growth(peer):
+    """Bytes that one step leaves behind in the heap."""
+    for _ in range(GROWTH_STEPS // 10):
+        peer.run()
+    before = heap()
+    for _ in range(GROWTH_STEPS):
+        peer.run()
+    return (heap() - before) / GROWTH_STEPS
+
+
+def _resident(field):
+    """VmRSS or its highest value so far, VmHWM, in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def peak(peer, **options):
+    """Most memory in use during forward and backward beyond what was before, in gradients; scratch of kernels included."""
+    peer.leaf.grad = None
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # lowers the highest value to the present one
+    peer.run(**options)
+    return (_resident("VmHWM") - before) / (peer.leaf.numel() * peer.leaf.element_size())
+
+
+def retained(peer):
+    """The same while the graph is kept for another backward."""
+    return peak(peer, retain_graph=True)
+
+
+MEASURES = {"growth": growth, "peak": peak, "retained": retained}
+
+
+def _attempt(measure, peer):
+    try:
+        return measure(peer)
+    except (OSError, AttributeError, RuntimeError):  # not this system; torch.compile cannot retain a graph
+        return None
+
+
+def weigh(case):
+    """One case, its memory measured: a dict ready for JSON."""
+    data = case.data()
+    measures = {name: MEASURES[name] for name in case.targets}
+    peers, absent = gather(
+        case, data, lambda peer, error: {name: _attempt(measure, peer) for name, measure in measures.items()}
+    )
+    met = {name: None if peers[OURS][name] is None else peers[OURS][name] <= target for name, target in case.targets.items()}
+    return {
+        "suite": case.suite, "case": case.name, "peers": peers, "absent": absent,
+        "targets": dict(case.targets), "met": met,
+    }  # fmt: skip
+
+
+# ---- what is reported ------------------------------------------------------------------------------------------------
+
+
+def environment(threads):
+    """What a timing depends on."""
+    here = _backend.report()
+    cpuinfo = Path("/proc/cpuinfo")
+    models = [x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if x.startswith("model name")] if cpuinfo.exists() else []
+    versions = {"python": here["python"], "torch": here["torch"], "absgd_fast": here["version"]}
+    try:
+        versions["absgd"] = version("absgd")
+    except PackageNotFoundError:
+        versions["absgd"] = None
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "hardware": {
+            "cpu": models[0] if models else platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "backend": here["selected for CPU tensors"],
+            "instruction set": here["cpu"]["instruction set"],
+        },
+        "versions": versions,
+        "compiler": here["build"]["compiler"],
+        "threads": threads,
+    }
+
+
+def _duration(us):
+    return f"{us:.3g} µs" if us < 999.5 else f"{us / 1e3:.3g} ms"
+
+
+def _around(values, text):
+    return f"{text(values['median'])} ({text(values['q1'])} – {text(values['q3'])})"
+
+
+def _verdict(met, lost=False):
+    return {True: "[green]met[/]", False: "[bold red]missed[/]", None: "[yellow]slower[/]" if lost else ""}[met]
+
+
+def _table(title, columns, left=("case", "competitor")):
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right")
+    return table
+
+
+def time_table(results):
+    """Rich table of compare's results: a competitor per line, slower ones and missed figures marked."""
+    table = _table(
+        f"{results[0]['suite']}: medians (quartiles); error against float64",
+        ("case", "competitor", "time", "error", "ours / theirs", "figure", ""),
+    )
+    for result in results:
+        for name, peer in result["peers"].items():
+            line = [result["case"] if name == OURS else "", name, _around(peer["us"], _duration), f"{peer['error']:.0e}"]
+            if "ratio" in peer:
+                ratio, target = peer["ratio"], peer["target"]
+                line += [_around(ratio, "{:.2f}".format), "" if target is None else f"≤ {target:g}"]
+                line += [_verdict(peer["met"], lost=ratio["median"] > 1)]
+            table.add_row(*line)
+        for name in result["absent"]:
+            table.add_row("", name, "left out")
+        table.add_section()
+    return table
+
+
+UNITS = {"growth": "bytes kept per step", "peak": "peak, in gradients", "retained": "peak, graph kept"}
+
+
+def memory_table(results):
+    """Rich table of weigh's results."""
+    table = _table("memory of forward and backward", ("case", "competitor", "measure", "value", "figure", ""), ("case", "competitor", "measure"))
+    for result in results:
+        for name, values in result["peers"].items():
+            for measure, value in values.items():
+                line = [result["case"] if name == OURS else "", name, UNITS[measure], "–" if value is None else f"{value:.2f}"]
+                target = result["targets"][measure]
+                table.add_row(*line, *([f"≤ {target:g}", _verdict(result["met"][measure])] if name == OURS else []))
+        table.add_section()
+    return table
+
+
+def summary(results):
+    """Lines to end with: how many figures were met; which were missed, where we are slower, who was left out."""
+    verdicts, lines = [], []
+    for result in results:
+        place = f"{result['suite']} {result['case']}"
+        if "met" in result:
+            verdicts += [(met, f"{place}: {name}") for name, met in result["met"].items()]
+        else:
+            verdicts += [(peer.get("met"), f"{place}: over {name}") for name, peer in result["peers"].items()]
+            slower = [name for name, peer in result["peers"].items() if "ratio" in peer and peer["ratio"]["median"] > 1]
+            lines += [f"slower than {name}: {place}" for name in slower]
+        lines += [f"left out: {place}: {name}: {reason}" for name, reason in result["absent"].items()]
+    judged = [met for met, _ in verdicts if met is not None]
+    missed = [f"missed: {what}" for met, what in verdicts if met is False]
+    return [f"{sum(judged)} of {len(judged)} figures met", *missed, *lines]
+
+
+def write(report, path):
+    """JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")  # argparse would print the usage first
+
+
+def _file(text):
+    path = Path(text)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a file that can be written")
+    return path
+
+
+def _positive(kind):
+    def parse(text):
+        try:
+            value = kind(text)
+            if 0 < value < float("inf"):
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {'a whole' if kind is int else 'a'} number > 0")
+
+    return parse
+
+
+def _parser():
+    parser = _Parser("absgd-fast bench", description="Time the kernels against their peers.", allow_abbrev=False)
+    parser.add_argument("--suite", choices=SUITES, default="all", help="what to time (default: all, less than four minutes)")
+    parser.add_argument("--out", type=_file, metavar="FILE.json", help="where the results go, beside the screen")
+    parser.add_argument("--threads", type=_positive(int), default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--seconds", type=_positive(float), default=5.0, help="of timing per case, about (default: 5)")
+    return parser
+
+
+def measure(suites, seconds, console):
+    """Runs the cases of some suites, printing each table when it is full; list of dicts ready for JSON."""
+    done = []
+    for suite in suites:
+        look, table = (weigh, memory_table) if suite == "memory" else (lambda case: compare(case, seconds), time_table)
+        results = []
+        for case in (case for case in CASES if case.suite == suite):
+            with console.status(f"{suite}: {case.name}"):
+                results.append(look(case))
+        console.print(table(results))
+        done += results
+    return done
+
+
+def main(argv=None):
+    """Runs the command; returns 0, 1 if our result is wrong, or leaves with 2 for bad arguments."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if importlib.util.find_spec("rich") is None:
+        parser.error('bench needs rich: pip install "absgd_fast[test]"')
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=140)  # a file takes any width
+    before = torch.get_num_threads()
+    torch.set_num_threads(arguments.threads)
+    try:
+        results = measure(SUITES[arguments.suite], arguments.seconds, console)
+    except LeftOut as wrong:
+        print(f"{parser.prog}: {wrong}", file=sys.stderr)
+        return 1
+    finally:
+        torch.set_num_threads(before)
+    console.print("\n".join(summary(results)), markup=False)
+    if arguments.out:
+        write(environment(arguments.threads) | {"seconds per case": arguments.seconds, "results": results}, arguments.out)
+        console.print(f"written: {arguments.out}", soft_wrap=True, markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
