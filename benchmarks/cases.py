@@ -121,7 +121,8 @@ class Training:
 
 @torch.no_grad()
 def _way_off(start, given, exact):
-    return float(torch.stack([distance((g.double() - s).flatten(), (e - s).flatten()) for s, g, e in zip(start, given, exact)]).max())
+    ways = [((g.double() - s).flatten(), (e - s).flatten()) for s, g, e in zip(start, given, exact)]
+    return float(torch.stack([distance(*way) for way in ways]).max())
 
 
 @dataclass(frozen=True, eq=False)

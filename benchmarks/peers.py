@@ -109,7 +109,8 @@ def _compiled(data):
     try:
         peer.run()
     except Exception as error:  # no C++ compiler, no Python.h, a compiler that fails: all of them come as their own type
-        raise LeftOut(f"torch.compile failed: {str(error).strip().splitlines()[0]}") from error
+        reason = str(error).strip().split("\n")[0]
+        raise LeftOut(f"torch.compile failed: {type(error).__name__}: {reason}") from error
     log_s = start
     return peer
 

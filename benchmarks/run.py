@@ -51,15 +51,15 @@ def _block(run, calls):
 
 def interleave(runs, seconds):
     """{name: [µs per call in each round]} for {name: callable}, in about `seconds`."""
-    quickest = {name: min(_block(run, 1) for _ in range(5)) for name, run in runs.items()}
-    calls = {name: max(1, round(BLOCK / ns)) for name, ns in quickest.items()}
-    one_round = sum(calls[name] * ns for name, ns in quickest.items())
-    rounds = min(max(int(seconds * 1e9 / one_round), ROUNDS[0]), ROUNDS[1])
+    calls = {name: max(1, round(BLOCK / min(_block(run, 1) for _ in range(3)))) for name, run in runs.items()}
     names, times = list(runs), {name: [] for name in runs}
     gc.collect()
     gc.disable()
+    end = perf_counter_ns() + seconds * 1e9
     try:
-        for r in range(rounds):
+        for r in range(ROUNDS[1]):
+            if r >= ROUNDS[0] and perf_counter_ns() > end:
+                break
             for name in names[r % len(names) :] + names[: r % len(names)]:
                 times[name].append(_block(runs[name], calls[name]) / 1e3)
     finally:
@@ -123,12 +123,12 @@ def heap():
 
 def growth(peer):
     """Bytes that one step leaves behind in the heap."""
-    for _ in range(GROWTH_STEPS // 10):
-        peer.run()
-    before = heap()
-    for _ in range(GROWTH_STEPS):
-        peer.run()
-    return (heap() - before) / GROWTH_STEPS
+    after = []
+    for _ in range(2):  # the first time, caches still fill
+        for _ in range(GROWTH_STEPS):
+            peer.run()
+        after.append(heap())
+    return (after[1] - after[0]) / GROWTH_STEPS
 
 
 def _resident(field):
@@ -140,6 +140,7 @@ def _resident(field):
 def peak(peer, **options):
     """Most memory in use during forward and backward beyond what was before, in gradients; scratch of kernels included."""
     peer.leaf.grad = None
+    gc.collect()  # or it would free what others left during the measurement
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # lowers the highest value to the present one
     peer.run(**options)
@@ -178,11 +179,17 @@ def weigh(case):
 # ---- what is reported ------------------------------------------------------------------------------------------------
 
 
-def environment(threads):
-    """What a timing depends on."""
+def _cpu():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def environment():
+    """What a timing depends on; to be read before the first one, which is load itself."""
     here = _backend.report()
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if x.startswith("model name")] if cpuinfo.exists() else []
     versions = {"python": here["python"], "torch": here["torch"], "absgd_fast": here["version"]}
     try:
         versions["absgd"] = version("absgd")
@@ -191,50 +198,51 @@ def environment(threads):
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "hardware": {
-            "cpu": models[0] if models else platform.processor() or platform.machine(),
+            "cpu": _cpu(),
             "cores": os.cpu_count(),
             "backend": here["selected for CPU tensors"],
-            "instruction set": here["cpu"]["instruction set"],
+            "instruction_set": here["cpu"]["instruction set"],
         },
         "versions": versions,
         "compiler": here["build"]["compiler"],
-        "threads": threads,
+        "threads": torch.get_num_threads(),
+        "load_at_start": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
 
 
 def _duration(us):
-    return f"{us:.3g} µs" if us < 999.5 else f"{us / 1e3:.3g} ms"
+    return _spread(us, ".3g") + " µs" if us["median"] < 999.5 else _spread(us, ".3g", 1e-3) + " ms"
 
 
-def _around(values, text):
-    return f"{text(values['median'])} ({text(values['q1'])} – {text(values['q3'])})"
+def _spread(values, digits, scale=1.0):
+    return f"{values['median'] * scale:{digits}} ({values['q1'] * scale:{digits}}–{values['q3'] * scale:{digits}})"
 
 
 def _verdict(met, lost=False):
     return {True: "[green]met[/]", False: "[bold red]missed[/]", None: "[yellow]slower[/]" if lost else ""}[met]
 
 
-def _table(title, columns, left=("case", "competitor")):
+def _table(title, columns):
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
     for column in columns:
-        table.add_column(column, justify="left" if column in left else "right")
+        table.add_column(column, justify="left" if column in ("case", "competitor", "measure", "") else "right")
     return table
 
 
 def time_table(results):
-    """Rich table of compare's results: a competitor per line, slower ones and missed figures marked."""
+    """Rich table of compare's results: a competitor per line, missed targets and lost cases marked."""
     table = _table(
         f"{results[0]['suite']}: medians (quartiles); error against float64",
-        ("case", "competitor", "time", "error", "ours / theirs", "figure", ""),
+        ("case", "competitor", "time", "error", "ours / theirs", "target", ""),
     )
     for result in results:
         for name, peer in result["peers"].items():
-            line = [result["case"] if name == OURS else "", name, _around(peer["us"], _duration), f"{peer['error']:.0e}"]
+            line = [result["case"] if name == OURS else "", name, _duration(peer["us"]), f"{peer['error']:.0e}"]
             if "ratio" in peer:
                 ratio, target = peer["ratio"], peer["target"]
-                line += [_around(ratio, "{:.2f}".format), "" if target is None else f"≤ {target:g}"]
+                line += [_spread(ratio, ".2f"), "" if target is None else f"≤ {target:g}"]
                 line += [_verdict(peer["met"], lost=ratio["median"] > 1)]
             table.add_row(*line)
         for name in result["absent"]:
@@ -248,32 +256,35 @@ UNITS = {"growth": "bytes kept per step", "peak": "peak, in gradients", "retaine
 
 def memory_table(results):
     """Rich table of weigh's results."""
-    table = _table("memory of forward and backward", ("case", "competitor", "measure", "value", "figure", ""), ("case", "competitor", "measure"))
+    table = _table("memory of forward and backward", ("case", "competitor", "measure", "value", "target", ""))
     for result in results:
         for name, values in result["peers"].items():
             for measure, value in values.items():
-                line = [result["case"] if name == OURS else "", name, UNITS[measure], "–" if value is None else f"{value:.2f}"]
-                target = result["targets"][measure]
-                table.add_row(*line, *([f"≤ {target:g}", _verdict(result["met"][measure])] if name == OURS else []))
+                line = [result["case"], name, UNITS[measure], "–" if value is None else f"{value:.2f}"]
+                if name == OURS:
+                    line += [f"≤ {result['targets'][measure]:g}", _verdict(result["met"][measure])]
+                table.add_row(*line)
         table.add_section()
     return table
 
 
 def summary(results):
-    """Lines to end with: how many figures were met; which were missed, where we are slower, who was left out."""
-    verdicts, lines = [], []
+    """Lines to end with: how many targets were met; which were missed, where we are slower, who was left out."""
+    met, lines = 0, []
     for result in results:
         place = f"{result['suite']} {result['case']}"
-        if "met" in result:
-            verdicts += [(met, f"{place}: {name}") for name, met in result["met"].items()]
+        if result["suite"] == "memory":
+            verdicts = {name: (verdict, False) for name, verdict in result["met"].items()}
         else:
-            verdicts += [(peer.get("met"), f"{place}: over {name}") for name, peer in result["peers"].items()]
-            slower = [name for name, peer in result["peers"].items() if "ratio" in peer and peer["ratio"]["median"] > 1]
-            lines += [f"slower than {name}: {place}" for name in slower]
-        lines += [f"left out: {place}: {name}: {reason}" for name, reason in result["absent"].items()]
-    judged = [met for met, _ in verdicts if met is not None]
-    missed = [f"missed: {what}" for met, what in verdicts if met is False]
-    return [f"{sum(judged)} of {len(judged)} figures met", *missed, *lines]
+            peers = {name: peer for name, peer in result["peers"].items() if name != OURS}
+            verdicts = {name: (peer["met"], peer["ratio"]["median"] > 1) for name, peer in peers.items()}
+        for name, (verdict, slower) in verdicts.items():
+            met += verdict is True
+            if verdict is False or slower:
+                lines.append(f"{'missed' if verdict is False else 'slower'}: {place}, {name}")
+        lines += [f"left out: {place}, {name}: {reason}" for name, reason in result["absent"].items()]
+    missed = sum(line.startswith("missed") for line in lines)
+    return [f"{met} of {met + missed} targets met", *lines]
 
 
 def write(report, path):
@@ -353,6 +364,9 @@ def main(argv=None):
     before = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)
     try:
+        report = environment() | {"seconds_per_case": arguments.seconds}
+        if (report["load_at_start"] or 0) > 0.5:
+            console.print(f"the machine is busy (load {report['load_at_start']:.1f}): expect other ratios than on a quiet one")
         results = measure(SUITES[arguments.suite], arguments.seconds, console)
     except LeftOut as wrong:
         print(f"{parser.prog}: {wrong}", file=sys.stderr)
@@ -361,7 +375,7 @@ def main(argv=None):
         torch.set_num_threads(before)
     console.print("\n".join(summary(results)), markup=False)
     if arguments.out:
-        write(environment(arguments.threads) | {"seconds per case": arguments.seconds, "results": results}, arguments.out)
+        write(report | {"results": results}, arguments.out)
         console.print(f"written: {arguments.out}", soft_wrap=True, markup=False)
     return 0
 

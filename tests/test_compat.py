@@ -74,7 +74,7 @@ def test_milestone(milestone):
             grads = [torch.autograd.grad(value, logits)[0] for value in pair]
             torch.testing.assert_close(*pair, rtol=2e-6, atol=0)
             torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
-            values.append((float(pair[1]), float(F.cross_entropy(logits, target))))
+            values.append((pair[1].item(), F.cross_entropy(logits, target).item()))
         theirs.updateLambda(), ours.updateLambda()
     robust = [abs(value - mean) > 1e-3 for value, mean in values]
     assert robust == [False] * (2 * max(1, milestone)) + [True] * (12 - 2 * max(1, milestone))

@@ -16,6 +16,7 @@ PACKAGE, CSRC = ROOT / "absgd_fast", ROOT / "csrc"
 # lowest first: a module may import those of lower layers only; kernels is a package, whose files may import each other
 LAYERS = [
     {"reference", "_backend", "kernels"},
+    {"_checks"},
     {"ops"},
     {"functional"},
     {"losses", "weights"},

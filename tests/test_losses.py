@@ -436,7 +436,7 @@ def test_same_bits_for_1_and_2_threads(backend, threads, shape, dtype):
 def test_loss_scaling_keeps_small_half_gradients(backend, form):
     """fp16 with a GradScaler: the upstream 2^16 lifts small gradients above fp16's range before they are rounded, as in eager torch.
 
-    64 x 33 probabilities / 64 go far below fp16's smallest number, 6e-8.
+    Of the 64 x 33 gradients over 100 lie below fp16's normal range, 6e-5, and some below its smallest number, 6e-8.
     """
     logits, target = make((64, 33), torch.float16)
     exact, exact_grad = oracle.cross_entropy(logits.detach().double(), target)
@@ -448,7 +448,7 @@ def test_loss_scaling_keeps_small_half_gradients(backend, form):
     scale = 2.0**16 if form != "loss" else 2.0**10  # the sum of rows, or its mean: neither overflows
     (grad,) = torch.autograd.grad(value.sum() * scale, logits)
     wanted = exact_grad * scale / (1 if form == "loss" else 64)
-    assert (np.abs(wanted / scale) < 6e-8).sum() > 5 and np.abs(wanted).max() < 6e4  # unscaled these are lost, scaled none overflows
+    assert (np.abs(wanted / scale) < 6e-5).sum() > 100 and (np.abs(wanted / scale) < 6e-8).any() and np.abs(wanted).max() < 6e4
     np.testing.assert_allclose(grad.double(), wanted, rtol=2**-10, atol=2**-24)
 
 

@@ -1,0 +1,43 @@
+"""The same cases under pytest-benchmark: `make bench`, or `pytest benchmarks -k "128 and fused"`.
+
+A group of its output compares the competitors of one case. It times them one after the other; `absgd-fast bench`
+interleaves them, so its ratios are the ones to quote. A timing is no test: what is asserted is the result.
+"""
+
+from functools import lru_cache
+
+import pytest
+import torch
+
+from .cases import CASES
+from .peers import OURS, PEERS, LeftOut, ready
+
+TIMED = [(case, name) for case in CASES if case.suite != "memory" for name in PEERS[case.suite]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@lru_cache(maxsize=1)  # cases come one after the other, and the largest fills a gigabyte
+def data_of(case):
+    return case.data()
+
+
+@pytest.mark.benchmark(disable_gc=True, max_time=0.5)
+@pytest.mark.parametrize("case, name", TIMED, ids=[f"{case.suite}: {case.name}: {name}" for case, name in TIMED])
+def test_time(benchmark, case, name):
+    try:
+        peer, error = ready(PEERS[case.suite][name], data_of(case))
+    except LeftOut as reason:
+        if name == OURS:
+            raise
+        pytest.skip(str(reason))
+    benchmark.group = f"{case.suite}: {case.name}"
+    benchmark.name = name
+    benchmark.extra_info["error"] = error
+    benchmark(peer.run)
