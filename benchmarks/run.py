@@ -210,12 +210,17 @@ def environment():
     }
 
 
-def _duration(us):
-    return _spread(us, ".3g") + " µs" if us["median"] < 999.5 else _spread(us, ".3g", 1e-3) + " ms"
+def _spread(values, text):
+    return f"{text(values['median'])} ({text(values['q1'])}–{text(values['q3'])})"
 
 
-def _spread(values, digits, scale=1.0):
-    return f"{values['median'] * scale:{digits}} ({values['q1'] * scale:{digits}}–{values['q3'] * scale:{digits}})"
+def _ratio(value):
+    return f"{value:.2f}"
+
+
+def _time(us):
+    unit, scale = (" µs", 1) if us["median"] < 999.5 else (" ms", 1e3)
+    return _spread(us, lambda value: f"{value / scale:.{3 if value < 999.5 * scale else 4}g}") + unit
 
 
 def _verdict(met, lost=False):
@@ -239,10 +244,10 @@ def time_table(results):
     )
     for result in results:
         for name, peer in result["peers"].items():
-            line = [result["case"] if name == OURS else "", name, _duration(peer["us"]), f"{peer['error']:.0e}"]
+            line = [result["case"] if name == OURS else "", name, _time(peer["us"]), f"{peer['error']:.0e}"]
             if "ratio" in peer:
                 ratio, target = peer["ratio"], peer["target"]
-                line += [_spread(ratio, ".2f"), "" if target is None else f"≤ {target:g}"]
+                line += [_spread(ratio, _ratio), "" if target is None else f"≤ {target:g}"]
                 line += [_verdict(peer["met"], lost=ratio["median"] > 1)]
             table.add_row(*line)
         for name in result["absent"]:

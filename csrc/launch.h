@@ -42,7 +42,9 @@ struct LogitArgs {
 
   // gradient: factor_i * d loss_i / d logits
   void* grad;                 // (batch, classes, inner) contiguous, of the logits' dtype but f32 for f16; or null
-  bool keep;                  // logit_stats leaves exp(a - max) in grad, for logit_grads to scale
+  // logit_stats may leave exp(a - max) for logit_grads to scale:
+  bool keep;                  // along_classes(): in grad
+  void* kept;                 // else: here, (tiles, classes, kTileRows) real; or null
   const void* factor;         // (batch * inner) real; or null = 1
 
   ABSGD_INLINE int64_t rows() const { return batch * inner; }

@@ -136,7 +136,7 @@ void parallel(int64_t items, int64_t elements_per_item, const F& f) {
   torch::stable::parallel_for(0, items, grain > 0 ? grain : 1, f);
 }
 
-constexpr size_t kCacheBytes = size_t(32) << 20;
+constexpr size_t kCacheBytes = size_t(32) << 20, kScratchBytes = size_t(1) << 20;
 
 // ---- losses on logits ----------------------------------------------------------------------------------------------
 
@@ -144,7 +144,7 @@ constexpr size_t kCacheBytes = size_t(32) << 20;
 struct Logits {
   Tensor logits, target;
   LogitArgs args{};
-  std::unique_ptr<char[]> scratch;
+  std::unique_ptr<char[]> scratch, kept;
 
   Logits(const Tensor& logits_in, const Tensor& target_in, const std::optional<Tensor>& class_weight, double label_smoothing,
          int64_t ignore_index, const std::optional<Tensor>& mask)
@@ -226,7 +226,13 @@ struct Logits {
     args.grad = grad.data_ptr();
     const size_t bytes = size_t(args.rows() * args.classes) * size_of(stored);
     prefer_huge_pages(args.grad, bytes);
-    args.keep = args.dtype == real() && args.along_classes() && bytes <= kCacheBytes;
+    if (args.along_classes()) {
+      args.keep = args.dtype == real() && bytes <= kCacheBytes;
+    } else {
+      const size_t needed = size_t(args.tiles() * kTileRows * args.classes) * size_of(real());
+      if (needed <= kScratchBytes) kept.reset(new char[needed]);
+      args.kept = kept.get();
+    }
     return grad;
   }
 
@@ -238,7 +244,7 @@ struct Logits {
   }
 };
 
-std::tuple<Tensor, Tensor> logit_loss(Tensor logits, Tensor target, std::optional<Tensor> class_weight, double label_smoothing,
+std::tuple<Tensor, Tensor> logit_loss(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& class_weight, double label_smoothing,
                                       int64_t ignore_index, bool with_grad) {
   Logits rows(logits, target, class_weight, label_smoothing, ignore_index, std::nullopt);
   Tensor grad = rows.make_grad(with_grad);
@@ -328,10 +334,10 @@ struct Rows {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(Tensor logits, Tensor target, std::optional<Tensor> class_weight,
-                                                     double label_smoothing, int64_t ignore_index, std::optional<Tensor> score,
-                                                     std::optional<Tensor> sample_weight, std::optional<Tensor> mask,
-                                                     Tensor log_s, Tensor nonfinite, Tensor lam, double gamma, double alpha,
+std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& class_weight,
+                                                     double label_smoothing, int64_t ignore_index, const std::optional<Tensor>& score,
+                                                     const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& mask,
+                                                     const Tensor& log_s, const Tensor& nonfinite, const Tensor& lam, double gamma, double alpha,
                                                      double mix, double max_weight, int64_t flags) {
   Logits rows(logits, target, class_weight, label_smoothing, ignore_index, mask);
   const int64_t count = rows.args.rows();
@@ -359,8 +365,8 @@ std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(Tensor logits, Tensor targe
   return {loss, out.tensor, grad};
 }
 
-std::tuple<Tensor, Tensor, Tensor> robust_loss(Tensor losses, std::optional<Tensor> score, std::optional<Tensor> sample_weight,
-                                               std::optional<Tensor> mask, Tensor log_s, Tensor nonfinite, Tensor lam,
+std::tuple<Tensor, Tensor, Tensor> robust_loss(const Tensor& losses, const std::optional<Tensor>& score, const std::optional<Tensor>& sample_weight,
+                                               const std::optional<Tensor>& mask, const Tensor& log_s, const Tensor& nonfinite, const Tensor& lam,
                                                double gamma, double alpha, double mix, double max_weight, int64_t flags) {
   const Dtype real = dtype_of(losses);
   const int64_t count = losses.numel();
@@ -385,7 +391,7 @@ std::tuple<Tensor, Tensor, Tensor> robust_loss(Tensor losses, std::optional<Tens
   return {loss, out.tensor, grad};
 }
 
-std::tuple<Tensor, Tensor, Tensor> robust_weights(Tensor losses, Tensor log_s, Tensor lam, std::optional<Tensor> mask,
+std::tuple<Tensor, Tensor, Tensor> robust_weights(const Tensor& losses, const Tensor& log_s, const Tensor& lam, const std::optional<Tensor>& mask,
                                                   double gamma, double alpha, int64_t flags) {
   const Dtype real = dtype_of(losses);
   const int64_t count = losses.numel(), two = 2;
@@ -404,7 +410,7 @@ std::tuple<Tensor, Tensor, Tensor> robust_weights(Tensor losses, Tensor log_s, T
   return {weights, new_log_s, shares};
 }
 
-Tensor robust_weights_backward(Tensor weights, Tensor grad_weights, Tensor grad_log_s, Tensor lam, Tensor shares) {
+Tensor robust_weights_backward(const Tensor& weights, const Tensor& grad_weights, const Tensor& grad_log_s, const Tensor& lam, const Tensor& shares) {
   RobustArgs a{};
   a.dtype = dtype_of(weights);
   a.count = weights.numel();
@@ -466,14 +472,14 @@ void run_scale(const Tensor& source, const Tensor& out, const Tensor& upstream_i
   parallel(a.batch * a.classes, a.inner, [&](int64_t begin, int64_t end) { cpu_kernels().scale(a, begin, end); });
 }
 
-Tensor scale(Tensor grad, Tensor upstream, bool to_half) {
+Tensor scale(const Tensor& grad, const Tensor& upstream, bool to_half) {
   const Dtype dtype = to_half ? Dtype::f16 : dtype_of(grad);
   Tensor out = empty_cpu(grad.sizes().data(), grad.dim(), dtype);
   prefer_huge_pages(out.data_ptr(), size_t(out.numel()) * size_of(dtype));
   run_scale(grad, out, upstream);
   return out;
 }
-void scale_(Tensor grad, Tensor upstream) { run_scale(grad, grad, upstream); }
+void scale_(const Tensor& grad, const Tensor& upstream) { run_scale(grad, grad, upstream); }
 
 // ---- momentum step -------------------------------------------------------------------------------------------------
 
@@ -510,7 +516,7 @@ void run_step(StepTable& table) {
 }
 
 // The table lies in the tensor's memory, where StepPlan (host.cpp) wrote it a moment ago.
-void sgd_planned_step(Tensor table) {
+void sgd_planned_step(const Tensor& table) {
   STD_TORCH_CHECK(table.is_contiguous() && table.scalar_type() == ScalarType::Long &&
                       size_t(table.numel()) * sizeof(int64_t) >= sizeof(StepTable),
                   "sgd_planned_step: expected the table of a StepPlan");
@@ -539,7 +545,7 @@ struct Fitted {
   }
 };
 
-void sgd_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers, double lr,
+void sgd_step_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& momentum_buffers, double lr,
                double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, bool heavy_ball) {
   STD_TORCH_CHECK(grads.size() == params.size() && momentum_buffers.size() == (momentum != 0 ? params.size() : 0),
                   "sgd_step_: expected one gradient and, with momentum, one momentum buffer for each parameter");
@@ -595,7 +601,7 @@ struct Name<std::tuple<T...>> {
 };
 template <class R, class... A>
 std::string signature(R (*)(A...)) {
-  return Name<std::tuple<A...>>::get() + " -> " + Name<R>::get();
+  return Name<std::tuple<std::decay_t<A>...>>::get() + " -> " + Name<R>::get();
 }
 
 std::string native_signatures();

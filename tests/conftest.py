@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 import absgd_fast as ab
 from absgd_fast import _backend
@@ -15,6 +15,7 @@ from absgd_fast import _backend
 # derandomize: a failure seen once is seen by everybody. The fixtures below only choose a backend, so examples may share them.
 settings.register_profile(
     "absgd_fast", deadline=None, derandomize=True, max_examples=30, database=None,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 settings.load_profile("absgd_fast")

@@ -11,8 +11,9 @@ import torch
 
 from absgd_fast import __main__ as cli
 
-sys.path.insert(0, str(Path(cli.__file__).resolve().parents[1]))  # benchmarks are no part of the package
-from benchmarks import cases, peers, run  # noqa: E402
+with pytest.MonkeyPatch.context() as patch:  # benchmarks are no part of the package
+    patch.syspath_prepend(Path(cli.__file__).resolve().parents[1])
+    from benchmarks import cases, peers, run
 
 DATA = {
     "loss": [partial(cases.Logits, 32, 10), partial(cases.Logits, 32, 10, torch.bfloat16)],
@@ -20,6 +21,12 @@ DATA = {
     "train": [partial(cases.Training, "mlp"), partial(cases.Training, "cnn")],
 }
 EVERYBODY = [(suite, make, name) for suite in DATA for make in DATA[suite] for name in peers.PEERS[suite]]
+
+
+@pytest.fixture(autouse=True)
+def same_path(monkeypatch):
+    """The command adds the checkout to the path; for these tests only."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
 
 
 @pytest.fixture

@@ -274,6 +274,11 @@ void finish_tile(const LogitArgs& a, int64_t first, const Tile<L>& t, typename L
   }
 }
 
+template <class T>
+ABSGD_FN T* kept_tile(const LogitArgs& a, int64_t tile) {
+  return a.kept == nullptr ? nullptr : static_cast<T*>(a.kept) + tile * a.classes * kTileRows;
+}
+
 template <class S, class T>
 int64_t logit_stats_typed(const LogitArgs& a, int64_t begin, int64_t end) {
   using L = Lanes<T>;
@@ -315,9 +320,11 @@ int64_t logit_stats_typed(const LogitArgs& a, int64_t begin, int64_t end) {
         typename L::I label;
         __builtin_memcpy(&label, t.label + j, sizeof(label));
         V rest = L::set(0), others = L::set(0);
+        T* kept = kept_tile<T>(a, tile);
         for (int64_t c = 0; c < a.classes; ++c) {
-          const V gap = load_rows<L>(rows, j, c) - max;
-          rest += L::select(label == L::set_int(typename L::Int(c)), L::set(0), L::exp(gap));
+          const V gap = load_rows<L>(rows, j, c) - max, e = L::exp(gap);
+          rest += L::select(label == L::set_int(typename L::Int(c)), L::set(0), e);
+          if (kept != nullptr) L::store(kept + c * kTileRows + j, e);
           if (smooth) others += v == nullptr ? gap : gap * L::set(v[c]);
         }
         L::store(t.max + j, max);
@@ -377,8 +384,10 @@ void logit_grads_typed(const LogitArgs& a, int64_t begin, int64_t end) {
         typename L::I label;
         __builtin_memcpy(&label, t.label + j, sizeof(label));
         const V m = L::load(max + j), k = L::load(scale + j), y = L::load(at_label + j), spread_v = L::load(s + j);
+        const T* kept = kept_tile<T>(a, tile);
         for (int64_t c = 0; c < a.classes; ++c) {
-          V g = L::select(label == L::set_int(typename L::Int(c)), y, L::exp(load_rows<L>(rows, j, c) - m) * k);
+          const V e = kept != nullptr ? L::load(kept + c * kTileRows + j) : L::exp(load_rows<L>(rows, j, c) - m);
+          V g = L::select(label == L::set_int(typename L::Int(c)), y, e * k);
           if (smooth) g -= v == nullptr ? spread_v : spread_v * L::set(v[c]);
           store_rows<L>(grads, j, c, L::select(keep, g, L::set(0)), count - j);
         }
