@@ -19,7 +19,8 @@ test: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(bin)/pytest benchmarks
 
-# The kernels' tests once more, on a copy of the package whose kernels carry the address and undefined-behaviour sanitizers.
+# The kernels' tests once more, on a copy of the package whose kernels carry the address and undefined-behaviour sanitizers
+# (which keep freed memory for a while, so not the tests of memory growth).
 sanitize: $(VENV)/.installed
 	$(bin)/cmake -S . -B build/sanitize -GNinja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) \
 	    -DPython_EXECUTABLE=$(abspath $(bin)/python) -DABSGD_SANITIZE=address,undefined
@@ -28,7 +29,7 @@ sanitize: $(VENV)/.installed
 	$(bin)/cmake --install build/sanitize --prefix build/sanitized/absgd_fast
 	PYTHONPATH=build/sanitized ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	    $(bin)/pytest -m "not slow" tests/test_ops.py tests/test_optim.py
+	    $(bin)/pytest -k "not growth" $(addprefix tests/test_,ops.py losses.py functional.py robust.py optim.py)
 
 clean:
 	rm -rf build demo dist *.egg-info absgd_fast/_*.so absgd_fast/_build_info.json $(VENV)/.installed

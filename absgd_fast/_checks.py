@@ -23,17 +23,21 @@ def choice(value: str, name: str, choices: tuple[str, ...]) -> str:
     return value
 
 
+def scalar(value: float | Tensor, name: str) -> None:
+    if isinstance(value, Tensor) and value.dim() != 0:
+        raise ValueError(f"{name}: got a tensor of shape {tuple(value.shape)}, expected a number or a 0-d tensor")
+
+
 def lam(value: float | Tensor) -> float | Tensor:
     """lambda: any number but 0 and NaN (a tensor on the CPU is looked into, one on a GPU is not waited for)."""
     if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"lam: got a tensor of shape {tuple(value.shape)}, expected a number or a 0-d tensor")
+        scalar(value, "lam")
         if value.device.type != "cpu" or torch.compiler.is_compiling():
             return value
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"lam: got {type(value).__name__}, expected a number or a 0-d tensor")
     number = float(value)
-    if number == 0 or math.isnan(number):
+    if abs(number) < torch.finfo(torch.float32).tiny or math.isnan(number):  # 0, also after rounding to float32
         raise ValueError(
             f"lam: got {number}, expected a number other than 0: > 0 attends to large losses (imbalance), "
             "< 0 to small ones (label noise), inf is the plain mean"

@@ -102,6 +102,7 @@ def robust_weights(
     _checks.share(gamma, "gamma")
     _checks.share(alpha, "alpha")
     _checks.lam(lam)
+    _checks.scalar(log_s, "log_s")
     _checks.choice(init, "init", ("first", "zero"))
     real = real_dtype(losses.dtype)
     mask = _checks.per_sample(mask, "mask", losses, torch.bool)

@@ -109,16 +109,19 @@ class ABSGD(torch.optim.Optimizer):
         )
         self.backend = backend
         super().__init__(params, defaults)
-        for device in {p.device for group in self.param_groups for p in group["params"]}:
-            _backend.select(device, backend)  # raises for one that is forced and cannot run
         self._make_plan()
 
     def _make_plan(self) -> None:
+        devices = {p.device for group in self.param_groups for p in group["params"]} or {torch.device("cpu")}
+        # raises for a backend that is forced and cannot run
+        self._native = "cpu" in [_backend.select(device, self.backend) for device in devices]
         host = _backend.host()
-        self._native = _backend.select(torch.device("cpu"), self.backend) == "cpu"
         self._plan = None
         if self._native and host is not None:
-            self._plan = host.StepPlan(Tensor, torch.nn.Parameter, _allocate_table)
+            try:
+                self._plan = host.StepPlan(Tensor, torch.nn.Parameter, _allocate_table)
+            except (AttributeError, ValueError):
+                pass  # a torch without DLPack's exchange table, version 1: the operator is given lists
 
     def __getstate__(self):
         return super().__getstate__() | {"backend": self.backend}
@@ -168,8 +171,8 @@ class ABSGD(torch.optim.Optimizer):
             for group in self.param_groups:
                 self._step_group(group, group["params"])
             return loss
-        # `held` keeps gradients and buffers alive until the kernel is done
-        updated, held, others = self._plan.refresh(self.param_groups, self.state)
+        # `grads` keeps the gradients alive until the kernel is done
+        updated, grads, others = self._plan.refresh(self.param_groups, self.state)
         if updated:
             torch.ops.absgd_fast.sgd_planned_step(self._plan.table)
             torch.autograd.graph.increment_version(updated)

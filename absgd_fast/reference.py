@@ -61,6 +61,8 @@ def logit_loss(
     y = torch.where(valid, target, 0).long().unsqueeze(-1)
     x = logits.movedim(1, -1).to(real_dtype(logits.dtype))
     x = torch.where(valid.unsqueeze(-1), x, torch.zeros_like(x))  # ignored rows may hold anything
+    if x.shape[-1] == 0:
+        return x.sum(-1)  # without classes every row is ignored
     x_y = x.gather(-1, y)
     is_label = torch.zeros_like(x, dtype=torch.bool).scatter(-1, y, True)
     distance = (x - x_y).masked_fill(is_label, -math.inf)

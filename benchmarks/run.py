@@ -110,9 +110,10 @@ def compare(case, seconds):
 def heap():
     """Bytes in use in the C heap, where tensors and graphs live: exact, on Linux with glibc 2.33 or newer."""
 
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"  # struct mallinfo2
+
     class Info(ctypes.Structure):
-        _fields_ = [(name, ctypes.c_size_t) for name in (
-            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]  # fmt: skip
+        _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
     mallinfo = ctypes.CDLL(None).mallinfo2
     mallinfo.restype = Info
@@ -140,7 +141,8 @@ def _resident(field):
 def peak(peer, **options):
     """Most memory in use during forward and backward beyond what was before, in gradients; scratch of kernels included."""
     peer.leaf.grad = None
-    gc.collect()  # or it would free what others left during the measurement
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that stays resident would be used again unseen
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # lowers the highest value to the present one
     peer.run(**options)
@@ -371,7 +373,8 @@ def main(argv=None):
     try:
         report = environment() | {"seconds_per_case": arguments.seconds}
         if (report["load_at_start"] or 0) > 0.5:
-            console.print(f"the machine is busy (load {report['load_at_start']:.1f}): expect other ratios than on a quiet one")
+            load = f"{report['load_at_start']:.1f}"
+            console.print(f"the machine is busy (load {load}): expect other ratios than on a quiet one")
         results = measure(SUITES[arguments.suite], arguments.seconds, console)
     except LeftOut as wrong:
         print(f"{parser.prog}: {wrong}", file=sys.stderr)

@@ -184,7 +184,7 @@ def test_the_report(tiny, tmp_path, capsys):
     assert torch.get_num_threads() == before
     assert [path.name for path in out.parent.iterdir()] == ["bench.json"]
     report = json.loads(out.read_text(encoding="utf-8"))
-    assert set(report) == {"date", "hardware", "versions", "compiler", "threads", "load_at_start", "seconds_per_case", "results"}
+    assert " ".join(report) == "date hardware versions compiler threads load_at_start seconds_per_case results"
     assert report["hardware"].keys() == {"cpu", "cores", "backend", "instruction_set"} and report["threads"] == 1
     assert report["versions"].keys() == {"python", "torch", "absgd_fast", "absgd"}
     loss, memory, step, train = report["results"]
@@ -196,10 +196,8 @@ def test_the_report(tiny, tmp_path, capsys):
             assert 0 < peer["us"]["q1"] <= peer["us"]["median"] <= peer["us"]["q3"]
             assert 0 <= peer["error"] <= result["tolerance"]
             assert name == "absgd_fast" or peer["ratio"]["q1"] <= peer["ratio"]["median"] <= peer["ratio"]["q3"]
-    verdicts = {name: (peer.get("target"), peer.get("met")) for name, peer in loss["peers"].items()}
-    assert verdicts == {
-        "absgd_fast": (None, None), "cross_entropy": (1e9, True), "absgd package": (0.0, False), "torch.compile": (None, None),
-    }  # fmt: skip
+    verdicts = {name: (peer["target"], peer["met"]) for name, peer in loss["peers"].items() if name != "absgd_fast"}
+    assert verdicts == {"cross_entropy": (1e9, True), "absgd package": (0.0, False), "torch.compile": (None, None)}
     assert memory["targets"].keys() == memory["met"].keys() == memory["peers"]["absgd_fast"].keys()
     printed = capsys.readouterr().out
     assert "missed: loss 8 × 5, absgd package" in printed and "missed: loss 8 × 5, cross_entropy" not in printed

@@ -210,6 +210,7 @@ def test_bench_needs_the_checkout(monkeypatch, capsys, tmp_path):
 
 def test_bench_hands_its_options_over(monkeypatch, tmp_path):
     (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()  # a package, so that it comes before one that lies elsewhere on the path
     (tmp_path / "benchmarks" / "run.py").write_text("def main(argv):\n    return len(argv)\n")
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "absgd_fast" / "__main__.py"))
     monkeypatch.setattr(sys, "path", list(sys.path))

@@ -301,6 +301,8 @@ def test_gradcheck_logit_loss(backend, case, shape, rng):
     [
         ({"lam": 0.0}, ValueError, "lam.*0"),
         ({"lam": math.nan}, ValueError, "lam.*nan"),
+        ({"lam": torch.tensor([0.5])}, ValueError, r"lam.*\(1,\)"),
+        ({"log_s": torch.zeros(2)}, ValueError, r"log_s.*\(2,\)"),
         ({"gamma": 0.0}, ValueError, "gamma.*0"),
         ({"gamma": 1.5}, ValueError, "gamma.*1.5"),
         ({"gamma": math.nan}, ValueError, "gamma.*nan"),
@@ -328,6 +330,8 @@ def test_weight_errors(one_backend, change, error, words):
         ({"target": torch.zeros(3, 1, dtype=torch.int64)}, ValueError, "target.*3, 1"),
         ({"target": torch.tensor([0, 7, 9])}, IndexError, r"\b7\b.*\b1\b|\b1\b.*\b7\b"),
         ({"target": torch.tensor([0, 1, -3])}, IndexError, r"-3\b.*\b2\b|\b2\b.*-3\b"),
+        ({"target": torch.tensor([0, 1, 2**32 + 1])}, IndexError, r"\b4294967297\b"),  # 1 in its low 32 bits
+        ({"target": torch.tensor([0, 2**32 - 100, 1])}, IndexError, r"\b4294967196\b"),  # -100 in them
         ({"target": torch.tensor([5, 1, 0], dtype=torch.int32)}, IndexError, r"\b5\b.*\b0\b|\b0\b.*\b5\b"),
         ({"weight": torch.ones(4)}, ValueError, "weight.*4.*5"),
         ({"backend": "abacus"}, ValueError, "backend.*abacus"),

@@ -1,6 +1,7 @@
 """Fused per-sample losses on logits: values and gradients against fp64, in every layout, dtype and instruction set."""
 
 import math
+from functools import partial
 
 import numpy as np
 import oracle
@@ -232,22 +233,23 @@ def test_class_weights_are_state_of_the_module():
 # ---- autograd -------------------------------------------------------------------------------------------------------
 
 
-def both_forms(backend):
-    """The loss alone and inside ABLoss: each may keep a gradient between forward and backward."""
+def forms_of(backend):
+    """The loss alone, reduced, inside ABLoss, and ABLoss on torch's losses: each may keep a gradient from forward to backward."""
     criterion = ab.CrossEntropy(backend=backend)
     return [
         lambda x, y: criterion(x, y),
         lambda x, y: ab.CrossEntropy(reduction="mean", backend=backend)(x, y),
         lambda x, y: ab.ABLoss(criterion, lam=0.7, backend=backend)(x, y),
+        lambda x, y: ab.ABLoss(partial(F.cross_entropy, reduction="none"), lam=0.7, backend=backend)(x, y),
     ]
 
 
-@pytest.mark.parametrize("form", range(3))
+@pytest.mark.parametrize("form", range(4))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_backward_again(backend, form, dtype):
     """With retain_graph each backward is the same function of its upstream, whatever was done to earlier gradients."""
     logits, target = make((9, 21), dtype)
-    value = both_forms(backend)[form](logits, target)
+    value = forms_of(backend)[form](logits, target)
     (first,) = torch.autograd.grad(value, logits, torch.full_like(value, 4.0), retain_graph=True)
     kept = first.clone()
     first.zero_()  # a gradient handed out belongs to the caller
@@ -260,11 +262,11 @@ def test_backward_again(backend, form, dtype):
         torch.autograd.grad(value, logits, torch.ones_like(value))
 
 
-@pytest.mark.parametrize("form", range(3))
+@pytest.mark.parametrize("form", range(4))
 def test_shared_logits(backend, form):
     """Two losses on the same logits accumulate; so do two backwards into .grad."""
     logits, target = make((9, 21), torch.float64)
-    loss, other = both_forms(backend)[form], target.flip(0)
+    loss, other = forms_of(backend)[form], target.flip(0)
     (a,) = torch.autograd.grad(loss(logits, target).sum(), logits)
     (b,) = torch.autograd.grad(loss(logits, other).sum(), logits)
     (loss(logits, target).sum() + 3 * loss(logits, other).sum()).backward()
@@ -273,14 +275,45 @@ def test_shared_logits(backend, form):
     torch.testing.assert_close(logits.grad, 2 * a + 3 * b, rtol=1e-13, atol=1e-15)
 
 
-@pytest.mark.parametrize("form", range(3))
+@pytest.mark.parametrize("form", range(4))
 def test_inputs_are_left_alone(backend, form):
     logits, target = make((9, 21))
     before = logits.detach().clone(), target.clone()
-    value = both_forms(backend)[form](logits * 1, target)
+    value = forms_of(backend)[form](logits * 1, target)
     (value.sum() * 3).backward()
     assert torch.equal(logits, before[0]) and torch.equal(target, before[1])
     assert value.data_ptr() != logits.data_ptr()
+
+
+@pytest.mark.parametrize("form", range(4))
+def test_result_changed_in_place(backend, form):
+    """`loss /= accumulation_steps` before backward."""
+    logits, target = make((9, 21), torch.float64)
+    grads = []
+    for divide in (torch.Tensor.div, torch.Tensor.div_):
+        value = divide(forms_of(backend)[form](logits, target), 4)
+        grads.append(torch.autograd.grad(value.sum(), logits)[0])
+    assert torch.equal(*grads) and grads[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("form", range(4))
+def test_second_derivative_is_right_or_refused(backend, form):
+    """Never silently wrong: the derivative of sum(grad^2), against eager torch, or an error that says so."""
+    logits, target = make((3, 5), torch.float64)
+    value = forms_of(backend)[form](logits, target).sum()
+    try:
+        (grad,) = torch.autograd.grad(value, logits, create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), logits)
+    except RuntimeError as error:
+        assert "derivative" in str(error)
+        return
+    weights = torch.ones(3, dtype=torch.float64)
+    losses = F.cross_entropy(logits, target, reduction="none")
+    if form >= 2:  # ABLoss: constant weights, fp32 state
+        weights = torch.tensor(oracle.ABLoss(0.7)(losses.detach()).weights)
+    (grad,) = torch.autograd.grad((weights * losses).sum() / (1 if form == 0 else 3), logits, create_graph=True)
+    (wanted,) = torch.autograd.grad(grad.square().sum(), logits)
+    torch.testing.assert_close(second, wanted, rtol=1e-5, atol=1e-9)
 
 
 def test_no_gradient_wanted(backend):
@@ -450,6 +483,17 @@ def test_loss_scaling_keeps_small_half_gradients(backend, form):
     wanted = exact_grad * scale / (1 if form == "loss" else 64)
     assert (np.abs(wanted / scale) < 6e-5).sum() > 100 and (np.abs(wanted / scale) < 6e-8).any() and np.abs(wanted).max() < 6e4
     np.testing.assert_allclose(grad.double(), wanted, rtol=2**-10, atol=2**-24)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_no_classes(one_backend, rows):
+    """(B, 0) logits: ignored rows have loss 0, as in torch; any label is out of range."""
+    ignored = torch.full((rows,), -100)
+    for loss in (ab.CrossEntropy(backend=one_backend), ab.ABLoss(lam=0.5, backend=one_backend)):
+        assert loss(torch.zeros(rows, 0), ignored).abs().sum() == 0
+    if rows:
+        with pytest.raises(IndexError, match=r"\b0\b"):
+            ab.CrossEntropy(backend=one_backend)(torch.zeros(rows, 0), ignored * 0)
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------

@@ -307,6 +307,22 @@ def test_last_is_detached_and_optional(one_backend, rng):
     assert last.ess.shape == last.mean_loss.shape == ()
 
 
+def test_last_is_of_the_last_forward(backend, rng):
+    """Computed when read, from what was: not from logits overwritten, a lam set or a log s moved meanwhile."""
+    logits, target = torch.tensor(rng.normal(size=(6, 4)), requires_grad=True), torch.tensor([0, 1, 2, 3, 0, 1])
+    read = []
+    for late in (False, True):
+        criterion, hidden = ab.ABLoss(ab.CrossEntropy(backend=backend), lam=0.5, backend=backend), logits * 1
+        criterion(hidden, target)
+        last = criterion.last
+        if late:
+            hidden.detach().zero_()
+            criterion.set_lam(3.0)
+            criterion(logits * 2, target)
+        read.append([x.clone() for x in (last.losses, last.weights, last.ess, last.mean_loss)])
+    assert all(torch.equal(a, b) for a, b in zip(*read))
+
+
 def test_deepcopy_and_pickle(one_backend, rng):
     """A copy goes on from the same state, alone."""
     logits, target = torch.tensor(rng.normal(size=(6, 4)), requires_grad=True), torch.tensor([0, 1, 2, 3, 0, 1])
