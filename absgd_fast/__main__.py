@@ -224,9 +224,7 @@ def _train_and_report(config, source, out, command):
         if not finished:
             return _fail(1, "interrupted before the first run was finished; nothing was written")
         partial = True
-    results = report.collect(
-        config, finished, command=command, threads=torch.get_num_threads(), partial=partial
-    )
+    results = report.collect(config, finished, command=command, threads=torch.get_num_threads(), partial=partial)
     paths = report.write(results, out)
     console.print(report.table(results))
     console.print(report.answers(results)["help"], highlight=False)

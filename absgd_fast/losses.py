@@ -22,7 +22,9 @@ class LogitLoss(nn.Module):
         if weight is not None:
             weight = torch.as_tensor(weight).detach().clone()
             if weight.dim() != 1 or not weight.is_floating_point():
-                raise ValueError(f"weight: got shape {tuple(weight.shape)} {weight.dtype}, expected one float weight per class, (C,)")
+                raise ValueError(
+                    f"weight: got shape {tuple(weight.shape)} {weight.dtype}, expected one float weight per class, (C,)"
+                )
         self.register_buffer("weight", weight)
         self.label_smoothing = _checks.smoothing(label_smoothing)
         self.ignore_index = int(ignore_index)

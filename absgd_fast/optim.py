@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from . import _backend, ops, reference
+from . import _backend, reference
 
 _OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "heavy_ball")
 

@@ -229,9 +229,7 @@ class ABLoss(nn.Module):
         if still_open and self._relative is None:
             error_msgs.append(f"{prefix}lam: the saved RelativeLam was not fixed yet; construct ABLoss with lam=RelativeLam(r)")
             return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if loaded is not None:
             self._lam_is_open = still_open
 

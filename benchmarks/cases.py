@@ -102,9 +102,7 @@ class Training:
     def __init__(self, name):
         draw = torch.Generator().manual_seed(0)
         self.model = partial(make_model, name, (1, 8, 8), 10, seed=0)
-        self.batches = [
-            (torch.rand(64, 1, 8, 8, generator=draw), torch.randint(10, (64,), generator=draw)) for _ in range(8)
-        ]
+        self.batches = [(torch.rand(64, 1, 8, 8, generator=draw), torch.randint(10, (64,), generator=draw)) for _ in range(8)]
 
     def error(self, model, lam, init):
         """Of the way that the parameters have gone in STEPS steps."""

@@ -168,9 +168,7 @@ def weigh(case):
     """One case, its memory measured: a dict ready for JSON."""
     data = case.data()
     measures = {name: MEASURES[name] for name in case.targets}
-    peers, absent = gather(
-        case, data, lambda peer, error: {name: _attempt(measure, peer) for name, measure in measures.items()}
-    )
+    peers, absent = gather(case, data, lambda peer, error: {name: _attempt(measure, peer) for name, measure in measures.items()})
     met = {name: None if peers[OURS][name] is None else peers[OURS][name] <= target for name, target in case.targets.items()}
     return {
         "suite": case.suite, "case": case.name, "peers": peers, "absent": absent,

@@ -1,4 +1,5 @@
-// What a kernel is given: raw pointers, sizes and numbers. No torch, no CUDA: anything that can fill these structs can run the kernels.
+// What a kernel is given: raw pointers, sizes and numbers. No torch, no CUDA: anything that can fill these structs can
+// run the kernels.
 //
 // A launcher works on a range of a flat index (tiles of rows, blocks of losses, ...), so the caller decides how ranges
 // are spread over threads; the result does not depend on that choice, bit for bit.
@@ -18,34 +19,34 @@ enum class Dtype : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 // ---- losses on logits ----------------------------------------------------------------------------------------------
 
 constexpr int64_t kFewClasses = 48;  // below, a SIMD register holds rows instead of classes
-constexpr int64_t kTileRows = 16;  // rows that one tile finishes together; per-row scratch is padded to whole tiles
+constexpr int64_t kTileRows = 16;    // rows that one tile finishes together; per-row scratch is padded to whole tiles
 
 struct LogitArgs {
-  Dtype dtype;                // of logits
-  const void* logits;         // (batch, classes, inner), any strides, in elements
+  Dtype dtype;         // of logits
+  const void* logits;  // (batch, classes, inner), any strides, in elements
   int64_t batch, classes, inner;
   int64_t stride_batch, stride_class, stride_inner;
-  const void* target;         // (batch * inner), int64 or int32
+  const void* target;  // (batch * inner), int64 or int32
   bool target_int64;
   int64_t ignore_index;
-  const uint8_t* mask;        // (batch * inner), 0 = ignored; or null
-  const void* class_weight;   // (classes) real; or null = 1
+  const uint8_t* mask;       // (batch * inner), 0 = ignored; or null
+  const void* class_weight;  // (classes) real; or null = 1
   double label_smoothing;
 
   // per row, written by logit_stats, read by logit_grads; padded to whole tiles
-  void* losses;               // real
-  void* row_max;              // real
-  void* row_rest;             // real, see math.h Row
-  void* row_own;              // real
-  void* coefficient;          // real, d loss / d nll
-  uint8_t* valid;             // 0 = ignored
+  void* losses;       // real
+  void* row_max;      // real
+  void* row_rest;     // real, see math.h Row
+  void* row_own;      // real
+  void* coefficient;  // real, d loss / d nll
+  uint8_t* valid;     // 0 = ignored
 
   // gradient: factor_i * d loss_i / d logits
-  void* grad;                 // (batch, classes, inner) contiguous, of the logits' dtype but f32 for f16; or null
+  void* grad;  // (batch, classes, inner) contiguous, of the logits' dtype but f32 for f16; or null
   // logit_stats may leave exp(a - max) for logit_grads to scale:
-  bool keep;                  // along_classes(): in grad
-  void* kept;                 // else: here, (tiles, classes, kTileRows) real; or null
-  const void* factor;         // (batch * inner) real; or null = 1
+  bool keep;           // along_classes(): in grad
+  void* kept;          // else: here, (tiles, classes, kTileRows) real; or null
+  const void* factor;  // (batch * inner) real; or null = 1
 
   ABSGD_INLINE int64_t rows() const { return batch * inner; }
   ABSGD_INLINE bool along_classes() const { return stride_class == 1 && inner == 1 && classes >= kFewClasses; }
@@ -62,19 +63,19 @@ constexpr int64_t kBlock = 4096;  // losses per partial sum: fixed, so sums do n
 enum class Normalizer : int { moving = 0, batch = 1, none = 2 };
 
 struct RobustArgs {
-  Dtype dtype;                // f32 or f64
+  Dtype dtype;  // f32 or f64
   int64_t count;
   const void* losses;         // (count) real
   const void* scores;         // (count) real: z = score / lam; or null = the losses
   const void* sample_weight;  // (count) real; or null = 1
   const uint8_t* valid;       // (count); or null = all
   double lam, gamma, alpha, mix, max_weight;
-  double z_limit;             // a larger |z| counts as non-finite
+  double z_limit;  // a larger |z| counts as non-finite
   Normalizer normalizer;
   bool init_first;
 
-  void* weights;              // (count) real
-  void* factor;               // (count) real: d loss / d losses; or null
+  void* weights;  // (count) real
+  void* factor;   // (count) real: d loss / d losses; or null
 
   ABSGD_INLINE int64_t blocks() const { return (count + kBlock - 1) / kBlock; }
 };
@@ -82,34 +83,34 @@ struct RobustArgs {
 // log-sum-exp of z over one block: max + log(sum)
 struct Partial {
   double max, sum;
-  int64_t good, bad;          // valid rows with a finite loss and z; valid rows without
+  int64_t good, bad;  // valid rows with a finite loss and z; valid rows without
 };
 
 struct Outcome {
-  double log_s;               // what the weights are divided by, in logarithms
-  double new_log_s;           // what the state becomes (the old value after a bad or an empty batch)
-  double share;               // gamma' alpha / n: what W_j owes to log s' (math.h robust_weight_vjp)
-  double share_state;         // the same for new_log_s: 0 where the state did not move
+  double log_s;        // what the weights are divided by, in logarithms
+  double new_log_s;    // what the state becomes (the old value after a bad or an empty batch)
+  double share;        // gamma' alpha / n: what W_j owes to log s' (math.h robust_weight_vjp)
+  double share_state;  // the same for new_log_s: 0 where the state did not move
   double inverse_n;
   int64_t good, bad;
 };
 
 struct VjpArgs {
-  const void* upstream;       // (count) real: on the weights
-  double dot;                 // sum of W_i upstream_i over the rows that have a weight
+  const void* upstream;  // (count) real: on the weights
+  double dot;            // sum of W_i upstream_i over the rows that have a weight
   double upstream_log_s, share, share_state;
-  void* out;                  // (count) real
+  void* out;  // (count) real
 };
 
 // ---- gradient scaling ----------------------------------------------------------------------------------------------
 
 struct ScaleArgs {
-  Dtype dtype;                // of grad
-  void* grad;                 // (batch, classes, inner) contiguous
-  const void* source;         // read from here, same dtype but f32 for f16; may be grad itself
+  Dtype dtype;         // of grad
+  void* grad;          // (batch, classes, inner) contiguous
+  const void* source;  // read from here, same dtype but f32 for f16; may be grad itself
   int64_t batch, classes, inner;
-  const void* upstream;       // (batch * inner) real; or null
-  double scalar;              // used where upstream is null
+  const void* upstream;  // (batch * inner) real; or null
+  double scalar;         // used where upstream is null
 };
 
 // ---- momentum step -------------------------------------------------------------------------------------------------
@@ -153,9 +154,9 @@ struct StepGroup {
 };
 
 struct StepTensor {
-  void* param;       // (count) dense, f32 or f64; grad and buffer have the same strides
+  void* param;  // (count) dense, f32 or f64; grad and buffer have the same strides
   const void* grad;
-  void* buffer;      // momentum; null where the group's momentum is 0
+  void* buffer;          // momentum; null where the group's momentum is 0
   int64_t begin, count;  // elements [begin, begin + count) of the flat index
   int32_t group;
   Dtype dtype;
@@ -165,8 +166,8 @@ struct StepTable {
   int64_t elements, tensor_count;
   const StepTensor* tensors;  // ordered by begin, without gaps
   const StepGroup* groups;
-  bool checked;               // `overlap` is known for these tensors
-  bool overlap;               // some of the tensors written share memory: one after the other, then
+  bool checked;  // `overlap` is known for these tensors
+  bool overlap;  // some of the tensors written share memory: one after the other, then
 };
 
 constexpr int64_t kStepBlock = 64;  // a share of the flat index ends at a multiple of this within a tensor

@@ -66,7 +66,8 @@ ABSGD_FN typename L::V logaddexp(typename L::V a, typename L::V b) {
 
 // Step 5 of Alg. 1 in logarithms, s' = (1 - gamma) s + gamma alpha g. `alone`: s' = alpha g, as if gamma were 1.
 template <class L>
-ABSGD_FN typename L::V next_log_s(typename L::V log_s, typename L::V log_g, typename L::V gamma, typename L::V alpha, bool alone) {
+ABSGD_FN typename L::V next_log_s(typename L::V log_s, typename L::V log_g, typename L::V gamma, typename L::V alpha,
+                                  bool alone) {
   if (alone) return L::log(alpha) + log_g;
   return logaddexp<L>(L::log1p(-gamma) + log_s, L::log(gamma * alpha) + log_g);
 }
@@ -96,7 +97,8 @@ ABSGD_FN typename L::V robust_weight_vjp(typename L::V w, typename L::V d, typen
   return w * (d + (u * c_state - c * sum_wd)) * inverse_lam;
 }
 
-// ---- Momentum SGD (MATH: Eq. 2 of the ABSGD paper, and torch.optim.SGD's form of it) ---------------------------------
+// ---- Momentum SGD (MATH: Eq. 2 of the ABSGD paper, and torch.optim.SGD's form of it)
+// ---------------------------------
 
 enum class SgdForm : int { plain = 0, momentum = 1, nesterov = 2, heavy_ball = 3 };
 

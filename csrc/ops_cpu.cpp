@@ -21,6 +21,10 @@
 
 #include "launch.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in the headers of torch 2.10
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace {
 
 using torch::headeronly::ScalarType;

@@ -48,9 +48,7 @@ LOSSES = {
     "ce": ce(lambda c: {}),
     "ce-weight": ce(lambda c: {"weight": class_weight(c)}),
     "ce-smooth": ce(lambda c: {"label_smoothing": 0.1}, cancels=True),
-    "ce-weight-smooth-ignore": ce(
-        lambda c: {"weight": class_weight(c), "label_smoothing": 0.3, "ignore_index": 0}, cancels=True
-    ),
+    "ce-weight-smooth-ignore": ce(lambda c: {"weight": class_weight(c), "label_smoothing": 0.3, "ignore_index": 0}, cancels=True),
 }
 
 

@@ -58,19 +58,34 @@ def source(tmp_path):
         shutil.copy(ROOT / name, tree)
     (tree / "README.md").touch()
     shutil.copytree(ROOT / "csrc", tree / "csrc")
-    shutil.copytree(ROOT / "absgd_fast", tree / "absgd_fast", ignore=shutil.ignore_patterns("_*.so", "_build_info.json", "__pycache__"))
+    shutil.copytree(
+        ROOT / "absgd_fast", tree / "absgd_fast", ignore=shutil.ignore_patterns("_*.so", "_build_info.json", "__pycache__")
+    )
     return tree
 
 
 def install(source, target, **environment):
     pytest.importorskip("setuptools")
-    command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--target", target, source]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        target,
+        source,
+    ]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
 
 
 def run(target, code):
     """Standard output and error of `code` with the package in `target`."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=target, env=os.environ | {"PYTHONPATH": str(target)})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=target, env=os.environ | {"PYTHONPATH": str(target)}
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
 

@@ -522,7 +522,7 @@ def test_report_is_one_file_with_plots_and_words(noise, plots):
     assert len(images) == plots and all(b"<svg" in b64decode(image) for image in images)
     assert not re.search(r'(src|href)="(?!data:)', page) and "@import" not in page  # needs no other file, no network
     assert "Yes. absgd beat sgd by 5.3 ± 0.8 points" in page
-    assert "class=\"card verdict better\"" in page
+    assert 'class="card verdict better"' in page
     assert "Cannot" not in page and "nan" not in re.sub(r'src="[^"]+"', "", page)
     assert "a &lt;b&gt; &amp; c" in page and "<b>" not in page  # what comes from outside is escaped
     harm = report.html(made_up([-3, -4, -5], noise=noise))

@@ -61,9 +61,7 @@ def test_fp32_loses_only_what_fp32_must(backend, batch, lam, gamma, init):
     np.testing.assert_allclose(new, exact.log_s, atol=8 * size * 2**-24)
 
 
-@given(
-    batch=batches(1e4), lam=st.sampled_from([-10.0, -0.1, -1e-3, 1e-3, 0.1, 10.0]), gamma=shares, alpha=shares, init=inits
-)
+@given(batch=batches(1e4), lam=st.sampled_from([-10.0, -0.1, -1e-3, 1e-3, 0.1, 10.0]), gamma=shares, alpha=shares, init=inits)
 def test_weights_are_bounded(backend, batch, lam, gamma, alpha, init):
     """W <= n/(gamma' alpha) whatever lam and L: |z| goes to 1e7 here, where a bare exp has long overflowed."""
     losses, mask, log_s = batch
@@ -232,9 +230,7 @@ def test_objective_gradient(backend, batch, lam, gamma, alpha, init):
     assume(mask is None or mask.any())
     options = dict(gamma=gamma, alpha=alpha, init=init)
     leaf = tensor(losses, requires_grad=True)
-    weights, new = robust_weights(
-        leaf, log_s, lam, backend=backend, mask=None if mask is None else tensor(mask), **options
-    )
+    weights, new = robust_weights(leaf, log_s, lam, backend=backend, mask=None if mask is None else tensor(mask), **options)
     (grad,) = torch.autograd.grad(lam * new, leaf)
     share = (1 if init == "first" and log_s == -INF else gamma) * alpha
     n = len(losses) if mask is None else mask.sum()
@@ -288,9 +284,7 @@ def test_gradcheck_logit_loss(backend, case, shape, rng):
     logits = tensor(rng.normal(0, 2, shape), requires_grad=True)
     target = torch.arange(shape[0] * math.prod(shape[2:])).reshape(shape[0], *shape[2:]) % shape[1]
     options = case.tensors(shape[1], torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda x: logit_loss(x, target, kind=case.kind, backend=backend, **options), logits
-    )
+    assert torch.autograd.gradcheck(lambda x: logit_loss(x, target, kind=case.kind, backend=backend, **options), logits)
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------

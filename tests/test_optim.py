@@ -353,7 +353,11 @@ def test_tensors_without_a_kernel(one_backend, path, kind):
             "subclass": lambda: torch.randn(40).as_subclass(Tagged),
             "mixed": lambda: torch.randn(40, dtype=torch.float16),
         }[kind]()
-        return [torch.nn.Parameter(torch.randn(30)), torch.nn.Parameter(odd), torch.nn.Parameter(torch.randn(5, dtype=torch.float64))]
+        return [
+            torch.nn.Parameter(torch.randn(30)),
+            torch.nn.Parameter(odd),
+            torch.nn.Parameter(torch.randn(5, dtype=torch.float64)),
+        ]
 
     params, expected = build(), build()
     ours, theirs = ab.ABSGD(params, lr=0.1, momentum=0.9, backend=one_backend), torch_sgd(expected, lr=0.1, momentum=0.9)

@@ -216,9 +216,7 @@ def test_arguments_have_the_shape_of_the_losses(one_backend, shape, rng):
     losses, weight, score = (torch.tensor(rng.random(12)) for _ in range(3))
     mask = torch.arange(12) % 5 != 1
     criterion = ab.ABLoss(lambda x: x, lam=0.5, backend=one_backend).double()
-    value = criterion(
-        losses.view(shape), sample_weight=weight.view(shape), mask=mask.view(shape), score=score.view(shape)
-    )
+    value = criterion(losses.view(shape), sample_weight=weight.view(shape), mask=mask.view(shape), score=score.view(shape))
     exact = oracle.ABLoss(0.5)(losses, sample_weight=weight, mask=mask, score=score)
     assert value.item() == pytest.approx(exact.loss, rel=1e-11) and criterion.last.weights.shape == shape
 
@@ -334,10 +332,11 @@ def test_deepcopy_and_pickle(one_backend, rng):
     assert all(torch.equal(c.log_s, criterion.log_s) and c.log_s is not criterion.log_s for c in copies)
 
 
-def test_compiles_into_one_graph(rng):
+def test_compiles_into_one_graph(one_backend, rng):
     """fullgraph=True through ABLoss(CrossEntropy): the same losses, gradients and log s as eagerly, four steps running."""
     torch._dynamo.reset()
-    eager, inner = (ab.ABLoss(ab.CrossEntropy(), lam=0.5) for _ in range(2))
+    criterion = ab.CrossEntropy(backend=one_backend)
+    eager, inner = (ab.ABLoss(criterion, lam=0.5, backend=one_backend) for _ in range(2))
     compiled = torch.compile(inner, fullgraph=True, backend="aot_eager")
     target = torch.tensor([0, 1, 2, 3, 4, 1])
     for _ in range(4):
@@ -351,12 +350,12 @@ def test_compiles_into_one_graph(rng):
     assert math.isfinite(inner.log_s)
 
 
-def test_functional_compiles_into_one_graph(rng):
+def test_functional_compiles_into_one_graph(one_backend, rng):
     torch._dynamo.reset()
 
     def weighted(logits, target, log_s):
-        losses = ab.functional.logit_loss(logits, target)
-        weights, new = ab.functional.robust_weights(losses, log_s, 0.7)
+        losses = ab.functional.logit_loss(logits, target, backend=one_backend)
+        weights, new = ab.functional.robust_weights(losses, log_s, 0.7, backend=one_backend)
         return (weights * losses).mean(), new
 
     x, target = torch.tensor(rng.normal(size=(6, 5)), requires_grad=True), torch.tensor([0, 1, 2, 3, 4, 1])

@@ -125,16 +125,18 @@ def test_infinite_lam_is_the_plain_mean(backend, entry, lam):
     criterion.log_s.fill_(0.75)
     valid = [True, True, False, True]
     value, slope = call(criterion, entry, A, valid)
-    assert float(value) == pytest.approx(2 / 3) and float(criterion.log_s) == 0.75
+    assert value.item() == pytest.approx(2 / 3) and float(criterion.log_s) == 0.75
     np.testing.assert_allclose(slope, [1 / 3, 1 / 3, 0, 1 / 3], rtol=1e-12)
     assert criterion.last.weights.tolist() == [1, 1, 0, 1]
     assert float(criterion.objective) == pytest.approx(2 / 3)
     value, _ = call(criterion, entry, A, sample_weight=torch.tensor([1.0, 2.0, 0.0, 0.0], dtype=torch.float64))
-    assert float(value) == pytest.approx((0.3 + 2.0) / 4)
+    assert value.item() == pytest.approx((0.3 + 2.0) / 4)
 
 
 @pytest.mark.parametrize("lam", [0.5, -0.5, INF])
-@pytest.mark.parametrize("options", [{}, {"normalizer": "batch"}, {"normalizer": "none"}, {"mix": 1.0}, {"init": "zero"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"normalizer": "batch"}, {"normalizer": "none"}, {"mix": 1.0}, {"init": "zero"}], ids=str
+)
 @pytest.mark.parametrize("warm", [False, True])
 def test_no_valid_row(backend, entry, lam, options, warm):
     """An empty batch and an all-ignored one: loss 0, gradient 0, state as it was."""
@@ -146,7 +148,7 @@ def test_no_valid_row(backend, entry, lam, options, warm):
         leaf, args, more = entry.inputs(losses, valid)
         value = criterion(*args, **more)
         value.backward()
-        assert float(value) == 0 and value.shape == () and leaf.grad.abs().sum() == 0
+        assert value.item() == 0 and value.shape == () and leaf.grad.abs().sum() == 0
         assert same(state(criterion), before) and criterion.last.weights.tolist() == [0.0] * len(losses)
 
 
@@ -168,7 +170,7 @@ def test_nonfinite_row(backend, entry, bad, lam, options):
         np.testing.assert_allclose(slope, forward.grad, rtol=1e-11)
         np.testing.assert_allclose(criterion.last.weights, forward.weights, rtol=1e-11)
     value, slope = call(criterion, entry, A)
-    np.testing.assert_allclose([float(value), *slope], [(f := exact(A)).loss, *f.grad], rtol=1e-11)
+    np.testing.assert_allclose([value.item(), *slope], [(f := exact(A)).loss, *f.grad], rtol=1e-11)
     assert float(criterion.log_s) == pytest.approx(exact.log_s, rel=1e-11)
 
 
@@ -180,7 +182,7 @@ def test_nonfinite_row_under_a_mask_is_nothing(backend, entry):
     criterion, exact = module(entry, backend), oracle.ABLoss(0.5)
     value, slope = call(criterion, entry, broken, valid)
     forward = exact(A, mask=valid)
-    np.testing.assert_allclose([float(value), *slope[[0, 2, 3]]], [forward.loss, *forward.grad[[0, 2, 3]]], rtol=1e-11)
+    np.testing.assert_allclose([value.item(), *slope[[0, 2, 3]]], [forward.loss, *forward.grad[[0, 2, 3]]], rtol=1e-11)
     assert float(criterion.log_s) == pytest.approx(exact.log_s) and int(criterion.nonfinite_batches) == 0
     leaf, args, more = entry.inputs(broken, valid)
     criterion(*args, **more).backward()
@@ -233,7 +235,7 @@ def test_set_lam(backend, entry, reset, options, start):
     assert float(criterion.lam) == -0.8 and float(criterion.log_s) == pytest.approx(exact.log_s)
     value, slope = call(criterion, entry, B)
     forward = exact(B)
-    np.testing.assert_allclose([float(value), *slope], [forward.loss, *forward.grad], rtol=1e-11)
+    np.testing.assert_allclose([value.item(), *slope], [forward.loss, *forward.grad], rtol=1e-11)
     assert float(criterion.log_s) == pytest.approx(exact.log_s, rel=1e-11)
 
 
@@ -261,7 +263,7 @@ def test_relative_lam(backend, entry, r):
         value, slope = call(criterion, entry, losses, rows)
         forward = exact(losses, mask=rows)
         assert float(criterion.lam) == pytest.approx(exact.lam, rel=1e-12)
-        np.testing.assert_allclose([float(value), *slope], [forward.loss, *forward.grad], rtol=1e-10)
+        np.testing.assert_allclose([value.item(), *slope], [forward.loss, *forward.grad], rtol=1e-10)
         assert float(criterion.log_s) == pytest.approx(exact.log_s, rel=1e-10)
 
 
@@ -271,7 +273,7 @@ def test_relative_lam_waits_for_a_fit_batch(one_backend, unfit):
     criterion = ab.ABLoss(lambda x: x, lam=ab.RelativeLam(-0.5), backend=one_backend).double()
     value = criterion(torch.tensor(unfit, dtype=torch.float64))
     assert math.isnan(criterion.lam) and float(criterion.log_s) == -INF
-    assert math.isnan(value) if NAN in unfit else float(value) == 0
+    assert math.isnan(value) if NAN in unfit else value.item() == 0
     criterion(A)
     assert float(criterion.lam) == pytest.approx(-0.5 * float(A.mean()))
 
@@ -299,7 +301,9 @@ def test_set_lam_takes_a_relative_one(one_backend):
 # ---- saving, casting ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"gamma": 0.3, "init": "zero"}, {"normalizer": "batch"}, {"normalizer": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"gamma": 0.3, "init": "zero"}, {"normalizer": "batch"}, {"normalizer": "none"}], ids=str
+)
 def test_state_dict_continues_identically(one_backend, entry, options, tmp_path):
     """Through a file, after a bad batch too: the same values and the same state, to the bit."""
     first = module(entry, one_backend, **options)

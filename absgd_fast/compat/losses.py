@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from .. import robust
@@ -27,6 +26,7 @@ class ABLoss(nn.Module):
         criterion: returns per-sample losses.
         abgamma, abalpha: gamma and alpha, in (0, 1].
 
+    >>> import torch
     >>> criterion = ABLoss(1.0)
     >>> criterion.updateLambda()
     >>> criterion(torch.zeros(2, 2), torch.tensor([0, 1]))  # 1 / abgamma too large

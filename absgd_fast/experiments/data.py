@@ -1,6 +1,6 @@
 """Data sets as tensors, long-tailed and step imbalance, label noise: every random choice follows from a seed.
 
-    Source --draw(seed)--> Split: images, labels to train on (some of them flipped), the true labels, a clean test set
+Source --draw(seed)--> Split: images, labels to train on (some of them flipped), the true labels, a clean test set
 """
 
 import math

@@ -145,9 +145,7 @@ def answers(results):
     method = next((m for m in ("absgd", "reference") if m in by_method), None)
     pairs = results["paired"].get(method)
     if pairs is None:
-        reached = "; ".join(
-            f"{m} {_plus_minus(s['balanced_accuracy'], 'std')} %" for m, s in results["summary"].items()
-        )
+        reached = "; ".join(f"{m} {_plus_minus(s['balanced_accuracy'], 'std')} %" for m, s in results["summary"].items())
         return {
             "verdict": "none",
             "help": f"Cannot be said: it takes a seed that both {BASELINE} and absgd (or reference) have finished. "
@@ -296,7 +294,7 @@ def _signed(value, digits=1):
 
 
 def _plus_minus(entry, spread, digits=1, signed=False):
-    """"71.0 ± 1.4", or "71.0" where one seed has no spread."""
+    """ "71.0 ± 1.4", or "71.0" where one seed has no spread."""
     text = _signed(entry["mean"], digits) if signed else f"{entry['mean']:.{digits}f}"
     return text if entry[spread] is None else f"{text} ± {entry[spread]:.{digits}f}"
 
@@ -372,9 +370,7 @@ def html(results):
         header=header,
         rows=body,
         explanation=EXPLANATION,
-        figures=[
-            {"title": heading, "caption": caption, "svg": _svg(figure)} for heading, caption, figure in figures(results)
-        ],
+        figures=[{"title": heading, "caption": caption, "svg": _svg(figure)} for heading, caption, figure in figures(results)],
     )
 
 

@@ -195,9 +195,7 @@ def runs(config, source=None, on_epoch=lambda method, seed: None):
     config.check()
     source = source or data.load_source(config.dataset, config.data_root)
     for seed in range(config.seeds):
-        split = data.draw(
-            source, seed, imbalance=config.imbalance, rho=config.rho, noise=config.noise, rate=config.noise_rate
-        )
+        split = data.draw(source, seed, imbalance=config.imbalance, rho=config.rho, noise=config.noise, rate=config.noise_rate)
         if seed == 0:
             _warm_up(config, source, split)
         # a different method goes first each time, so that none always meets the cold or the warm machine

@@ -1,4 +1,5 @@
-// Lane types of the CPU: one SIMD register of float or double, as wide as the instruction set this file is compiled for.
+// Lane types of the CPU: one SIMD register of float or double, as wide as the instruction set this file is compiled
+// for.
 //
 // Written with the compilers' vector extensions (GCC, Clang), so one text serves SSE2, AVX2, AVX-512 and NEON: the
 // arithmetic maps to single instructions, loads and stores are unaligned. Everything stands in a namespace of its own
@@ -43,8 +44,8 @@ struct Traits<float> {
   static constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
   // minimax on |x| <= ln(2)/2 with exp(0) = 1 exactly; 2.6e-9 relative, 0.9 ulp after rounding
   static constexpr int exp_terms = 7;
-  static constexpr float exp_coefficients[exp_terms] = {1.0f,           1.00000004967f,    0.500000043465f,  0.166663653155f,
-                                                        0.0416647765084f, 0.00837902069907f, 0.00140612762496f};
+  static constexpr float exp_coefficients[exp_terms] = {
+      1.0f, 1.00000004967f, 0.500000043465f, 0.166663653155f, 0.0416647765084f, 0.00837902069907f, 0.00140612762496f};
   static constexpr int log_terms = 5;  // atanh series: next term below 2^-24
 };
 template <>
@@ -58,7 +59,7 @@ struct Traits<double> {
   static constexpr double ln2_hi = 6.93145751953125e-1, ln2_lo = 1.42860682030941723212e-6;
   static constexpr int exp_terms = 14;  // Taylor: next term 4e-18
   static constexpr double exp_coefficients[exp_terms] = {
-      1.0,       1.0,        1.0 / 2,     1.0 / 6,      1.0 / 24,      1.0 / 120,      1.0 / 720,
+      1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
       1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
   static constexpr int log_terms = 12;
 };
@@ -78,7 +79,7 @@ struct Lanes {
   using UInt = typename Traits<T>::UInt;
   static constexpr int N = ABSGD_REGISTER_BYTES / int(sizeof(T));
   typedef T V __attribute__((vector_size(ABSGD_REGISTER_BYTES)));
-  typedef Int I __attribute__((vector_size(ABSGD_REGISTER_BYTES)));   // also the type of a comparison
+  typedef Int I __attribute__((vector_size(ABSGD_REGISTER_BYTES)));  // also the type of a comparison
   typedef UInt U __attribute__((vector_size(ABSGD_REGISTER_BYTES)));
   typedef uint16_t Half __attribute__((vector_size(ABSGD_REGISTER_BYTES / sizeof(T) * 2)));
   typedef uint8_t Bytes __attribute__((vector_size(ABSGD_REGISTER_BYTES / sizeof(T))));
@@ -127,8 +128,8 @@ struct Lanes {
     const U u = bits_as<U>(x), sign = (u >> 16) & 0x8000;
     const V a = bits_as<V>(u & 0x7fffffff);
     const U bits = bits_as<U>(a);
-    const U normal = (bits + 0xfff + ((bits >> 13) & 1) - 0x38000000) >> 13;             // to nearest, ties to even
-    const U subnormal = bits_as<U>(a + set(0.5f)) - bits_as<U>(set(0.5f));               // the addition rounds
+    const U normal = (bits + 0xfff + ((bits >> 13) & 1) - 0x38000000) >> 13;  // to nearest, ties to even
+    const U subnormal = bits_as<U>(a + set(0.5f)) - bits_as<U>(set(0.5f));    // the addition rounds
     const I nan_or_inf = a != a ? set_int(0x7e00) : set_int(0x7c00);
     const I finite = a < set(0x1p-14f) ? I(subnormal) : I(normal);
     const U out = U(a < set(65520.0f) ? finite : nan_or_inf) | sign;
@@ -164,7 +165,8 @@ struct Lanes {
 
   // ---- functions ----
   // exp(x) = 2 exp(r) 2^(k-1), |r| <= ln(2)/2. No test of special cases: x is clamped to where 2^(k-1) has become 0 or
-  // inf (so results below 2^-125 are 0), and a NaN, which passes max and min as their second operand, ends in a product.
+  // inf (so results below 2^-125 are 0), and a NaN, which passes max and min as their second operand, ends in a
+  // product.
   static ABSGD_FN V exp(V x) {
     using K = Traits<T>;
     const V clamped = min(set(K::exp_highest), max(set(K::exp_lowest), x));
@@ -175,7 +177,8 @@ struct Lanes {
     for (int j = K::exp_terms - 2; j >= 0; --j) p = p * r + set(2 * K::exp_coefficients[j]);
     return p * bits_as<V>(bits_as<I>(shifted) << K::mantissa);
   }
-  // log(x) for x > 0: x = 2^k m, sqrt(1/2) <= m < sqrt(2), log m = 2 atanh((m - 1) / (m + 1)); inf and NaN pass through.
+  // log(x) for x > 0: x = 2^k m, sqrt(1/2) <= m < sqrt(2), log m = 2 atanh((m - 1) / (m + 1)); inf and NaN pass
+  // through.
   static ABSGD_FN V log(V x) {
     using K = Traits<T>;
     const I offset = bits_as<I>(set(T(0.70710678118654752)));

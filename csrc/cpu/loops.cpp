@@ -108,8 +108,8 @@ struct Tile {
 };
 
 template <class S>
-RowPointers<S> row_pointers(S* base, const LogitArgs& a, int64_t stride_batch, int64_t stride_class, int64_t stride_inner,
-                            int64_t first) {
+RowPointers<S> row_pointers(S* base, const LogitArgs& a, int64_t stride_batch, int64_t stride_class,
+                            int64_t stride_inner, int64_t first) {
   RowPointers<S> out;
   out.stride_class = stride_class;
   const int64_t last = a.rows() - 1;
@@ -131,7 +131,8 @@ int64_t read_labels(const LogitArgs& a, int64_t first, int count, Tile<L>& t) {
     t.valid[j] = false;
     if (j >= count) continue;
     const int64_t i = first + j;
-    const int64_t y = a.target_int64 ? static_cast<const int64_t*>(a.target)[i] : static_cast<const int32_t*>(a.target)[i];
+    const int64_t y =
+        a.target_int64 ? static_cast<const int64_t*>(a.target)[i] : static_cast<const int32_t*>(a.target)[i];
     if (y == a.ignore_index) continue;
     if (y < 0 || y >= a.classes) {
       bad = smaller(bad, i);
@@ -143,7 +144,8 @@ int64_t read_labels(const LogitArgs& a, int64_t first, int count, Tile<L>& t) {
   return bad;
 }
 
-// One row, classes along the lanes (classes >= N). The last register overlaps its neighbour; `fresh` marks its new lanes.
+// One row, classes along the lanes (classes >= N). The last register overlaps its neighbour; `fresh` marks its new
+// lanes.
 template <class L, class S>
 struct RowOfClasses {
   using T = typename L::Scalar;
@@ -292,7 +294,8 @@ int64_t logit_stats_typed(const LogitArgs& a, int64_t begin, int64_t end) {
     const int64_t first = tile * kTileRows;
     const int count = int(smaller(kTileRows, a.rows() - first));
     bad = smaller(bad, read_labels<L>(a, first, count, t));
-    const auto rows = row_pointers(static_cast<const S*>(a.logits), a, a.stride_batch, a.stride_class, a.stride_inner, first);
+    const auto rows =
+        row_pointers(static_cast<const S*>(a.logits), a, a.stride_batch, a.stride_class, a.stride_inner, first);
     for (int j = 0; j < kTileRows; ++j) {
       t.own_logit[j] = a.classes > 0 ? to_real<L>(*rows.at(j, t.label[j])) : T(0);
       t.max[j] = t.rest[j] = t.others[j] = 0;
@@ -300,8 +303,8 @@ int64_t logit_stats_typed(const LogitArgs& a, int64_t begin, int64_t end) {
     if (a.classes == 0) {
       // nothing to read: every row is ignored, or its label is out of range
     } else if (many) {
-      // All maxima of a tile first, then all sums: no sum waits for its own maximum (128 x 100: 4.4 -> 3.7 us). Rows that
-      // together leave the cache are finished one by one.
+      // All maxima of a tile first, then all sums: no sum waits for its own maximum (128 x 100: 4.4 -> 3.7 us). Rows
+      // that together leave the cache are finished one by one.
       const int step = a.classes <= kCachedClasses ? int(kTileRows) : 1;
       for (int j = 0; j < count; j += step) {
         const int stop = int(smaller(j + step, count));
@@ -311,7 +314,8 @@ int64_t logit_stats_typed(const LogitArgs& a, int64_t begin, int64_t end) {
           if (!t.valid[i]) continue;
           const RowOfClasses<L, S> row{rows.row[i], a.classes};
           T* kept = a.keep ? static_cast<T*>(a.grad) + (first + i) * a.classes : nullptr;
-          t.rest[i] = kept ? row.template rest<true>(t.max[i], t.label[i], kept) : row.template rest<false>(t.max[i], t.label[i], kept);
+          t.rest[i] = kept ? row.template rest<true>(t.max[i], t.label[i], kept)
+                           : row.template rest<false>(t.max[i], t.label[i], kept);
           if (smooth) t.others[i] = row.weighted_gaps(t.max[i], v);
         }
       }
@@ -353,7 +357,8 @@ void logit_grads_typed(const LogitArgs& a, int64_t begin, int64_t end) {
     const int64_t first = tile * kTileRows;
     const int count = int(smaller(kTileRows, a.rows() - first));
     read_labels<L>(a, first, count, t);
-    const auto rows = row_pointers(static_cast<const S*>(a.logits), a, a.stride_batch, a.stride_class, a.stride_inner, first);
+    const auto rows =
+        row_pointers(static_cast<const S*>(a.logits), a, a.stride_batch, a.stride_class, a.stride_inner, first);
     const auto grads = row_pointers(static_cast<G*>(a.grad), a, a.classes * a.inner, a.inner, 1, first);
     // per row: exp(x - max) * scale - s v_k off the label, at_label - s v_y on it
     T scale[kTileRows], s[kTileRows], at_label[kTileRows], max[kTileRows];
@@ -375,7 +380,8 @@ void logit_grads_typed(const LogitArgs& a, int64_t begin, int64_t end) {
           continue;
         }
         const RowOfClasses<L, S> row{rows.row[j], a.classes};
-        const auto write = a.keep ? &RowOfClasses<L, S>::template gradient<true, G> : &RowOfClasses<L, S>::template gradient<false, G>;
+        const auto write =
+            a.keep ? &RowOfClasses<L, S>::template gradient<true, G> : &RowOfClasses<L, S>::template gradient<false, G>;
         (row.*write)(grads.row[j], max[j], scale[j], s[j], v, t.label[j], at_label[j]);
       }
     } else {
