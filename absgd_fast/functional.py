@@ -52,7 +52,7 @@ def logit_loss(
     _checks.smoothing(label_smoothing)
     weight = _checks.class_weight(weight, logits)
     if not ops.native(logits.device, backend):
-        if target.device.type == "cpu" and not torch._C._are_functorch_transforms_active():
+        if target.device.type == "cpu" and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
             ops.check_labels(target, logits.shape[1], ignore_index)
         return reference.logit_loss(logits, target, weight=weight, label_smoothing=label_smoothing, ignore_index=ignore_index)
     with_grad = logits.requires_grad and torch.is_grad_enabled()

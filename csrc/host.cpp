@@ -64,6 +64,7 @@ const DLPackExchangeAPI* exchange_api(const py::object& tensor_type) {
 
 // ---- StepPlan -------------------------------------------------------------------------------------------------------
 
+// Interned, so that a look-up compares pointers.
 struct Names {
   PyObject* is_neg = PyUnicode_InternFromString("is_neg");
   PyObject* params = PyUnicode_InternFromString("params");
@@ -76,6 +77,10 @@ struct Names {
   PyObject* maximize = PyUnicode_InternFromString("maximize");
   PyObject* heavy_ball = PyUnicode_InternFromString("heavy_ball");
 };
+const Names& names() {
+  static const Names instance;
+  return instance;
+}
 
 PyObject* item(PyObject* dict, PyObject* key) {
   PyObject* out = PyDict_GetItemWithError(dict, key);
@@ -151,23 +156,23 @@ class StepPlan {
     size_t slot = 0;
     for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.ptr()); ++g) {
       const py::dict group = py::reinterpret_borrow<py::dict>(PyList_GET_ITEM(groups.ptr(), g));
-      const py::list params = py::list(py::reinterpret_borrow<py::object>(item(group.ptr(), names_.params)));
-      groups_.push_back({number(group.ptr(), names_.lr), number(group.ptr(), names_.momentum),
-                         number(group.ptr(), names_.dampening), number(group.ptr(), names_.weight_decay),
-                         truth(group.ptr(), names_.nesterov), truth(group.ptr(), names_.maximize),
-                         truth(group.ptr(), names_.heavy_ball)});
+      const py::list params = py::list(py::reinterpret_borrow<py::object>(item(group.ptr(), names().params)));
+      groups_.push_back({number(group.ptr(), names().lr), number(group.ptr(), names().momentum),
+                         number(group.ptr(), names().dampening), number(group.ptr(), names().weight_decay),
+                         truth(group.ptr(), names().nesterov), truth(group.ptr(), names().maximize),
+                         truth(group.ptr(), names().heavy_ball)});
       py::list left;
       for (Py_ssize_t j = 0; j < PyList_GET_SIZE(params.ptr()); ++j, ++slot) {
         PyObject* param = PyList_GET_ITEM(params.ptr(), j);
         if (slot >= slots_.size() || slots_[slot].param != param) {
-          remember(groups, state);
+          remember(groups, state);  // then this is the parameter there
           if (slot >= slots_.size() || slots_[slot].param != param) throw py::value_error("param_groups changed during a step");
         }
         py::object grad = gradient(param);
         if (grad.is_none()) continue;
         PyObject* buffer = nullptr;
         if (groups_.back().momentum != 0 && slots_[slot].state != nullptr)
-          buffer = PyDict_GetItemWithError(slots_[slot].state, names_.buffer);
+          buffer = PyDict_GetItemWithError(slots_[slot].state, names().buffer);
         if (add(param, grad.ptr(), buffer, int32_t(g))) {
           updated_.push_back(py::reinterpret_borrow<py::object>(param));
           grads_.push_back(std::move(grad));
@@ -207,7 +212,7 @@ class StepPlan {
       if (PyDict_Check(value)) state_of[key] = value;
     }
     for (py::handle group : groups)
-      for (py::handle param : py::list(py::reinterpret_borrow<py::object>(item(group.ptr(), names_.params)))) {
+      for (py::handle param : py::list(py::reinterpret_borrow<py::object>(item(group.ptr(), names().params)))) {
         const auto found = state_of.find(param.ptr());
         slots_.push_back({param.ptr(), found == state_of.end() ? nullptr : found->second});
       }
@@ -261,7 +266,7 @@ class StepPlan {
   }
 
   bool negated(PyObject* tensor) const {
-    const py::object answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, names_.is_neg));
+    const py::object answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, names().is_neg));
     if (!answer) throw py::error_already_set();
     return answer.ptr() == Py_True;
   }
@@ -292,7 +297,6 @@ class StepPlan {
     std::copy(tensors_.begin(), tensors_.end(), reinterpret_cast<absgd::StepTensor*>(memory_ + tensors));
   }
 
-  const Names names_;
   const DLPackExchangeAPI* api_;
   py::object tensor_type_, parameter_type_, grad_;
   py::function allocate_;
