@@ -167,9 +167,11 @@ struct Lanes {
   // exp(x) = 2 exp(r) 2^(k-1), |r| <= ln(2)/2. No test of special cases: x is clamped to where 2^(k-1) has become 0 or
   // inf (so results below 2^-125 are 0), and a NaN, which passes max and min as their second operand, ends in a
   // product.
-  static ABSGD_FN V exp(V x) {
+  static ABSGD_FN V exp(V x) { return exp_below(min(set(Traits<T>::exp_highest), x)); }
+  // The same for x that is known to be no larger than exp_highest: a row minus its maximum. One instruction in sixteen.
+  static ABSGD_FN V exp_below(V x) {
     using K = Traits<T>;
-    const V clamped = min(set(K::exp_highest), max(set(K::exp_lowest), x));
+    const V clamped = max(set(K::exp_lowest), x);
     const V shifted = clamped * set(T(1.4426950408889634)) + set(K::round + K::exp_bias);
     const V k = shifted - set(K::round + K::exp_bias);
     const V r = (clamped - k * set(K::ln2_hi)) - k * set(K::ln2_lo);

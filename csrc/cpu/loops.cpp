@@ -181,7 +181,7 @@ struct RowOfClasses {
     const I own = L::set_int(typename L::Int(label));
     V sum[4] = {};
     auto exponential = [&](int64_t first) {
-      const V e = L::exp(L::load(x + first) - m);
+      const V e = L::exp_below(L::load(x + first) - m);
       if constexpr (Keep) L::store(kept + first, e);
       return e;
     };
@@ -226,7 +226,7 @@ struct RowOfClasses {
   void gradient(G* grad, T max, T scale, T spread, const T* v, int64_t label, T at_label) const {
     const V m = L::set(max), s = L::set(scale);
     auto value = [&](int64_t first) {
-      const V g = (Kept ? L::load(grad + first) : L::exp(L::load(x + first) - m)) * s;
+      const V g = (Kept ? L::load(grad + first) : L::exp_below(L::load(x + first) - m)) * s;
       if (spread == 0) return g;
       return g - (v == nullptr ? L::set(spread) : L::load(v + first) * L::set(spread));
     };
@@ -328,7 +328,7 @@ int64_t logit_stats_typed(const LogitArgs& a, int64_t begin, int64_t end) {
         V rest = L::set(0), others = L::set(0);
         T* kept = kept_tile<T>(a, tile);
         for (int64_t c = 0; c < a.classes; ++c) {
-          const V gap = load_rows<L>(rows, j, c) - max, e = L::exp(gap);
+          const V gap = load_rows<L>(rows, j, c) - max, e = L::exp_below(gap);
           rest += L::select(label == L::set_int(typename L::Int(c)), L::set(0), e);
           if (kept != nullptr) L::store(kept + c * kTileRows + j, e);
           if (smooth) others += v == nullptr ? gap : gap * L::set(v[c]);
@@ -394,7 +394,7 @@ void logit_grads_typed(const LogitArgs& a, int64_t begin, int64_t end) {
         const V m = L::load(max + j), k = L::load(scale + j), y = L::load(at_label + j), spread_v = L::load(s + j);
         const T* kept = kept_tile<T>(a, tile);
         for (int64_t c = 0; c < a.classes; ++c) {
-          const V e = kept != nullptr ? L::load(kept + c * kTileRows + j) : L::exp(load_rows<L>(rows, j, c) - m);
+          const V e = kept != nullptr ? L::load(kept + c * kTileRows + j) : L::exp_below(load_rows<L>(rows, j, c) - m);
           V g = L::select(label == L::set_int(typename L::Int(c)), y, e * k);
           if (smooth) g -= v == nullptr ? spread_v : spread_v * L::set(v[c]);
           store_rows<L>(grads, j, c, L::select(keep, g, L::set(0)), count - j);
