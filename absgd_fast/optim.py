@@ -11,7 +11,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from . import _backend, reference
 
-_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "heavy_ball")
+_NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
+_FLAGS = ("nesterov", "maximize", "heavy_ball")
 
 
 class ABSGD(torch.optim.Optimizer):
@@ -129,14 +130,14 @@ class ABSGD(torch.optim.Optimizer):
     def __setstate__(self, state):
         super().__setstate__(state)
         for group in self.param_groups:
-            for name in ("nesterov", "maximize", "heavy_ball"):  # absent from checkpoints of torch.optim.SGD
+            for name in _FLAGS:  # heavy_ball is absent from checkpoints of torch.optim.SGD
                 group.setdefault(name, False)
         self._make_plan()
 
     @staticmethod
     def profile_hook_step(func: Callable) -> Callable:
         """torch's wrapper of every `step` (profiler range, hooks), entered only when there is somebody to notice: it costs
-        5.5 us of the 35 that a step of 161 small tensors takes."""
+        5.5 us, where the whole step of 161 small tensors takes 31."""
         hooked = torch.optim.Optimizer.profile_hook_step(func)
 
         @wraps(func)
@@ -190,7 +191,7 @@ class ABSGD(torch.optim.Optimizer):
     @torch.no_grad()
     def _step_group(self, group: dict, params: list[Tensor]) -> None:
         """One step of some parameters of a group without the plan."""
-        options = {name: group[name] for name in _OPTIONS}
+        options = {name: group[name] for name in _NUMBERS + _FLAGS}
         momentum = group["momentum"]
         native, plain = ([], [], []), ([], [], [])
         for p in params:
@@ -204,7 +205,7 @@ class ABSGD(torch.optim.Optimizer):
                 out.append(tensor)
         if native[0]:
             params, grads, buffers = native
-            torch.ops.absgd_fast.sgd_step_(params, grads, buffers if momentum != 0 else [], **_floats(options))
+            torch.ops.absgd_fast.sgd_step_(params, grads, buffers if momentum != 0 else [], **_as_schema(options))
             if not torch.compiler.is_compiling():
                 torch.autograd.graph.increment_version(params)
         if plain[0]:
@@ -229,5 +230,5 @@ def _fit_kernels(options: dict, tensors: tuple[Tensor, ...]) -> bool:
     )
 
 
-def _floats(options: dict) -> dict:
-    return {name: value if isinstance(value, bool) else float(value) for name, value in options.items()}
+def _as_schema(options: dict) -> dict:
+    return {name: float(options[name]) for name in _NUMBERS} | {name: bool(options[name]) for name in _FLAGS}

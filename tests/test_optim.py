@@ -201,7 +201,7 @@ def drop_the_state(params, optimizer):
 
 
 def set_options(params, optimizer):
-    optimizer.param_groups[0].update(lr=0.3, momentum=0.5, weight_decay=0.2, nesterov=True)
+    optimizer.param_groups[0].update(lr=0.3, momentum=0.5, weight_decay=0.2, nesterov=1)
 
 
 def momentum_off(params, optimizer):
