@@ -4,6 +4,9 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
+# Where there is nvcc: machine code for one generation and PTX for all later ones. The tests compile the others; a wheel
+# (pip install .) has them all.
+export CUDAARCHS ?= 80
 bin    := $(VENV)/bin
 native := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py pyproject.toml
 train   = $(bin)/absgd-fast train --dataset digits --methods sgd,absgd,reference --seeds 8

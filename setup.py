@@ -27,7 +27,7 @@ class CMakeBuild(build_ext):
         except RuntimeError as error:
             if os.environ.get("ABSGD_FAST_REQUIRE_NATIVE") == "1":
                 raise SystemExit(f"absgd_fast: {error}") from None
-            info = dict(native=False, host=False, reason=str(error), compiler=None, isas=[], torch=None)
+            info = dict(native=False, host=False, reason=str(error), compiler=None, isas=[], cuda=None, cuda_reason=str(error), torch=None)
             (package / "_build_info.json").write_text(json.dumps(info) + "\n")
             print(f"absgd_fast: {error}\nabsgd_fast: installing without native kernels", file=sys.stderr)
 

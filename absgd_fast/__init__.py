@@ -9,9 +9,25 @@ Robust weights W_i = exp(L_i / lambda) / s for training on imbalanced (lambda > 
 """
 
 from . import functional, reference
-from .losses import CrossEntropy
+from .losses import (
+    CDT,
+    GCE,
+    LDAM,
+    SCE,
+    VS,
+    CosineClassifier,
+    CrossEntropy,
+    Focal,
+    LogitAdjusted,
+    adrw_weights,
+    class_balanced_weights,
+)
 from .optim import ABSGD
 from .robust import DFT, ABLoss, RelativeLam
-from .schedule import TwoStage
+from .schedule import DRW, TLA, TwoStage, vs_tla_adrw
 
-__all__ = ["ABLoss", "ABSGD", "CrossEntropy", "DFT", "RelativeLam", "TwoStage", "functional", "reference"]
+__all__ = [
+    "ABLoss", "ABSGD", "CDT", "CosineClassifier", "CrossEntropy", "DFT", "DRW", "Focal", "GCE", "LDAM", "LogitAdjusted",
+    "RelativeLam", "SCE", "TLA", "TwoStage", "VS", "adrw_weights", "class_balanced_weights", "functional", "reference",
+    "vs_tla_adrw",
+]  # fmt: skip

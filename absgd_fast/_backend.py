@@ -1,7 +1,8 @@
 """Finds the native libraries, says what can run and why not; the only reader of environment variables.
 
-ABSGD_FAST_BACKEND   forces a backend: "cpu" or "reference"
+ABSGD_FAST_BACKEND   forces a backend: "cuda", "triton", "cpu" or "reference"
 ABSGD_FAST_ISA       forces an instruction set of the CPU kernels: "avx512", "avx2" or "baseline"
+TRITON_INTERPRET     Triton's own: with 1 its kernels run on the CPU, slowly, and "triton" can be forced for CPU tensors
 """
 
 from __future__ import annotations
@@ -23,20 +24,22 @@ _CHOICES = "None, " + ", ".join(map(repr, NAMES))
 
 @cache
 def build_info() -> dict:
-    """What the build left: native, host, reason, compiler, isas, torch (see CMakeLists.txt)."""
+    """What the build left: native, host, reason, compiler, isas, cuda, cuda_reason, torch (see CMakeLists.txt)."""
     try:
         return json.loads((_HERE / "_build_info.json").read_text())
     except FileNotFoundError:
         reason = "the package was not built; run `pip install .` in the source tree"
-        return {"native": False, "host": False, "reason": reason, "compiler": None, "isas": [], "torch": None}
+        return {"native": False, "host": False, "reason": reason, "compiler": None, "isas": [], "torch": None,
+                "cuda": None, "cuda_reason": reason}  # fmt: skip
 
 
 @cache
-def _load_cpu() -> str | None:
-    """Load the CPU operators; None, or why they cannot be used."""
-    library = _HERE / "_ops_cpu.so"
+def _load(name: str) -> str | None:
+    """Load the operators of "cpu" or "cuda"; None, or why they cannot be used."""
+    library = _HERE / f"_ops_{name}.so"
     if not library.exists():
-        return f"native kernels were not built: {build_info()['reason']}"
+        info = build_info()
+        return f"native kernels were not built: {info['cuda_reason'] if name == 'cuda' and info['native'] else info['reason']}"
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
         return f"torch >= 2.10 is needed, this is {torch.__version__}"
     try:
@@ -44,9 +47,51 @@ def _load_cpu() -> str | None:
     except OSError as error:
         return f"{library.name} does not load: {error}"
     forced = os.environ.get("ABSGD_FAST_ISA")
-    if forced:
+    if forced and name == "cpu":
         set_cpu_isa(forced)
     return None
+
+
+def load() -> None:
+    """Register the kernels that are there. (Asks nothing of a GPU: a process may import this package and then fork.)"""
+    _load("cpu")
+    if torch.version.cuda:
+        _load("cuda")
+
+
+@cache
+def _why_not_cuda() -> str | None:
+    if not torch.version.cuda:
+        return f"this torch ({torch.__version__}) is built without CUDA"
+    reason = _load("cuda")
+    if reason is None and not build_info()["cuda"]["torch_cuda"]:
+        reason = "the package was built beside a torch without CUDA; build it again"
+    if reason is None and not torch.cuda.is_available():
+        reason = "torch sees no CUDA GPU"
+    if reason is None:
+        oldest = min(build_info()["cuda"]["architectures"])
+        for device in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(device)
+            if 10 * major + minor < oldest:
+                return f"GPU {device} has compute capability {major}.{minor}, the kernels were built for {oldest / 10} and later"
+    return reason
+
+
+@cache
+def _why_not_triton() -> str | None:
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton does not import: {error}"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):
+        return f"triton >= 3.5 is needed, this is {triton.__version__}"
+    if _interpreted() or torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available()):
+        return None
+    return "torch sees no GPU"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_not(name: str) -> str | None:
@@ -58,9 +103,11 @@ def why_not(name: str) -> str | None:
     if name == "reference":
         return None
     if name == "cpu":
-        return _load_cpu()
-    if name in NAMES:
-        return "this version has no such kernels; tensors on a GPU are served by reference"
+        return _load("cpu")
+    if name == "cuda":
+        return _why_not_cuda()
+    if name == "triton":
+        return _why_not_triton()
     raise ValueError(f"backend: got {name!r}, expected one of {_CHOICES}")
 
 
@@ -68,9 +115,18 @@ def available(name: str) -> bool:
     return why_not(name) is None
 
 
+def _devices(name: str) -> tuple[str, ...]:
+    """Types of device whose tensors a backend serves."""
+    return {"cuda": ("cuda",), "triton": ("cuda", "xpu") + ("cpu",) * _interpreted(), "cpu": ("cpu",)}[name]
+
+
 @cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+# What serves a type of device, the fastest first; reference.py serves the rest.
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 
 
 @torch.compiler.assume_constant_result  # what can run does not change between two calls of a compiled function
@@ -85,16 +141,19 @@ def select(device: torch.device, backend: str | None = None) -> str:
     forced = backend if backend is not None else os.environ.get("ABSGD_FAST_BACKEND") or None
     if forced is not None:
         reason = why_not(forced)
-        if reason is None and forced == "cpu" and device.type != "cpu":
-            reason = f"it serves CPU tensors, not {device.type!r}"
+        if reason is None and forced != "reference" and device.type not in _devices(forced):
+            reason = f"it serves {' and '.join(_devices(forced))} tensors, not {device.type!r}"
         if reason is not None:
             raise RuntimeError(f"backend {forced!r} cannot run: {reason}; run `python -m absgd_fast doctor`, or use backend=None")
         return forced
-    if device.type == "cpu":
-        reason = _load_cpu()
+    reasons = []
+    for name in _PREFERENCE.get(device.type, ()):
+        reason = why_not(name)
         if reason is None:
-            return "cpu"
-        _warn_once(f"absgd_fast runs on plain torch (slower, same numbers): {reason}")
+            return name
+        reasons.append(reason if len(_PREFERENCE[device.type]) == 1 else f"{name}: {reason}")
+    if reasons:
+        _warn_once(f"absgd_fast runs on plain torch (slower, same numbers): {'; '.join(reasons)}")
     return "reference"
 
 
@@ -103,12 +162,12 @@ def select(device: torch.device, backend: str | None = None) -> str:
 
 def cpu_isas() -> list[str]:
     """Instruction sets of the CPU kernels that this build has and this machine runs, the best first."""
-    return [] if _load_cpu() else torch.ops.absgd_fast.isas().split(",")[1:]
+    return [] if _load("cpu") else torch.ops.absgd_fast.isas().split(",")[1:]
 
 
 def cpu_isa() -> str | None:
     """The instruction set in use."""
-    return None if _load_cpu() else torch.ops.absgd_fast.isas().split(",")[0]
+    return None if _load("cpu") else torch.ops.absgd_fast.isas().split(",")[0]
 
 
 def set_cpu_isa(name: str) -> str:
@@ -119,11 +178,13 @@ def set_cpu_isa(name: str) -> str:
     return current
 
 
-def native_signatures() -> dict[str, tuple[list[str], list[str]]]:
-    """C++ signatures of the native operators: name -> (argument types, return types), in the schema language's names."""
+def native_signatures(name: str = "cpu") -> dict[str, tuple[list[str], list[str]]]:
+    """C++ signatures of the native operators of "cpu" or "cuda": name -> (argument types, return types), in the schema
+    language's names. Needs the library, not the device."""
     out = {}
-    if _load_cpu() is None:
-        for line in torch.ops.absgd_fast.native_signatures().splitlines():
+    if _load(name) is None:
+        written = torch.ops.absgd_fast.native_signatures if name == "cpu" else torch.ops.absgd_fast.cuda_signatures
+        for line in written().splitlines():
             name, signature = line.split(": ", 1)
             arguments, returns = signature.split(" -> ")
             out[name] = tuple([t for t in part.split(", ") if t] for part in (arguments, returns))
@@ -153,7 +214,8 @@ def report() -> dict:
         "version": package,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "selected for CPU tensors": _quietly_select(),
+        "selected for CPU tensors": _quietly_select("cpu"),
+        "selected for CUDA tensors": _quietly_select("cuda") if torch.cuda.is_available() else "no GPU",
         "backends": backends,
         "cpu": {
             "machine": platform.machine(),
@@ -166,15 +228,21 @@ def report() -> dict:
             "available": host() is not None,
             "reason": None if host() is not None else (info["reason"] or "absgd_fast._host does not import"),
         },
+        "cuda": {
+            "compiled": info["cuda"],
+            "reason": info["cuda_reason"],
+            "torch's CUDA": torch.version.cuda,
+            "GPUs": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
         "build": {"compiler": info["compiler"], "torch": info["torch"]},
-        "environment": {name: os.environ.get(name) for name in ("ABSGD_FAST_BACKEND", "ABSGD_FAST_ISA")},
+        "environment": {name: os.environ.get(name) for name in ("ABSGD_FAST_BACKEND", "ABSGD_FAST_ISA", "TRITON_INTERPRET")},
     }
 
 
-def _quietly_select() -> str:
+def _quietly_select(device: str) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return select(torch.device("cpu"))
+            return select(torch.device(device))
         except (RuntimeError, ValueError) as error:
             return str(error)

@@ -57,14 +57,26 @@ def per_sample(value: Tensor | None, name: str, like: Tensor, dtype: torch.dtype
     return value.detach().to(dtype).contiguous()
 
 
-def target(logits: Tensor, target: Tensor) -> None:
-    """Shapes, dtypes and devices of logits (B, C, ...) and target (B, ...)."""
+def target(logits: Tensor, target: Tensor, soft: bool = True) -> Tensor:
+    """Shapes, dtypes and devices of logits (B, C, ...) and target: labels (B, ...), or where `soft` probabilities of the
+    logits' shape, which are returned contiguous in the dtype of the losses."""
     if not isinstance(logits, Tensor) or not isinstance(target, Tensor):
         raise TypeError(f"logits, target: got {type(logits).__name__} and {type(target).__name__}, expected tensors")
     if not logits.dtype.is_floating_point:
         raise TypeError(f"logits: got {logits.dtype}, expected float32, float64, bfloat16 or float16")
+    if target.is_floating_point() and target.shape == logits.shape and logits.dim() > 1:
+        if not soft:
+            raise ValueError(
+                "target: got probabilities, expected class labels: only cross-entropy (without a margin) has soft targets"
+            )
+        if target.device != logits.device:
+            raise ValueError(f"target: got a tensor on {target.device}, expected {logits.device} as the logits")
+        return target.detach().to(real_dtype(logits.dtype)).contiguous()
     if target.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"target: got {target.dtype}, expected int64 or int32 class labels; use target.long()")
+        raise TypeError(
+            f"target: got {target.dtype}, expected int64 or int32 class labels (use target.long()), or probabilities of the"
+            f" shape of the logits, {tuple(logits.shape)}"
+        )
     if logits.dim() < 2 or target.shape != logits.shape[:1] + logits.shape[2:]:
         raise ValueError(
             f"target: got shape {tuple(target.shape)} for logits of shape {tuple(logits.shape)}, "
@@ -72,6 +84,49 @@ def target(logits: Tensor, target: Tensor) -> None:
         )
     if target.device != logits.device:
         raise ValueError(f"target: got a tensor on {target.device}, expected {logits.device} as the logits")
+    return target
+
+
+def class_vectors(scale: Tensor | None, shift: Tensor | None, margin: Tensor | None, classes: int | None) -> Tensor | None:
+    """S, D, M as one tensor (3, C), or None if none is given."""
+    given = {"scale": scale, "shift": shift, "margin": margin}
+    first = next((v for v in given.values() if v is not None), None)
+    if first is None or classes is None:
+        return None
+    for name, v in given.items():
+        if v is not None and not (isinstance(v, Tensor) and v.shape == (classes,)):
+            got = f"shape {tuple(v.shape)}" if isinstance(v, Tensor) else repr(v)
+            raise ValueError(f"{name}: got {got}, expected one number per class, a tensor ({classes},)")
+    ones = first.new_ones(classes)
+    return torch.stack(
+        [ones if scale is None else scale.to(first), *(ones * 0 if v is None else v.to(first) for v in (shift, margin))]
+    )
+
+
+def adjust(vectors: Tensor | None, logits: Tensor) -> Tensor | None:
+    """S, D, M (3, C) as the kernels read them."""
+    if vectors is None:
+        return None
+    if vectors.shape[1:] != logits.shape[1:2]:
+        raise ValueError(f"class vectors: got {vectors.shape[1]} classes (cls_num_list), the logits have {logits.shape[1]}")
+    return vectors.detach().to(logits.device, real_dtype(logits.dtype)).contiguous()
+
+
+def within(value: float, name: str, low: float, high: float, open_below: bool = False, open_above: bool = False) -> float:
+    """A finite number in the interval, or ValueError."""
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not (ok and (low < value if open_below else low <= value) and (value < high if open_above else value <= high)):
+        upper = "inf)" if math.isinf(high) else f"{high}{')' if open_above else ']'}"
+        raise ValueError(f"{name}: got {value!r}, expected a number in {'(' if open_below else '['}{low}, {upper}")
+    return float(value)
+
+
+def class_counts(cls_num_list, name: str = "cls_num_list") -> Tensor:
+    """Numbers of samples per class, float64."""
+    counts = torch.as_tensor(cls_num_list, dtype=torch.float64).detach().cpu()
+    if counts.dim() != 1 or counts.numel() == 0 or not bool(((counts > 0) & counts.isfinite()).all()):
+        raise ValueError(f"{name}: got {cls_num_list!r}, expected one positive number of samples per class")
+    return counts
 
 
 def class_weight(weight: Tensor | None, logits: Tensor) -> Tensor | None:

@@ -1,26 +1,36 @@
-"""Every custom operator: schema, fake, autograd. The kernels are registered by the native libraries.
+"""Every custom operator: schema, fake, autograd, which backend serves it.
 
-An operator makes the gradient of its value in the forward pass (the exponentials are at hand there) and returns it
-beside the value; `attach` gives the value that gradient in autograd. So the graph keeps one buffer of the size of the
-logits and not the logits themselves, and backward only multiplies by the upstream gradient, in place.
+The kernels of the namespace `absgd_fast` are registered by the native libraries (CPU, CUDA), those of
+`absgd_fast_triton` here. A value gets its gradient in autograd from `attach`, in one of two ways:
+
+made in forward     the exponentials are at hand there, and backward only multiplies by the upstream gradient, in place; so
+                    the graph keeps one buffer of the size of the logits and not the logits themselves.
+from statistics     four numbers per row (csrc/math.h RowGradient), and backward walks over the logits once more. A GPU
+                    takes this way beyond small batches: to make the gradient in forward, before the weights are known,
+                    would read and write it twice.
 """
 
 from __future__ import annotations
 
 import re
+import sys
+from functools import cache
+from importlib import import_module
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _backend
 from .reference import NORMALIZERS, real_dtype
 
-_lib = torch.library.Library("absgd_fast", "DEF")
+_libs = tuple(torch.library.Library(name, "DEF") for name in ("absgd_fast", "absgd_fast_triton"))
 
 # ---- schemas and fakes ---------------------------------------------------------------------------------------------
 
-# `flags` packs what never changes within a run into one integer (an argument costs about 0.1 us); ops_cpu.cpp has the same bits.
-INIT_FIRST, UPDATE, WITH_GRAD = 4, 8, 16
+# `flags` packs what never changes within a run into one integer (an argument costs about 0.1 us); csrc/ops_common.h has the same bits.
+# HARD is read by Python only: no soft targets. KIND: one step of the kinds' bits
+INIT_FIRST, UPDATE, WITH_GRAD, WITH_STATS, PRUNE, HARD, KIND = 4, 8, 16, 32, 64, 128, 256
 
 
 def flags(normalizer: str, init: str) -> int:
@@ -34,42 +44,63 @@ def flags(normalizer: str, init: str) -> int:
 
 _STATE = "Tensor(a!) log_s, Tensor(b!) nonfinite, Tensor lam, float gamma, float alpha, float mix, float max_weight, int flags"
 _ROWS = "Tensor? score, Tensor? sample_weight, Tensor? mask"
-_LOSS = "Tensor logits, Tensor target, Tensor? class_weight, float label_smoothing, int ignore_index"
+# adjust (3, C): the class vectors S, D, M; first, second: the loss's numbers (csrc/math.h LossNumbers)
+_LOSS = "Tensor logits, Tensor target, Tensor? class_weight, Tensor? adjust, float first, float second, int ignore_index"
 
 
 def _define(schema: str):
-    """Declare an operator and its fake (shapes and dtypes of the results, for torch.compile)."""
+    """Declare an operator in both namespaces, and its fake (shapes and dtypes of the results, for torch.compile)."""
     name = schema.split("(")[0]
-    _lib.define(schema)
-    # Autograd is attached by hand below, so its dispatch keys have nothing to do (0.5 us a call).
-    for key in ("Autograd", "ADInplaceOrView"):
-        _lib.impl(name, torch.library.fallthrough_kernel, key)
-    return torch.library.register_fake(f"absgd_fast::{name}", lib=_lib)
+
+    def register(fake):
+        for lib in _libs:
+            lib.define(schema)
+            # Autograd is attached by hand below, so its dispatch keys have nothing to do (0.5 us a call).
+            for key in ("Autograd", "ADInplaceOrView"):
+                lib.impl(name, torch.library.fallthrough_kernel, key)
+            torch.library.register_fake(f"{lib.ns}::{name}", fake, lib=lib)
+
+    return register
 
 
-def _made(like: Tensor, with_grad: bool) -> Tensor:
-    """A gradient made in the forward pass. Not in float16: what a loss scale (GradScaler) is there to lift into range would
-    already be 0 when backward brings that scale."""
+def _rows(logits: Tensor) -> tuple:
+    return (logits.shape[0], *logits.shape[2:])
+
+
+def _made(like: Tensor, rows: tuple, flags: int) -> Tensor:
+    """What backward needs. A gradient made in the forward pass is not stored in float16: what a loss scale (GradScaler) is
+    there to lift into range would already be 0 when backward brings that scale."""
+    if flags & WITH_STATS:
+        return like.new_empty((4, *rows), dtype=real_dtype(like.dtype))
     dtype = torch.float32 if like.dtype == torch.float16 else like.dtype
-    return like.new_empty(like.shape if with_grad else (0,), dtype=dtype)
+    return like.new_empty(like.shape if flags & WITH_GRAD else (0,), dtype=dtype)
 
 
-@_define(f"logit_loss({_LOSS}, bool with_grad) -> (Tensor losses, Tensor grad)")
-def _(logits, target, class_weight, label_smoothing, ignore_index, with_grad):
-    return logits.new_empty(target.shape, dtype=real_dtype(logits.dtype)), _made(logits, with_grad)
+@_define(f"logit_loss({_LOSS}, int flags) -> (Tensor losses, Tensor made)")
+def _(logits, target, class_weight, adjust, first, second, ignore_index, flags):
+    rows = _rows(logits)
+    return logits.new_empty(rows, dtype=real_dtype(logits.dtype)), _made(logits, rows, flags)
 
 
-@_define(f"robust_logit_loss({_LOSS}, {_ROWS}, {_STATE}) -> (Tensor loss, Tensor rows, Tensor grad)")
-def _(logits, target, class_weight, label_smoothing, ignore_index, score, sample_weight, mask, log_s, nonfinite, lam,
+@_define(f"robust_logit_loss({_LOSS}, {_ROWS}, {_STATE}) -> (Tensor loss, Tensor rows, Tensor made)")
+def _(logits, target, class_weight, adjust, first, second, ignore_index, score, sample_weight, mask, log_s, nonfinite, lam,
       gamma, alpha, mix, max_weight, flags):  # fmt: skip
-    real = real_dtype(logits.dtype)
-    rows = logits.new_empty((3, *target.shape), dtype=real)
-    return logits.new_empty((), dtype=real), rows, _made(logits, bool(flags & WITH_GRAD))
+    rows, real = _rows(logits), real_dtype(logits.dtype)
+    return logits.new_empty((), dtype=real), logits.new_empty((3, *rows), dtype=real), _made(logits, rows, flags)
+
+
+# stats (4, B, ...): max, scale, at_label, spread of each row (csrc/math.h RowGradient); smoothing: of soft targets
+@_define(
+    "logit_loss_backward(Tensor logits, Tensor target, Tensor? class_weight, Tensor? adjust, float smoothing, Tensor stats,"
+    " Tensor upstream) -> Tensor"
+)
+def _(logits, target, class_weight, adjust, smoothing, stats, upstream):
+    return logits.new_empty(logits.shape)
 
 
 @_define(f"robust_loss(Tensor losses, {_ROWS}, {_STATE}) -> (Tensor loss, Tensor rows, Tensor grad)")
 def _(losses, score, sample_weight, mask, log_s, nonfinite, lam, gamma, alpha, mix, max_weight, flags):
-    return losses.new_empty(()), losses.new_empty((3, *losses.shape)), _made(losses, bool(flags & WITH_GRAD))
+    return losses.new_empty(()), losses.new_empty((3, *losses.shape)), _made(losses, losses.shape, flags)
 
 
 @_define(
@@ -95,122 +126,268 @@ def _(grad, upstream):
     return None
 
 
+# lr_tensor, grad_scale, found_inf: one number each on the GPU, read there; grads are written where grad_scale divides them
 @_define(
-    "sgd_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, float lr, float momentum, float dampening,"
-    " float weight_decay, bool nesterov, bool maximize, bool heavy_ball) -> ()"
+    "sgd_step_(Tensor(a!)[] params, Tensor(c!)[] grads, Tensor(b!)[] momentum_buffers, Tensor? lr_tensor, Tensor? grad_scale,"
+    " Tensor? found_inf, float lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize,"
+    " bool heavy_ball) -> ()"
 )
-def _(params, grads, momentum_buffers, lr, momentum, dampening, weight_decay, nesterov, maximize, heavy_ball):
+def _(params, grads, momentum_buffers, lr_tensor, grad_scale, found_inf, lr, momentum, dampening, weight_decay, nesterov,
+      maximize, heavy_ball):  # fmt: skip
     return None
 
 
-# The same step over the table of a StepPlan: writes the tensors whose addresses are in it (eager only).
-@_define("sgd_planned_step(Tensor(a!) table) -> ()")
-def _(table):
+# The same step over the table of a StepPlan: writes the tensors whose addresses are in it (eager only). `on`: any of them.
+@_define("sgd_planned_step(Tensor(a!) table, Tensor on) -> ()")
+def _(table, on):
     return None
 
 
-_lib.define("isas() -> str")
-_lib.define("use_isa(str name) -> bool")
-_lib.define("native_signatures() -> str")
+for _tool in ("isas() -> str", "use_isa(str name) -> bool", "native_signatures() -> str", "cuda_signatures() -> str"):
+    _libs[0].define(_tool)
 
-_backend.why_not("cpu")  # registers the CPU kernels, if they are there
+_backend.load()  # registers the kernels, if they are there
+
+
+# ---- who serves ----------------------------------------------------------------------------------------------------
+
+_OPERATORS = ("logit_loss", "robust_logit_loss", "logit_loss_backward", "robust_loss", "robust_weights", "robust_weights_backward",
+              "scale", "scale_", "sgd_step_", "sgd_planned_step")  # fmt: skip
+
+
+_TRITON_MODULE = {
+    "losses": ("logit_loss", "robust_logit_loss", "logit_loss_backward"),
+    "weights": ("robust_loss", "robust_weights", "robust_weights_backward", "scale", "scale_"),
+    "step": ("sgd_step_",),
+}
+
+
+def _triton(module: str, name: str):
+    """The Triton function of this name, called as the operator is; Triton is imported by the first call."""
+
+    def call(*args):
+        function = getattr(import_module(f"absgd_fast.kernels.{module}"), name)
+        if name in ("logit_loss", "robust_logit_loss", "robust_loss", "robust_weights"):
+            *args, bits = args
+            return function(*args, **_decoded(name, bits))
+        return function(*args)
+
+    return call
+
+
+def _decoded(name: str, bits: int) -> dict:
+    rule = dict(normalizer=bits & 3, init_first=bool(bits & INIT_FIRST))
+    if name == "robust_weights":
+        return rule
+    if name == "robust_loss":
+        return rule | dict(update=bool(bits & UPDATE), with_grad=bool(bits & WITH_GRAD))
+    loss = dict(
+        kind=bits // KIND, prune=bool(bits & PRUNE), with_stats=bool(bits & WITH_STATS), report=reported_labels(check=True)
+    )
+    return loss if name == "logit_loss" else rule | loss | dict(update=bool(bits & UPDATE))
+
+
+class Operators:
+    """The operators of one backend as attributes. `compiled`: the same for torch.compile.
+
+    gradient_limit: logits of up to so many elements get their gradient in the forward pass of the robust loss.
+    """
+
+    def __init__(self, backend: str, functions: dict, gradient_limit: int, compiled: Operators | None = None):
+        self.backend, self.gradient_limit, self.compiled = backend, gradient_limit, compiled or self
+        vars(self).update(functions)
+
+    def __reduce__(self):  # a module that is copied or pickled finds the same ones again
+        return _find, (self.backend, self.compiled is self)
+
+    def saves(self, logits: Tensor) -> int:
+        """What the forward pass of the robust loss leaves for backward."""
+        limit = self.gradient_limit
+        if limit == ANY:
+            return WITH_GRAD
+        if logits.numel() > limit or logits.dtype == torch.float64:
+            return WITH_STATS
+        return WITH_GRAD
+
+    @property
+    def saves_losses(self) -> int:
+        """The same for losses alone: their upstream gradient has one number per row, which statistics take for nothing."""
+        return WITH_GRAD if self.gradient_limit == ANY else WITH_STATS
+
+
+ANY = sys.maxsize
+# What one block of the CUDA kernels holds in shared memory (csrc/launch.h kBlockElements)
+ONE_BLOCK = 16384
+
+
+def _operators() -> dict[str, Operators]:
+    out = {}
+    for backend, lib, limit in (("cpu", 0, ANY), ("cuda", 0, ONE_BLOCK), ("triton", 1, -1)):
+        overloads = {name: getattr(getattr(torch.ops, _libs[lib].ns), name).default for name in _OPERATORS}
+        if backend == "triton":
+            now = {name: _triton(module, name) for module, names in _TRITON_MODULE.items() for name in names}
+            for name, function in now.items():
+                _libs[1].impl(name, function, "CompositeExplicitAutograd")
+        else:
+            # the overload's own callable, without the Python frame of OpOverload.__call__ (0.3 us)
+            now = {name: overload._op for name, overload in overloads.items()}
+        out[backend] = Operators(backend, now, limit, Operators(backend, overloads, limit))
+    return out
+
+
+OPERATORS = _operators()
+
+
+def _find(backend: str, compiled: bool) -> Operators:
+    return OPERATORS[backend].compiled if compiled else OPERATORS[backend]
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform or a level of forward-mode AD is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def serving(device: torch.device, backend: str | None) -> Operators | None:
+    """The operators that serve this call, or None for reference.py.
+
+    Inside torch.func transforms (vmap, grad, jvp) and on dual numbers only the differentiable formula does.
+    """
+    if transformed():
+        return None
+    found = OPERATORS.get(_backend.select(device, backend))
+    return found.compiled if found is not None and torch.compiler.is_compiling() else found
 
 
 # ---- autograd ------------------------------------------------------------------------------------------------------
-
-_scale = torch.ops.absgd_fast.scale.default
-# The overload's own callable, without the Python frame of OpOverload.__call__ (0.3 us). torch.compile cannot see through it.
-_scale_ = torch.ops.absgd_fast.scale_.default._op
 
 # True while the graph of the running backward is kept (retain_graph=True). Without this torch the gradient is copied.
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
+def _differentiable(again, x: Tensor, upstream: Tensor) -> Tensor:
+    """upstream * d value / d x as a function that can be differentiated again: by the formula of reference.py."""
+    with torch.enable_grad():
+        value = again(x)
+    return torch.autograd.grad(value, x, upstream.to(value.dtype), create_graph=True)[0]
+
+
 class _Attach(torch.autograd.Function):
-    """value, with d value / d x = grad (one number or one row per element of value)."""
+    """value, with d value / d x = grad (one number or one row per element of value); again(x): value in plain torch."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, made: tuple[Tensor, Tensor]) -> Tensor:
-        value, grad = made
-        ctx.save_for_backward(grad)
+    def forward(ctx, x: Tensor, made: tuple) -> Tensor:
+        value, grad, ctx.operators, ctx.again = made
+        ctx.save_for_backward(grad, x)
         ctx.to_half = x.dtype == torch.float16
         return value
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        (grad,) = ctx.saved_tensors
+        grad, x = ctx.saved_tensors
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "absgd_fast: create_graph=True through a fused kernel, which has only a first derivative;"
-                ' use backend="reference" for second derivatives'
-            )
+            return _differentiable(ctx.again, x, upstream), None
         if ctx.to_half or _graph_is_kept():
-            return _scale(grad, upstream, ctx.to_half), None
-        _scale_(grad, upstream)
+            return ctx.operators.scale(grad, upstream, ctx.to_half), None
+        ctx.operators.scale_(grad, upstream)
         return grad, None
 
 
-class _AttachCompiled(torch.autograd.Function):
-    """The same for torch.compile, where autograd sees tensors only and results must be new."""
+class _AttachRows(torch.autograd.Function):
+    """The same from the statistics of the rows of x. loss: what logit_loss_backward has between x and them."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, value: Tensor, grad: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, made: tuple) -> Tensor:
+        value, (target, class_weight, adjust, ctx.smoothing), stats, ctx.operators, ctx.again = made
+        ctx.save_for_backward(x, target, class_weight, adjust, stats)
+        return value
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        x, target, class_weight, adjust, stats = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable(ctx.again, x, upstream), None
+        return ctx.operators.logit_loss_backward(x, target, class_weight, adjust, ctx.smoothing, stats, upstream), None
+
+
+class _AttachCompiled(torch.autograd.Function):
+    """The first for torch.compile, where autograd sees tensors only and results must be new."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, value: Tensor, grad: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(grad)
-        ctx.to_half = x.dtype == torch.float16
+        ctx.to_half, ctx.backend = x.dtype == torch.float16, backend
         return value.clone()
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
         (grad,) = ctx.saved_tensors
-        return _scale(grad, upstream, ctx.to_half), None, None
+        return OPERATORS[ctx.backend].compiled.scale(grad, upstream, ctx.to_half), None, None, None
+
+
+class _AttachRowsCompiled(torch.autograd.Function):
+    """The second for torch.compile."""
+
+    @staticmethod
+    def forward(ctx, x, value, target, class_weight, adjust, smoothing: float, stats, backend: str) -> Tensor:
+        ctx.save_for_backward(x, target, class_weight, adjust, stats)
+        ctx.smoothing, ctx.backend = smoothing, backend
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        x, target, class_weight, adjust, stats = ctx.saved_tensors
+        backward = OPERATORS[ctx.backend].compiled.logit_loss_backward
+        grad = backward(x, target, class_weight, adjust, ctx.smoothing, stats, upstream)
+        return grad, None, None, None, None, None, None, None
 
 
 # Function.apply is a Python wrapper (1 us) that serves setup_context and functorch; neither is used here: transforms
-# take the differentiable formula of reference.py (see `differentiable`).
+# take the differentiable formula of reference.py (see `serving`).
 _attach = super(torch.autograd.Function, _Attach).apply
+_attach_rows = super(torch.autograd.Function, _AttachRows).apply
 
 
-def attach(x: Tensor, value: Tensor, grad: Tensor) -> Tensor:
-    """value as a function of x whose gradient is already known: backward gives upstream * grad."""
+def attach(operators: Operators, x: Tensor, value: Tensor, grad: Tensor, again) -> Tensor:
+    """value as a function of x whose gradient is already known: backward gives upstream * grad; again(x): the value in
+    plain torch, asked only when backward itself is to be differentiated."""
     if torch.compiler.is_compiling():
-        return _AttachCompiled.apply(x, value, grad)
-    return _attach(x, (value, grad))
+        return _AttachCompiled.apply(x, value, grad, operators.backend)
+    return _attach(x, (value, grad, operators, again))
+
+
+def attach_rows(operators: Operators, x: Tensor, value: Tensor, loss: tuple, stats: Tensor, again) -> Tensor:
+    """value as a function of the logits x, whose gradient follows from x, (target, class weight, adjust, smoothing) and the
+    statistics of its rows."""
+    if torch.compiler.is_compiling():
+        return _AttachRowsCompiled.apply(x, value, *loss, stats, operators.backend)
+    return _attach_rows(x, (value, loss, stats, operators, again))
 
 
 class _RobustWeights(torch.autograd.Function):
     """(W, log s') differentiable in the losses (MATH: vjp in csrc/math.h robust_weight_vjp)."""
 
     @staticmethod
-    def forward(ctx, losses, log_s, lam, mask, gamma, alpha, flags):
-        weights, new_log_s, shares = torch.ops.absgd_fast.robust_weights(losses, log_s, lam, mask, gamma, alpha, flags)
+    def forward(ctx, losses, log_s, lam, mask, gamma, alpha, flags, backend):
+        ctx.operators = OPERATORS[backend].compiled
+        weights, new_log_s, shares = ctx.operators.robust_weights(losses, log_s, lam, mask, gamma, alpha, flags)
         ctx.save_for_backward(weights, lam, shares)
         return weights, new_log_s
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_weights, grad_log_s):
-        weights, lam, shares = ctx.saved_tensors
-        grad = torch.ops.absgd_fast.robust_weights_backward(weights, grad_weights.contiguous(), grad_log_s, lam, shares)
-        return grad, None, None, None, None, None, None
+        grad = ctx.operators.robust_weights_backward(
+            ctx.saved_tensors[0], grad_weights.contiguous(), grad_log_s, *ctx.saved_tensors[1:]
+        )
+        return grad, None, None, None, None, None, None, None
 
 
 robust_weights = _RobustWeights.apply
 
 
-# ---- which backend serves ------------------------------------------------------------------------------------------
+# ---- labels out of range -------------------------------------------------------------------------------------------
 
-
-def native(device: torch.device, backend: str | None) -> bool:
-    """Whether the operators above serve this call; otherwise reference.py does.
-
-    Inside torch.func transforms (vmap, grad, jvp) only the differentiable formula does.
-    """
-    if torch._C._are_functorch_transforms_active():
-        return False
-    return _backend.select(device, backend) != "reference"
-
-
-_BAD_LABEL = re.compile(r"absgd_fast label out of range: label=(-?\d+) row=(\d+) classes=(\d+);")
+_BAD_LABEL = re.compile(r"absgd_fast label out of range: label=(-?\d+) row=(\d+) classes=(\d+)( in an earlier call)?;")
 
 
 def translated(error: RuntimeError) -> Exception:
@@ -218,19 +395,58 @@ def translated(error: RuntimeError) -> Exception:
     found = _BAD_LABEL.search(str(error))
     if found is None:
         return error
-    return bad_label(*map(int, found.groups()))
+    return bad_label(*map(int, found.groups()[:3]), earlier=found.group(4) is not None)
 
 
-def bad_label(label: int, row: int, classes: int) -> IndexError:
+def bad_label(label: int, row: int, classes: int, earlier: bool = False) -> IndexError:
     return IndexError(
-        f"target: label {label} in row {row} (counted over the flattened target), expected 0 <= label < {classes};"
-        " pass ignore_index for rows that shall not count"
+        f"target: label {label} in row {row} (counted over the flattened target){' of an earlier batch' if earlier else ''},"
+        f" expected 0 <= label < {classes}; pass ignore_index for rows that shall not count"
     )
 
 
-def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
-    """IndexError for the first label out of range; reads the labels, so for tensors on the CPU."""
+def check_labels(target: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """For the backends that cannot raise from within a kernel: labels fit for indexing.
+
+    On the CPU the first label out of range is an IndexError. On a GPU its row is ignored, and a later call raises (the
+    host does not wait, and an index out of range would end the CUDA context).
+    """
     bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
-    if bad.any():
-        row = int(bad.flatten().nonzero()[0])
-        raise bad_label(int(target.flatten()[row]), row, classes)
+    if target.device.type == "cpu":
+        if bad.any():
+            row = int(bad.flatten().nonzero()[0])
+            raise bad_label(int(target.flatten()[row]), row, classes)
+        return target
+    if target.numel() and not torch.compiler.is_compiling():
+        report, seen = reported_labels(check=True), _seen_labels(target.device)
+        row = bad.flatten().to(torch.uint8).argmax()
+        found = torch.stack([target.flatten()[row].long(), row, torch.full_like(row, classes), torch.ones_like(row)])
+        seen.copy_(torch.where(bad.any() & (seen[3] == 0), found, seen))
+        report.copy_(seen, non_blocking=True)
+    return target.masked_fill(bad, ignore_index)
+
+
+@cache
+def _report() -> Tensor:
+    return torch.zeros(4, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+
+
+@cache
+def _seen_labels(device: torch.device) -> Tensor:
+    return torch.zeros(4, dtype=torch.int64, device=device)
+
+
+def reported_labels(check: bool) -> Tensor:
+    """(label, row, classes, 1) of a label out of range, or zeros; in memory that the host and the GPU share.
+
+    check: IndexError if an earlier call left one.
+    """
+    report = _report()
+    if check:
+        label, row, classes, found = report.numpy()
+        if found == 1:
+            report.zero_()
+            for device in range(torch.cuda.device_count()):
+                _seen_labels(torch.device("cuda", device)).zero_()
+            raise bad_label(int(label), int(row), int(classes), earlier=True)
+    return report

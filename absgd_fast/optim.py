@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from . import _backend, reference
+from . import _backend, ops, reference
 
 _NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
 _FLAGS = ("nesterov", "maximize", "heavy_ball")
+_sgd_planned_step = torch.ops.absgd_fast.sgd_planned_step.default._op  # without the Python frame of OpOverload.__call__
 
 
 class ABSGD(torch.optim.Optimizer):
@@ -30,9 +31,10 @@ class ABSGD(torch.optim.Optimizer):
         d = momentum * d - lr * g
         w = w + d
 
-    Parameters may have any shape. float32 and float64 parameters on the CPU are stepped by one kernel launch for all of
-    them; every other tensor (another dtype or device, sparse gradients, tensor subclasses) by plain torch, with the same
-    result. ``state_dict()`` loads into torch.optim.SGD and back in the middle of a training (not with ``heavy_ball``).
+    Parameters may have any shape. float32 and float64 parameters, on the CPU or on a GPU, are stepped by one kernel launch
+    for all of them (up to 900 tensors on CUDA); every other tensor (another dtype, sparse gradients, tensor subclasses) by
+    plain torch, with the same result. On a GPU the kernel reads a tensor ``lr``, and the scaler's numbers, by itself: the
+    host never waits, and a captured graph follows a schedule. ``state_dict()`` loads into torch.optim.SGD and back in the middle of a training (not with ``heavy_ball``).
 
     Args:
         params: parameters, named parameters or parameter groups, as for every torch optimizer.
@@ -44,7 +46,7 @@ class ABSGD(torch.optim.Optimizer):
         maximize: ascend instead of descend.
         heavy_ball: Eq. 2 of the paper; with neither nesterov nor dampening.
         robust: reserved for an ABLoss whose normaliser this step would finish; raises NotImplementedError.
-        backend: None (the fastest that runs), "cpu" or "reference".
+        backend: None (the fastest that runs), "cuda", "triton", "cpu" or "reference".
 
     Raises:
         ValueError: a number out of its range, options that exclude each other, an unknown backend.
@@ -115,12 +117,15 @@ class ABSGD(torch.optim.Optimizer):
     def _make_plan(self) -> None:
         devices = {p.device for group in self.param_groups for p in group["params"]} or {torch.device("cpu")}
         # raises for a backend that is forced and cannot run
-        self._native = "cpu" in [_backend.select(device, self.backend) for device in devices]
+        self._operators = {device: ops.serving(device, self.backend) for device in devices}
+        served = {operators.backend for operators in self._operators.values() if operators is not None}
+        # the kernels read found_inf and grad_scale by themselves
+        self._on_gpu = served <= {"cuda", "triton"} and None not in self._operators.values()
         host = _backend.host()
         self._plan = None
-        if self._native and host is not None:
+        if served & {"cpu", "cuda"} and host is not None:
             try:
-                self._plan = host.StepPlan(Tensor, torch.nn.Parameter, _allocate_table)
+                self._plan = host.StepPlan(Tensor, torch.nn.Parameter, _allocate_table, "cpu" in served, "cuda" in served)
             except (AttributeError, ValueError):
                 pass  # a torch without DLPack's exchange table, version 1: the operator is given lists
 
@@ -164,51 +169,79 @@ class ABSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if getattr(self, "found_inf", None) is not None and self.found_inf:
-            return loss
-        if getattr(self, "grad_scale", None) is not None:
-            self._unscale_grads()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and not (self._on_gpu and found_inf.device.type != "cpu"):
+            if found_inf:
+                return loss
+            if grad_scale is not None:
+                self._unscale_grads(p for group in self.param_groups for p in group["params"])
+            grad_scale = found_inf = None
         if self._plan is None or torch.compiler.is_compiling():
             for group in self.param_groups:
-                self._step_group(group, group["params"])
+                self._step_group(group, group["params"], grad_scale, found_inf)
             return loss
         # `grads` keeps the gradients alive until the kernel is done
-        updated, grads, others = self._plan.refresh(self.param_groups, self.state)
+        updated, grads, others = self._plan.refresh(self.param_groups, self.state, grad_scale, found_inf)
         if updated:
-            torch.ops.absgd_fast.sgd_planned_step(self._plan.table)
+            _sgd_planned_step(self._plan.table, updated[0])
             torch.autograd.graph.increment_version(updated)
         for group, params in others:
-            self._step_group(group, params)
+            self._step_group(group, params, grad_scale, found_inf)
         return loss
 
     @torch.no_grad()
-    def _unscale_grads(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.grad.div_(self.grad_scale)
+    def _unscale_grads(self, params) -> None:
+        for p in params:
+            if p.grad is not None:
+                p.grad.div_(self.grad_scale.to(p.grad.device))
 
     @torch.no_grad()
-    def _step_group(self, group: dict, params: list[Tensor]) -> None:
+    def _step_group(self, group: dict, params: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """One step of some parameters of a group without the plan."""
         options = {name: group[name] for name in _NUMBERS + _FLAGS}
         momentum = group["momentum"]
-        native, plain = ([], [], []), ([], [], [])
+        native, plain = {}, ([], [], [])
         for p in params:
             if p.grad is None:
                 continue
+            grad = p.grad
+            if not torch.compiler.is_compiling() and grad.is_neg():  # an operator takes no pending sign in a list it may write
+                grad = grad.resolve_neg()
+            operators = self._operators.get(p.device)
             buffer = self.state[p].get("momentum_buffer") if momentum != 0 else None
-            started = momentum == 0 or buffer is not None
-            tensors = (p, p.grad) if buffer is None else (p, p.grad, buffer)
-            lists = native if started and self._native and _fit_kernels(options, tensors) else plain
-            for out, tensor in zip(lists, (p, p.grad, buffer)):
+            if (
+                buffer is None
+                and momentum != 0
+                and operators is not None
+                and operators.backend != "cpu"
+                and group["dampening"] == 0
+            ):
+                # A first step from a buffer of zeros, which found_inf may still undo without anybody waiting for it. (With
+                # dampening the first gradient counts in full, so there the step below is taken.)
+                buffer = self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            tensors = (p, grad) if buffer is None else (p, grad, buffer)
+            fits = operators is not None and (momentum == 0 or buffer is not None) and _fit_kernels(options, tensors)
+            lists = native.setdefault(p.device, ([], [], [])) if fits else plain
+            for out, tensor in zip(lists, (p, grad, buffer)):
                 out.append(tensor)
-        if native[0]:
-            params, grads, buffers = native
-            torch.ops.absgd_fast.sgd_step_(params, grads, buffers if momentum != 0 else [], **_as_schema(options))
+        for device, (updated, grads, buffers) in native.items():
+            lr, numbers = group["lr"], (grad_scale, found_inf)
+            lr_tensor = lr if isinstance(lr, Tensor) and lr.device == device and device.type != "cpu" else None
+            numbers = [None if number is None else number.to(device, non_blocking=True) for number in numbers]
+            operators = self._operators[device].compiled if torch.compiler.is_compiling() else self._operators[device]
+            operators.sgd_step_(
+                updated, grads, buffers if momentum != 0 else [], lr_tensor, *numbers,
+                0.0 if lr_tensor is not None else float(lr), *(float(group[name]) for name in _NUMBERS[1:]),
+                *(bool(group[name]) for name in _FLAGS),
+            )  # fmt: skip
             if not torch.compiler.is_compiling():
-                torch.autograd.graph.increment_version(params)
+                torch.autograd.graph.increment_version(updated)
         if plain[0]:
+            if found_inf is not None:
+                if found_inf:
+                    return
+                if grad_scale is not None:
+                    self._unscale_grads(plain[0])
             buffers = reference.momentum_step_(*plain, **options)
             if momentum != 0:
                 for p, buffer in zip(plain[0], buffers):
@@ -220,15 +253,15 @@ def _allocate_table(words: int) -> Tensor:
 
 
 def _fit_kernels(options: dict, tensors: tuple[Tensor, ...]) -> bool:
-    """Whether sgd_step_ takes these: plain strided CPU tensors, all float32 or all float64, and numbers for options."""
-    if torch.compiler.is_compiling() and any(isinstance(value, Tensor) for value in options.values()):
-        return False  # a number would have to leave the graph
-    dtype = tensors[0].dtype
-    return dtype in (torch.float32, torch.float64) and all(
-        type(t) in (Tensor, torch.nn.Parameter) and t.dtype == dtype and t.device.type == "cpu" and t.layout == torch.strided
+    """Whether sgd_step_ takes these: plain strided tensors on one device, all float32 or all float64, and numbers for options."""
+    first = tensors[0]
+    if torch.compiler.is_compiling():  # a number would have to leave the graph
+        if any(isinstance(value, Tensor) and (name != "lr" or value.device.type == "cpu") for name, value in options.items()):
+            return False
+    return first.dtype in (torch.float32, torch.float64) and all(
+        type(t) in (Tensor, torch.nn.Parameter)
+        and t.dtype == first.dtype
+        and t.device == first.device
+        and t.layout == torch.strided
         for t in tensors
     )
-
-
-def _as_schema(options: dict) -> dict:
-    return {name: float(options[name]) for name in _NUMBERS} | {name: bool(options[name]) for name in _FLAGS}

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 NORMALIZERS = ("moving", "batch", "none")
-KINDS = ("ce",)
+KINDS = ("ce", "focal", "gce", "sce", "weighted_focal")  # in the order of csrc/math.h Kind
+SCE_A = -math.log(1e-4)  # what log 0 is replaced by in the reverse term of SCE
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,51 +33,118 @@ def logit_loss(
     target: Tensor,
     *,
     kind: str = "ce",
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    margin: Tensor | None = None,
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
+    gamma: float = 2.0,
+    q: float = 0.7,
+    k: float | None = None,
+    prune: bool = False,
+    alpha: float = 0.1,
+    beta: float = 1.0,
 ) -> Tensor:
-    """Per-sample cross-entropy: l = (1 - e) v_y (-log p_y) + (e / C) sum_k v_k (-log p_k), p = softmax(logits).
+    """Per-sample losses on logits x (see `functional.logit_loss` for what the names stand for and where they come from).
 
-    With r = sum_{k != y} exp(x_k - x_y), summed without the label: -log p_y = log1p(r), so that neither the loss nor
-    1 - p = r / (1 + r) cancels as p -> 1.
+        a_k = S_k x_k + D_k - M_y 1[k = y],    p = softmax(a)_y,    n = -log p,    w = v_y
+        ce               w n;  with label smoothing e: (1 - e) w n + (e / C) sum_k v_k (-log softmax(a)_k)
+        focal            w (1 - p)^gamma n
+        gce              w (1 - p^q) / q,  truncated at k: w (k^q - p^q) / q
+        sce              w (alpha n + beta A (1 - p)),  A = -log 1e-4
+        weighted_focal   m = w n, u = exp(-m): (1 - u)^gamma m
+
+    With r = sum_{k != y} exp(a_k - a_y), summed without the label: n = log1p(r) and 1 - p = r / (1 + r), so that neither
+    cancels as p -> 1.
 
     Args:
         logits: (B, C) or (B, C, d1, ...), any floating dtype.
-        target: (B) or (B, d1, ...), integer labels in [0, C) or `ignore_index`.
-        kind: "ce".
+        target: (B) or (B, d1, ...), integer labels in [0, C) or `ignore_index`; or probabilities (B, C, d1, ...), for "ce".
+        scale, shift, margin: (C) class vectors S, D, M, default 1, 0, 0.
         weight: (C) class weights v, default all 1.
-        label_smoothing: e in [0, 1].
-        ignore_index: rows with this label have loss 0 and gradient 0.
 
     Returns:
-        (B) or (B, d1, ...) losses, in `real_dtype(logits.dtype)`.
+        (B) or (B, d1, ...) losses, in `real_dtype(logits.dtype)`. With `prune`, rows with p <= k are 0, as ignored ones.
 
     >>> logit_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
     tensor([0.6931])
+    >>> logit_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([1]), kind="gce", q=1.0)
+    tensor([0.5000])
     """
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, expected one of {KINDS}")
-    valid = target != ignore_index
-    y = torch.where(valid, target, 0).long().unsqueeze(-1)
     x = logits.movedim(1, -1).to(real_dtype(logits.dtype))
-    x = torch.where(valid.unsqueeze(-1), x, torch.zeros_like(x))  # ignored rows may hold anything
     if x.shape[-1] == 0:
         return x.sum(-1)  # without classes every row is ignored
-    x_y = x.gather(-1, y)
+    v = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device) if weight is None else weight.to(x)
+    if target.is_floating_point():
+        return _soft_cross_entropy(_adjusted(x, scale, shift), target.movedim(1, -1).to(x), v, label_smoothing)
+    valid = target != ignore_index
+    y = torch.where(valid, target, 0).long().unsqueeze(-1)
+    x = torch.where(valid.unsqueeze(-1), x, torch.zeros_like(x))  # ignored rows may hold anything
     is_label = torch.zeros_like(x, dtype=torch.bool).scatter(-1, y, True)
+    x = _adjusted(x, scale, shift)
+    if margin is not None:
+        x = x - torch.where(is_label, margin.to(x), 0.0)
+    top = x.detach().amax(-1, keepdim=True)
+    broken = top - top  # a NaN or a +inf among the logits makes the row NaN, as everywhere in torch
+    x = x - torch.where(top.isfinite(), top, 0.0)  # near the maximum no digit is lost to large logits
+    x_y = x.gather(-1, y)
     distance = (x - x_y).masked_fill(is_label, -math.inf)
     on_top = (distance <= 0).all(-1)  # the label is a maximum, so r <= C - 1 and p >= 1 / C
     r = torch.where(on_top.unsqueeze(-1), distance, torch.full_like(x, -math.inf)).exp().sum(-1)
-    nll = torch.where(on_top, r.log1p(), x.logsumexp(-1) - x_y.squeeze(-1))
-    top = x.detach().amax(-1) if x.numel() else nll.detach()
-    nll = nll * (1 + (top - top))  # a NaN or a +inf among the logits makes the row NaN, as everywhere in torch
-    v = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device) if weight is None else weight.to(x)
-    loss = (1 - label_smoothing) * v[y.squeeze(-1)] * nll
-    if label_smoothing:
-        # -log p_k = -log p_y + x_y - x_k
-        loss = loss + label_smoothing / x.shape[-1] * (v * (nll.unsqueeze(-1) + x_y - x)).sum(-1)
+    n = torch.where(on_top, r.log1p(), x.logsumexp(-1) - x_y.squeeze(-1))
+    n = n * (1 + broken.squeeze(-1))
+    rest = torch.where(on_top, r / (1 + r), 1 - torch.exp(-n))  # 1 - p
+    w = v[y.squeeze(-1)]
+    if kind == "ce":
+        loss = (1 - label_smoothing) * w * n
+        if label_smoothing:
+            loss = loss + label_smoothing / x.shape[-1] * _weighted(v, x.logsumexp(-1, keepdim=True) - x)
+    elif kind == "focal":
+        loss = w * _power(rest, gamma) * n
+    elif kind == "weighted_focal":
+        m = w * n
+        loss = _power(_one_minus_exp(m), gamma) * m
+    elif kind == "gce":
+        cut = 0.0 if k is None else -math.expm1(q * math.log(k)) / q
+        loss = w * (_one_minus_exp(q * n) / q - cut)
+        if prune and k is not None:
+            valid = valid & ~(n >= -math.log(k))
+    else:
+        loss = w * (alpha * n + beta * SCE_A * rest)
     return torch.where(valid, loss, torch.zeros_like(loss))
+
+
+def _adjusted(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    x = x if scale is None else x * scale.to(x)
+    return x if shift is None else x + shift.to(x)
+
+
+def _weighted(weights: Tensor, terms: Tensor) -> Tensor:
+    """sum over classes; a class of weight 0 takes no part, whatever its term."""
+    return torch.where(weights == 0, torch.zeros_like(terms), weights * torch.where(weights == 0, 0.0, terms)).sum(-1)
+
+
+def _soft_cross_entropy(x: Tensor, t: Tensor, v: Tensor, label_smoothing: float) -> Tensor:
+    """sum_k ((1 - e) t_k + e / C) v_k (-log softmax(x)_k)"""
+    shares = ((1 - label_smoothing) * t + label_smoothing / x.shape[-1]) * v
+    return _weighted(shares, x.logsumexp(-1, keepdim=True) - x)
+
+
+def _one_minus_exp(x: Tensor) -> Tensor:
+    """1 - exp(-x) for x >= 0, neither cancelling near 0 nor, in its derivative, far from it (that of expm1 is result + 1)."""
+    near = x < 1
+    return torch.where(near, -torch.expm1(-torch.where(near, x, 0.0)), 1 - torch.exp(-torch.where(near, 1.0, x)))
+
+
+def _power(base: Tensor, exponent: float) -> Tensor:
+    """base^exponent for base >= 0, whose gradient at base = 0 is 0 and not inf (the factor beside it is 0 there)."""
+    if exponent == 0:
+        return torch.ones_like(base)
+    positive = base > 0
+    return torch.where(positive, torch.where(positive, base, 1.0) ** exponent, base * 0)
 
 
 def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -193,8 +261,9 @@ def robust_loss(
     tensor(2.)
     """
     losses = losses.to(real_dtype(losses.dtype))
-    with torch.no_grad():
-        weights, new_log_s = robust_weights(losses, log_s, lam, score=score, mask=mask, **options)
+    with torch.no_grad():  # and detached, because no_grad does not stop a tangent of forward-mode AD
+        score = score if score is None else score.detach()
+        weights, new_log_s = robust_weights(losses.detach(), log_s, lam, score=score, mask=mask, **options)
         valid = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
         bad = weights.isnan() & valid
         n = (valid & ~bad).sum().clamp(min=1)

@@ -8,15 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import _checks, ops, reference
+from . import _backend, _checks, ops, reference
 from . import functional as F
 from .losses import CrossEntropy, fused_spec
 from .reference import NORMALIZERS, real_dtype
 
-_robust_logit_loss = torch.ops.absgd_fast.robust_logit_loss.default
-_robust_logit_loss_now = _robust_logit_loss._op  # without the Python frame of OpOverload.__call__ (0.3 us)
-_robust_loss = torch.ops.absgd_fast.robust_loss.default
-_transformed = torch._C._are_functorch_transforms_active
+_transformed = ops.transformed
 _distributed = torch.distributed.is_initialized if torch.distributed.is_available() else lambda: False
 
 
@@ -107,7 +104,7 @@ class ABLoss(nn.Module):
         normalizer: "moving"; "batch": this batch alone (TERM, EG); "none": W = exp(L / lam), log s = 0.
         max_weight: upper bound of W_i; None = none.
         process_group, deferred, loss_divisor, rule: not available yet beyond their defaults on one process.
-        backend: None (the fastest that can run), "cpu" or "reference".
+        backend: None (the fastest that can run), "cuda", "triton", "cpu" or "reference".
 
     forward(*args, sample_weight=None, mask=None, score=None, update=True): args go to the criterion. sample_weight,
     mask (bool, True = valid) and score have the shape of the losses; with score, W comes from score / lam instead of
@@ -175,10 +172,13 @@ class ABLoss(nn.Module):
         self.register_buffer("log_s", torch.tensor(-math.inf))
         self.register_buffer("nonfinite_batches", torch.tensor(0))
         self._rows: Tensor | None = None
-        self._served: tuple[torch.device, bool] | None = None  # device, and whether the native operators serve it
+        self._served: tuple[torch.device, ops.Operators | None] | None = None  # device, and the operators that serve it
         self.set_lam(lam)
-        if backend is not None:
-            self._serve(self.log_s.device)
+        reason = None if backend is None else _backend.why_not(backend)  # the module may still be moved to another device
+        if reason is not None:
+            raise RuntimeError(
+                f"backend {backend!r} cannot run: {reason}; run `python -m absgd_fast doctor`, or use backend=None"
+            )
 
     # ---- state ----
 
@@ -251,54 +251,84 @@ class ABLoss(nn.Module):
         learns = update and grad_mode and self.training
         if learns and _distributed() and self.process_group is not None:
             self._check_one_process()
-        spec = fused_spec(self._modules.get("criterion")) if len(args) == 2 else None
-        if spec is None:
+        if len(args) != 2:
             return self._any_loss(args, sample_weight, mask, score, learns)
         logits, target = args
-        if not self._native(logits) or not _labels(target):
+        tensors = isinstance(logits, Tensor) and isinstance(target, Tensor)
+        spec = fused_spec(self._modules.get("criterion"), logits) if tensors else None
+        if spec is None:
+            return self._any_loss(args, sample_weight, mask, score, learns)
+        operators = self._operators(logits)
+        if operators is None:
             return self._any_loss(args, sample_weight, mask, score, learns, spec)
-        weight, label_smoothing, ignore_index = spec
+        weight, adjust, first, second, ignore_index, bits = spec
         if weight is not None:
             weight = _checks.class_weight(weight, logits)
+        if adjust is not None:
+            adjust = _checks.adjust(adjust, logits)
+        if target.is_floating_point():
+            target = _checks.target(logits, target, soft=spec.soft)
         if sample_weight is not None or mask is not None or score is not None:
-            real = real_dtype(logits.dtype)
-            sample_weight = _checks.per_sample(sample_weight, "sample_weight", target, real)
-            mask = _checks.per_sample(mask, "mask", target, torch.bool)
-            score = _checks.per_sample(score, "score", target, real)
+            real, like = real_dtype(logits.dtype), target.select(1, 0) if target.is_floating_point() else target
+            sample_weight = _checks.per_sample(sample_weight, "sample_weight", like, real)
+            mask = _checks.per_sample(mask, "mask", like, torch.bool)
+            score = _checks.per_sample(score, "score", like, real)
         if self._lam_is_open and learns:
-            losses = self._logit_losses(logits.detach(), target, spec)
-            valid = target != ignore_index
+            losses = F.losses_of(logits.detach(), target, spec, self._backend())
+            valid = spec.valid(target, losses)
             self._fix_lam(losses, valid if mask is None else valid & mask)
-        with_grad = grad_mode and logits.requires_grad
-        fused = _robust_logit_loss if torch.compiler.is_compiling() else _robust_logit_loss_now
+        saves = operators.saves(logits) if grad_mode and logits.requires_grad else 0
         try:
-            loss, rows, grad = fused(
-                logits, target, weight, label_smoothing, ignore_index, score, sample_weight, mask,
-                *self._state(learns, with_grad),
+            loss, rows, made = operators.robust_logit_loss(
+                logits, target, weight, adjust, first, second, ignore_index, score, sample_weight, mask,
+                *self._state(learns, saves | bits),
             )  # fmt: skip
         except RuntimeError as error:
-            _checks.target(logits, target)  # the usual mistakes, said in Python's words
+            _checks.target(logits, target, soft=spec.soft)  # the usual mistakes, said in Python's words
             raise ops.translated(error) from None
         self.__dict__["_rows"] = rows  # nn.Module.__setattr__ costs 0.5 us
-        return ops.attach(logits, loss, grad) if with_grad else loss
+        if not saves:
+            return loss
+        plain = lambda x: self._plain(spec, x, target, rows, sample_weight)  # noqa: E731
+        if saves == ops.WITH_STATS:
+            return ops.attach_rows(
+                operators, logits, loss, (target, weight, adjust, first if bits < ops.KIND else 0.0), made, plain
+            )
+        return ops.attach(operators, logits, loss, made, plain)
 
-    def _state(self, learns: bool, with_grad: bool) -> tuple:
+    def _plain(self, spec: F.LossSpec, logits: Tensor, target: Tensor, rows: Tensor, sample_weight: Tensor | None) -> Tensor:
+        """The robust loss of a forward whose weights are known, in plain torch."""
+        valid = rows[2] > 0
+        factor = rows[1] + self.mix * (~self._buffers["lam"].isinf()).to(rows.dtype)
+        if sample_weight is not None:
+            factor = factor * sample_weight
+        counted = (valid & ~rows[1].isnan()).sum().clamp(min=1)
+        return (torch.where(valid, factor, 0.0) * spec.plain(logits, target)).sum() / counted
+
+    def _state(self, learns: bool, saves: int) -> tuple:
         """The operators' last arguments: state and numbers."""
         state = self._buffers
-        lam = _PLAIN.to(state["lam"]) if self._lam_is_open else state["lam"]
-        flags = self._flags + (ops.UPDATE if learns else 0) + (ops.WITH_GRAD if with_grad else 0)
+        lam = (
+            torch.full_like(state["lam"], math.inf) if self._lam_is_open else state["lam"]
+        )  # an open RelativeLam: the plain mean
+        flags = self._flags + (ops.UPDATE if learns else 0) + saves
         return state["log_s"], state["nonfinite_batches"], lam, self.gamma, self.alpha, self.mix, self.max_weight, flags
 
     def _any_loss(self, args, sample_weight, mask, score, learns, spec=None) -> Tensor:
         """Losses of any kind first, then the weights in one operator, or all by reference.py."""
         valid = None
-        if spec is not None and _labels(args[1]):
-            logits, target = args
-            if mask is not None:  # a row that is ignored anyway may hold anything
-                mask = _checks.per_sample(mask, "mask", target, torch.bool)
-                target = target.masked_fill(~mask, spec[2])
-            losses = self._logit_losses(logits, target, spec)
-            valid = target != spec[2]
+        if spec is not None:
+            logits = args[0]
+            target = _checks.target(logits, args[1], soft=spec.soft)
+            if not target.is_floating_point():
+                if logits.device.type != "cpu" and not ops.transformed():
+                    target = ops.check_labels(target, logits.shape[1], spec.ignore_index)
+                if mask is not None:  # a row that is ignored anyway may hold anything
+                    target = target.masked_fill(~_checks.per_sample(mask, "mask", target, torch.bool), spec.ignore_index)
+            losses = F.losses_of(logits, target, spec, self._backend())
+            valid = spec.valid(target, losses)
+            if mask is not None:
+                valid = valid & _checks.per_sample(mask, "mask", valid, torch.bool)
         else:
             losses = _checked(self.criterion(*args))
         real = real_dtype(losses.dtype)
@@ -306,18 +336,20 @@ class ABLoss(nn.Module):
         sample_weight = _checks.per_sample(sample_weight, "sample_weight", losses, real)
         mask = _checks.per_sample(mask, "mask", losses, torch.bool) if valid is None else valid
         score = _checks.per_sample(score, "score", losses, real)
-        native = self._native(losses)
+        operators = self._operators(losses)
         if self._lam_is_open and learns:
             self._fix_lam(losses.detach(), mask)
-        if not native:
+        if operators is None:
             return self._reference(losses, sample_weight, mask, score, learns)
-        with_grad = losses.requires_grad and torch.is_grad_enabled()
-        loss, rows, grad = _robust_loss(losses, score, sample_weight, mask, *self._state(learns, with_grad))
+        saves = ops.WITH_GRAD if losses.requires_grad and torch.is_grad_enabled() else 0
+        loss, rows, grad = operators.robust_loss(losses, score, sample_weight, mask, *self._state(learns, saves))
         self.__dict__["_rows"] = rows
-        return ops.attach(losses, loss, grad) if with_grad else loss
+        if not saves:
+            return loss
+        return ops.attach(operators, losses, loss, grad, lambda x: (grad * x).sum())
 
     def _reference(self, losses, sample_weight, mask, score, learns) -> Tensor:
-        lam = self._state(False, False)[2]
+        lam = self._state(False, 0)[2]
         loss, weights, log_s, bad = reference.robust_loss(
             losses, self.log_s, lam, mix=self.mix, sample_weight=sample_weight, score=score, mask=mask,
             gamma=self.gamma, alpha=self.alpha, init=self.init, normalizer=self.normalizer, max_weight=self.max_weight,
@@ -332,33 +364,29 @@ class ABLoss(nn.Module):
 
     # ---- helpers ----
 
-    def _logit_losses(self, logits: Tensor, target: Tensor, spec: tuple) -> Tensor:
-        weight, label_smoothing, ignore_index = spec
-        return F.logit_loss(
-            logits, target, weight=weight, label_smoothing=label_smoothing, ignore_index=ignore_index, backend=self._backend()
-        )
-
     def _backend(self) -> str | None:
         return self.backend or getattr(self.criterion, "backend", None)
 
-    def _native(self, x: Tensor) -> bool:
-        """Whether the native operators serve this batch; ValueError if the state is on another device."""
+    def _operators(self, x: Tensor) -> ops.Operators | None:
+        """The operators that serve this batch (None: reference.py); ValueError if the state is on another device."""
         if _transformed():
-            return False
+            return None
         device = x.device if isinstance(x, Tensor) else None
         served = self._served
-        return served[1] if served is not None and served[0] == device else self._serve(device)
+        operators = served[1] if served is not None and served[0] == device else self._serve(device)
+        return operators.compiled if operators is not None and torch.compiler.is_compiling() else operators
 
-    def _serve(self, device: torch.device | None) -> bool:
+    def _serve(self, device: torch.device | None) -> ops.Operators | None:
         if device is None:
             raise TypeError("ABLoss: expected tensors, criterion(logits, target)")
         if device != self.log_s.device:
             raise ValueError(
                 f"ABLoss: got a batch on {device}, but its state is on {self.log_s.device}; use criterion.to({str(device)!r})"
             )
-        native = ops.native(device, self._backend())
-        self.__dict__["_served"] = (device, native)
-        return native
+        operators = ops.serving(device, self._backend())
+        if not torch.compiler.is_compiling():
+            self.__dict__["_served"] = (device, operators)
+        return operators
 
     def _fix_lam(self, losses: Tensor, mask: Tensor | None) -> None:
         """RelativeLam: lambda from the first batch whose plain mean is a finite number other than 0."""
@@ -378,14 +406,6 @@ class ABLoss(nn.Module):
     def extra_repr(self) -> str:
         lam = f"RelativeLam({self._relative})" if self._lam_is_open else f"{float(self.lam):g}"
         return f"lam={lam}, gamma={self.gamma:g}, alpha={self.alpha:g}, mix={self.mix:g}, normalizer={self.normalizer!r}"
-
-
-_PLAIN = torch.tensor(math.inf)  # lambda while a RelativeLam is open
-
-
-def _labels(target: object) -> bool:
-    """Whether these are integer labels; soft targets go to the criterion itself."""
-    return isinstance(target, Tensor) and not target.dtype.is_floating_point
 
 
 def _checked(losses: object) -> Tensor:

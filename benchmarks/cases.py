@@ -17,6 +17,7 @@ from absgd_fast.experiments.models import make_model
 STEPS = 3  # taken before the check: from the second on, momentum and the moving average have a past
 LAM, GAMMA = -1.0, 0.9
 SGD = dict(lr=0.1, momentum=0.9, weight_decay=1e-4)
+IN_CACHE, LARGE = 8e6, 64e6  # bytes of logits: those below stay in a GPU's cache; those above are measured by its memory
 
 
 def distance(given, exact):
@@ -26,24 +27,39 @@ def distance(given, exact):
 
 class Logits:
     """logits (rows, classes) of `dtype` and labels. Row 0 is rather sure of its label, where p - 1 loses digits; row 1 is
-    sure of others, and hardly counts."""
+    sure of others, and hardly counts. `copies`: the same numbers in so many places of memory, to be taken in turn, so that
+    none of them waits in a GPU's cache for the next call (None: where that could happen and training would not have it)."""
 
-    def __init__(self, rows, classes, dtype=torch.float32):
-        draw = torch.Generator().manual_seed(0)
-        logits = torch.randn(rows, classes, generator=draw)
-        self.target = torch.randint(classes, (rows,), generator=draw)
+    def __init__(self, rows, classes, dtype=torch.float32, device="cpu", copies=1):
+        self.device = torch.device(device)
+        draw = torch.Generator(self.device).manual_seed(0)
+        logits = torch.randn(rows, classes, generator=draw, device=self.device)
+        self.target = torch.randint(classes, (rows,), generator=draw, device=self.device)
         logits[0, self.target[0]] = math.log(classes) + 3
         logits[1, self.target[1]] = -5
         self.logits = logits.to(dtype)
         # torch and the reference package round a bfloat16 loss of 16 by up to 0.06, and its weight by as much
         self.tolerance = 0.1 if dtype == torch.bfloat16 else 1e-4
-        self._part = max(1, 2**21 // classes)  # rows at a time in float64
+        self.bytes = self.logits.numel() * self.logits.element_size()
+        self.moved = 3 * self.bytes  # by forward and backward: read twice, and the gradient written
+        self.copies = [self.logits] + [self.logits.clone() for _ in range((copies or self._beyond_cache()) - 1)]
+        self._part = max(1, (2**21 if self.device.type == "cpu" else 2**26) // classes)  # rows at a time in float64
+
+    def _beyond_cache(self):
+        """Small batches stay in the cache of a GPU from layer to layer, and a large one does not fit; between them, so many
+        that four caches are full."""
+        cache = torch.cuda.get_device_properties(self.device).L2_cache_size if self.device.type == "cuda" else 2**16
+        return 1 if self.bytes < IN_CACHE or self.bytes >= 4 * cache else math.ceil(4 * cache / self.bytes)
+
+    def forget(self):
+        """Lets go of the right answer."""
+        vars(self).pop("_exact", None)
 
     @cached_property
     def _exact(self):
         """Losses (rows,) and their gradients (rows, classes) in float64."""
-        losses = torch.empty(len(self.logits), dtype=torch.float64)
-        slopes = torch.empty(self.logits.shape, dtype=torch.float64)
+        losses = torch.empty(len(self.logits), dtype=torch.float64, device=self.device)
+        slopes = torch.empty(self.logits.shape, dtype=torch.float64, device=self.device)
         for x, y, loss, slope in zip(*(t.split(self._part) for t in (self.logits, self.target, losses, slopes))):
             x = x.double().requires_grad_()
             nll = reference.logit_loss(x, y)
@@ -68,10 +84,12 @@ class Tensors:
 
     tolerance = 1e-5
 
-    def __init__(self, shapes):
-        draw = torch.Generator().manual_seed(0)
-        self.start = [torch.randn(shape, generator=draw) for shape in shapes]
-        self.grads = [torch.randn(shape, generator=draw) for shape in shapes]
+    def __init__(self, shapes, device="cpu"):
+        self.device = torch.device(device)
+        draw = torch.Generator(self.device).manual_seed(0)
+        self.start, self.grads = ([torch.randn(s, generator=draw, device=self.device) for s in shapes] for _ in range(2))
+        self.bytes = 4 * sum(map(math.prod, shapes))
+        self.moved = 5 * self.bytes  # parameter, gradient and momentum read, parameter and momentum written
 
     def parameters(self):
         params = [torch.nn.Parameter(w.clone()) for w in self.start]
@@ -81,11 +99,18 @@ class Tensors:
 
     @cached_property
     def _exact(self):
-        params, grads = ([t.double() for t in tensors] for tensors in (self.start, self.grads))
-        buffers = [None] * len(params)
+        return [self._stepped(w.double(), grad.double()) for w, grad in zip(self.start, self.grads)]
+
+    @staticmethod
+    def _stepped(w, grad):
+        buffers = [None]
         for _ in range(STEPS):
-            buffers = reference.momentum_step_(params, grads, buffers, **SGD)
-        return params
+            buffers = reference.momentum_step_([w], [grad], buffers, **SGD)
+        return w
+
+    def forget(self):
+        """Lets go of the right answer."""
+        vars(self).pop("_exact", None)
 
     def error(self, params):
         """Of the way that STEPS steps have gone."""
@@ -125,12 +150,14 @@ def _way_off(start, given, exact):
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """targets: at most this share of the competitor's time; for suite memory, of what is measured."""
+    """targets: at most this share of the competitor's time; for suite memory, of what is measured.
+    bounds: (least, most) of what is measured of ours alone on a GPU (see run.py)."""
 
     suite: str
     name: str
     data: Callable
     targets: Mapping[str, float] = field(default_factory=dict)
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 # ---- tensor lists ----------------------------------------------------------------------------------------------------
@@ -150,24 +177,32 @@ def resnet32():
     return [*shapes, (10, width)]
 
 
-def resnet50():
+def resnet50(blocks=(3, 4, 6, 3)):
     """ResNet-50 for ImageNet: 161 tensors, 25.6 M numbers."""
     shapes, width = _conv(64, 3, 7), 64
-    for inner, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
+    for inner, count in zip((64, 128, 256, 512), blocks):
+        for block in range(count):
             shapes += _conv(inner, width, 1) + _conv(inner, inner, 3) + _conv(4 * inner, inner, 1)
             shapes += [] if block else _conv(4 * inner, width, 1)
             width = 4 * inner
     return [*shapes, (1000, width), (1000,)]
 
 
+def resnet152():
+    """ResNet-152 for ImageNet: 467 tensors, 60.2 M numbers."""
+    return resnet50((3, 8, 36, 3))
+
+
 # ---- the cases -------------------------------------------------------------------------------------------------------
+
+
+def _size(rows, classes, dtype):
+    return f"{rows} × {classes} {'bf16' if dtype == torch.bfloat16 else 'fp32'}"
 
 
 def _loss(rows, classes, target=None, dtype=torch.float32):
     targets = {} if target is None else {"cross_entropy": target, "absgd package": 0.4}
-    name = f"{rows} × {classes} {'bf16' if dtype == torch.bfloat16 else 'fp32'}"
-    return Case("loss", name, partial(Logits, rows, classes, dtype), targets)
+    return Case("loss", _size(rows, classes, dtype), partial(Logits, rows, classes, dtype), targets)
 
 
 def _step(name, shapes, fused, default):
@@ -191,3 +226,48 @@ CASES = [
     Case("train", "mlp 64-128-128-10", partial(Training, "mlp")),
     Case("train", "cnn", partial(Training, "cnn")),
 ]
+
+
+# ---- the cases of a GPU ----------------------------------------------------------------------------------------------
+
+SHAPES = [(128, 10), (128, 100), (256, 365), (512, 1000), (512, 8142), (8192, 32000), (8192, 128256)]
+ANY = math.inf
+
+
+def _gpu_loss(rows, classes, dtype, device):
+    large = rows * classes * torch.finfo(dtype).bits / 8 >= LARGE
+    targets = {"absgd package": 0.4 if large else 0.25, "Liger": 1.0}
+    if classes < 1000:
+        targets["torch.compile"] = 0.7
+    bounds = {"forward launches": (1, 1), "backward launches": (0, 1)}
+    if large:
+        bounds["share of copy"] = (0.85, ANY)
+    return Case("gpu loss", _size(rows, classes, dtype), partial(Logits, rows, classes, dtype, device, None), targets, bounds)
+
+
+def _gpu_step(name, shapes, device, fused=None, **bounds):
+    targets = {} if fused is None else {"SGD fused": fused}
+    return Case("gpu step", name, partial(Tensors, shapes, device), targets, {"step launches": (1, 1)} | bounds)
+
+
+def _gpu_limit(elements, classes, device):
+    """Where one block that makes the gradient at once stops to pay (ops.OPERATORS["cuda"].gradient_limit)."""
+    rows = elements // classes
+    return Case("gpu limit", f"{rows} × {classes}: {elements} logits", partial(Logits, rows, classes, device=device))
+
+
+def gpu_cases(device="cuda", tiny=False):
+    """What is timed on a GPU, the quickest first. tiny: a few sizes to try the benchmark itself with, on any device."""
+    steps = [
+        _gpu_step("ResNet-32, 94 tensors", resnet32(), device, 0.5),
+        _gpu_step("ResNet-50, 161 tensors", resnet50(), device, 0.9, **{"host us": (0, 20)}),
+        _gpu_step("ResNet-152, 467 tensors", resnet152(), device),
+        _gpu_step("1 B parameters, 300 tensors", [(2048, 1628)] * 300, device, **{"share of copy": (0.9, ANY)}),
+    ]
+    shapes, elements, classes = SHAPES, (1024, 2048, 4096, 8192, 16384), (10, 128, 1000)
+    if tiny:
+        bounds = {"host us": (0, 20), "share of copy": (0.9, ANY)}
+        steps = [_gpu_step("three tensors", [(3, 4), (5,), (70,)], device, 0.9, **bounds)]
+        shapes, elements, classes = [(16, 5), (64, 300)], (64,), (8,)
+    losses = [_gpu_loss(*shape, dtype, device) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
+    return [*steps, *losses, *(_gpu_limit(e, c, device) for c in classes for e in elements)]

@@ -1,12 +1,13 @@
 """Who is timed: ours and each competitor, made by a factory that takes a case's data.
 
 Every competitor is used as its users would use it, and at its fastest too: torch's optimizer by default, foreach and
-fused; the log-domain formula well written and compiled for each shape.
+fused; the log-domain formula well written and compiled for each shape. The suites named "gpu ..." are those of a GPU.
 """
 
+import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
 
@@ -14,10 +15,11 @@ import torch
 from torch.nn import functional as F
 
 import absgd_fast as ab
+from absgd_fast import _backend, ops
 
 from .cases import GAMMA, LAM, SGD, STEPS
 
-OURS = "absgd_fast"
+OURS, OURS_ON_TRITON = "absgd_fast", "absgd_fast, triton"
 
 
 class LeftOut(Exception):
@@ -29,6 +31,8 @@ class Peer:
     run: Callable  # one step: what is timed
     error: Callable  # error(what run returned in step number STEPS): its distance from the float64 oracle
     leaf: torch.Tensor | None = None  # the logits, for those who look at memory
+    parts: dict = field(default_factory=dict)  # name: function that prepares a part of a step, and returns what makes it
+    note: str = ""  # what a reader has to know of it
 
 
 def ready(factory, data):
@@ -45,29 +49,60 @@ def ready(factory, data):
 # ---- losses: forward and backward ------------------------------------------------------------------------------------
 
 
-def _loss(data, criterion, lam=LAM, init="first"):
-    """criterion(logits, target) on a leaf of its own, which shares the case's numbers."""
-    x, y = data.logits.detach().requires_grad_(), data.target
+def _loss(data, criterion, lam=LAM, init="first", copies=None):
+    """criterion(logits, target) on leaves of its own, which share the case's numbers and are taken in turn."""
+    leaves, y = [x.detach().requires_grad_() for x in copies or data.copies], data.target
+    x, turn = leaves[0], cycle(leaves)
 
     def run(**options):
+        nonlocal x
+        x = next(turn)
         x.grad = None
         loss = criterion(x, y)
         loss.backward(**options)
         return loss
 
-    return Peer(run, lambda loss: data.error(loss, x.grad, lam, init), x)
+    def forward():
+        return criterion(leaves[0], y)
+
+    def backward():
+        loss = forward()
+        return partial(torch.autograd.grad, loss, leaves[0], torch.ones_like(loss))
+
+    parts = {"forward": lambda: forward, "backward": backward}
+    return Peer(run, lambda loss: data.error(loss, x.grad, lam, init), leaves[0], parts)
 
 
-def _ours():
-    return ab.ABLoss(lam=LAM, gamma=GAMMA)
+def _ours(device="cpu", backend=None):
+    with torch.device(device):
+        return ab.ABLoss(lam=LAM, gamma=GAMMA, backend=backend)
 
 
-def _package(modify=lambda loss: None):
+class _Twin:
+    """The arithmetic of the reference package's loss (absgd 0.0.1), operation by operation, where that is not installed."""
+
+    def __init__(self, lam, abgamma):
+        self.u, self.lam, self.gamma = 0, lam, abgamma
+
+    def updateLambda(self):
+        pass
+
+    def __call__(self, logits, target):
+        losses = F.cross_entropy(logits, target, reduction="none")
+        powers = torch.exp(losses / self.lam)
+        self.u = (1 - self.gamma) * self.u + self.gamma * (1 * torch.mean(powers))
+        weights = (powers / (self.u * len(losses))).detach_()
+        return torch.sum(weights * losses)
+
+
+def _package(modify=lambda loss: None, twin=False):
     """The reference package's loss, its lambda switched on; it starts from s = 0."""
     try:
         from absgd.losses import ABLoss
     except ImportError as error:
-        raise LeftOut(f"{error}: pip install absgd==0.0.1") from error
+        if not twin:
+            raise LeftOut(f"{error}: pip install absgd==0.0.1") from error
+        ABLoss = _Twin
     loss = ABLoss(LAM, abgamma=GAMMA)
     loss.updateLambda()
 
@@ -98,7 +133,7 @@ def six_lines(logits, target, log_s):
 def _compiled(data):
     torch.compiler.reset()  # each case has its own code, made for its shape, and no guards of others before it
     compiled = torch.compile(six_lines, fullgraph=True, dynamic=False)
-    log_s = start = torch.tensor(-math.inf)
+    log_s = start = torch.tensor(-math.inf, device=data.device)
 
     def criterion(x, y):
         nonlocal log_s
@@ -120,7 +155,61 @@ def _compiled(data):
 
 def _step(data, optimizer, **options):
     params = data.parameters()
-    return Peer(optimizer(params, **SGD, **options).step, lambda _: data.error(params))
+    run = optimizer(params, **SGD, **options).step
+    return Peer(run, lambda _: data.error(params), parts={"step": lambda: run})
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def _package_or_twin(data):
+    peer = _loss(data, _package(_cut, twin=True), init="zero")
+    if importlib.util.find_spec("absgd") is None:
+        peer.note = "a twin of its arithmetic: the package is not installed"
+    return peer
+
+
+def _liger(data):
+    """Liger's cross-entropy writes the gradient over the logits, so it has its own; fresh ones as long as results are checked."""
+    try:
+        from liger_kernel.transformers.cross_entropy import LigerCrossEntropyLoss
+    except ImportError as error:
+        raise LeftOut(f"{error}: pip install liger-kernel") from error
+    copies = [x.clone() for x in data.copies]
+    peer = _loss(data, LigerCrossEntropyLoss(), lam=math.inf, copies=copies)
+    run, checked = peer.run, iter(range(STEPS))
+
+    def on_fresh_logits():
+        if next(checked, None) is not None:
+            for copy in copies:
+                copy.copy_(data.logits)
+        return run()
+
+    peer.run = on_fresh_logits
+    return peer
+
+
+def _triton(factory):
+    """The same through our Triton kernels."""
+
+    def make(data):
+        if reason := _backend.why_not("triton"):
+            raise LeftOut(reason)
+        return factory(data, backend="triton")
+
+    return make
+
+
+def _from_statistics(data):
+    """Ours, the gradient made in backward whatever the size of the batch."""
+    criterion = _ours(data.device)
+    operators = ops.serving(data.device, None)
+    if operators is None:
+        raise LeftOut("plain torch serves here")
+    other = object.__new__(ops.Operators)
+    vars(other).update(vars(operators), gradient_limit=0)
+    criterion.__dict__["_served"] = (data.logits.device, other)  # what ABLoss remembers of its first call on a device
+    return _loss(data, criterion)
 
 
 # ---- training: batch, forward, backward, step ------------------------------------------------------------------------
@@ -158,6 +247,24 @@ _losses = {
 }
 PEERS = {
     "loss": _losses,
+    "gpu loss": {
+        OURS: lambda data: _loss(data, _ours(data.device)),
+        OURS_ON_TRITON: _triton(lambda data, backend: _loss(data, _ours(data.device, backend))),
+        "cross_entropy": _losses["cross_entropy"],
+        "absgd package": _package_or_twin,
+        "torch.compile": _compiled,
+        "Liger": _liger,
+    },
+    "gpu step": {
+        OURS: partial(_step, optimizer=ab.ABSGD),
+        OURS_ON_TRITON: _triton(partial(_step, optimizer=ab.ABSGD)),
+        "SGD fused": partial(_step, optimizer=torch.optim.SGD, fused=True),
+        "SGD foreach": partial(_step, optimizer=torch.optim.SGD, foreach=True),
+    },
+    "gpu limit": {
+        OURS: lambda data: _loss(data, _ours(data.device)),
+        "from statistics": _from_statistics,
+    },
     "memory": _losses | {"absgd package": lambda data: _loss(data, _package(), init="zero")},  # as it is
     "step": {
         OURS: partial(_step, optimizer=ab.ABSGD),

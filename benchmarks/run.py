@@ -1,4 +1,4 @@
-"""How it is timed: `absgd-fast bench [--suite loss|step|train|all] [--out FILE.json]`.
+"""How it is timed: `absgd-fast bench [--suite loss|step|train|all|gpu] [--out FILE.json]`.
 
 Every competitor's result is checked against the float64 oracle before it is timed; who is wrong is left out with the
 reason, and if ours is wrong nothing is reported. Then come rounds: in each, every competitor runs one block of calls,
@@ -7,6 +7,26 @@ one ratio (ours over theirs, under the same conditions, so that what else the ma
 medians and quartiles over the rounds, and the cases we lose like the ones we win.
 
 Timings compare only within one run.
+
+The JSON. A spread is {"median", "q1", "q3"} over the rounds.
+
+    date, hardware {cpu, cores, backend, instruction_set}, versions {python, torch, absgd_fast, absgd}, compiler, threads,
+    load_at_start, seconds_per_case
+    results     one object per case: suite, case, rounds, tolerance; peers {name: {us: spread, error: distance from float64,
+                and for competitors ratio: spread of ours / theirs, target, met}}; absent {name: why it was left out}.
+                For suite memory: peers {name: {measure: value}}, targets, met.
+
+Suite gpu (of all its cases gpu_cases in cases.py tells; it is measured in device.py) adds
+
+    gpu         name, memory, multiprocessors, capability, cache, driver, cuda, nvcc, state at the start; versions of triton
+                and Liger among the versions
+    copy        what a copy of `numbers` float32 from device to device moved, read and written, in bytes_per_us (spread)
+    results     also bytes: what forward and backward or the step have to move; per peer host_us (spread: µs in which a call
+                returns), graph_us (spread: µs of a replay of the captured call, for what fits the cache) or graph_failed,
+                launches {part: [kernels]}, share (spread: of the copy's bytes_per_us), note. us is by the device's clock, many
+                calls in a row. wrong: why ours counts for nothing here (and peers are missing).
+    figures     what was to be reached: case, figure, value, least, most, met
+    not_measured  cases for which there was no time
 """
 
 import argparse
@@ -18,19 +38,24 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from time import perf_counter_ns
+from time import perf_counter, perf_counter_ns
 
 import torch
 
 from absgd_fast import _backend
 
-from .cases import CASES
-from .peers import OURS, PEERS, LeftOut, ready
+from . import gpu_report
+from .cases import CASES, IN_CACHE, gpu_cases
+from .device import block_ns, captured, copy_ns, host_us, kernels, synchronize
+from .peers import OURS, OURS_ON_TRITON, PEERS, LeftOut, ready
 
 SUITES = {"loss": ("loss", "memory"), "step": ("step",), "train": ("train",), "all": ("loss", "memory", "step", "train")}
+CPU = torch.device("cpu")
 BLOCK = 5e6  # ns: long against the clock and a cold start, short against what changes on a machine
 ROUNDS = (7, 101)  # at least, at most
 GROWTH_STEPS = 5000
@@ -39,19 +64,10 @@ GROWTH_STEPS = 5000
 # ---- time ------------------------------------------------------------------------------------------------------------
 
 
-def _block(run, calls):
-    """ns per call. Where calls are short, one call before the clock starts finds what others left in the caches."""
-    if calls > 1:
-        run()
-    start = perf_counter_ns()
-    for _ in range(calls):
-        run()
-    return (perf_counter_ns() - start) / calls
-
-
-def interleave(runs, seconds):
+def interleave(runs, seconds, device=CPU):
     """{name: [µs per call in each round]} for {name: callable}, in about `seconds`."""
-    calls = {name: max(1, round(BLOCK / min(_block(run, 1) for _ in range(3)))) for name, run in runs.items()}
+    block = partial(block_ns, device)
+    calls = {name: max(1, round(BLOCK / min(block(run, 1) for _ in range(3)))) for name, run in runs.items()}
     names, times = list(runs), {name: [] for name in runs}
     gc.collect()
     gc.disable()
@@ -61,7 +77,7 @@ def interleave(runs, seconds):
             if r >= ROUNDS[0] and perf_counter_ns() > end:
                 break
             for name in names[r % len(names) :] + names[: r % len(names)]:
-                times[name].append(_block(runs[name], calls[name]) / 1e3)
+                times[name].append(block(runs[name], calls[name]) / 1e3)
     finally:
         gc.enable()
     return times
@@ -73,12 +89,12 @@ def spread(values):
     return {"median": median, "q1": q1, "q3": q3}
 
 
-def gather(case, data, look):
+def gather(case, data, look, make_ready=ready):
     """({name: look(peer, error)} of those who are ready, {name: why not} of the others). LeftOut if ours is not."""
     found, absent = {}, {}
     for name, factory in PEERS[case.suite].items():
         try:
-            found[name] = look(*ready(factory, data))
+            found[name] = look(*make_ready(factory, data))
         except LeftOut as reason:
             if name == OURS:
                 raise LeftOut(f"{case.suite} {case.name}: {OURS}: {reason}") from reason
@@ -91,8 +107,12 @@ def compare(case, seconds):
     data = case.data()
     found, absent = gather(case, data, lambda peer, error: (peer.run, error))
     times = interleave({name: run for name, (run, _) in found.items()}, seconds)
+    return _timed(case, data, times, {name: error for name, (_, error) in found.items()}, absent)
+
+
+def _timed(case, data, times, errors, absent):
     ours, peers = times[OURS], {}
-    for name, (_, error) in found.items():
+    for name, error in errors.items():
         peers[name] = {"us": spread(times[name]), "error": error}
         if name != OURS:
             ratio = spread([a / b for a, b in zip(ours, times[name])])
@@ -176,6 +196,135 @@ def weigh(case):
     }  # fmt: skip
 
 
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def _reason(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def tolerant(factory, data):
+    """`ready` where anything may be missing or fail: it leaves one competitor out, with the reason."""
+    try:
+        return ready(factory, data)
+    except LeftOut:
+        raise
+    except Exception as error:
+        raise LeftOut(_reason(error)) from error
+
+
+def explore(case, seconds, everybody):
+    """One case of a GPU: a dict ready for JSON. everybody: launches are counted for the competitors too."""
+    data = case.data()
+    found, absent = gather(case, data, lambda peer, error: (peer, error), tolerant)
+    data.forget()
+    times = interleave({name: peer.run for name, (peer, _) in found.items()}, seconds, data.device)
+    result = _timed(case, data, times, {name: error for name, (_, error) in found.items()}, absent) | {"bytes": data.moved}
+    for name, (peer, _) in found.items():
+        values = result["peers"][name]
+        # few calls where they are long: the queue must not fill, nor the time pass
+        values["host_us"] = spread(host_us(data.device, peer.run, *((20, 15) if values["us"]["median"] < 500 else (3, 5))))
+        if peer.note:
+            values["note"] = peer.note
+        if name in (OURS, OURS_ON_TRITON):
+            values["launches"] = {part: kernels(data.device, prepare()) for part, prepare in peer.parts.items()}
+        elif everybody:
+            values["launches"] = {"all": kernels(data.device, peer.run)}
+    if data.bytes < IN_CACHE:
+        _add_graphs(result["peers"], {name: peer for name, (peer, _) in found.items()}, data.device, seconds / 2)
+    return result
+
+
+def _add_graphs(values, peers, device, seconds):
+    """Times of replays, to the values of those whose call can be captured."""
+    replays = {}
+    for name, peer in peers.items():
+        try:
+            replays[name], _ = captured(device, peer.run)
+        except Exception as error:  # a host that waits, an allocation, ...
+            values[name]["graph_failed"] = _reason(error)
+            synchronize(device)
+    for name, times in interleave(replays, seconds, device).items() if replays else ():
+        values[name]["graph_us"] = spread(times)
+
+
+def _numbers_to_copy(device):
+    """float32: 1 GB of them, far more than a cache holds, where that leaves most of the memory free."""
+    if device.type != "cuda":
+        return 2**16
+    return 2**28 if torch.cuda.mem_get_info(device)[0] > 2**33 else 2**24
+
+
+def measure_gpu(report, cases, device, seconds, end, keep):
+    """Fills report["results"] in place and keeps it after each case, until the clock shows `end`. Returns whether ours was right."""
+    numbers, first, right, copies = _numbers_to_copy(device), {}, True, []
+
+    def copy():
+        copies.extend(copy_ns(device, numbers))
+        report["copy"] = {"numbers": numbers, "bytes_per_us": spread([8 * numbers / ns * 1e3 for ns in copies])}
+
+    copy()
+    for case in cases:
+        if perf_counter() + 2 * seconds > end:
+            report["not_measured"].append(f"{case.suite}: {case.name}")
+            continue
+        try:
+            share = 0.25 if case.suite == "gpu limit" else 1  # many cases, one question
+            result = explore(case, share * seconds, first.setdefault(case.suite, case) is case)
+        except Exception as error:
+            reason = str(error) if isinstance(error, LeftOut) else _reason(error)
+            if "OutOfMemoryError" in reason:
+                report["not_measured"].append(f"{case.suite}: {case.name}: {reason}")
+                continue
+            result, right = {"suite": case.suite, "case": case.name, "wrong": reason}, False
+        report["results"].append(result)
+        print(gpu_report.progress(result), flush=True)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        gpu_report.finish(report, cases)
+        keep()
+    copy()
+    gpu_report.finish(report, cases)
+    keep()
+    return right
+
+
+def prepare(cases):
+    """Compiles what the competitors compile for each case, into the caches on the disk, so that the benchmark need not wait."""
+    for case in cases:
+        for name in {OURS_ON_TRITON, "torch.compile"} & PEERS[case.suite].keys():
+            try:
+                PEERS[case.suite][name](case.data()).run()
+            except Exception as error:
+                print(f"{case.suite}: {case.name}: {name}: {_reason(error)}")
+
+
+def gpu_environment(device):
+    """What a timing on this GPU depends on."""
+    if device.type != "cuda":
+        return {"name": "none: a rehearsal on the CPU"}
+    found = torch.cuda.get_device_properties(device)
+    state = "driver_version,pstate,clocks.sm,clocks.mem,temperature.gpu,power.draw,utilization.gpu"
+    try:
+        command = ["nvidia-smi", f"--query-gpu={state}", "--format=csv,noheader", f"--id=GPU-{found.uuid}"]
+        seen = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip().split(", ")
+        state = dict(zip(state.split(","), seen))
+    except (OSError, subprocess.SubprocessError, AttributeError):
+        state = {}
+    return {
+        "name": found.name,
+        "memory": found.total_memory,
+        "multiprocessors": found.multi_processor_count,
+        "capability": f"{found.major}.{found.minor}",
+        "cache": found.L2_cache_size,
+        "driver": state.pop("driver_version", None),
+        "cuda": torch.version.cuda,
+        "nvcc": (_backend.build_info()["cuda"] or {}).get("nvcc"),
+        "state": state,
+    }
+
+
 # ---- what is reported ------------------------------------------------------------------------------------------------
 
 
@@ -187,14 +336,17 @@ def _cpu():
         return platform.processor() or platform.machine()
 
 
+def _version(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def environment():
     """What a timing depends on; to be read before the first one, which is load itself."""
     here = _backend.report()
-    versions = {"python": here["python"], "torch": here["torch"], "absgd_fast": here["version"]}
-    try:
-        versions["absgd"] = version("absgd")
-    except PackageNotFoundError:
-        versions["absgd"] = None
+    versions = {"python": here["python"], "torch": here["torch"], "absgd_fast": here["version"], "absgd": _version("absgd")}
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "hardware": {
@@ -334,10 +486,14 @@ def _positive(kind):
 
 def _parser():
     parser = _Parser("absgd-fast bench", description="Time the kernels against their peers.", allow_abbrev=False)
-    parser.add_argument("--suite", choices=SUITES, default="all", help="what to time (default: all, less than four minutes)")
+    suites = [*SUITES, "gpu"]
+    parser.add_argument("--suite", choices=suites, default="all", help="what to time (default: all of a CPU, four minutes)")
     parser.add_argument("--out", type=_file, metavar="FILE.json", help="where the results go, beside the screen")
     parser.add_argument("--threads", type=_positive(int), default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--seconds", type=_positive(float), default=5.0, help="of timing per case, about (default: 5)")
+    parser.add_argument("--seconds", type=_positive(float), help="of timing per case, about (default: 5; on a GPU 2.5)")
+    parser.add_argument("--limit", type=_positive(float), default=600.0, help="suite gpu: seconds in all (default: 600)")
+    parser.add_argument("--rehearse", action="store_true", help="suite gpu: a few tiny cases, on the CPU")
+    parser.add_argument("--prepare", action="store_true", help="suite gpu: compile what has to be, measure nothing")
     return parser
 
 
@@ -357,8 +513,19 @@ def measure(suites, seconds, console):
 
 def main(argv=None):
     """Runs the command; returns 0, 1 if our result is wrong, or leaves with 2 for bad arguments."""
+    end = perf_counter()
     parser = _parser()
     arguments = parser.parse_args(argv)
+    before = torch.get_num_threads()
+    torch.set_num_threads(arguments.threads)
+    try:
+        return _main_gpu(arguments, parser, end + arguments.limit) if arguments.suite == "gpu" else _main_cpu(arguments, parser)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _main_cpu(arguments, parser):
+    arguments.seconds = arguments.seconds or 5.0
     if importlib.util.find_spec("rich") is None:
         parser.error('bench needs rich: pip install "absgd_fast[test]"')
     from rich.console import Console
@@ -366,8 +533,6 @@ def main(argv=None):
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=140)  # a file takes any width
-    before = torch.get_num_threads()
-    torch.set_num_threads(arguments.threads)
     try:
         report = environment() | {"seconds_per_case": arguments.seconds}
         if (report["load_at_start"] or 0) > 0.5:
@@ -377,13 +542,32 @@ def main(argv=None):
     except LeftOut as wrong:
         print(f"{parser.prog}: {wrong}", file=sys.stderr)
         return 1
-    finally:
-        torch.set_num_threads(before)
     console.print("\n".join(summary(results)), markup=False)
     if arguments.out:
         write(report | {"results": results}, arguments.out)
         console.print(f"written: {arguments.out}", soft_wrap=True, markup=False)
     return 0
+
+
+def _main_gpu(arguments, parser, end):
+    """Plain text only: a machine with a GPU may have no rich."""
+    if not (arguments.rehearse or torch.cuda.is_available()):
+        parser.error(f"--suite gpu needs a CUDA GPU: {_backend.why_not('cuda')}; --rehearse tries a few tiny cases on the CPU")
+    device = CPU if arguments.rehearse else torch.device("cuda", torch.cuda.current_device())
+    cases, seconds = gpu_cases(device, tiny=arguments.rehearse), arguments.seconds or 2.5
+    if arguments.prepare:
+        prepare(cases)
+        return 0
+    report = environment() | {"seconds_per_case": seconds, "gpu": gpu_environment(device)}
+    report["hardware"]["backend"] = report["hardware"]["backend"] if device == CPU else _backend.select(device)
+    report["versions"] |= {"triton": _version("triton"), "liger-kernel": _version("liger-kernel")}
+    report |= {"copy": None, "results": [], "figures": [], "not_measured": []}
+    keep = partial(write, report, arguments.out) if arguments.out else lambda: None
+    right = measure_gpu(report, cases, device, seconds, end, keep)
+    print("\n".join(gpu_report.lines(report)))
+    if arguments.out:
+        print(f"written: {arguments.out}")
+    return 0 if right else 1
 
 
 if __name__ == "__main__":

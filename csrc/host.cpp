@@ -30,7 +30,7 @@ struct DLTensor {
   int64_t *shape, *strides;
   uint64_t byte_offset;
 };
-constexpr int32_t kDLCPU = 1;
+constexpr int32_t kDLCPU = 1, kDLCUDA = 2;
 constexpr uint8_t kDLFloat = 2;
 
 struct DLManagedTensorVersioned {
@@ -137,14 +137,21 @@ py::list handed_over(std::vector<py::object>& objects) {
 
 class StepPlan {
  public:
-  StepPlan(py::object tensor_type, py::object parameter_type, py::function allocate)
-      : api_(exchange_api(tensor_type)), tensor_type_(tensor_type), parameter_type_(parameter_type), allocate_(allocate) {}
+  // cpu, cuda: whether the operator steps tensors there
+  StepPlan(py::object tensor_type, py::object parameter_type, py::function allocate, bool cpu, bool cuda)
+      : api_(exchange_api(tensor_type)),
+        tensor_type_(tensor_type),
+        parameter_type_(parameter_type),
+        allocate_(allocate),
+        cpu_(cpu),
+        cuda_(cuda) {}
 
   // Reads every tensor afresh and writes the table for one step over all parameters that have a gradient.
-  // Returns (updated, grads, others): the parameters in the table; their gradients, to be kept alive until the step is done;
-  // and [(group, [param, ...])] for what the table cannot hold (no momentum buffer yet, another dtype, device, layout or
-  // tensor type), which is left to the caller.
-  py::tuple refresh(py::list groups, py::dict state) {
+  // Returns (updated, grads, others): the parameters in the table; their gradients, to be kept alive until the step is
+  // done; and [(group, [param, ...])] for what the table cannot hold (no momentum buffer yet, another dtype, device,
+  // layout or tensor type), which is left to the caller. A tensor lr on the GPU, grad_scale and found_inf (one-element
+  // float32 tensors on the GPU, or None) are not read here: the table has their addresses.
+  py::tuple refresh(py::list groups, py::dict state, py::object grad_scale, py::object found_inf) {
     if (!same_state(state)) remember(groups, state);
     groups_.clear();
     std::swap(tensors_, before_);
@@ -152,21 +159,26 @@ class StepPlan {
     elements_ = 0;
     updated_.clear();
     grads_.clear();
+    device_ = {0, 0};
+    found_inf_ = device_float(found_inf);
+    grad_scale_ = device_float(grad_scale);
     py::list others;
     size_t slot = 0;
     for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.ptr()); ++g) {
       const py::dict group = py::reinterpret_borrow<py::dict>(PyList_GET_ITEM(groups.ptr(), g));
       const py::list params = py::list(py::reinterpret_borrow<py::object>(item(group.ptr(), names().params)));
-      groups_.push_back({number(group.ptr(), names().lr), number(group.ptr(), names().momentum),
-                         number(group.ptr(), names().dampening), number(group.ptr(), names().weight_decay),
-                         truth(group.ptr(), names().nesterov), truth(group.ptr(), names().maximize),
-                         truth(group.ptr(), names().heavy_ball)});
+      absgd::DeviceNumber lr_tensor{};
+      const double lr = learning_rate(item(group.ptr(), names().lr), &lr_tensor);
+      groups_.push_back({lr, number(group.ptr(), names().momentum), number(group.ptr(), names().dampening),
+                         number(group.ptr(), names().weight_decay), truth(group.ptr(), names().nesterov),
+                         truth(group.ptr(), names().maximize), truth(group.ptr(), names().heavy_ball), lr_tensor});
       py::list left;
       for (Py_ssize_t j = 0; j < PyList_GET_SIZE(params.ptr()); ++j, ++slot) {
         PyObject* param = PyList_GET_ITEM(params.ptr(), j);
         if (slot >= slots_.size() || slots_[slot].param != param) {
           remember(groups, state);  // then this is the parameter there
-          if (slot >= slots_.size() || slots_[slot].param != param) throw py::value_error("param_groups changed during a step");
+          if (slot >= slots_.size() || slots_[slot].param != param)
+            throw py::value_error("param_groups changed during a step");
         }
         py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, names().grad));
         if (!grad) throw py::error_already_set();
@@ -224,31 +236,61 @@ class StepPlan {
   bool read(PyObject* object, DLTensor* out) const {
     PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
     if (type != tensor_type_.ptr() && type != parameter_type_.ptr()) return false;  // a subclass may be anything
-    if (api_->dltensor_from_py_object(object, out) != 0) {  // no storage: sparse, meta
+    if (api_->dltensor_from_py_object(object, out) != 0) {                          // no storage: sparse, meta
       PyErr_Clear();
       return false;
     }
-    return out->device.type == kDLCPU && out->dtype.code == kDLFloat && out->dtype.lanes == 1 &&
-           (out->dtype.bits == 32 || out->dtype.bits == 64);
+    return out->dtype.code == kDLFloat && out->dtype.lanes == 1 && (out->dtype.bits == 32 || out->dtype.bits == 64);
   }
 
+  static char* data(const DLTensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
+
+  // lr as a number; of a tensor on the GPU only the address, because reading it would wait for the GPU.
+  double learning_rate(PyObject* lr, absgd::DeviceNumber* address) const {
+    DLTensor t;
+    if (!PyFloat_Check(lr) && read(lr, &t) && t.device.type != kDLCPU) {
+      *address = {data(t), t.dtype.bits == 64, t.device.id};
+      return 0;
+    }
+    const double out = PyFloat_AsDouble(lr);  // a tensor too: it has __float__
+    if (out == -1.0 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    return out;
+  }
+
+  const float* device_float(const py::object& object) {
+    if (object.is_none()) return nullptr;
+    DLTensor t;
+    if (!read(object.ptr(), &t) || t.dtype.bits != 32)
+      throw py::value_error("grad_scale, found_inf: expected float32 tensors");
+    amp_device_ = t.device.id;
+    return reinterpret_cast<const float*>(data(t));
+  }
+
+  // All tensors of a table are on the device of its first.
   bool add(PyObject* param, PyObject* grad, PyObject* buffer, int32_t group) {
     DLTensor p, g, b;
     if (!read(param, &p) || !read(grad, &g)) return false;
+    auto here = [&](const DLTensor& t) { return t.device.type == device_.type && t.device.id == device_.id; };
+    const int32_t where = p.device.type;
+    if (!(where == kDLCPU && cpu_) && !(where == kDLCUDA && cuda_)) return false;
+    if (tensors_.empty() && ((grad_scale_ == nullptr && found_inf_ == nullptr) || amp_device_ == p.device.id))
+      device_ = {where, p.device.id};
     auto layout = [](const DLTensor& t) { return absgd::Layout{t.ndim, t.shape, t.strides}; };
-    if (!layout(p).dense() || g.dtype.bits != p.dtype.bits || !layout(g).same(layout(p))) return false;
+    auto fits = [&](const DLTensor& t) { return t.dtype.bits == p.dtype.bits && here(t) && layout(t).same(layout(p)); };
+    if (!here(p) || !layout(p).dense() || !fits(g)) return false;
+    const absgd::DeviceNumber& lr = groups_[size_t(group)].lr_tensor;
+    if (lr.data != nullptr && (where == kDLCPU || lr.device != p.device.id)) return false;
     if (groups_[size_t(group)].momentum != 0) {
-      if (buffer == nullptr || !read(buffer, &b) || b.dtype.bits != p.dtype.bits || !layout(b).same(layout(p))) return false;
+      if (buffer == nullptr || !read(buffer, &b) || !fits(b)) return false;
     } else {
       b.data = nullptr;
     }
     const int64_t count = layout(p).count();
-    // autograd may hand out a single number whose sign is still to be flipped (the imaginary part of a conjugate); a larger
-    // such gradient has stride 2 and went elsewhere above
+    // autograd may hand out a single number whose sign is still to be flipped (the imaginary part of a conjugate); a
+    // larger such gradient has stride 2 and went elsewhere above
     if (count == 1 && negated(grad)) return false;
-    tensors_.push_back({static_cast<char*>(p.data) + p.byte_offset, static_cast<char*>(g.data) + g.byte_offset,
-                      b.data == nullptr ? nullptr : static_cast<char*>(b.data) + b.byte_offset, elements_, count, group,
-                      p.dtype.bits == 64 ? absgd::Dtype::f64 : absgd::Dtype::f32});
+    tensors_.push_back({data(p), data(g), b.data == nullptr ? nullptr : data(b), elements_, count, group,
+                        p.dtype.bits == 64 ? absgd::Dtype::f64 : absgd::Dtype::f32});
     elements_ += count;
     return true;
   }
@@ -277,9 +319,14 @@ class StepPlan {
     };
     const bool same = std::equal(tensors_.begin(), tensors_.end(), before_.begin(), before_.end(), stayed);
     const absgd::StepTable* last = same && !grown ? reinterpret_cast<absgd::StepTable*>(memory_) : nullptr;
-    const absgd::StepTable table{elements_, int64_t(tensors_.size()), reinterpret_cast<absgd::StepTensor*>(memory_ + tensors),
-                                 reinterpret_cast<absgd::StepGroup*>(memory_ + groups), last != nullptr && last->checked,
-                                 last != nullptr && last->overlap};
+    const absgd::StepTable table{elements_,
+                                 int64_t(tensors_.size()),
+                                 reinterpret_cast<absgd::StepTensor*>(memory_ + tensors),
+                                 reinterpret_cast<absgd::StepGroup*>(memory_ + groups),
+                                 last != nullptr && last->checked,
+                                 last != nullptr && last->overlap,
+                                 grad_scale_,
+                                 found_inf_};
     std::memcpy(memory_, &table, sizeof(table));
     std::copy(groups_.begin(), groups_.end(), reinterpret_cast<absgd::StepGroup*>(memory_ + groups));
     std::copy(tensors_.begin(), tensors_.end(), reinterpret_cast<absgd::StepTensor*>(memory_ + tensors));
@@ -288,6 +335,7 @@ class StepPlan {
   const DLPackExchangeAPI* api_;
   py::object tensor_type_, parameter_type_;
   py::function allocate_;
+  bool cpu_, cuda_;
   py::object table_;
 
   std::vector<Slot> state_;  // in the order of optimizer.state
@@ -298,6 +346,11 @@ class StepPlan {
   std::vector<absgd::StepGroup> groups_;
   std::vector<absgd::StepTensor> tensors_, before_;  // of this step and of the last
   int64_t elements_ = 0;
+  struct {
+    int32_t type, id;
+  } device_{0, 0};                                            // of this step's tensors
+  int32_t amp_device_ = 0;                                    // where grad_scale and found_inf are
+  const float *grad_scale_ = nullptr, *found_inf_ = nullptr;  // of this step
   char* memory_ = nullptr;
   size_t capacity_ = 0;
 };
@@ -307,7 +360,9 @@ class StepPlan {
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Host objects of absgd_fast: see csrc/host.cpp";
   py::class_<StepPlan>(m, "StepPlan", "The table of a multi-tensor momentum step, kept between steps.")
-      .def(py::init<py::object, py::object, py::function>(), py::arg("tensor_type"), py::arg("parameter_type"), py::arg("allocate"))
-      .def("refresh", &StepPlan::refresh, py::arg("param_groups"), py::arg("state"))
+      .def(py::init<py::object, py::object, py::function, bool, bool>(), py::arg("tensor_type"),
+           py::arg("parameter_type"), py::arg("allocate"), py::arg("cpu"), py::arg("cuda"))
+      .def("refresh", &StepPlan::refresh, py::arg("param_groups"), py::arg("state"), py::arg("grad_scale") = py::none(),
+           py::arg("found_inf") = py::none())
       .def_property_readonly("table", &StepPlan::table);
 }

@@ -1,5 +1,5 @@
-// What a kernel is given: raw pointers, sizes and numbers. No torch, no CUDA: anything that can fill these structs can
-// run the kernels.
+// What a kernel is given: raw pointers, sizes and numbers. No torch, no CUDA headers: anything that can fill these
+// structs can run the kernels.
 //
 // A launcher works on a range of a flat index (tiles of rows, blocks of losses, ...), so the caller decides how ranges
 // are spread over threads; the result does not depend on that choice, bit for bit.
@@ -7,8 +7,10 @@
 
 #include <stdint.h>
 
+#include "math.h"
+
 // Inlined always: a copy that the linker keeps might be the one compiled for AVX-512.
-#define ABSGD_INLINE inline __attribute__((always_inline))
+#define ABSGD_INLINE ABSGD_FN
 
 namespace absgd {
 
@@ -18,27 +20,51 @@ enum class Dtype : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
 // ---- losses on logits ----------------------------------------------------------------------------------------------
 
-constexpr int64_t kFewClasses = 48;  // below, a SIMD register holds rows instead of classes
+constexpr int64_t kFewClasses = 48;  // below, a SIMD register of the CPU holds rows instead of classes
 constexpr int64_t kTileRows = 16;    // rows that one tile finishes together; per-row scratch is padded to whole tiles
 
-struct LogitArgs {
+struct LogitInput {
   Dtype dtype;         // of logits
   const void* logits;  // (batch, classes, inner), any strides, in elements
   int64_t batch, classes, inner;
   int64_t stride_batch, stride_class, stride_inner;
-  const void* target;  // (batch * inner), int64 or int32
+  const void* target;  // (batch * inner), int64 or int32; null with soft targets
   bool target_int64;
   int64_t ignore_index;
+  const void* soft;          // (batch, classes, inner) contiguous real, probabilities in place of labels; or null
   const uint8_t* mask;       // (batch * inner), 0 = ignored; or null
   const void* class_weight;  // (classes) real; or null = 1
-  double label_smoothing;
+  const void* adjust;        // (3, classes) real: S, D, M of math.h; or null = 1, 0, 0
+  LossNumbers loss;
+  double share_keep, share_uniform;  // with label smoothing e: 1 - e, e / C (ClassShares)
 
+  ABSGD_INLINE int64_t rows() const { return batch * inner; }
+  // Every class has a share in the loss, not the label alone.
+  ABSGD_INLINE bool spreads() const { return soft != nullptr || loss.smoothing() != 0; }
+};
+
+// What class k weighs in the sum over all classes of a row, sum_k weight_k (-log p_k): times the factor spread() of the
+// row. With label smoothing e: v_k, and e / C; with soft targets t: ((1 - e) t_k + e / C) v_k, and 1.
+template <class T>
+struct ClassShares {
+  const T* v;       // (classes) or null = 1
+  T keep, uniform;  // of soft targets: 1 - e, e / C
+
+  static ABSGD_INLINE ClassShares of(const LogitInput& a) {
+    return {static_cast<const T*>(a.class_weight), T(a.share_keep), T(a.share_uniform)};
+  }
+  ABSGD_INLINE T spread(bool soft) const { return soft ? T(1) : uniform; }
+};
+
+// The CPU's two walks over the logits.
+struct LogitArgs : LogitInput {
   // per row, written by logit_stats, read by logit_grads; padded to whole tiles
   void* losses;       // real
   void* row_max;      // real
   void* row_rest;     // real, see math.h Row
   void* row_own;      // real
-  void* coefficient;  // real, d loss / d nll
+  void* coefficient;  // real, c of math.h
+  void* row_total;    // real, sum_k weight_k (ClassShares)
   uint8_t* valid;     // 0 = ignored
 
   // gradient: factor_i * d loss_i / d logits
@@ -48,7 +74,6 @@ struct LogitArgs {
   void* kept;          // else: here, (tiles, classes, kTileRows) real; or null
   const void* factor;  // (batch * inner) real; or null = 1
 
-  ABSGD_INLINE int64_t rows() const { return batch * inner; }
   ABSGD_INLINE bool along_classes() const { return stride_class == 1 && inner == 1 && classes >= kFewClasses; }
   ABSGD_INLINE int64_t tiles() const { return (rows() + kTileRows - 1) / kTileRows; }
 };
@@ -59,20 +84,15 @@ constexpr int64_t kAllLabelsGood = INT64_MAX;
 
 constexpr int64_t kBlock = 4096;  // losses per partial sum: fixed, so sums do not depend on the number of threads
 
-// Where log s' comes from: the moving average, this batch alone, or nowhere (log s' = 0).
-enum class Normalizer : int { moving = 0, batch = 1, none = 2 };
-
-struct RobustArgs {
+struct RobustArgs : RobustRule {
   Dtype dtype;  // f32 or f64
   int64_t count;
   const void* losses;         // (count) real
   const void* scores;         // (count) real: z = score / lam; or null = the losses
   const void* sample_weight;  // (count) real; or null = 1
   const uint8_t* valid;       // (count); or null = all
-  double lam, gamma, alpha, mix, max_weight;
+  double mix, max_weight;
   double z_limit;  // a larger |z| counts as non-finite
-  Normalizer normalizer;
-  bool init_first;
 
   void* weights;  // (count) real
   void* factor;   // (count) real: d loss / d losses; or null
@@ -84,15 +104,6 @@ struct RobustArgs {
 struct Partial {
   double max, sum;
   int64_t good, bad;  // valid rows with a finite loss and z; valid rows without
-};
-
-struct Outcome {
-  double log_s;        // what the weights are divided by, in logarithms
-  double new_log_s;    // what the state becomes (the old value after a bad or an empty batch)
-  double share;        // gamma' alpha / n: what W_j owes to log s' (math.h robust_weight_vjp)
-  double share_state;  // the same for new_log_s: 0 where the state did not move
-  double inverse_n;
-  int64_t good, bad;
 };
 
 struct VjpArgs {
@@ -148,14 +159,22 @@ struct Layout {
   }
 };
 
+// One number in device memory; data = null: absent.
+struct DeviceNumber {
+  void* data;
+  bool is_double;
+  int32_t device;
+};
+
 struct StepGroup {
   double lr, momentum, dampening, weight_decay;
   bool nesterov, maximize, heavy_ball;
+  DeviceNumber lr_tensor;  // GPU: used instead of lr
 };
 
 struct StepTensor {
-  void* param;  // (count) dense, f32 or f64; grad and buffer have the same strides
-  const void* grad;
+  void* param;           // (count) dense, f32 or f64; grad and buffer have the same strides
+  void* grad;            // written only where it is unscaled
   void* buffer;          // momentum; null where the group's momentum is 0
   int64_t begin, count;  // elements [begin, begin + count) of the flat index
   int32_t group;
@@ -168,11 +187,15 @@ struct StepTable {
   const StepGroup* groups;
   bool checked;  // `overlap` is known for these tensors
   bool overlap;  // some of the tensors written share memory: one after the other, then
+  // GPU: float32 numbers in device memory, or null
+  const float* grad_scale;  // the gradients are divided by it, and written back so
+  const float* found_inf;   // not 0: nothing is written
 };
 
 constexpr int64_t kStepBlock = 64;  // a share of the flat index ends at a multiple of this within a tensor
 
-// One row per operation; a set per instruction set, chosen at run time (cpu/dispatch.cpp).
+// ---- CPU: one row per operation; a set per instruction set, chosen at run time (cpu/dispatch.cpp) -------------------
+
 struct CpuKernels {
   const char* isa;
   // tiles [begin, end): losses and row statistics; returns the first row with a label out of range, or kAllLabelsGood
@@ -200,5 +223,73 @@ const CpuKernels& cpu_kernels();
 int cpu_isa_count();
 const char* cpu_isa_name(int index);
 bool use_cpu_isa(const char* name);
+
+// ---- GPU: the launchers of cuda/ ------------------------------------------------------------------------------------
+//
+// Each puts its work on `stream` (a cudaStream_t) of the current device and returns at once: null, or CUDA's words for
+// what went wrong. Numbers that change between steps (lambda, log s, a tensor lr, ...) are read on the device, so that
+// the host never waits and a captured graph follows them.
+namespace gpu {
+
+constexpr int64_t kOneLaunch = 16384;      // so many losses are weighted by one block, in the launch that made them
+constexpr int64_t kBlockElements = 16384;  // so many logits are kept by one block in shared memory
+
+// A label out of range is not an error on the device: its row is ignored, and the host finds this later.
+struct LabelReport {
+  long long label, row, classes, found;
+};
+// One per process, in host memory that every device writes; null where there is none.
+LabelReport* label_report();
+
+// Per-sample losses, and what the gradient needs of each row.
+struct LogitForward : LogitInput {
+  void* losses;         // (rows) real
+  void* valid;          // (rows) real, 1 or 0 = ignored; or null
+  void* stats;          // (4, rows) real: max, then math.h RowGradient: scale, at_label, spread; or null
+  LabelReport* report;  // or null
+};
+
+// grad = upstream_i * d loss_i / d logits from the statistics
+struct LogitBackward : LogitInput {
+  const void* stats;
+  const void* upstream;  // real: one per row, or one number
+  bool upstream_per_row;
+  void* grad;  // (batch, classes, inner) contiguous, of the logits' dtype
+};
+
+// RobustArgs with its numbers in device memory.
+struct Robust : RobustArgs {
+  const void* valid_rows;  // (count) real, instead of RobustArgs::valid; or null
+  DeviceNumber lam_on_device, log_s;
+  long long* nonfinite;  // one more after a batch with a bad row; or null
+  bool update;           // write log_s and nonfinite
+  void* losses_out;      // (count) real: the losses, 0 where ignored; or null
+  void* valid_out;       // (count) real: 1 or 0; or null
+  void* stats;           // (4, count) real, rows 1 to 3 of which are multiplied by the factor; or null
+  void* loss;            // one real; or null
+  DeviceNumber new_log_s;
+  double* shares;  // Outcome::share and share_state; or null
+  // beyond kOneLaunch losses
+  Partial* partials;      // blocks()
+  double* loss_partials;  // blocks()
+  Outcome* outcome;
+};
+
+const char* logit_loss_fwd(const LogitForward&, void* stream);
+const char* logit_loss_bwd(const LogitBackward&, void* stream);
+// Losses, weights and, where robust.stats is set, the gradient's statistics: one launch up to kOneLaunch rows.
+const char* robust_logit_loss_fwd(const LogitForward&, const Robust&, void* stream);
+// The same with the gradient made at once, for rows * classes <= kBlockElements and no f64: (batch, classes, inner)
+// contiguous, of the logits' dtype but f32 for f16. Needs both stats.
+const char* robust_logit_loss_block(const LogitForward&, const Robust&, void* grad, void* stream);
+const char* robust_fwd(const Robust&, void* stream);
+// dot_partials: (blocks() + 1) doubles. One launch up to kOneLaunch losses.
+const char* robust_weights_bwd(const RobustArgs&, DeviceNumber lam, const void* upstream, DeviceNumber upstream_log_s,
+                               const double* shares, double* dot_partials, void* out, void* stream);
+// ScaleArgs::upstream is in device memory, `constant`: one number
+const char* scale(const ScaleArgs&, bool constant, void* stream);
+const char* sgd_step(const StepTable&, void* stream);
+
+}  // namespace gpu
 
 }  // namespace absgd

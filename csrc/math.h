@@ -5,6 +5,8 @@
 // double of the state update) or a whole SIMD register; the formulas cannot tell.
 #pragma once
 
+#include <stdint.h>
+
 #if defined(__CUDACC__)
 #define ABSGD_FN __host__ __device__ __forceinline__
 #else
@@ -13,40 +15,171 @@
 
 namespace absgd {
 
+constexpr double kLargest = 1.7976931348623157e308;  // DBL_MAX
+
 // ---- Per-sample losses on logits -----------------------------------------------------------------------------------
 //
-// A row with adjusted logits a_k and label y is described by three numbers, from which p = softmax(a)_y, 1 - p and
-// -log p follow without cancellation because the label's own term is never subtracted from a sum that contains it:
-//     gap  = max_k a_k - a_y  >= 0
+// A loss sees the logits through a_k = S_k x_k + D_k - M_y 1[k = y] (class vectors S, D, M; 1, 0, 0 if not given). A
+// row with label y is described by three numbers, from which p = softmax(a)_y, 1 - p and -log p follow without
+// cancellation because the label's own term is never subtracted from a sum that contains it:
+//     gap  = max - a_y >= 0                         max: the largest of the a_k, or a little more
 //     rest = sum over k != y of exp(a_k - max)
 //     own  = exp(-gap)                              so that  sum_k exp(a_k - max) = rest + own,  r = rest / own
+// Soft targets have no label: gap = 0, own = 0, and rest is the whole sum.
 template <class L>
 struct Row {
   using V = typename L::V;
   V gap, rest, own;
 
-  // -log p = log1p(r) = gap + log(rest + own); where y is the maximum, own = 1 and log1p(rest) keeps every digit.
-  ABSGD_FN V nll() const { return gap + L::log1p(L::select(gap > L::set(0), rest - L::set(1) + own, rest)); }
+  // Where p >= 1/2: log1p(r), which keeps every digit as p -> 1; else log(rest + own).
+  ABSGD_FN V log_sum() const { return L::log1p(L::select(rest <= own, rest / own, (rest - L::set(1)) + own)); }
+  // -log p
+  ABSGD_FN V nll() const {
+    const V x = log_sum();
+    return L::select(rest <= own, x, gap + x);
+  }
   // log sum_k exp(a_k - max)
-  ABSGD_FN V log_total() const { return nll() - gap; }
+  ABSGD_FN V log_total() const {
+    const V x = log_sum();
+    return L::select(rest <= own, x - gap, x);
+  }
   // 1 / sum_k exp(a_k - max): softmax(a)_k = exp(a_k - max) * inverse_total()
   ABSGD_FN V inverse_total() const { return L::set(1) / (rest + own); }
+  ABSGD_FN V p() const { return own / (rest + own); }
   // 1 - p = r / (1 + r), never 1 - (p)
   ABSGD_FN V one_minus_p() const { return rest / (rest + own); }
+};
+
+// base^exponent for base in [0, 1], exponent >= 0
+template <class L>
+ABSGD_FN typename L::V power(typename L::V base, typename L::V exponent) {
+  const typename L::V zero = L::set(0), one = L::set(1), floor = L::set(1e-37f);
+  const typename L::V x = L::exp(exponent * L::log(L::select(base > floor, base, one)));
+  return L::select(exponent > zero, L::select(base > floor, x, L::select(base >= zero, zero, base)), one);
+}
+
+// 1 - exp(-x) for x >= 0, without cancellation: (1 - u) x / -log u with u = exp(-x), whose errors cancel.
+template <class L>
+ABSGD_FN typename L::V one_minus_exp(typename L::V x) {
+  const typename L::V one = L::set(1), u = L::exp(-x), far = one - u;
+  const auto inside = (u < one) & (x < L::set(16));
+  return L::select(inside, far * x / -L::log(L::select(inside, u, L::set(0.5f))), L::select(u < one, far, x));
+}
+
+// The losses, each by its value and by c in dl/dx_k = S_k c (softmax(a)_k - 1[k = y]); w: class weight of the label.
+enum class Kind : int { ce = 0, focal = 1, gce = 2, sce = 3, weighted_focal = 4 };
+
+// What the functors are made from. ce: first = label smoothing e; focal: first = gamma; gce: first = q; sce: first =
+// alpha, second = beta.
+struct LossNumbers {
+  Kind kind;
+  double first, second;
+  double cut;    // gce: (1 - k^q) / q, 0 without k
+  double least;  // gce with prune: rows with -log p >= least = -log k do not count; else infinity
+
+  ABSGD_FN double smoothing() const { return kind == Kind::ce ? first : 0; }
 };
 
 // Cross-entropy with class weights v and label smoothing e over C classes, as torch.nn.functional.cross_entropy:
 //     l        = (1 - e) v_y (-log p_y) + (e / C) sum_k v_k (-log p_k)
 //     dl/dx_k  = c (softmax_k - 1[k = y]) + s (softmax_k sum_j v_j - v_k),    c = (1 - e) v_y,  s = e / C
+// The second term is the walk's (RowGradient); with soft targets t it is all there is, with t_k v_k in place of v_k.
 template <class L>
 struct CrossEntropy {
   using V = typename L::V;
-  V keep;    // 1 - e
-  V spread;  // e / C
+  V keep;  // 1 - e
 
-  // v_y: weight of the label; others = sum_k v_k (-log p_k)
-  ABSGD_FN V loss(const Row<L>& row, V v_y, V others) const { return keep * v_y * row.nll() + spread * others; }
-  ABSGD_FN V coefficient(const Row<L>&, V v_y) const { return keep * v_y; }
+  ABSGD_FN V loss(const Row<L>& row, V w) const { return keep * w * row.nll(); }
+  ABSGD_FN V coefficient(const Row<L>&, V w) const { return keep * w; }
+};
+
+// w (1 - p)^gamma (-log p)   (Lin et al. 2017, Eq. 5);   c = w [(1-p)^gamma + gamma n p (1-p)^(gamma-1)], n = -log p,
+// written with n / (1 - p), which is 1 at p = 1.
+template <class L>
+struct Focal {
+  using V = typename L::V;
+  V gamma;
+
+  ABSGD_FN V loss(const Row<L>& row, V w) const { return w * power<L>(row.one_minus_p(), gamma) * row.nll(); }
+  ABSGD_FN V coefficient(const Row<L>& row, V w) const {
+    const V q = row.one_minus_p(), n = row.nll();
+    const V ratio = L::select(q > L::set(0), n / q, L::set(1));
+    const V p = row.p();
+    // p n -> 0 as p -> 0, where n may be infinite
+    return w * power<L>(q, gamma) * (L::set(1) + gamma * L::select(p > L::set(0), p * ratio, L::set(0)));
+  }
+};
+
+// The same as in the ABSGD authors' code, with the weight inside p: m = w n, q = exp(-m): (1 - q)^gamma m.
+template <class L>
+struct WeightedFocal {
+  using V = typename L::V;
+  V gamma;
+
+  ABSGD_FN V loss(const Row<L>& row, V w) const {
+    const V m = w * row.nll();
+    return power<L>(one_minus_exp<L>(m), gamma) * m;
+  }
+  ABSGD_FN V coefficient(const Row<L>& row, V w) const {
+    const V m = w * row.nll(), far = one_minus_exp<L>(m), q = L::exp(-m);
+    const V ratio = L::select(far > L::set(0), m / far, L::set(1));
+    return w * power<L>(far, gamma) * (L::set(1) + gamma * L::select(q > L::set(0), q * ratio, L::set(0)));
+  }
+};
+
+// Generalised cross-entropy w (1 - p^q) / q (Zhang & Sabuncu 2018, Eq. 6); truncated at k: w (k^q - p^q) / q.
+// c = w p^q.
+template <class L>
+struct GeneralisedCrossEntropy {
+  using V = typename L::V;
+  V q, cut;  // cut = (1 - k^q) / q, or 0
+
+  ABSGD_FN V loss(const Row<L>& row, V w) const { return w * (one_minus_exp<L>(q * row.nll()) / q - cut); }
+  ABSGD_FN V coefficient(const Row<L>& row, V w) const { return w * L::exp(-q * row.nll()); }
+};
+
+// Symmetric cross-entropy w [alpha (-log p) + beta A (1 - p)] (Wang et al. 2019, Eq. 5), A = -log 1e-4.
+// c = w (alpha + beta A p).
+template <class L>
+struct SymmetricCrossEntropy {
+  using V = typename L::V;
+  V alpha, beta_a;
+
+  ABSGD_FN V loss(const Row<L>& row, V w) const { return w * (alpha * row.nll() + beta_a * row.one_minus_p()); }
+  ABSGD_FN V coefficient(const Row<L>& row, V w) const { return w * (alpha + beta_a * row.p()); }
+};
+constexpr double kSceA = 9.210340371976182;
+
+// f(functor). T: what rows are computed in.
+template <class L, class T, class F>
+ABSGD_FN void for_loss(const LossNumbers& n, F f) {
+  switch (n.kind) {
+    case Kind::focal:
+      return f(Focal<L>{L::set(T(n.first))});
+    case Kind::weighted_focal:
+      return f(WeightedFocal<L>{L::set(T(n.first))});
+    case Kind::gce:
+      return f(GeneralisedCrossEntropy<L>{L::set(T(n.first)), L::set(T(n.cut))});
+    case Kind::sce:
+      return f(SymmetricCrossEntropy<L>{L::set(T(n.first)), L::set(T(n.second * kSceA))});
+    default:
+      return f(CrossEntropy<L>{L::set(T(1 - n.first))});
+  }
+}
+
+// The gradient u dl/dx of one row, in the four numbers a second walk over its logits needs:
+//     u dl/dx_k = S_k (exp(a_k - max) scale - spread v_k)       for k != y
+//     u dl/dx_y = S_y (at_label - spread v_y)
+template <class L>
+struct RowGradient {
+  using V = typename L::V;
+  V scale, at_label, spread;
+
+  // c: coefficient of the loss; s: its spread; total_v = sum_k v_k
+  static ABSGD_FN RowGradient of(const Row<L>& row, V c, V s, V total_v) {
+    const V inverse = row.inverse_total();
+    return {(c + s * total_v) * inverse, s * total_v * row.own * inverse - c * row.one_minus_p(), s};
+  }
 };
 
 // ---- Robust weights (Alg. 1, in the log domain) --------------------------------------------------------------------
@@ -72,21 +205,73 @@ ABSGD_FN typename L::V next_log_s(typename L::V log_s, typename L::V log_g, type
   return logaddexp<L>(L::log1p(-gamma) + log_s, L::log(gamma * alpha) + log_g);
 }
 
-// Step 6 of Alg. 1: W_i = exp(L_i / lambda) / s', clamped from above by max_weight (the state does not see the clamp).
-// log s' comes in two parts, high + low: at L / lambda = 1000 a float log s' alone would put 3e-5 into every weight.
+// Where log s' comes from: the moving average, this batch alone, or nowhere (log s' = 0).
+enum class Normalizer : int { moving = 0, batch = 1, none = 2 };
+
+struct RobustRule {
+  double lam, gamma, alpha;
+  Normalizer normalizer;
+  bool init_first;  // the first batch sets s by itself
+};
+
+// What a batch does to the state.
+struct Outcome {
+  double log_s;        // what the weights are divided by, in logarithms
+  double new_log_s;    // what the state becomes (the old value after a bad or an empty batch)
+  double share;        // gamma' alpha / n: what W_j owes to log s' (robust_weight_vjp)
+  double share_state;  // the same for new_log_s: 0 where the state did not move
+  double inverse_n;
+  int64_t good, bad;  // valid rows with a finite loss and z; valid rows without
+};
+
+// From m = max z and sum_i exp(z_i - m) over the good rows. One bad row keeps the whole batch out of the state.
 template <class L>
-ABSGD_FN typename L::V robust_weight(typename L::V z, typename L::V log_s_high, typename L::V log_s_low,
-                                     typename L::V max_weight) {
-  const typename L::V w = L::exp((z - log_s_high) - log_s_low);
-  return L::select(w > max_weight, max_weight, w);
+ABSGD_FN Outcome next_outcome(const RobustRule& rule, double log_s, double max, double sum, int64_t good, int64_t bad) {
+  Outcome out{0, log_s, 0, 0, 0, good, bad};
+  if (good == 0) return out;
+  out.inverse_n = 1.0 / double(good);
+  if (rule.lam - rule.lam != 0) return out;  // lambda = +-inf, the plain mean: z = 0, W = exp(0 - 0)
+  if (rule.normalizer != Normalizer::none) {
+    const double log_g = log_mean_exp<L>(max, sum, double(good));
+    const bool alone = rule.normalizer == Normalizer::batch || (rule.init_first && log_s < -kLargest);
+    out.log_s = next_log_s<L>(log_s, log_g, rule.gamma, rule.alpha, alone);
+    out.share = (alone ? rule.alpha : rule.gamma * rule.alpha) * out.inverse_n;
+  }
+  if (bad == 0) {
+    out.new_log_s = out.log_s;
+    out.share_state = out.share;
+  }
+  return out;
 }
 
-// The term of sample i in the loss (1/n) sum_i t_i (W_i + mix) L_i, and its factor d loss / d L_i (W is detached).
+// Whether a row counts: its loss, its score and z = score / lambda are finite. A NaN makes every comparison false; the
+// score itself must be finite also where |lambda| = inf makes z = 0. `limit` is the largest z that the state can hold.
 template <class L>
-ABSGD_FN typename L::V sample_factor(typename L::V weight, typename L::V mix, typename L::V sample_weight,
-                                     typename L::V inverse_n) {
-  return (weight + mix) * sample_weight * inverse_n;
+ABSGD_FN auto is_usable(typename L::V loss, typename L::V score, typename L::V z, typename L::V limit) {
+  return (z <= limit) & (z >= -limit) & (score - score == L::set(0)) & (loss - loss == L::set(0));
 }
+
+// Step 6 of Alg. 1: W_i = exp(L_i / lambda) / s', clamped from above by max_weight (the state does not see the clamp),
+// and the factor d loss / d L_i of the loss (1/n) sum_i t_i (W_i + mix) L_i, t the sample weights, W detached.
+// log s' comes in two parts, high + low: at L / lambda = 1000 a float log s' alone would put 3e-5 into every weight.
+template <class L>
+struct RobustNumbers {
+  using V = typename L::V;
+  V log_s_high, log_s_low, max_weight, mix, inverse_n;
+
+  // T: what the rows are computed in. The plain mean (|lambda| = inf) has W = 1 as it is, and no mix.
+  template <class T>
+  static ABSGD_FN RobustNumbers of(double lam, double mix, double max_weight, const Outcome& o) {
+    const bool plain = lam - lam != 0;
+    return {L::set(T(o.log_s)), L::set(T(o.log_s - double(T(o.log_s)))), L::set(plain ? T(1) : T(max_weight)),
+            L::set(plain ? T(0) : T(mix)), L::set(T(o.inverse_n))};
+  }
+  ABSGD_FN V weight(V z) const {
+    const V w = L::exp((z - log_s_high) - log_s_low);
+    return L::select(w > max_weight, max_weight, w);
+  }
+  ABSGD_FN V factor(V weight, V sample_weight) const { return (weight + mix) * sample_weight * inverse_n; }
+};
 
 // vjp of (W, log s') with respect to L_j, for upstream d on W and u on log s':
 //     (W_j d_j + W_j (u c_state - c sum_i W_i d_i)) / lambda,    c = gamma' alpha / n = d log s' / d z_j / W_j
@@ -97,8 +282,7 @@ ABSGD_FN typename L::V robust_weight_vjp(typename L::V w, typename L::V d, typen
   return w * (d + (u * c_state - c * sum_wd)) * inverse_lam;
 }
 
-// ---- Momentum SGD (MATH: Eq. 2 of the ABSGD paper, and torch.optim.SGD's form of it)
-// ---------------------------------
+// ---- Momentum SGD (Eq. 2 of the ABSGD paper, and torch.optim.SGD's form of it) -------------------------------------
 
 enum class SgdForm : int { plain = 0, momentum = 1, nesterov = 2, heavy_ball = 3 };
 
@@ -107,6 +291,17 @@ template <class L>
 struct SgdNumbers {
   typename L::V sign, weight_decay, momentum, keep /* 1 - dampening */, lr;
   bool decays;  // weight_decay != 0: 0 * w is not 0 where w is infinite
+
+  // T: what the elements are computed in; Group: launch.h StepGroup
+  template <class T, class Group>
+  static ABSGD_FN SgdNumbers of(const Group& g, double lr) {
+    return {L::set(T(g.maximize ? -1 : 1)),
+            L::set(T(g.weight_decay)),
+            L::set(T(g.momentum)),
+            L::set(T(1 - g.dampening)),
+            L::set(T(lr)),
+            g.weight_decay != 0};
+  }
 };
 
 // One element: w the parameter, v its momentum buffer (untouched by `plain`), G the gradient.

@@ -1,68 +1,18 @@
-// The CPU operators on LibTorch's stable ABI: checks, dtype dispatch, allocation, threads. Schemas are in
-// absgd_fast/ops.py, loops in cpu/loops.cpp, formulas in math.h. With ops_cuda.cpp the only file that includes torch.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
+// The CPU operators: memory and threads. Schemas are in absgd_fast/ops.py, loops in cpu/loops.cpp and cpu/step.cpp,
+// formulas in math.h.
 #include <algorithm>
-#include <cfloat>
-#include <cmath>
 #include <cstring>
 #include <memory>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <utility>
-#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include "launch.h"
-
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in the headers of torch 2.10
-#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
-#endif
+#include "ops_common.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using namespace absgd;
-
-// ---- tensors -------------------------------------------------------------------------------------------------------
-
-// torch's dtype codes, read once: Tensor::scalar_type() asks for up to a dozen of them on every call (30 ns).
-const int32_t kFloat = aoti_torch_dtype_float32(), kDouble = aoti_torch_dtype_float64();
-const int32_t kBFloat16 = aoti_torch_dtype_bfloat16(), kHalf = aoti_torch_dtype_float16();
-const int32_t kLong = aoti_torch_dtype_int64(), kInt = aoti_torch_dtype_int32(), kBool = aoti_torch_dtype_bool();
-const int32_t kCpu = aoti_torch_device_type_cpu();
-
-int32_t code_of(const Tensor& t) {
-  int32_t code;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
-  return code;
-}
-
-Dtype dtype_of(const Tensor& t) {
-  const int32_t code = code_of(t);
-  if (code == kFloat) return Dtype::f32;
-  if (code == kDouble) return Dtype::f64;
-  if (code == kBFloat16) return Dtype::bf16;
-  STD_TORCH_CHECK(code == kHalf, "expected float32, float64, bfloat16 or float16");
-  return Dtype::f16;
-}
-
-int32_t code_of(Dtype dtype) {
-  return dtype == Dtype::f32 ? kFloat : dtype == Dtype::f64 ? kDouble : dtype == Dtype::bf16 ? kBFloat16 : kHalf;
-}
-// What losses and sums of this storage type are computed in.
-Dtype real_of(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
-// How a gradient made in the forward pass is stored. Not in float16: what a loss scale (GradScaler) is there to lift
-// into range would already be 0 when backward brings that scale.
-Dtype made_as(Dtype dtype) { return dtype == Dtype::f16 ? Dtype::f32 : dtype; }
-size_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+const Device kHere{kCpu, 0};
 
 // Fresh pages of a large result cost more than filling them: 64 k page faults at 2048 x 32000 fp32 (83 ms against 46 ms
 // with huge pages).
@@ -76,24 +26,6 @@ void prefer_huge_pages(void* data, size_t bytes) {
 #else
   (void)data, (void)bytes;
 #endif
-}
-
-Tensor empty_cpu(const int64_t* sizes, int64_t dim, Dtype dtype) {
-  int64_t strides[16] = {};
-  STD_TORCH_CHECK(dim <= 16, "at most 16 dimensions");
-  int64_t step = 1;
-  for (int64_t d = dim - 1; d >= 0; --d) {
-    strides[d] = step;
-    step *= sizes[d] > 0 ? sizes[d] : 1;
-  }
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, code_of(dtype), kCpu, 0, &handle));
-  return Tensor(handle);
-}
-Tensor empty_scalar(Dtype dtype) { return empty_cpu(nullptr, 0, dtype); }
-Tensor empty_none(Dtype dtype) {
-  const int64_t zero = 0;
-  return empty_cpu(&zero, 1, dtype);
 }
 
 // One number on the CPU, float32 or float64: a piece of state.
@@ -118,18 +50,6 @@ struct Scalar {
   }
 };
 
-// A vector of one number per row, ready for the kernels.
-const void* per_row(const std::optional<Tensor>& t, int64_t rows, int32_t code, const char* name) {
-  if (!t.has_value()) return nullptr;
-  STD_TORCH_CHECK(
-      t->is_cpu() && t->numel() == rows && t->is_contiguous() && code_of(*t) == code, name,
-      ": expected a contiguous CPU tensor with one value per sample, of the dtype the losses are computed in");
-  return t->data_ptr();
-}
-const uint8_t* per_row_mask(const std::optional<Tensor>& t, int64_t rows) {
-  return static_cast<const uint8_t*>(per_row(t, rows, kBool, "mask"));
-}
-
 // ---- threads -------------------------------------------------------------------------------------------------------
 
 // Below this many elements one thread does it all: a parallel region costs about 1 us, the work of 16 k elements.
@@ -147,69 +67,31 @@ constexpr size_t kCacheBytes = size_t(8) << 20, kScratchBytes = size_t(1) << 20;
 
 // ---- losses on logits ----------------------------------------------------------------------------------------------
 
-// logits (B, C, d1, ...) as (batch, classes, inner) with strides; copies only where d1, ... have no common stride.
+// The input of the kernels, and their memory per row.
 struct Logits {
-  Tensor logits, target;
   LogitArgs args{};
+  LogitTensors tensors;
   std::unique_ptr<char[]> scratch, kept;
 
-  Logits(const Tensor& logits_in, const Tensor& target_in, const std::optional<Tensor>& class_weight,
-         double label_smoothing, int64_t ignore_index, const std::optional<Tensor>& mask)
-      : logits(logits_in), target(target_in) {
-    STD_TORCH_CHECK(logits.dim() >= 2 && logits.dim() <= 16 && logits.is_cpu() && target.is_cpu(),
-                    "logits: expected a CPU tensor (B, C, ...)");
-    args.dtype = dtype_of(logits);
-    if (!view()) {
-      logits = torch::stable::contiguous(logits);
-      view();
-    }
-    if (!target.is_contiguous()) target = torch::stable::contiguous(target);
-    bool fits = target.dim() == logits.dim() - 1 && target.size(0) == args.batch;
-    for (int64_t d = 2; fits && d < logits.dim(); ++d) fits = target.size(d - 1) == logits.size(d);
-    STD_TORCH_CHECK(fits, "target: expected one label per row of logits");
-    const int32_t label_type = code_of(target);
-    args.target_int64 = label_type == kLong;
-    STD_TORCH_CHECK(args.target_int64 || label_type == kInt, "target: expected int64 or int32 labels");
-    args.logits = logits.data_ptr();
-    args.target = target.data_ptr();
-    args.ignore_index = ignore_index;
-    args.label_smoothing = label_smoothing;
-    args.class_weight = per_row(class_weight, args.classes, code_of(real()), "weight");
-    args.mask = per_row_mask(mask, args.rows());
-
+  Logits(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& class_weight,
+         const std::optional<Tensor>& adjust, const LossNumbers& loss, int64_t ignore_index,
+         const std::optional<Tensor>& mask)
+      : tensors(args, logits, target, class_weight, adjust, loss, ignore_index, mask) {
     const size_t padded = size_t(args.tiles()) * kTileRows, size = size_of(real());
-    scratch.reset(new char[padded * (6 * size + 1)]);
+    scratch.reset(new char[padded * (7 * size + 1)]);
     auto take = [&, at = scratch.get()](size_t bytes) mutable { return std::exchange(at, at + bytes); };
     args.losses = take(padded * size);
     args.row_max = take(padded * size);
     args.row_rest = take(padded * size);
     args.row_own = take(padded * size);
     args.coefficient = take(padded * size);
+    args.row_total = take(padded * size);
     factor = take(padded * size);
     args.valid = reinterpret_cast<uint8_t*>(take(padded));
   }
 
   void* factor;  // (rows) real, for the caller to fill
   Dtype real() const { return real_of(args.dtype); }
-
-  bool view() {
-    const auto sizes = logits.sizes(), strides = logits.strides();
-    args.batch = sizes[0];
-    args.classes = sizes[1];
-    args.stride_batch = strides[0];
-    args.stride_class = strides[1];
-    args.inner = 1;
-    args.stride_inner = 1;
-    for (int64_t d = logits.dim() - 1; d >= 2; --d) {
-      if (sizes[d] == 1) continue;
-      if (args.inner == 1)
-        args.stride_inner = strides[d];
-      else if (strides[d] != args.inner * args.stride_inner)
-        return false;
-      args.inner *= sizes[d];
-    }
-    return true;
-  }
 
   void stats() {
     std::vector<int64_t> bad(size_t(args.tiles()), kAllLabelsGood);
@@ -219,9 +101,7 @@ struct Logits {
       if (row != kAllLabelsGood) {
         const long long label = args.target_int64 ? static_cast<const int64_t*>(args.target)[row]
                                                   : static_cast<const int32_t*>(args.target)[row];
-        // ops.py turns this into an IndexError
-        STD_TORCH_CHECK(false, "absgd_fast label out of range: label=", label, " row=", row, " classes=", args.classes,
-                        ";");
+        raise_bad_label(label, row, args.classes, "");
       }
   }
 
@@ -230,8 +110,8 @@ struct Logits {
   // in between: at 512 x 8142, 17 MB, kept 1.6 ms, computed twice 1.1 ms).
   Tensor make_grad(bool wanted) {
     const Dtype stored = made_as(args.dtype);
-    if (!wanted) return empty_none(stored);
-    Tensor grad = empty_cpu(logits.sizes().data(), logits.dim(), stored);
+    if (!wanted) return empty_none(kHere, stored);
+    Tensor grad = empty_on(kHere, tensors.logits.sizes().data(), tensors.logits.dim(), stored);
     args.grad = grad.data_ptr();
     const size_t bytes = size_t(args.rows() * args.classes) * size_of(stored);
     prefer_huge_pages(args.grad, bytes);
@@ -254,14 +134,13 @@ struct Logits {
 };
 
 std::tuple<Tensor, Tensor> logit_loss(const Tensor& logits, const Tensor& target,
-                                      const std::optional<Tensor>& class_weight, double label_smoothing,
-                                      int64_t ignore_index, bool with_grad) {
-  Logits rows(logits, target, class_weight, label_smoothing, ignore_index, std::nullopt);
-  Tensor grad = rows.make_grad(with_grad);
+                                      const std::optional<Tensor>& class_weight, const std::optional<Tensor>& adjust,
+                                      double first, double second, int64_t ignore_index, int64_t flags) {
+  Logits rows(logits, target, class_weight, adjust, loss_numbers(first, second, flags), ignore_index, std::nullopt);
+  Tensor grad = rows.make_grad((flags & kWithGrad) != 0);
   rows.stats();
   rows.grads(nullptr);
-  const auto shape = rows.target.sizes();
-  Tensor losses = empty_cpu(shape.data(), rows.target.dim(), rows.real());
+  Tensor losses = rows.tensors.per_row_results(0, rows.real(), true);
   if (rows.args.rows() > 0)
     std::memcpy(losses.data_ptr(), rows.args.losses, size_t(rows.args.rows()) * size_of(rows.real()));
   return {losses, grad};
@@ -269,21 +148,11 @@ std::tuple<Tensor, Tensor> logit_loss(const Tensor& logits, const Tensor& target
 
 // ---- robust weights ------------------------------------------------------------------------------------------------
 
-// Bits of `flags`; ops.py has the same table.
-enum Flags : int64_t { kNormalizer = 3, kInitFirst = 4, kUpdate = 8, kWithGrad = 16 };
-
 RobustArgs robust_args(Dtype dtype, int64_t count, const Scalar& log_s, const Tensor& lam, double gamma, double alpha,
                        int64_t flags) {
   RobustArgs a{};
-  a.dtype = dtype;
-  a.count = count;
+  fill_robust(a, dtype, count, log_s.is_double, gamma, alpha, flags);
   a.lam = Scalar(lam, "lam").get();
-  a.gamma = gamma;
-  a.alpha = alpha;
-  a.max_weight = HUGE_VAL;
-  a.normalizer = Normalizer(flags & kNormalizer);
-  a.init_first = (flags & kInitFirst) != 0;
-  a.z_limit = dtype == Dtype::f64 && log_s.is_double ? DBL_MAX : FLT_MAX;
   return a;
 }
 
@@ -320,8 +189,10 @@ struct Rows {
 
   char* data;
 
-  Rows(const Tensor& like, int64_t count, Dtype real)
-      : tensor(empty(like, real)), bytes(size_t(count) * size_of(real)), data(static_cast<char*>(tensor.data_ptr())) {}
+  Rows(Tensor rows, int64_t count, Dtype real)
+      : tensor(std::move(rows)),
+        bytes(size_t(count) * size_of(real)),
+        data(static_cast<char*>(tensor.data_ptr())) {}
   char* row(int k) const { return data + size_t(k) * bytes; }
 
   void fill(const RobustArgs& a) const {
@@ -335,36 +206,28 @@ struct Rows {
         reinterpret_cast<float*>(row(2))[i] = valid;
     }
   }
-
- private:
-  static Tensor empty(const Tensor& like, Dtype real) {
-    int64_t shape[16] = {3};
-    STD_TORCH_CHECK(like.dim() < 16, "at most 15 dimensions");
-    const auto sizes = like.sizes();
-    for (int64_t d = 0; d < like.dim(); ++d) shape[d + 1] = sizes[d];
-    return empty_cpu(shape, like.dim() + 1, real);
-  }
 };
 
 std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(const Tensor& logits, const Tensor& target,
-                                                     const std::optional<Tensor>& class_weight, double label_smoothing,
+                                                     const std::optional<Tensor>& class_weight,
+                                                     const std::optional<Tensor>& adjust, double first, double second,
                                                      int64_t ignore_index, const std::optional<Tensor>& score,
                                                      const std::optional<Tensor>& sample_weight,
                                                      const std::optional<Tensor>& mask, const Tensor& log_s,
                                                      const Tensor& nonfinite, const Tensor& lam, double gamma,
                                                      double alpha, double mix, double max_weight, int64_t flags) {
-  Logits rows(logits, target, class_weight, label_smoothing, ignore_index, mask);
+  Logits rows(logits, target, class_weight, adjust, loss_numbers(first, second, flags), ignore_index, mask);
   const int64_t count = rows.args.rows();
   const Scalar state(log_s, "log_s");
   RobustArgs a = robust_args(rows.real(), count, state, lam, gamma, alpha, flags);
   a.mix = mix;
   a.max_weight = max_weight;
-  a.scores = per_row(score, count, code_of(a.dtype), "score");
-  a.sample_weight = per_row(sample_weight, count, code_of(a.dtype), "sample_weight");
+  a.scores = per_row(score, kHere, count, code_of(a.dtype), "score");
+  a.sample_weight = per_row(sample_weight, kHere, count, code_of(a.dtype), "sample_weight");
   Tensor grad = rows.make_grad((flags & kWithGrad) != 0);
   rows.stats();  // raises on a bad label, before anything is written
 
-  const Rows out(rows.target, count, a.dtype);
+  const Rows out(rows.tensors.per_row_results(3, a.dtype), count, a.dtype);
   a.losses = rows.args.losses;
   a.valid = rows.args.valid;
   a.weights = out.row(1);
@@ -372,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(const Tensor& logits, const
   double value;
   const Outcome outcome = run_robust(a, state.get(), &value);
   out.fill(a);
-  Tensor loss = empty_scalar(a.dtype);
+  Tensor loss = empty_scalar(kHere, a.dtype);
   Scalar(loss, "loss").set(value);
   rows.grads(rows.factor);
   commit(outcome, flags, state, nonfinite);
@@ -390,13 +253,14 @@ std::tuple<Tensor, Tensor, Tensor> robust_loss(const Tensor& losses, const std::
   RobustArgs a = robust_args(real, count, state, lam, gamma, alpha, flags);
   a.mix = mix;
   a.max_weight = max_weight;
-  a.losses = per_row(losses, count, code_of(real_of(real)), "losses");
-  a.scores = per_row(score, count, code_of(real), "score");
-  a.sample_weight = per_row(sample_weight, count, code_of(real), "sample_weight");
-  a.valid = per_row_mask(mask, count);
-  const Rows out(losses, count, real);
-  Tensor loss = empty_scalar(real);
-  Tensor grad = (flags & kWithGrad) != 0 ? empty_cpu(losses.sizes().data(), losses.dim(), real) : empty_none(real);
+  a.losses = per_row(losses, kHere, count, code_of(real_of(real)), "losses");
+  a.scores = per_row(score, kHere, count, code_of(real), "score");
+  a.sample_weight = per_row(sample_weight, kHere, count, code_of(real), "sample_weight");
+  a.valid = per_row_mask(mask, kHere, count);
+  const Rows out(empty_rows(kHere, 3, losses, real), count, real);
+  Tensor loss = empty_scalar(kHere, real);
+  Tensor grad =
+      (flags & kWithGrad) != 0 ? empty_on(kHere, losses.sizes().data(), losses.dim(), real) : empty_none(kHere, real);
   a.weights = out.row(1);
   a.factor = (flags & kWithGrad) != 0 ? grad.data_ptr() : nullptr;
   double value;
@@ -414,13 +278,14 @@ std::tuple<Tensor, Tensor, Tensor> robust_weights(const Tensor& losses, const Te
   const int64_t count = losses.numel(), two = 2;
   const Scalar state(log_s, "log_s");
   RobustArgs a = robust_args(real, count, state, lam, gamma, alpha, flags);
-  a.losses = per_row(losses, count, code_of(real_of(real)), "losses");
-  a.valid = per_row_mask(mask, count);
-  Tensor weights = empty_cpu(losses.sizes().data(), losses.dim(), real);
+  a.losses = per_row(losses, kHere, count, code_of(real_of(real)), "losses");
+  a.valid = per_row_mask(mask, kHere, count);
+  Tensor weights = empty_on(kHere, losses.sizes().data(), losses.dim(), real);
   a.weights = weights.data_ptr();
   double value;
   const Outcome outcome = run_robust(a, state.get(), &value);
-  Tensor new_log_s = empty_scalar(state.is_double ? Dtype::f64 : Dtype::f32), shares = empty_cpu(&two, 1, Dtype::f64);
+  Tensor new_log_s = empty_scalar(kHere, state.is_double ? Dtype::f64 : Dtype::f32),
+         shares = empty_on(kHere, &two, 1, Dtype::f64);
   Scalar(new_log_s, "log_s").set(outcome.new_log_s);
   static_cast<double*>(shares.data_ptr())[0] = outcome.share;
   static_cast<double*>(shares.data_ptr())[1] = outcome.share_state;
@@ -435,11 +300,11 @@ Tensor robust_weights_backward(const Tensor& weights, const Tensor& grad_weights
   a.weights = weights.data_ptr();
   a.lam = Scalar(lam, "lam").get();
   VjpArgs g{};
-  g.upstream = per_row(grad_weights, a.count, code_of(a.dtype), "grad_weights");
+  g.upstream = per_row(grad_weights, kHere, a.count, code_of(a.dtype), "grad_weights");
   g.upstream_log_s = Scalar(grad_log_s, "grad_log_s").get();
   g.share = static_cast<const double*>(shares.data_ptr())[0];
   g.share_state = static_cast<const double*>(shares.data_ptr())[1];
-  Tensor out = empty_cpu(weights.sizes().data(), weights.dim(), a.dtype);
+  Tensor out = empty_on(kHere, weights.sizes().data(), weights.dim(), a.dtype);
   g.out = out.data_ptr();
   std::vector<double> dots(size_t(a.blocks()));
   parallel(a.blocks(), kBlock,
@@ -453,46 +318,30 @@ Tensor robust_weights_backward(const Tensor& weights, const Tensor& grad_weights
 
 void run_scale(const Tensor& source, const Tensor& out, const Tensor& upstream_in) {
   ScaleArgs a{};
-  a.dtype = dtype_of(out);
-  STD_TORCH_CHECK(dtype_of(source) == made_as(a.dtype), "scale: expected the gradient as the forward pass made it");
-  a.source = source.data_ptr();
-  a.grad = out.data_ptr();
-  Tensor upstream = upstream_in;
-  STD_TORCH_CHECK(source.is_contiguous() && upstream.is_cpu() && code_of(upstream) == code_of(real_of(a.dtype)),
-                  "scale: expected a contiguous gradient and an upstream gradient of the losses' dtype");
-  bool constant = true;  // a 0-d tensor, or one value expanded (the gradient of a mean)
-  for (int64_t stride : upstream.strides()) constant = constant && stride == 0;
+  bool constant;
+  const Tensor upstream = fill_scale(a, constant, source, out, upstream_in);
   if (out.numel() == 0) return;
-  if (constant) {
-    const void* value = upstream.data_ptr();
-    a.scalar = a.dtype == Dtype::f64 ? *static_cast<const double*>(value) : double(*static_cast<const float*>(value));
-    if (a.scalar == 1.0 && a.source == a.grad) return;  // loss.backward(): the gradient is already there
-    // slices of a fixed size; the last one may be short, so it is walked by itself
-    constexpr int64_t kSlice = 4096;
-    a.batch = a.classes = 1;
-    a.inner = kSlice;
-    const int64_t whole = out.numel() / kSlice;
-    parallel(whole, kSlice, [&](int64_t begin, int64_t end) { cpu_kernels().scale(a, begin, end); });
-    const size_t done = size_t(whole * kSlice);
-    a.inner = out.numel() - whole * kSlice;
-    a.source = static_cast<const char*>(a.source) + done * size_of(made_as(a.dtype));
-    a.grad = static_cast<char*>(a.grad) + done * size_of(a.dtype);
-    if (a.inner > 0) cpu_kernels().scale(a, 0, 1);
-    return;
-  }
-  if (!upstream.is_contiguous()) upstream = torch::stable::contiguous(upstream);
-  a.upstream = upstream.data_ptr();
-  const bool vector = out.dim() == upstream.dim();  // a vector of losses: one factor per element
-  a.batch = vector ? 1 : out.size(0);
-  a.classes = vector ? 1 : out.size(1);
-  a.inner = out.numel() / (a.batch * a.classes);
-  STD_TORCH_CHECK(upstream.numel() == a.batch * a.inner, "scale: expected one factor per row");
-  parallel(a.batch * a.classes, a.inner, [&](int64_t begin, int64_t end) { cpu_kernels().scale(a, begin, end); });
+  if (!constant)
+    return parallel(a.batch * a.classes, a.inner,
+                    [&](int64_t begin, int64_t end) { cpu_kernels().scale(a, begin, end); });
+  const void* value = upstream.data_ptr();
+  a.scalar = a.dtype == Dtype::f64 ? *static_cast<const double*>(value) : double(*static_cast<const float*>(value));
+  if (a.scalar == 1.0 && a.source == a.grad) return;  // loss.backward(): the gradient is already there
+  // slices of a fixed size; the last one may be short, so it is walked by itself
+  constexpr int64_t kSlice = 4096;
+  a.inner = kSlice;
+  const int64_t whole = out.numel() / kSlice;
+  parallel(whole, kSlice, [&](int64_t begin, int64_t end) { cpu_kernels().scale(a, begin, end); });
+  const size_t done = size_t(whole * kSlice);
+  a.inner = out.numel() - whole * kSlice;
+  a.source = static_cast<const char*>(a.source) + done * size_of(made_as(a.dtype));
+  a.grad = static_cast<char*>(a.grad) + done * size_of(a.dtype);
+  if (a.inner > 0) cpu_kernels().scale(a, 0, 1);
 }
 
 Tensor scale(const Tensor& grad, const Tensor& upstream, bool to_half) {
   const Dtype dtype = to_half ? Dtype::f16 : dtype_of(grad);
-  Tensor out = empty_cpu(grad.sizes().data(), grad.dim(), dtype);
+  Tensor out = empty_on(kHere, grad.sizes().data(), grad.dim(), dtype);
   prefer_huge_pages(out.data_ptr(), size_t(out.numel()) * size_of(dtype));
   run_scale(grad, out, upstream);
   return out;
@@ -501,31 +350,8 @@ void scale_(const Tensor& grad, const Tensor& upstream) { run_scale(grad, grad, 
 
 // ---- momentum step -------------------------------------------------------------------------------------------------
 
-// Whether two of the tensors that a step writes share memory (a parameter listed twice, `a.data = b.data`): then the
-// tensors must be updated one after the other.
-bool step_overlaps(const StepTensor* tensors, int64_t count) {
-  struct Range {
-    const char *begin, *end;
-  };
-  std::vector<Range> ranges;
-  ranges.reserve(size_t(2 * count));
-  for (int64_t j = 0; j < count; ++j) {
-    const int64_t bytes = tensors[j].count * (tensors[j].dtype == Dtype::f64 ? 8 : 4);
-    for (void* start : {tensors[j].param, tensors[j].buffer})
-      if (start != nullptr && bytes > 0)
-        ranges.push_back({static_cast<char*>(start), static_cast<char*>(start) + bytes});
-  }
-  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  for (size_t j = 1; j < ranges.size(); ++j)
-    if (ranges[j].begin < ranges[j - 1].end) return true;
-  return false;
-}
-
 void run_step(StepTable& table) {
-  if (!table.checked) {
-    table.overlap = step_overlaps(table.tensors, table.tensor_count);
-    table.checked = true;
-  }
+  check_overlap(table);
   if (!table.overlap) {
     parallel(table.elements, 1, [&](int64_t begin, int64_t end) { cpu_kernels().sgd_step(table, begin, end); });
     return;
@@ -534,58 +360,20 @@ void run_step(StepTable& table) {
     cpu_kernels().sgd_step(table, table.tensors[j].begin, table.tensors[j].begin + table.tensors[j].count);
 }
 
-// The table lies in the tensor's memory, where StepPlan (host.cpp) wrote it a moment ago.
-void sgd_planned_step(const Tensor& table) {
-  STD_TORCH_CHECK(table.is_contiguous() && table.scalar_type() == ScalarType::Long &&
-                      size_t(table.numel()) * sizeof(int64_t) >= sizeof(StepTable),
-                  "sgd_planned_step: expected the table of a StepPlan");
-  run_step(*static_cast<StepTable*>(table.data_ptr()));
-}
-
-Layout layout_of(const Tensor& t) { return {t.dim(), t.sizes().data(), t.strides().data()}; }
-
-// A tensor as the kernels want it: in the layout of `like`, which is dense. A copy where it is not, given back by
-// `restore`.
-struct Fitted {
-  Tensor original, fitted;
-
-  Fitted(const Tensor& t, const Tensor& like) : original(t), fitted(t) {
-    STD_TORCH_CHECK(
-        t.is_cpu() && t.scalar_type() == like.scalar_type() && t.dim() == like.dim() &&
-            (t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double),
-        "sgd_step_: expected parameters, gradients and momentum buffers of equal shapes, on the CPU, all float32 "
-        "or all float64");
-    for (int64_t d = 0; d < t.dim(); ++d)
-      STD_TORCH_CHECK(t.size(d) == like.size(d),
-                      "sgd_step_: a gradient or momentum buffer has another shape than its parameter");
-    if (layout_of(t).same(layout_of(like)) && layout_of(t).dense()) return;
-    fitted = torch::stable::empty_like(like);
-    torch::stable::copy_(fitted, original);
-  }
-  void restore() {
-    if (fitted.data_ptr() != original.data_ptr()) torch::stable::copy_(original, fitted);
-  }
-};
+// The table lies in the tensor's memory, where StepPlan (host.cpp) wrote it a moment ago. (The second argument only
+// tells the dispatcher where the parameters are.)
+void sgd_planned_step(const Tensor& table, const Tensor&) { run_step(planned_table(table)); }
 
 void sgd_step_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-               const std::vector<Tensor>& momentum_buffers, double lr, double momentum, double dampening,
-               double weight_decay, bool nesterov, bool maximize, bool heavy_ball) {
-  STD_TORCH_CHECK(grads.size() == params.size() && momentum_buffers.size() == (momentum != 0 ? params.size() : 0),
-                  "sgd_step_: expected one gradient and, with momentum, one momentum buffer for each parameter");
-  const StepGroup group{lr, momentum, dampening, weight_decay, nesterov, maximize, heavy_ball};
-  std::vector<Fitted> written, read;
-  std::vector<StepTensor> tensors;
-  StepTable table{0, int64_t(params.size()), nullptr, &group, false, false};
-  for (size_t j = 0; j < params.size(); ++j) {
-    const Tensor param = written.emplace_back(params[j], params[j]).fitted;
-    void* buffer = momentum != 0 ? written.emplace_back(momentum_buffers[j], param).fitted.data_ptr() : nullptr;
-    const void* grad = read.emplace_back(grads[j], param).fitted.data_ptr();
-    tensors.push_back({param.data_ptr(), grad, buffer, table.elements, param.numel(), 0, dtype_of(param)});
-    table.elements += tensors.back().count;
-  }
-  table.tensors = tensors.data();
-  run_step(table);
-  for (Fitted& t : written) t.restore();
+               const std::vector<Tensor>& momentum_buffers, const std::optional<Tensor>& lr_tensor,
+               const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf, double lr,
+               double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, bool heavy_ball) {
+  STD_TORCH_CHECK(!lr_tensor.has_value() && !grad_scale.has_value() && !found_inf.has_value(),
+                  "sgd_step_: numbers in tensors are for GPUs; on the CPU pass lr, and unscale before");
+  StepLists lists(params, grads, momentum_buffers,
+                  {lr, momentum, dampening, weight_decay, nesterov, maximize, heavy_ball, {}});
+  run_step(lists.table);
+  lists.restore(false);
 }
 
 // ---- the instruction set, and what these signatures are ------------------------------------------------------------
@@ -596,36 +384,6 @@ std::string isas() {
   return out;
 }
 bool use_isa(std::string name) { return use_cpu_isa(name.c_str()); }
-
-// The stable ABI does not compare a C++ signature with its schema (an int read as a double is silently 0), so a test
-// does, from the types written here by the compiler.
-template <class T>
-struct Name;
-#define ABSGD_TYPE_NAME(type, text)           \
-  template <>                                 \
-  struct Name<type> {                         \
-    static std::string get() { return text; } \
-  }
-ABSGD_TYPE_NAME(Tensor, "Tensor");
-ABSGD_TYPE_NAME(std::optional<Tensor>, "Tensor?");
-ABSGD_TYPE_NAME(std::vector<Tensor>, "Tensor[]");
-ABSGD_TYPE_NAME(double, "float");
-ABSGD_TYPE_NAME(int64_t, "int");
-ABSGD_TYPE_NAME(bool, "bool");
-ABSGD_TYPE_NAME(std::string, "str");
-ABSGD_TYPE_NAME(void, "");
-template <class... T>
-struct Name<std::tuple<T...>> {
-  static std::string get() {
-    std::string out;
-    ((out += (out.empty() ? "" : ", ") + Name<T>::get()), ...);
-    return out;
-  }
-};
-template <class R, class... A>
-std::string signature(R (*)(A...)) {
-  return Name<std::tuple<std::decay_t<A>...>>::get() + " -> " + Name<R>::get();
-}
 
 std::string native_signatures();
 
@@ -646,16 +404,13 @@ std::string native_signatures();
 
 std::string native_signatures() {
   std::string out;
-#define ABSGD_LINE(op) out += std::string(#op ": ") + signature(op) + "\n";
-  ABSGD_OPS(ABSGD_LINE)
-  ABSGD_TOOLS(ABSGD_LINE)
-#undef ABSGD_LINE
+  ABSGD_OPS(ABSGD_SIGNATURE_LINE)
+  ABSGD_TOOLS(ABSGD_SIGNATURE_LINE)
   return out;
 }
 
 }  // namespace
 
-#define ABSGD_IMPL(op) m.impl(#op, TORCH_BOX(&op));
 STABLE_TORCH_LIBRARY_IMPL(absgd_fast, CPU, m){
     ABSGD_OPS(ABSGD_IMPL)} STABLE_TORCH_LIBRARY_IMPL(absgd_fast, CompositeExplicitAutograd, m) {
   ABSGD_TOOLS(ABSGD_IMPL)

@@ -1,5 +1,7 @@
 """The one table of backends x dtypes x losses, and the settings every test runs under."""
 
+import inspect
+import math
 from functools import partial
 
 import numpy as np
@@ -27,15 +29,67 @@ DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, 
 
 
 class Loss:
-    """One row: the fused loss, the same in eager torch, and the oracle; options(C) are what all three are called with."""
+    """One row: a fused module, and the arguments of logit_loss that it stands for; the same in eager torch and in the oracle.
 
-    def __init__(self, fused, eager, exact, kind, options, cancels=False):
-        self.fused, self.eager, self.exact, self.kind, self.options = fused, eager, exact, kind, options
-        self.cancels = cancels  # gradient terms of opposite sign: only an absolute error can be asked for
+    given(C): what the module is called with for C classes; vectors: the oracle's class vectors of the losses that have any.
+    """
+
+    exact, valid = staticmethod(oracle.logit_loss), staticmethod(oracle.valid)
+
+    def __init__(self, fused, kind="ce", given=lambda c: {}, vectors=None, *, cancels=(), every_class=False, sparse=True):
+        self.fused, self.kind, self.given, self.vectors = fused, kind, given, vectors
+        self.cancels = cancels  # "loss", "gradient": terms of opposite sign, so only an absolute error can be asked for
+        self.every_class = every_class  # the loss holds every class's log p: -inf in any class makes it infinite
+        self.sparse = sparse  # no branch of the loops over classes that another row does not meet: fewer widths will do
+
+    def options(self, classes):
+        """Arguments of logit_loss, of `eager` and of the oracle."""
+        given = self.given(classes)
+        if self.vectors:
+            own = {k: given.pop(k) for k in inspect.signature(self.vectors).parameters if k in given}
+            given |= self.vectors(**own)
+        return {"kind": self.kind, **given}
 
     def tensors(self, classes, dtype):
         """Options with the class vectors as tensors of `dtype`."""
         return {k: torch.tensor(v, dtype=dtype) if isinstance(v, list) else v for k, v in self.options(classes).items()}
+
+    def module(self, classes, dtype=torch.float64, **more):
+        """The fused module, its class weights of `dtype`."""
+        given = self.given(classes)
+        if "weight" in given:
+            given["weight"] = torch.tensor(given["weight"], dtype=dtype)
+        return self.fused(**given, **more)
+
+    @staticmethod
+    def eager(logits, target, *, kind, scale=None, shift=None, margin=None, weight=None, ignore_index=-100, gamma=2.0, q=0.7,
+              k=None, prune=False, alpha=0.1, beta=1.0, reduction="none", **smoothing):  # fmt: skip
+        """Every loss as one would write it around F.cross_entropy; a mean divides by the weights of the rows that count."""
+        along = (-1, *[1] * (logits.dim() - 2))
+        if scale is not None:
+            logits = logits * scale.view(along)
+        if shift is not None:
+            logits = logits + shift.view(along)
+        if margin is not None:
+            logits = logits - (target.unsqueeze(1) == torch.arange(len(margin)).view(along)) * margin.view(along)
+        cross_entropy = partial(F.cross_entropy, logits, target, ignore_index=ignore_index)
+        if kind == "ce":
+            return cross_entropy(weight=weight, reduction=reduction, **smoothing)
+        valid = target != ignore_index
+        n, w = cross_entropy(reduction="none"), logits.new_ones(target.shape)
+        if weight is not None:
+            w = weight[torch.where(valid, target, 0)]
+        p = torch.exp(-n)
+        if kind == "focal":
+            losses = (1 - p) ** gamma * n
+        elif kind == "gce":
+            losses = ((1 - p**q) - (0 if k is None else 1 - k**q)) / q
+        elif kind == "sce":
+            losses = alpha * n - beta * math.log(1e-4) * (1 - p)
+        if prune:
+            valid = valid & (p > k)
+        losses = torch.where(valid, w * losses, 0)
+        return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / (w * valid).sum()}[reduction]
 
 
 def class_weight(classes):
@@ -43,13 +97,38 @@ def class_weight(classes):
     return [0.5 + 1.5 * ((7 * c + 3) % 16) / 15.5 for c in range(classes)]
 
 
-ce = partial(Loss, ab.CrossEntropy, partial(F.cross_entropy, reduction="none"), oracle.cross_entropy, "ce")
+def counts(classes):
+    """1 to 97 samples per class, neighbours unequal, the largest neither first nor last."""
+    return [1 + (37 * c + 11) % 97 for c in range(classes)]
+
+
+def weighted(**options):
+    return lambda c: {"weight": class_weight(c)} | options
+
+
+def counted(**options):
+    return lambda c: {"cls_num_list": counts(c)} | options
+
+
 LOSSES = {
-    "ce": ce(lambda c: {}),
-    "ce-weight": ce(lambda c: {"weight": class_weight(c)}),
-    "ce-smooth": ce(lambda c: {"label_smoothing": 0.1}, cancels=True),
-    "ce-weight-smooth-ignore": ce(lambda c: {"weight": class_weight(c), "label_smoothing": 0.3, "ignore_index": 0}, cancels=True),
-}
+    "ce": Loss(ab.CrossEntropy, sparse=False),
+    "ce-weight": Loss(ab.CrossEntropy, given=weighted()),
+    "ce-smooth": Loss(ab.CrossEntropy, given=lambda c: {"label_smoothing": 0.1}, cancels=("gradient",), every_class=True),
+    "ce-weight-smooth-ignore": Loss(ab.CrossEntropy, given=weighted(label_smoothing=0.3, ignore_index=0), cancels=("gradient",),
+                                    every_class=True, sparse=False),
+    "focal": Loss(ab.Focal, "focal"),
+    "focal-half-weight": Loss(ab.Focal, "focal", weighted(gamma=0.5)),  # below 1: another limit at p = 1
+    "focal-zero": Loss(ab.Focal, "focal", lambda c: {"gamma": 0.0}),
+    "gce": Loss(ab.GCE, "gce"),
+    "gce-truncated": Loss(ab.GCE, "gce", lambda c: {"q": 0.4, "k": 0.5}, cancels=("loss",)),
+    "gce-prune-weight-ignore": Loss(ab.GCE, "gce", weighted(k=0.2, prune=True, ignore_index=1), cancels=("loss",)),
+    "sce": Loss(ab.SCE, "sce"),
+    "sce-weight": Loss(ab.SCE, "sce", weighted(alpha=6.0, beta=0.7)),
+    "ldam": Loss(ab.LDAM, "ce", counted(s=2.0), oracle.ldam),  # s = 2: logits that are not cosines reach the same |a|
+    "vs-weight-ignore": Loss(ab.VS, "ce", lambda c: weighted(ignore_index=2)(c) | counted()(c), oracle.vs),
+    "la": Loss(ab.LogitAdjusted, "ce", counted(tau=1.3), oracle.logit_adjusted),
+    "cdt": Loss(ab.CDT, "ce", counted(gamma=0.2), oracle.cdt),
+}  # fmt: skip
 
 
 # ---- ways in which given losses reach ABLoss ------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Slow fp64 oracle: MATH section 1 and the cross-entropy rows of section 2, in plain Python and NumPy, log domain.
+"""Slow fp64 oracle: MATH sections 1 and 2 in plain Python and NumPy, log domain.
 
 Nothing here shares code with the package, with torch or with the reference implementation.
 """
@@ -100,29 +100,124 @@ class ABLoss:
         return Forward(loss, grad, w.weights, ess, mean, objective)
 
 
-def cross_entropy(logits, target, *, weight=None, label_smoothing=0.0, ignore_index=-100):
-    """Losses (B,) and d loss / d logits (B, C) of finite logits (B, C), row by row, r summed without the target."""
-    logits = np.asarray(logits, np.float64)
-    rows, classes = logits.shape
-    v = np.ones(classes) if weight is None else np.asarray(weight, np.float64)
-    losses, grads = np.zeros(rows), np.zeros((rows, classes))
-    for i, (x, y) in enumerate(zip(logits, target)):
-        y = int(y)
-        if y == ignore_index:
-            continue
-        d = x - x[y]
-        log_r = logsumexp(np.delete(d, y))
-        n = math.log1p(math.exp(log_r)) if log_r < 30 else log_r + math.log1p(math.exp(-log_r))
-        p = np.exp(d - n)
-        minus_one = p.copy()
-        minus_one[y] = -math.exp(log_r - n)
-        losses[i] = (1 - label_smoothing) * v[y] * n
-        grads[i] = (1 - label_smoothing) * v[y] * minus_one
-        if label_smoothing:
-            share = label_smoothing / classes
-            losses[i] += share * math.fsum(v * (n - d))
-            grads[i] += share * (p * v.sum() - v)
+A = -math.log(1e-4)  # SCE's stand-in for -log 0
+
+
+def logit_loss(logits, target, *, kind="ce", scale=None, shift=None, margin=None, weight=None, label_smoothing=0.0,
+               ignore_index=-100, gamma=2.0, q=0.7, k=None, prune=False, alpha=0.1, beta=1.0):  # fmt: skip
+    """Losses (B,) and d loss / d logits (B, C) of logits (B, C), r summed without the target. Rows that do not count are 0.
+
+    "weighted_focal" is the authors' form, with the class weight inside the probability.
+    """
+    logits, target = np.asarray(logits, np.float64), np.asarray(target, np.int64)
+    count, classes = logits.shape
+    v, S = (np.ones(classes) if x is None else np.asarray(x, np.float64) for x in (weight, scale))
+    D, M = (np.zeros(classes) if x is None else np.asarray(x, np.float64) for x in (shift, margin))
+    losses, grads = np.zeros(count), np.zeros((count, classes))
+    keep = np.flatnonzero(target != ignore_index)
+    if not len(keep) or not classes:
+        return losses, grads
+    y, i = target[keep], np.arange(len(keep))
+    a = S * logits[keep] + D
+    a[i, y] -= M[y]
+    d = a - a[i, y][:, None]
+    others = d.copy()
+    others[i, y] = -INF
+    top = others.max(1)
+    with np.errstate(divide="ignore"):  # one class: r = 0
+        log_r = np.where(np.isinf(top), top, top + np.log(np.exp(others - np.where(np.isinf(top), 0, top)[:, None]).sum(1)))
+    n, w = np.logaddexp(0, log_r), v[y]
+    with np.errstate(over="ignore"):  # each with its own digits: exp(log r - n) would lose those of log r
+        p, one_minus_p = 1 / (1 + np.exp(log_r)), 1 / (1 + np.exp(-log_r))
+
+    def focal(m, u, one_minus_u):
+        """(1 - u)^gamma m, and its derivative in m for u = exp(-m); m / (1 - u) -> 1 as m -> 0."""
+        power = one_minus_u**gamma
+        ratio = np.divide(m, one_minus_u, out=np.ones_like(m), where=one_minus_u > 0)
+        return power * m, power * (1 + gamma * u * ratio)
+
+    if kind == "ce":
+        loss, c = (1 - label_smoothing) * w * n, (1 - label_smoothing) * w
+    elif kind == "focal":
+        loss, c = (w * x for x in focal(n, p, one_minus_p))
+    elif kind == "weighted_focal":
+        loss, c = focal(w * n, np.exp(-w * n), -np.expm1(-w * n))
+        c = w * c
+    elif kind == "gce":
+        p_q = np.exp(-q * n)
+        loss, c = w * (-np.expm1(-q * n) if k is None else k**q - p_q) / q, w * p_q
+    elif kind == "sce":
+        loss, c = w * (alpha * n + beta * A * one_minus_p), w * (alpha + beta * A * p)
+    softmax = np.exp(d - n[:, None])
+    minus_one = softmax.copy()
+    minus_one[i, y] = -one_minus_p
+    grad = c[:, None] * minus_one
+    if label_smoothing:
+        share = label_smoothing / classes
+        loss = loss + share * ((n[:, None] - d) * v).sum(1)
+        grad = grad + share * (softmax * v.sum() - v)
+    losses[keep], grads[keep] = loss, S * grad
+    if prune:
+        losses[keep[p <= k]] = grads[keep[p <= k]] = 0
     return losses, grads
+
+
+def valid(logits, target, *, ignore_index=-100, k=None, prune=False, **options):
+    """Which rows count: not ignored and, with `prune`, p > k."""
+    keep = np.asarray(target) != ignore_index
+    if prune:
+        vectors = {name: options.get(name) for name in ("scale", "shift", "margin")}
+        keep &= np.exp(-logit_loss(logits, target, ignore_index=ignore_index, **vectors)[0]) > k
+    return keep
+
+
+def cross_entropy(logits, target, **options):
+    return logit_loss(logits, target, **options)
+
+
+def soft_cross_entropy(logits, probabilities, *, weight=None, label_smoothing=0.0, scale=None, shift=None):
+    """Probabilities (B, C): sum over k of ((1 - e) t_k + e / C) v_k times the cross-entropy with label k."""
+    probabilities = np.asarray(probabilities, np.float64)
+    count, classes = probabilities.shape
+    v = np.ones(classes) if weight is None else np.asarray(weight, np.float64)
+    u = ((1 - label_smoothing) * probabilities + label_smoothing / classes) * v
+    losses, grads = np.zeros(count), np.zeros((count, classes))
+    for label in range(classes):
+        loss, grad = logit_loss(logits, np.full(count, label), scale=scale, shift=shift)
+        losses += u[:, label] * loss
+        grads += u[:, label, None] * grad
+    return losses, grads
+
+
+def ldam(cls_num_list, max_m=0.5, s=30.0):
+    m = [float(n) ** -0.25 for n in cls_num_list]
+    return {"scale": [s] * len(m), "margin": [s * max_m * x / max(m) for x in m]}
+
+
+def vs(cls_num_list, gamma=0.3, tau=1.0):
+    total, largest = sum(cls_num_list), max(cls_num_list)
+    return {"scale": [(n / largest) ** gamma for n in cls_num_list], "shift": [tau * math.log(n / total) for n in cls_num_list]}
+
+
+def logit_adjusted(cls_num_list, tau=1.0):
+    return vs(cls_num_list, 0.0, tau)
+
+
+def cdt(cls_num_list, gamma=0.3):
+    return vs(cls_num_list, gamma, 0.0)
+
+
+def to_sum_to_count(weights):
+    return np.asarray(weights) * len(weights) / math.fsum(weights)
+
+
+def class_balanced_weights(cls_num_list, beta=0.9999):
+    """(1 - beta^N) = -expm1(N log beta); beta = 0 leaves 1."""
+    return to_sum_to_count([(1 - beta) / (-math.expm1(n * math.log(beta)) if beta else 1.0) for n in cls_num_list])
+
+
+def adrw_weights(cls_num_list, nu):
+    return to_sum_to_count([(n / sum(cls_num_list)) ** -nu for n in cls_num_list])
 
 
 def rows(logits):

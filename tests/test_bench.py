@@ -1,25 +1,36 @@
 """The benchmarks: the oracle stops whoever is wrong, and what is reported says so. No timing is asserted."""
 
+import contextlib
 import json
 import math
+import re
+import shutil
+import subprocess
 import sys
+import types
 from functools import partial
 from pathlib import Path
+from unittest import SkipTest
 
 import pytest
+import test_gpu
 import torch
 
 from absgd_fast import __main__ as cli
 
 with pytest.MonkeyPatch.context() as patch:  # benchmarks are no part of the package
     patch.syspath_prepend(Path(cli.__file__).resolve().parents[1])
-    from benchmarks import cases, peers, run
+    from benchmarks import cases, device, gpu_report, peers, run
 
+CPU = torch.device("cpu")
 DATA = {
     "loss": [partial(cases.Logits, 32, 10), partial(cases.Logits, 32, 10, torch.bfloat16)],
     "step": [partial(cases.Tensors, [(3, 4), (5,)])],
     "train": [partial(cases.Training, "mlp"), partial(cases.Training, "cnn")],
+    "gpu loss": [partial(cases.Logits, 32, 10, dtype, copies=2) for dtype in (torch.float32, torch.bfloat16)],
+    "gpu step": [partial(cases.Tensors, [(3, 4), (5,)])],
 }
+NEED_MORE = {"absgd_fast, triton", "Liger"}  # than a CPU has, or tests install
 EVERYBODY = [(suite, make, name) for suite in DATA for make in DATA[suite] for name in peers.PEERS[suite]]
 
 
@@ -66,7 +77,11 @@ def refuse(data):
 @pytest.mark.parametrize("suite, make, name", EVERYBODY)
 def test_everybody_is_right(no_compiler, suite, make, name):
     data = make()
-    _, error = peers.ready(peers.PEERS[suite][name], data)
+    try:
+        _, error = peers.ready(peers.PEERS[suite][name], data)
+    except peers.LeftOut:
+        assert name in NEED_MORE
+        return
     assert 0 <= error <= data.tolerance
 
 
@@ -139,10 +154,11 @@ def test_tensor_lists():
     sizes = {name: (len(shapes), sum(map(math.prod, shapes))) for name, shapes in
              {"resnet32": cases.resnet32(), "resnet50": cases.resnet50()}.items()}  # fmt: skip
     assert sizes == {"resnet32": (94, 464_144), "resnet50": (161, 25_557_032)}
+    assert (len(cases.resnet152()), sum(map(math.prod, cases.resnet152()))) == (467, 60_192_808)
 
 
 def test_every_target_has_its_competitor():
-    for case in cases.CASES:
+    for case in [*cases.CASES, *cases.gpu_cases()]:
         assert set(case.targets) <= set(run.MEASURES if case.suite == "memory" else peers.PEERS[case.suite])
 
 
@@ -246,3 +262,446 @@ def test_bad_arguments(options, words, capsys, tmp_path, monkeypatch):
     assert out == "" and err.count("\n") == 1 and err.startswith("absgd-fast bench: ")
     assert all(word in err for word in words), err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# ---- on a GPU: what of it a CPU can try ------------------------------------------------------------------------------
+
+
+def test_what_is_timed_on_a_gpu():
+    """The shapes, the competitors and the figures that were set."""
+    found = {(case.suite, case.name): case for case in cases.gpu_cases()}
+    sizes = [f"{rows} × {classes} {dtype}" for rows, classes in cases.SHAPES for dtype in ("fp32", "bf16")]
+    assert [name for suite, name in found if suite == "gpu loss"] == sizes and len(sizes) == 14
+    small, large = found["gpu loss", "128 × 100 bf16"], found["gpu loss", "8192 × 32000 fp32"]
+    assert small.targets == {"absgd package": 0.25, "Liger": 1.0, "torch.compile": 0.7}
+    assert large.targets == {"absgd package": 0.4, "Liger": 1.0} and large.bounds["share of copy"] == (0.85, math.inf)
+    assert "torch.compile" not in found["gpu loss", "512 × 1000 fp32"].targets
+    steps = {name: case for (suite, name), case in found.items() if suite == "gpu step"}
+    assert [case.targets for case in steps.values()] == [{"SGD fused": 0.5}, {"SGD fused": 0.9}, {}, {}]
+    assert steps["ResNet-50, 161 tensors"].bounds == {"step launches": (1, 1), "host us": (0, 20)}
+    billion = steps["1 B parameters, 300 tensors"]
+    assert billion.bounds["share of copy"] == (0.9, math.inf)
+    shapes = billion.data.args[0]
+    assert len(shapes) == 300 and sum(map(math.prod, shapes)) == pytest.approx(1e9, rel=1e-3)
+
+
+def test_copies_are_taken_in_turn():
+    data = cases.Logits(32, 10, copies=3)
+    assert len({x.data_ptr() for x in data.copies}) == 3 and data.moved == 3 * 32 * 10 * 4
+    peer, _ = peers.ready(peers.PEERS["gpu loss"]["cross_entropy"], data)
+    data.copies[1].zero_()
+    seen = [round(peer.run().item(), 4) for _ in range(6)]
+    assert seen.count(round(math.log(10), 4)) == 2  # each third time
+    assert len(cases.Logits(64, 300, copies=None).copies) == 1  # stays in the cache
+    data = cases.Logits(8, 5)
+    data.bytes = cases.IN_CACHE
+    assert data._beyond_cache() == 1  # larger than four caches of the stand-in
+    assert not hasattr(cases.Tensors([(3,)]), "copies")
+
+
+def test_the_twin_is_the_package(monkeypatch):
+    """Loss and gradient over a few steps, bit for bit."""
+    pytest.importorskip("absgd")
+    results = []
+    for module in (sys.modules["absgd.losses"] if "absgd.losses" in sys.modules else pytest.importorskip("absgd.losses"), None):
+        monkeypatch.setitem(sys.modules, "absgd.losses", module)
+        criterion, values = peers._package(peers._cut, twin=True), []
+        for seed in range(3):
+            x = torch.randn(9, 5, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+            loss = criterion(x, torch.arange(9) % 5)
+            loss.backward()
+            values += [loss.detach(), x.grad]
+        results.append(values)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_liger_gets_fresh_logits_while_it_is_checked(monkeypatch):
+    """Like Liger's, this one leaves its gradient in the logits."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, y):
+            p = x.softmax(1)
+            loss = -p[range(len(y)), y].log().mean()
+            p[range(len(y)), y] -= 1
+            x.copy_(p / len(y))
+            ctx.save_for_backward(x.detach())
+            return loss
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return ctx.saved_tensors[0] * upstream, None
+
+    module = types.SimpleNamespace(LigerCrossEntropyLoss=lambda: Function.apply)
+    for name in ("liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.cross_entropy"):
+        monkeypatch.setitem(sys.modules, name, module)
+    data = cases.Logits(32, 10, copies=2)
+    before = data.logits.clone()
+    peer, error = peers.ready(peers.PEERS["gpu loss"]["Liger"], data)
+    assert error < 1e-6
+    peer.run()
+    assert all(torch.equal(x, before) for x in data.copies)  # the others' numbers
+
+
+def test_tools_on_a_cpu():
+    calls = []
+    assert device.block_ns(CPU, lambda: calls.append(1), 3) > 0 and len(calls) == 4
+    assert len(device.host_us(CPU, lambda: calls.append(1), calls=2, rounds=3)) == 3
+    replay, result = device.captured(CPU, lambda: 7, warm_up=1)
+    assert replay() == 7 and result is None
+    assert device.kernels(CPU, lambda: calls.append(2)) is None and device.waits(CPU, lambda: calls.append(3)) == []
+    assert calls[-2:] == [2, 3] and len(device.copy_ns(CPU, 100)) == 30
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """A device that calls itself cuda, and as much of torch.cuda as device.py uses, all of it done at once."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = len(done)
+
+        def synchronize(self):
+            done.append("synchronize")
+
+        def elapsed_time(self, end):
+            return float(end.at - self.at)  # one ms per call
+
+    class Stream:
+        def __init__(self, device):
+            pass
+
+        def wait_stream(self, other):
+            done.append("wait")
+
+    class Graph:
+        def replay(self):
+            done.append("replay")
+
+    fake = dict(Event=Event, Stream=Stream, CUDAGraph=Graph, stream=contextlib.nullcontext, graph=contextlib.nullcontext)
+    fake |= dict(current_stream=Stream, synchronize=lambda *_: None)
+    for name, value in fake.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return types.SimpleNamespace(type="cuda"), done
+
+
+def test_the_clock_and_the_graphs_of_a_gpu(pretended):
+    where, done = pretended
+    assert device.block_ns(where, lambda: done.append("run"), 4) == 1e6
+    replay, result = device.captured(where, lambda: done.append("run") or 7)
+    assert result == 7 and done[-6:] == ["wait", "run", "run", "run", "wait", "run"]  # the last one while it is captured
+    replay()
+    assert done[-1] == "replay"
+    assert len(device.host_us(where, lambda: done.append("run"), 2, 3)) == 3
+
+
+def test_what_the_profiler_saw_of_a_gpu(pretended, monkeypatch):
+    where, _ = pretended
+    types_ = torch.autograd.DeviceType
+
+    def event(name, at, kind=types_.CPU, **more):
+        return types.SimpleNamespace(name=name, device_type=kind, time_range=types.SimpleNamespace(start=at, end=at + 5), **more)
+
+    on_gpu = partial(event, at=0, kind=types_.CUDA)
+    seen = [event("absgd_fast: no waiting", 10), event("cudaStreamSynchronize", 12), event("cudaDeviceSynchronize", 99)]
+    seen += [event("cudaLaunchKernel", 11), event("cudaMemcpy", 13), event("cudaMemcpyAsync", 14)]
+    seen += [on_gpu("void absgd::gpu::a_kernel<float>"), on_gpu("Memset (Device)"), on_gpu("Memcpy DtoD (Device -> Device)")]
+    seen += [on_gpu("Optimizer.step#ABSGD.step", is_user_annotation=True), on_gpu("a range", is_user_annotation=True)]
+    monkeypatch.setattr(device, "_events", lambda where, run: run() or seen)
+    assert device.kernels(where, lambda: None) == ["void absgd::gpu::a_kernel<float>", "Memset (Device)"]
+    assert device.waits(where, lambda: None) == ["cudaStreamSynchronize", "cudaMemcpy"]
+
+
+REHEARSAL = ["--suite", "gpu", "--rehearse", "--seconds", "0.01", "--threads", "1"]
+
+
+@pytest.fixture
+def quick(monkeypatch, no_compiler):
+    monkeypatch.setattr(run, "ROUNDS", (3, 3))
+    monkeypatch.setattr(run, "BLOCK", 1e5)
+    monkeypatch.setattr(run, "host_us", lambda where, call, *counts: device.host_us(where, call, 2, 3))
+
+
+def test_the_report_of_a_gpu(quick, tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    assert run.main([*REHEARSAL, "--out", str(out)]) == 0
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert {"gpu", "copy", "results", "figures", "not_measured", "seconds_per_case", "versions", "date"} <= report.keys()
+    assert {"triton", "liger-kernel", "torch"} <= report["versions"].keys() and report["not_measured"] == []
+    assert [result["suite"] for result in report["results"]] == ["gpu step", *["gpu loss"] * 4, "gpu limit"]
+    step, loss, limit = report["results"][0], report["results"][1], report["results"][-1]
+    assert set(step["peers"]) == {"absgd_fast", "SGD fused", "SGD foreach"} and "absgd_fast, triton" in step["absent"]
+    assert set(loss["peers"]) == {"absgd_fast", "cross_entropy", "absgd package", "torch.compile"}
+    assert set(loss["absent"]) == NEED_MORE and set(limit["absent"]) == {"from statistics"}
+    for result in report["results"]:
+        for name, peer in result["peers"].items():
+            for key in ("us", "host_us", "graph_us", "share"):
+                assert 0 < peer[key]["q1"] <= peer[key]["median"] <= peer[key]["q3"], (result["case"], name, key)
+            assert name == "absgd_fast" or "ratio" in peer
+    assert loss["bytes"] == 3 * 16 * 5 * 4 and set(loss["peers"]["absgd_fast"]["launches"]) == {"forward", "backward"}
+    figures = {(figure["case"], figure["figure"]): figure for figure in report["figures"]}
+    assert figures["three tensors", "share of copy"]["met"] is False and figures["three tensors", "host us"]["most"] == 20
+    assert figures["16 × 5 fp32", "forward launches"]["met"] is None  # no GPU launches on a CPU
+    assert ("64 × 300 bf16", "time over torch.compile") in figures
+    printed = capsys.readouterr().out
+    assert "missed: gpu step, three tensors: share of copy" in printed and "left out: Liger" in printed
+
+
+def test_one_wrong_result_on_a_gpu_leaves_the_others(quick, monkeypatch, tmp_path, capsys):
+    """It is expensive to come there: what fails is told, what works is measured."""
+    right = peers.PEERS["gpu loss"]["absgd_fast"]
+
+    def wrong_in_half_precision(data):
+        return plain_called_robust(data) if data.logits.dtype == torch.bfloat16 else right(data)
+
+    def breaks(data):
+        raise RuntimeError("a kernel that does not compile\nand more")
+
+    replace(monkeypatch, "gpu loss", "absgd_fast", wrong_in_half_precision)
+    replace(monkeypatch, "gpu loss", "cross_entropy", breaks)
+    out = tmp_path / "bench.json"
+    assert run.main([*REHEARSAL, "--out", str(out)]) == 1
+    results = json.loads(out.read_text(encoding="utf-8"))["results"]
+    assert ["wrong" in result for result in results] == [False, False, True, False, True, False]
+    assert "off by" in results[2]["wrong"]
+    assert results[1]["absent"]["cross_entropy"] == "RuntimeError: a kernel that does not compile and more"
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_no_time_for_all_cases(quick, monkeypatch, capsys):
+    assert run.main([*REHEARSAL, "--limit", "0.001"]) == 0
+    assert "not measured: gpu step: three tensors" in capsys.readouterr().out
+
+
+def test_a_call_that_cannot_be_captured(quick, monkeypatch):
+    def captured(device, run):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(run, "captured", captured)
+    result = run.explore(cases.gpu_cases("cpu", tiny=True)[0], 0.01, True)
+    assert "not permitted" in result["peers"]["absgd_fast"]["graph_failed"] and "graph_us" not in result["peers"]["SGD fused"]
+
+
+def test_preparing_runs_what_compiles(monkeypatch, capsys):
+    ran = []
+    for suite in ("gpu loss", "gpu step"):
+        monkeypatch.setattr(peers, "PEERS", peers.PEERS)
+        for name in {"absgd_fast, triton", "torch.compile"} & peers.PEERS[suite].keys():
+            replace(monkeypatch, suite, name, lambda data, name=name: peers.Peer(lambda: ran.append(name), None))
+    assert run.main(["--suite", "gpu", "--rehearse", "--prepare"]) == 0
+    assert sorted(ran) == ["absgd_fast, triton"] * 5 + ["torch.compile"] * 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_without_a_gpu(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        run.main(["--suite", "gpu"])
+    assert leaving.value.code == 2 and "needs a CUDA GPU" in capsys.readouterr().err
+
+
+# ---- gpu.sh and what it leaves ---------------------------------------------------------------------------------------
+
+
+def measured(median):
+    return {"median": median, "q1": median, "q3": median}
+
+
+def a_report():
+    ours = {"us": measured(10.0), "host_us": measured(5.0), "launches": {"forward": ["a"], "backward": ["b", "c"]}}
+    theirs = {"us": measured(20.0), "ratio": measured(0.5), "met": False, "note": "a twin"}
+    result = {"suite": "gpu loss", "case": "x", "bytes": 900, "absent": {}}
+    result["peers"] = {"absgd_fast": ours, "absgd package": theirs}
+    wrong = {"suite": "gpu loss", "case": "y", "wrong": "off by 1"}
+    return {"copy": {"bytes_per_us": measured(100.0)}, "results": [result, wrong], "figures": [], "not_measured": ["z"]}
+
+
+def test_figures_are_judged():
+    report = a_report()
+    bounds = {"share of copy": (0.85, math.inf), "forward launches": (1, 1), "backward launches": (0, 1), "host us": (0, 20)}
+    case = cases.Case("gpu loss", "x", None, {"absgd package": 0.25, "Liger": 1.0}, bounds)
+    gpu_report.finish(report, [case])
+    gpu_report.finish(report, [case])  # as after every case
+    assert report["results"][0]["peers"]["absgd_fast"]["share"]["median"] == pytest.approx(0.9)
+    met = {figure["figure"]: figure["met"] for figure in report["figures"]}
+    assert met == {"time over absgd package": False, "share of copy": True, "forward launches": True,
+                   "backward launches": False, "host us": True}  # fmt: skip
+    assert report["figures"][1]["most"] is None and json.dumps(report)
+    lines = gpu_report.lines(report)
+    assert lines[0].split()[:3] == ["gpu", "loss", "us"] and lines[1].split() == "x 10 0% 5 – 90% 1+2 0.50!".split()
+    assert "WRONG" in lines[2] and "absgd package: a twin" in lines and "not measured: z" in lines
+    assert lines[-3:] == [
+        "figures: 3 of 5 met ('!' above: missed)",
+        "missed: gpu loss, x: time over absgd package 0.5, wanted <= 0.25",
+        "missed: gpu loss, x: backward launches 2, wanted <= 1",
+    ]
+
+
+def test_where_one_block_stops_to_pay():
+    results = [
+        {"case": name, "peers": {"absgd_fast": {"graph_us": measured(a)}, "from statistics": {"graph_us": measured(2.0)}}}
+        for name, a in (("1k", 1.0), ("4k", 1.5), ("16k", 3.0))
+    ]
+    assert gpu_report._limit(results) == ["one block over statistics, graph_us: median 0.75; slower at 16k (1.50)"]
+
+
+@pytest.mark.parametrize("log, code, errors, reason", [
+    ("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors", 0, 0, None),
+    ("========= ERROR SUMMARY: 3 errors", 9, 3, None),
+    ("========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)", 9, 1, None),
+    ("========= ERROR SUMMARY: 0 errors", 1, 0, "what ran under it failed"),
+    ("========= Error: Device not supported\n========= ERROR SUMMARY: 1 error", 1, None, "ERROR SUMMARY"),
+    ("========= ERROR SUMMARY: 0 errors", 124, None, "stopped after 60 s"),
+    ("bash: no such thing", 127, None, "it said nothing"),
+])  # fmt: skip
+def test_what_a_sanitizer_said(log, code, errors, reason):
+    found = gpu_report.sanitized(log, {"exit": code, "seconds": 1, "limit": 60})
+    assert found["errors"] == errors and (reason is None or reason in found["reason"])
+    assert gpu_report.sanitized("", None)["reason"] == "not run"
+
+
+@pytest.fixture
+def work(tmp_path):
+    """What gpu.sh leaves when all is well."""
+    (tmp_path / "stages.txt").write_text("build 0 60 120\ntests 0 90 175\nmemcheck 0 40 60\nracecheck 0 40 60\nbench 0 100 215\n")
+    (tmp_path / "commit.txt").write_text("abc-dirty\n")
+    info = dict(host=False, reason="Python.h not found", cuda=dict(nvcc="13.0", architectures=[90]))
+    (tmp_path / "build.json").write_text(json.dumps(info))
+    tests = dict(passed=5, failed=0, skipped=1, not_run=0, seconds=9, failures=[], skips={"needs two GPUs": 1}, tests=[])
+    (tmp_path / "tests.json").write_text(json.dumps(tests))
+    for name in ("build", "tests", "bench"):
+        (tmp_path / f"{name}.log").write_text("a line\n")
+    for tool in gpu_report.TOOLS:
+        (tmp_path / f"{tool}.log").write_text("========= ERROR SUMMARY: 0 errors\n")
+    bench = a_report() | {"gpu": {"name": "NVIDIA H200"}, "date": "now", "hardware": {}, "versions": {}}
+    bench["results"].pop()
+    (tmp_path / "bench.json").write_text(json.dumps(bench))
+    return tmp_path
+
+
+def test_everything_in_one_json(work, tmp_path, capsys):
+    assert gpu_report.main([work, tmp_path]) == 0
+    report = json.loads((tmp_path / "nvidia-h200.json").read_text(encoding="utf-8"))
+    assert " ".join(report) == (
+        "date gpu hardware versions compiler load_at_start commit stages build tests sanitizer benchmark failed"
+    )
+    assert report["commit"] == "abc-dirty" and report["stages"]["bench"] == {"exit": 0, "seconds": 100, "limit": 215}
+    assert report["build"]["log"] == ["a line"] and report["sanitizer"]["racecheck"]["errors"] == 0
+    assert report["benchmark"]["results"] and report["failed"] == []
+    printed = capsys.readouterr().out
+    assert "StepPlan left out: Python.h not found" in printed and "skipped 1: needs two GPUs" in printed
+    assert printed.splitlines()[-2] == "everything passed"
+
+
+def spoil(name, **changes):
+    def change(work):
+        path = work / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+@pytest.mark.parametrize("change, words", [
+    (spoil("tests.json", failed=1, failures=[dict(test="test_step[cuda]", message="off\nby one")]), ["1 failed", "test_step[cuda]: off by one"]),
+    (spoil("tests.json", not_run=2), ["2 not run"]),
+    (spoil("bench.json", results=[dict(suite="gpu loss", case="y", wrong="off by 1")]), ["wrong at y"]),
+    (lambda work: (work / "tests.json").unlink(), ["tests: no result"]),
+    (lambda work: (work / "bench.json").write_text("{"), ["benchmark: no result", "a line"]),
+    (lambda work: (work / "stages.txt").write_text("build 1 60 120\n"), ["build: exit code 1"]),
+    (lambda work: (work / "racecheck.log").write_text("RACECHECK SUMMARY: 9 hazards displayed (4 errors, 5 warnings)"), ["racecheck: 4 errors"]),
+], ids=range(7))  # fmt: skip
+def test_a_failure_ends_in_exit_code_1(work, tmp_path, capsys, change, words):
+    change(work)
+    assert gpu_report.main([work, tmp_path]) == 1
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in words), printed
+
+
+GPU_SH = Path(run.__file__).with_name("gpu.sh")
+
+
+@pytest.mark.skipif(shutil.which("bash") is None or not sys.platform.startswith("linux"), reason="needs bash on Linux")
+def test_gpu_sh(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHON", sys.executable)
+
+    def command(*options):
+        return subprocess.run(["bash", GPU_SH, *options], capture_output=True, text=True, cwd=tmp_path)
+
+    dry = command("--dry-run", "--rehearse", "out")
+    assert dry.returncode == 0 and dry.stderr == ""
+    for stage in ("build: at most 120 s", "tests: at most 175 s", "bench: at most 215 s"):
+        assert stage in dry.stdout
+    assert list(tmp_path.iterdir()) == []
+    unknown = command("--frobnicate")
+    assert unknown.returncode == 2 and "--frobnicate" in unknown.stderr
+    assert "--rehearse" in command("--help").stdout
+    if not torch.cuda.is_available():
+        without = command()
+        assert without.returncode == 2 and "sees no CUDA GPU" in without.stderr and without.stdout == ""
+
+
+def test_the_stages_of_gpu_sh_fit_into_ten_minutes():
+    text = GPU_SH.read_text()
+    limits = {name: int(value) for name, value in re.findall(r"LIMIT_(\w+)=(\d+)", text)}
+    parts = [limits[name] for name in ("BUILD", "TESTS", "SANITIZER", "BENCH")]
+    assert sum(parts) <= limits["ALL"] < 600
+
+
+# ---- test_gpu.py without pytest ----------------------------------------------------------------------------------------
+
+
+def test_workers_that_hang_and_die():
+    """Each costs one test; the next one finds a new process."""
+    script = (
+        "import sys, time, json\n"
+        "for line in sys.stdin:\n"
+        "    if 'hang' in line: time.sleep(60)\n"
+        "    if 'die' in line: sys.exit(7)\n"
+        "    print(json.dumps(dict(test=line.strip(), status='passed', message='', seconds=0, usable='lost' not in line)), flush=True)\n"
+    )
+    worker = test_gpu.Worker([])
+    worker.command = [sys.executable, "-c", script]
+    seen = []
+    for id in ("a", "hang", "b", "die", "c", "lost", "d"):
+        result = worker.run(id, 10 if id != "hang" else 0.5)
+        seen.append((result["test"], result["status"], result["message"]))
+    worker.stop()
+    assert seen == [
+        ("a", "passed", ""), ("hang", "failed", "no answer within 0 s"), ("b", "passed", ""),
+        ("die", "failed", "the process died with exit code 7"), ("c", "passed", ""), ("lost", "passed", ""), ("d", "passed", ""),
+    ]  # fmt: skip
+
+
+def test_a_run_without_pytest():
+    def passes(where):
+        pass
+
+    def fails(where):
+        assert 1 == 2, "one is not two"
+
+    def skips(where):
+        raise SkipTest("no reason")
+
+    passes.alone = True
+    where = test_gpu.CPU[1]
+    tests = {f.__name__: (f, dict(where=where)) for f in (passes, fails, skips)}
+    for limit, statuses in ((60, ["failed", "skipped", "passed"]), (0, ["not run"] * 3)):
+        results = []
+        test_gpu.run_all(tests, 0, limit, 10, [], results.append)
+        assert [result["test"] for result in results] == ["fails", "skips", "passes"]  # who wants to be alone comes last
+        assert [result["status"] for result in results] == statuses
+        if limit:
+            assert "one is not two" in results[0]["message"] and results[1]["message"] == "no reason"
+
+
+def test_what_is_collected_without_pytest():
+    on_gpu = test_gpu.collect("cuda", {"cuda", "triton", "reference"}, [])
+    assert "test_launches[cuda]" in on_gpu and "test_launches[reference]" not in on_gpu
+    assert len(on_gpu) > 400 and list(on_gpu)[0].split("[")[1].startswith("cuda")
+    some = test_gpu.collect("cpu", {"cpu"}, ["test_tour", "scaler[cpu-0.5"])
+    assert list(some) == ["test_grad_scaler[cpu-0.5]", "test_tour[cpu]"]
+    if not torch.cuda.is_available():
+        assert test_gpu.main([]) == 2

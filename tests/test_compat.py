@@ -317,3 +317,33 @@ def test_empty_batch_before_the_milestone():
     with pytest.raises(ZeroDivisionError):
         ReferenceLoss(0.5)(*empty)
     assert float(ABLoss(0.5)(*empty)) == 0
+
+
+# ---- the authors' research code --------------------------------------------------------------------------------------
+
+
+def test_repository_focal_has_the_weight_inside():
+    """(1 - q)^gamma m with m = w n, q = exp(-m): their formula, in float64."""
+    from absgd_fast.compat.repository import Focal
+
+    logits = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    target, weight = torch.tensor([0, 1, 2, 3, 4, -100, 2]), torch.rand(5, dtype=torch.float64) + 0.3
+    m = F.cross_entropy(logits, target, weight, reduction="none")
+    wanted = (1 - torch.exp(-m)) ** 1.5 * m
+    for backend in (None, "reference"):
+        losses = Focal(1.5, weight, backend=backend)(logits, target)
+        torch.testing.assert_close(losses, wanted, rtol=1e-12, atol=1e-14)
+        ours, theirs = (torch.autograd.grad(x.sum(), logits, retain_graph=True)[0] for x in (losses, wanted))
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
+
+
+def test_repository_conventions():
+    from absgd_fast.compat.repository import ABLoss
+
+    logits, target = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    losses = F.cross_entropy(logits, target, reduction="none")
+    for lam in (200.0, 1e4):  # the plain mean
+        torch.testing.assert_close(ABLoss(lam)(logits, target), losses.mean())
+    weights = torch.exp(losses / 0.7) / (0.9 * torch.exp(losses / 0.7).mean())  # their first step: s starts at 0
+    torch.testing.assert_close(ABLoss(0.7)(logits, target), (weights * losses).mean())
+    torch.testing.assert_close(ABLoss(0.7, noisy=True)(logits, target), ((weights + 1) * losses).mean())

@@ -284,7 +284,110 @@ def test_gradcheck_logit_loss(backend, case, shape, rng):
     logits = tensor(rng.normal(0, 2, shape), requires_grad=True)
     target = torch.arange(shape[0] * math.prod(shape[2:])).reshape(shape[0], *shape[2:]) % shape[1]
     options = case.tensors(shape[1], torch.float64)
-    assert torch.autograd.gradcheck(lambda x: logit_loss(x, target, kind=case.kind, backend=backend, **options), logits)
+    assert torch.autograd.gradcheck(lambda x: logit_loss(x, target, backend=backend, **options), logits)
+
+
+# ---- logit_loss: the family as properties -------------------------------------------------------------------------
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def batch_of(seed):
+    """fp64 logits of 1 to 9 rows, 1 to 40 classes (below, at, above lanes of 4 and 8), |x| up to about 15; labels; counts."""
+    rng = np.random.default_rng(seed)
+    rows, classes = rng.integers(1, 10), rng.integers(1, 41)
+    numbers = [int(n) for n in rng.integers(1, 1000, classes)]
+    return tensor(rng.normal(0, 4, (rows, classes)), requires_grad=True), tensor(rng.integers(0, classes, rows)), numbers, rng
+
+
+def both(f, logits):
+    """Losses and the gradient of a weighted sum of them."""
+    losses = f(logits)
+    (grad,) = torch.autograd.grad(losses, logits, torch.linspace(-1, 2, len(losses), dtype=losses.dtype))
+    return losses.detach(), grad
+
+
+def assert_same(f, g, logits, rtol=1e-9, atol=1e-11):
+    torch.testing.assert_close(both(f, logits), both(g, logits), rtol=rtol, atol=atol)
+
+
+@given(seed=seeds)
+def test_neutral_options_are_cross_entropy(backend, seed):
+    x, y, numbers, _ = batch_of(seed)
+    ce = ab.CrossEntropy(backend=backend)
+    for loss in (
+        ab.LDAM(numbers, max_m=0.0, s=1.0, backend=backend),
+        ab.Focal(gamma=0.0, backend=backend),
+        ab.VS(numbers, gamma=0.0, tau=0.0, backend=backend),
+        ab.LogitAdjusted(numbers, tau=0.0, backend=backend),
+        ab.CDT(numbers, gamma=0.0, backend=backend),
+        ab.CDT([7] * len(numbers), backend=backend),
+        ab.SCE(alpha=1.0, beta=0.0, backend=backend),
+    ):
+        assert_same(lambda x: loss(x, y), lambda x: ce(x, y), x)
+
+
+@given(seed=seeds, gamma=st.sampled_from([0.0, 0.5, 1.0, 2.0]))
+def test_focal_with_the_weight_inside(backend, seed, gamma):
+    """The authors' form, m = w n, (1 - exp(-m))^gamma m: the oracle's numbers; with weights of 1 it is Focal."""
+    x, y, _, rng = batch_of(seed)
+    weight = tensor(rng.uniform(0.3, 2, x.shape[1]))
+    losses = logit_loss(x, y, kind="weighted_focal", weight=weight, gamma=gamma, backend=backend)
+    (grad,) = torch.autograd.grad(losses.sum(), x)
+    exact, exact_grad = oracle.logit_loss(x.detach(), y, kind="weighted_focal", weight=weight, gamma=gamma)
+    np.testing.assert_allclose(losses.detach(), exact, rtol=1e-11, atol=1e-300)
+    np.testing.assert_allclose(grad, exact_grad, rtol=1e-11, atol=1e-300)
+    plain = ab.Focal(gamma, backend=backend)
+    assert_same(lambda x: logit_loss(x, y, kind="weighted_focal", gamma=gamma, backend=backend), lambda x: plain(x, y), x)
+
+
+@given(seed=seeds)
+def test_limits_of_gce(backend, seed):
+    """q = 1: 1 - p, half SCE's second term; q = 1e-7: n - q n^2 / 2, n up to 40; truncated: less a constant."""
+    x, y, _, rng = batch_of(seed)
+    gce = lambda **options: lambda x: logit_loss(x, y, kind="gce", backend=backend, **options)  # noqa: E731
+    assert_same(gce(q=1.0), lambda x: 1 - x.softmax(1).gather(1, y[:, None])[:, 0], x)
+    assert_same(gce(q=1.0), lambda x: logit_loss(x, y, kind="sce", alpha=0.0, beta=1 / oracle.A, backend=backend), x)
+    assert_same(gce(q=1e-7), lambda x: logit_loss(x, y, backend=backend), x, rtol=1e-5, atol=1e-8)
+    q, k = rng.uniform(0.05, 1), rng.uniform(0.01, 0.99)
+    assert_same(gce(q=q, k=k), lambda x: gce(q=q)(x) - (1 - k**q) / q, x)
+
+
+@given(seed=seeds)
+def test_pruned_rows_are_ignored_rows(backend, seed):
+    """Rows with p <= k, and only they: loss and gradient 0, the others as without `prune`; inside ABLoss they do not count."""
+    x, y, _, rng = batch_of(seed)
+    k = rng.uniform(0.05, 0.95)
+    with torch.no_grad():
+        keep = x.softmax(1).gather(1, y[:, None])[:, 0] > k
+    labels = torch.where(keep, y, -100)
+    options = dict(kind="gce", k=k, backend=backend)
+    assert_same(lambda x: logit_loss(x, y, prune=True, **options), lambda x: logit_loss(x, labels, **options), x)
+    values = []
+    for loss, target in ((ab.GCE(k=k, prune=True, backend=backend), y), (ab.GCE(k=k, backend=backend), labels)):
+        criterion = ab.ABLoss(loss, lam=0.5, backend=backend).double()
+        value = criterion(x, target)
+        values.append((value.detach(), *torch.autograd.grad(value, x), criterion.log_s.clone(), criterion.last.weights))
+    torch.testing.assert_close(*values, rtol=1e-9, atol=1e-12)
+
+
+@given(
+    seed=seeds, kind=st.sampled_from(["ce", "focal", "gce", "sce"]), which=st.sets(st.sampled_from(["scale", "shift", "margin"]))
+)
+def test_class_vectors_are_adjusted_logits(backend, seed, kind, which):
+    """a = S x + D - M at the label, by hand; any subset of the three, for every kind."""
+    x, y, _, rng = batch_of(seed)
+    classes = x.shape[1]
+    vectors = {"scale": tensor(rng.uniform(0.2, 2, classes)), "shift": tensor(rng.normal(0, 2, classes)),
+               "margin": tensor(rng.uniform(-1, 2, classes))}  # fmt: skip
+    vectors = {name: vectors[name] for name in which}
+
+    def by_hand(x):
+        a = x * vectors.get("scale", 1) + vectors.get("shift", 0)
+        margin = vectors.get("margin", torch.zeros(classes, dtype=x.dtype))
+        return logit_loss(a - torch.nn.functional.one_hot(y, classes) * margin, y, kind=kind, backend=backend)
+
+    assert_same(lambda x: logit_loss(x, y, kind=kind, backend=backend, **vectors), by_hand, x)
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------
@@ -319,7 +422,7 @@ def test_weight_errors(one_backend, change, error, words):
     [
         ({"kind": "hinge"}, ValueError, "kind.*hinge.*ce"),
         ({"target": torch.zeros(3)}, TypeError, "target.*float32.*int"),
-        ({"target": torch.zeros(3, 5)}, TypeError, "float32"),
+        ({"target": torch.zeros(3, 4)}, TypeError, "float32.*3, 5"),
         ({"target": torch.zeros(4, dtype=torch.int64)}, ValueError, "target.*4"),
         ({"target": torch.zeros(3, 1, dtype=torch.int64)}, ValueError, "target.*3, 1"),
         ({"target": torch.tensor([0, 7, 9])}, IndexError, r"\b7\b.*\b1\b|\b1\b.*\b7\b"),
@@ -328,6 +431,22 @@ def test_weight_errors(one_backend, change, error, words):
         ({"target": torch.tensor([0, 2**32 - 100, 1])}, IndexError, r"\b4294967196\b"),  # -100 in them
         ({"target": torch.tensor([5, 1, 0], dtype=torch.int32)}, IndexError, r"\b5\b.*\b0\b|\b0\b.*\b5\b"),
         ({"weight": torch.ones(4)}, ValueError, "weight.*4.*5"),
+        ({"scale": torch.ones(4)}, ValueError, "scale.*4.*5"),
+        ({"shift": torch.ones(6)}, ValueError, "shift.*6.*5"),
+        ({"margin": torch.ones(5, 1)}, ValueError, "margin.*5, 1.*5"),
+        ({"scale": [1.0, 2.0, 3.0, 4.0, 5.0]}, (TypeError, ValueError), "scale.*tensor"),
+        ({"kind": "focal", "gamma": -1.0}, ValueError, "gamma.*-1.*0"),
+        ({"kind": "gce", "q": 0.0}, ValueError, r"\bq\b.*0"),
+        ({"kind": "gce", "q": 1.5}, ValueError, r"\bq\b.*1.5"),
+        ({"kind": "gce", "k": 1.0}, ValueError, r"\bk\b.*1"),
+        ({"kind": "gce", "prune": True}, ValueError, r"prune.*\bk\b"),
+        ({"kind": "sce", "alpha": -1.0}, ValueError, "alpha.*-1"),
+        ({"kind": "sce", "beta": math.nan}, ValueError, "beta.*nan"),
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing.*1.5.*0, 1"),
+        ({"kind": "gce", "label_smoothing": 0.1}, ValueError, "label_smoothing.*0.1.*gce"),
+        ({"kind": "focal", "label_smoothing": 0.1}, ValueError, "label_smoothing.*0.1.*focal"),
+        ({"kind": "sce", "label_smoothing": 0.1}, ValueError, "label_smoothing.*0.1.*sce"),
+        ({"kind": "sce", "target": torch.zeros(3, 5)}, ValueError, "target.*probabilities.*labels"),
         ({"backend": "abacus"}, ValueError, "backend.*abacus"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, dict) else "",

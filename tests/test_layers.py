@@ -83,12 +83,15 @@ def test_includes(path):
     if path.name == "math.h":
         assert not names and outside == standard
     elif path.name == "launch.h":
-        assert not names and outside == standard
+        assert names == {"math.h"} and outside == standard
     elif folder in {"cpu", "cuda"}:
         assert names <= {"math.h", "launch.h"} | {p.name for p in SOURCES if p.parent.name == folder}
         assert not torch
+        assert outside - standard <= ({"cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"} if folder == "cuda" else set())
+    elif path.name == "ops_common.h":
+        assert names == {"launch.h"} and torch
     elif path.name.startswith("ops_"):
-        assert names <= {"launch.h"} and torch
+        assert names == {"ops_common.h"}
     else:  # host.cpp: pybind11, and no torch
         assert not torch and names <= {"launch.h"}
 

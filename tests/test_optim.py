@@ -504,7 +504,21 @@ def test_compiled_step(one_backend, lr):
 def test_operator_has_a_right_fake():
     tensors = lambda: [torch.randn(3, 4), torch.randn(5)]  # noqa: E731
     for momentum in (0.0, 0.9):
-        args = (tensors(), tensors(), tensors() if momentum else [], 0.1, momentum, 0.0, 0.01, False, False, False)
+        args = (
+            tensors(),
+            tensors(),
+            tensors() if momentum else [],
+            None,
+            None,
+            None,
+            0.1,
+            momentum,
+            0.0,
+            0.01,
+            False,
+            False,
+            False,
+        )
         torch.library.opcheck(torch.ops.absgd_fast.sgd_step_.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -519,10 +533,10 @@ def test_operator_refuses_what_does_not_fit():
         ([p.bfloat16()], [g.bfloat16()], [], 0.0, "float32"),
     ]:
         with pytest.raises(RuntimeError, match=message):
-            step(params, grads, momentum_buffers, 0.1, momentum, 0.0, 0.0, False, False, False)
+            step(params, grads, momentum_buffers, None, None, None, 0.1, momentum, 0.0, 0.0, False, False, False)
     assert torch.equal(p, torch.ones(3))
     with pytest.raises(RuntimeError, match="table of a StepPlan"):
-        torch.ops.absgd_fast.sgd_planned_step(torch.zeros(2, dtype=torch.int64))
+        torch.ops.absgd_fast.sgd_planned_step(torch.zeros(2, dtype=torch.int64), p)
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import absgd_fast as ab
+from absgd_fast import _backend
 
 INF = math.inf
 
@@ -118,19 +120,21 @@ def test_gradient_is_that_of_constant_weights(backend, case, options, rng):
     layer = torch.nn.Linear(6, 5 * 4).double()
     x, target = torch.tensor(rng.normal(size=(7, 6))), torch.tensor(rng.integers(0, 5, (7, 4)))
     keywords = case.tensors(5, torch.float64)
-    fused = ab.ABLoss(case.fused(**keywords, backend=backend), lam=0.625, backend=backend, **options).double()
+    fused = ab.ABLoss(case.module(5, backend=backend), lam=0.625, backend=backend, **options).double()
     exact = oracle.ABLoss(0.625, **options)
-    for _ in range(2):
+    for _ in range(3):
         value = fused(layer(x).view(7, 5, 4), target)
         grads = torch.autograd.grad(value, layer.parameters())
         losses = case.eager(layer(x).view(7, 5, 4), target, **keywords).flatten()
-        valid = target.flatten() != keywords.get("ignore_index", -100)
+        valid = case.valid(oracle.rows(layer(x).view(7, 5, 4).detach()), target.flatten(), **case.options(5))
         forward = exact(losses.detach(), mask=valid)
         wanted = torch.autograd.grad((torch.tensor(forward.grad) * losses).sum(), layer.parameters())
         torch.testing.assert_close(grads, wanted, rtol=1e-10, atol=1e-12)
         assert value.item() == pytest.approx(forward.loss, rel=1e-11)
         assert fused.last.weights.shape == fused.last.losses.shape == (7, 4)
         np.testing.assert_allclose(fused.last.weights.flatten(), forward.weights, rtol=1e-11)
+        np.testing.assert_allclose(fused.log_s, exact.log_s, rtol=1e-11, atol=1e-13)
+        x = x * 1.2
 
 
 def test_gradcheck_with_given_weights(backend, rng):
@@ -192,12 +196,56 @@ def test_wrapped_torch_loss_keeps_its_options(backend, rng):
     torch.testing.assert_close(*results, rtol=1e-11, atol=1e-13)
 
 
+class Ops(TorchDispatchMode):
+    """The operators that run, views aside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "absgd_fast" or not (op.is_view or op is torch.ops.aten.detach.default):
+            self.names.append(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+def ops_of(call):
+    with Ops() as ops:
+        result = call()
+    return result, ops.names
+
+
 def test_wrapped_torch_loss_with_soft_targets(one_backend, rng):
-    """What the fused loss does not do is left to torch's module."""
-    logits, target = torch.tensor(rng.normal(size=(6, 3))), torch.tensor(rng.dirichlet([1, 1, 1], 6))
-    criterion = ab.ABLoss(torch.nn.CrossEntropyLoss(reduction="none"), lam=0.5, backend=one_backend).double()
-    exact = oracle.ABLoss(0.5)(F.cross_entropy(logits, target, reduction="none"))
-    assert float(criterion(logits, target)) == pytest.approx(exact.loss, rel=1e-11)
+    """nn.CrossEntropyLoss with probabilities, weights and smoothing: the oracle's numbers for 3 steps, fused."""
+    weight = torch.tensor([0.5, 2.0, 1.3], dtype=torch.float64)
+    keywords = dict(weight=weight, label_smoothing=0.2)
+    criterion = ab.ABLoss(torch.nn.CrossEntropyLoss(**keywords, reduction="none"), lam=0.5, backend=one_backend).double()
+    exact = oracle.ABLoss(0.5)
+    for _ in range(3):
+        logits = torch.tensor(rng.normal(size=(6, 3)), requires_grad=True)
+        target = torch.tensor(rng.dirichlet([1, 1, 1], 6))
+        value, names = ops_of(lambda: criterion(logits, target))
+        if one_backend != "reference":
+            assert names == ["absgd_fast::robust_logit_loss"]
+        losses, grads = oracle.soft_cross_entropy(logits.detach(), target, **keywords)
+        forward = exact(losses)
+        assert float(value) == pytest.approx(forward.loss, rel=1e-11)
+        np.testing.assert_allclose(torch.autograd.grad(value, logits)[0], grads * forward.grad[:, None], rtol=1e-10, atol=1e-14)
+        np.testing.assert_allclose(criterion.last.weights, forward.weights, rtol=1e-11)
+
+
+@pytest.mark.skipif(not _backend.available("cpu"), reason="no CPU kernels")
+def test_one_operator_forward_and_one_backward(case):
+    """Every loss of the table inside ABLoss, and alone; the first call may make class vectors."""
+    logits = torch.zeros(6, 5, requires_grad=True)
+    target = torch.tensor([0, 1, 2, 3, 4, 1])
+    loss = case.module(5, torch.float32, backend="cpu")
+    for criterion, name in ((ab.ABLoss(loss, lam=0.5, backend="cpu"), "robust_logit_loss"), (loss, "logit_loss")):
+        criterion(logits, target)
+        value, names = ops_of(lambda: criterion(logits, target))
+        assert names == [f"absgd_fast::{name}"]
+        (_, names) = ops_of(lambda: torch.autograd.grad(value, logits, torch.ones_like(value)))
+        assert [n for n in names if n != "aten::ones_like"] == ["absgd_fast::scale_"]
 
 
 def test_any_number_of_arguments(one_backend):

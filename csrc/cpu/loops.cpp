@@ -20,6 +20,11 @@ struct Type {
   using type = T;
 };
 
+template <bool B>
+struct Flag {
+  static constexpr bool value = B;
+};
+
 template <class F>
 ABSGD_FN auto for_storage(Dtype dtype, F f) {
   switch (dtype) {
@@ -102,7 +107,7 @@ constexpr int64_t kCachedClasses = 2048;  // a tile of so many classes stays in 
 template <class L>
 struct Tile {
   using T = typename L::Scalar;
-  T max[kTileRows], own_logit[kTileRows], rest[kTileRows], others[kTileRows];
+  T max[kTileRows], own_logit[kTileRows], rest[kTileRows], others[kTileRows], total[kTileRows];
   typename L::Int label[kTileRows];
   bool valid[kTileRows];
 };
@@ -131,6 +136,11 @@ int64_t read_labels(const LogitArgs& a, int64_t first, int count, Tile<L>& t) {
     t.valid[j] = false;
     if (j >= count) continue;
     const int64_t i = first + j;
+    if (a.soft != nullptr) {
+      t.label[j] = -1;
+      t.valid[j] = a.mask == nullptr || a.mask[i] != 0;
+      continue;
+    }
     const int64_t y =
         a.target_int64 ? static_cast<const int64_t*>(a.target)[i] : static_cast<const int32_t*>(a.target)[i];
     if (y == a.ignore_index) continue;
@@ -144,36 +154,59 @@ int64_t read_labels(const LogitArgs& a, int64_t first, int count, Tile<L>& t) {
   return bad;
 }
 
+// The class vectors of an adjusted row (math.h): a_k = S_k x_k + D_k, the label's less M_y.
+template <class T>
+struct Adjust {
+  const T *s, *d, *m;
+
+  static Adjust of(const LogitInput& a) {
+    const T* s = static_cast<const T*>(a.adjust);
+    return {s, s + a.classes, s + 2 * a.classes};
+  }
+};
+
 // One row, classes along the lanes (classes >= N). The last register overlaps its neighbour; `fresh` marks its new
-// lanes.
-template <class L, class S>
+// lanes. Adjusted: the logits go through Adjust.
+template <class L, class S, bool Adjusted>
 struct RowOfClasses {
   using T = typename L::Scalar;
   using V = typename L::V;
   using I = typename L::I;
   const S* x;
   int64_t classes;
+  Adjust<T> adjust;
+  const T* soft;  // of this row; or null
   int64_t whole() const { return classes / L::N; }
   int64_t tail() const { return classes - L::N; }
   bool has_tail() const { return classes % L::N != 0; }
   I index(int64_t first) const { return L::iota() + L::set_int(typename L::Int(first)); }
   I fresh() const { return index(tail()) >= L::set_int(typename L::Int(whole() * L::N)); }
+  ABSGD_FN V logit(int64_t first) const {
+    if constexpr (Adjusted) return L::load(adjust.s + first) * L::load(x + first) + L::load(adjust.d + first);
+    return L::load(x + first);
+  }
 
-  T max() const {
-    V m0 = L::load(x), m1 = m0, m2 = m0, m3 = m0;
+  // The largest logit; of an adjusted row the largest but the label's, whose own is another.
+  T max(int64_t label) const {
+    const I own = L::set_int(typename L::Int(label));
+    auto at = [&](int64_t first) {
+      if constexpr (Adjusted) return L::select(index(first) == own, L::set(T(-__builtin_inf())), logit(first));
+      return logit(first);
+    };
+    V m0 = at(0), m1 = m0, m2 = m0, m3 = m0;
     int64_t k = 1;
     for (; k + 4 <= whole(); k += 4) {
-      m0 = L::max(m0, L::load(x + k * L::N));
-      m1 = L::max(m1, L::load(x + (k + 1) * L::N));
-      m2 = L::max(m2, L::load(x + (k + 2) * L::N));
-      m3 = L::max(m3, L::load(x + (k + 3) * L::N));
+      m0 = L::max(m0, at(k * L::N));
+      m1 = L::max(m1, at((k + 1) * L::N));
+      m2 = L::max(m2, at((k + 2) * L::N));
+      m3 = L::max(m3, at((k + 3) * L::N));
     }
-    for (; k < whole(); ++k) m0 = L::max(m0, L::load(x + k * L::N));
-    if (has_tail()) m1 = L::max(m1, L::load(x + tail()));
+    for (; k < whole(); ++k) m0 = L::max(m0, at(k * L::N));
+    if (has_tail()) m1 = L::max(m1, at(tail()));
     return L::highest(L::max(L::max(m0, m1), L::max(m2, m3)));
   }
 
-  // sum over k != label of exp(x_k - max). Only the chunk that holds the label compares indices; no branch depends on
+  // sum over k != label of exp(a_k - max). Only the chunk that holds the label compares indices; no branch depends on
   // where in the chunk it is, because it would be mispredicted. The exponentials go to `kept`.
   template <bool Keep>
   T rest(T max, int64_t label, T* kept) const {
@@ -181,7 +214,7 @@ struct RowOfClasses {
     const I own = L::set_int(typename L::Int(label));
     V sum[4] = {};
     auto exponential = [&](int64_t first) {
-      const V e = L::exp_below(L::load(x + first) - m);
+      const V e = L::exp_below(logit(first) - m);
       if constexpr (Keep) L::store(kept + first, e);
       return e;
     };
@@ -209,70 +242,104 @@ struct RowOfClasses {
   }
   static constexpr int64_t kChunk = 32;  // registers
 
-  // sum_k v_k (x_k - max), v = null: 1
-  T weighted_gaps(T max, const T* v) const {
-    V sum = L::set(0);
-    auto term = [&](int64_t first) {
-      const V gap = L::load(x + first) - L::set(max);
-      return v == nullptr ? gap : L::load(v + first) * gap;
+  ABSGD_FN V share(const ClassShares<T>& shares, int64_t first) const {
+    const V v = shares.v == nullptr ? L::set(1) : L::load(shares.v + first);
+    return soft == nullptr ? v : (L::load(soft + first) * L::set(shares.keep) + L::set(shares.uniform)) * v;
+  }
+  // sum_k weight_k (a_k - max), and sum_k weight_k. A class without weight takes no part, whatever its logit.
+  void weighted_gaps(T max, int64_t label, T margin, const ClassShares<T>& shares, T* gaps, T* total) const {
+    V sum = L::set(0), all = sum;
+    const I own = L::set_int(typename L::Int(label));
+    auto add = [&](int64_t first, I which) {
+      const V w = L::select(which, share(shares, first), L::set(0));
+      V gap = logit(first) - L::set(max);
+      if constexpr (Adjusted) gap -= L::select(index(first) == own, L::set(margin), L::set(0));
+      sum += L::select(w == L::set(0), L::set(0), w * gap);
+      all += w;
     };
-    for (int64_t k = 0; k < whole(); ++k) sum += term(k * L::N);
-    if (has_tail()) sum += L::select(fresh(), term(tail()), L::set(0));
-    return L::sum(sum);
+    for (int64_t k = 0; k < whole(); ++k) add(k * L::N, L::set_int(-1));
+    if (has_tail()) add(tail(), fresh());
+    *gaps = L::sum(sum);
+    *total = L::sum(all);
   }
 
-  // grad_k = exp(x_k - max) * scale - spread v_k, except at the label. Kept: the exponentials already stand in grad.
+  // grad_k = S_k (exp(a_k - max) scale - spread weight_k), except at the label. Kept: the exponentials already stand in
+  // grad.
   template <bool Kept, class G>
-  void gradient(G* grad, T max, T scale, T spread, const T* v, int64_t label, T at_label) const {
+  void gradient(G* grad, T max, T scale, T spread, const ClassShares<T>& shares, int64_t label, T at_label) const {
     const V m = L::set(max), s = L::set(scale);
     auto value = [&](int64_t first) {
-      const V g = (Kept ? L::load(grad + first) : L::exp_below(L::load(x + first) - m)) * s;
-      if (spread == 0) return g;
-      return g - (v == nullptr ? L::set(spread) : L::load(v + first) * L::set(spread));
+      V g = (Kept ? L::load(grad + first) : L::exp_below(logit(first) - m)) * s;
+      if (spread != 0) g -= share(shares, first) * L::set(spread);
+      if constexpr (Adjusted) g *= L::load(adjust.s + first);
+      return g;
     };
     const V last = value(tail());  // read before its neighbour is overwritten
     for (int64_t k = 0; k < whole(); ++k) L::store(grad + k * L::N, value(k * L::N));
     L::store(grad + tail(), last);
+    if (label < 0) return;
+    T own = at_label - spread * (shares.v == nullptr ? T(1) : shares.v[label]);
+    if constexpr (Adjusted) own *= adjust.s[label];
     G out[L::N];
-    L::store(out, L::set(at_label - (v == nullptr ? spread : spread * v[label])));
+    L::store(out, L::set(own));
     grad[label] = out[0];
   }
 };
 
+// The soft targets of a tile's rows; share(): what class c weighs in each of N rows.
 template <class T>
-T total_class_weight(const LogitArgs& a) {
-  if (a.class_weight == nullptr) return T(a.classes);
-  double sum = 0;
-  for (int64_t c = 0; c < a.classes; ++c) sum += double(static_cast<const T*>(a.class_weight)[c]);
-  return T(sum);
+RowPointers<const T> soft_rows(const LogitArgs& a, int64_t first) {
+  if (a.soft == nullptr) return {};
+  return row_pointers(static_cast<const T*>(a.soft), a, a.classes * a.inner, a.inner, 1, first);
+}
+template <class L, class T>
+ABSGD_FN typename L::V share(const ClassShares<T>& shares, const RowPointers<const T>& soft, int j, int64_t c) {
+  const T v = shares.v == nullptr ? T(1) : shares.v[c];
+  if (soft.row[0] == nullptr) return L::set(v);
+  return (load_rows<L>(soft, j, c) * L::set(shares.keep) + L::set(shares.uniform)) * L::set(v);
 }
 
 // The tile's numbers -> losses, statistics and coefficients in the per-row arrays.
 template <class L>
-void finish_tile(const LogitArgs& a, int64_t first, const Tile<L>& t, typename L::Scalar total_v) {
+void finish_tile(const LogitArgs& a, int64_t first, Tile<L>& t) {
   using T = typename L::Scalar;
   using V = typename L::V;
   const T* v = static_cast<const T*>(a.class_weight);
-  const CrossEntropy<L> loss{L::set(T(1 - a.label_smoothing)), L::set(T(a.label_smoothing / double(a.classes)))};
+  const bool soft = a.soft != nullptr, spreads = a.spreads();
+  const T spread = ClassShares<T>::of(a).spread(soft);
   for (int j = 0; j < kTileRows; j += L::N) {
     T v_label[L::N];
     uint8_t valid[L::N];
     for (int i = 0; i < L::N; ++i) {
-      v_label[i] = v == nullptr || a.classes == 0 ? T(1) : v[t.label[j + i]];
+      v_label[i] = v == nullptr || a.classes == 0 || soft ? T(1) : v[t.label[j + i]];
       valid[i] = t.valid[j + i];
-      a.valid[first + j + i] = valid[i];
     }
-    const typename L::I keep = L::load_flags(valid);
-    const V max = L::load(t.max + j), gap = max - L::load(t.own_logit + j), v_y = L::load(v_label);
-    const Row<L> row{gap, L::load(t.rest + j), L::exp(-gap)};
-    // sum_k v_k (-log p_k) = log_total * sum v - sum_k v_k (a_k - max)
-    const V others = a.label_smoothing == 0 ? L::set(0) : row.log_total() * L::set(total_v) - L::load(t.others + j);
+    typename L::I keep = L::load_flags(valid);
+    const V max = L::load(t.max + j), gap = soft ? L::set(0) : max - L::load(t.own_logit + j), w = L::load(v_label);
+    const Row<L> row{gap, L::load(t.rest + j), soft ? L::set(0) : L::exp(-gap)};
+    V loss, coefficient;
+    if (soft) {
+      loss = coefficient = L::set(0);
+    } else {
+      for_loss<L, T>(a.loss, [&](const auto& functor) {
+        loss = functor.loss(row, w);
+        coefficient = functor.coefficient(row, w);
+      });
+    }
+    // sum_k weight_k (-log p_k) = log_total sum weight - sum_k weight_k (a_k - max)
+    if (spreads) loss += L::set(spread) * (row.log_total() * L::load(t.total + j) - L::load(t.others + j));
+    if (a.loss.least < __builtin_inf()) {  // pruned rows do not count
+      keep = keep & ~(row.nll() >= L::set(T(a.loss.least)));
+      for (int i = 0; i < L::N; ++i) valid[i] = keep[i] != 0;
+    }
+    for (int i = 0; i < L::N; ++i) a.valid[first + j + i] = valid[i];
     auto out = [&](void* array, V x) { L::store(static_cast<T*>(array) + first + j, x); };
-    out(a.losses, L::select(keep, loss.loss(row, v_y, others), L::set(0)));
+    out(a.losses, L::select(keep, loss, L::set(0)));
     out(a.row_max, max);
     out(a.row_rest, row.rest);
     out(a.row_own, row.own);
-    out(a.coefficient, L::select(keep, loss.coefficient(row, v_y), L::set(0)));
+    out(a.row_total, L::load(t.total + j));
+    out(a.coefficient, L::select(keep, coefficient, L::set(0)));
   }
 }
 
@@ -281,13 +348,19 @@ ABSGD_FN T* kept_tile(const LogitArgs& a, int64_t tile) {
   return a.kept == nullptr ? nullptr : static_cast<T*>(a.kept) + tile * a.classes * kTileRows;
 }
 
-template <class S, class T>
+// Where the logits of row i, and its soft targets, begin.
+template <class T>
+const T* soft_row(const LogitArgs& a, int64_t i) {
+  return a.soft == nullptr ? nullptr : static_cast<const T*>(a.soft) + i / a.inner * a.classes * a.inner + i % a.inner;
+}
+
+template <class S, class T, bool Adjusted>
 int64_t logit_stats_typed(const LogitArgs& a, int64_t begin, int64_t end) {
   using L = Lanes<T>;
   using V = typename L::V;
-  const T* v = static_cast<const T*>(a.class_weight);
-  const bool smooth = a.label_smoothing != 0, many = a.along_classes();
-  const T total_v = smooth ? total_class_weight<T>(a) : T(0);
+  const auto shares = ClassShares<T>::of(a);
+  const auto adjust = Adjust<T>::of(a);
+  const bool spreads = a.spreads(), many = a.along_classes();
   int64_t bad = kAllLabelsGood;
   Tile<L> t;
   for (int64_t tile = begin; tile < end; ++tile) {
@@ -296,61 +369,88 @@ int64_t logit_stats_typed(const LogitArgs& a, int64_t begin, int64_t end) {
     bad = smaller(bad, read_labels<L>(a, first, count, t));
     const auto rows =
         row_pointers(static_cast<const S*>(a.logits), a, a.stride_batch, a.stride_class, a.stride_inner, first);
+    T margin[kTileRows];
     for (int j = 0; j < kTileRows; ++j) {
-      t.own_logit[j] = a.classes > 0 ? to_real<L>(*rows.at(j, t.label[j])) : T(0);
-      t.max[j] = t.rest[j] = t.others[j] = 0;
+      const int64_t y = t.label[j];
+      margin[j] = Adjusted && y >= 0 && a.classes > 0 ? adjust.m[y] : T(0);
+      t.own_logit[j] = a.classes > 0 && y >= 0 ? to_real<L>(*rows.at(j, y)) : T(0);
+      if (Adjusted && y >= 0 && a.classes > 0) t.own_logit[j] = adjust.s[y] * t.own_logit[j] + adjust.d[y] - margin[j];
+      t.max[j] = t.rest[j] = t.others[j] = t.total[j] = 0;
     }
+    // of an adjusted row the maximum was taken without the label
+    auto whole_max = [&](T max, int j) {
+      return Adjusted && t.label[j] >= 0 && t.own_logit[j] > max ? t.own_logit[j] : max;
+    };
     if (a.classes == 0) {
       // nothing to read: every row is ignored, or its label is out of range
     } else if (many) {
       // All maxima of a tile first, then all sums: no sum waits for its own maximum (128 x 100: 4.4 -> 3.7 us). Rows
       // that together leave the cache are finished one by one.
+      auto row = [&](int j) {
+        return RowOfClasses<L, S, Adjusted>{rows.row[j], a.classes, adjust, soft_row<T>(a, first + j)};
+      };
       const int step = a.classes <= kCachedClasses ? int(kTileRows) : 1;
       for (int j = 0; j < count; j += step) {
         const int stop = int(smaller(j + step, count));
         for (int i = j; i < stop; ++i)
-          if (t.valid[i]) t.max[i] = RowOfClasses<L, S>{rows.row[i], a.classes}.max();
+          if (t.valid[i]) t.max[i] = whole_max(row(i).max(t.label[i]), i);
         for (int i = j; i < stop; ++i) {
           if (!t.valid[i]) continue;
-          const RowOfClasses<L, S> row{rows.row[i], a.classes};
           T* kept = a.keep ? static_cast<T*>(a.grad) + (first + i) * a.classes : nullptr;
-          t.rest[i] = kept ? row.template rest<true>(t.max[i], t.label[i], kept)
-                           : row.template rest<false>(t.max[i], t.label[i], kept);
-          if (smooth) t.others[i] = row.weighted_gaps(t.max[i], v);
+          t.rest[i] = kept ? row(i).template rest<true>(t.max[i], t.label[i], kept)
+                           : row(i).template rest<false>(t.max[i], t.label[i], kept);
+          if (spreads) row(i).weighted_gaps(t.max[i], t.label[i], margin[i], shares, &t.others[i], &t.total[i]);
         }
       }
     } else {
+      const auto soft = soft_rows<T>(a, first);
       for (int j = 0; j < count; j += L::N) {
-        V max = load_rows<L>(rows, j, 0);
-        for (int64_t c = 1; c < a.classes; ++c) max = L::max(max, load_rows<L>(rows, j, c));
         typename L::I label;
         __builtin_memcpy(&label, t.label + j, sizeof(label));
-        V rest = L::set(0), others = L::set(0);
+        auto is_label = [&](int64_t c) { return label == L::set_int(typename L::Int(c)); };
+        auto logit = [&](int64_t c) {
+          const V x = load_rows<L>(rows, j, c);
+          return Adjusted ? L::set(adjust.s[c]) * x + L::set(adjust.d[c]) : x;
+        };
+        auto others = [&](int64_t c) {
+          return Adjusted ? L::select(is_label(c), L::set(T(-__builtin_inf())), logit(c)) : logit(c);
+        };
+        V max = others(0);
+        for (int64_t c = 1; c < a.classes; ++c) max = L::max(max, others(c));
+        L::store(t.max + j, max);
+        for (int i = j; i < j + L::N; ++i) t.max[i] = whole_max(t.max[i], i);
+        max = L::load(t.max + j);
+        V rest = L::set(0), gaps = rest, total = rest;
         T* kept = kept_tile<T>(a, tile);
         for (int64_t c = 0; c < a.classes; ++c) {
-          const V gap = load_rows<L>(rows, j, c) - max, e = L::exp_below(gap);
-          rest += L::select(label == L::set_int(typename L::Int(c)), L::set(0), e);
+          const V gap = logit(c) - max, e = L::exp_below(gap);
+          rest += L::select(is_label(c), L::set(0), e);
           if (kept != nullptr) L::store(kept + c * kTileRows + j, e);
-          if (smooth) others += v == nullptr ? gap : gap * L::set(v[c]);
+          if (!spreads) continue;
+          const V w = share<L>(shares, soft, j, c);
+          const V own = Adjusted ? gap - L::select(is_label(c), L::load(margin + j), L::set(0)) : gap;
+          gaps += L::select(w == L::set(0), L::set(0), w * own);
+          total += w;
         }
-        L::store(t.max + j, max);
         L::store(t.rest + j, rest);
-        L::store(t.others + j, others);
+        L::store(t.others + j, gaps);
+        L::store(t.total + j, total);
       }
     }
-    finish_tile<L>(a, first, t, total_v);
+    finish_tile<L>(a, first, t);
   }
   return bad;
 }
 
 // G: how the gradient is stored, S except for f16 (LogitArgs::grad)
-template <class S, class T, class G>
+template <class S, class T, class G, bool Adjusted>
 void logit_grads_typed(const LogitArgs& a, int64_t begin, int64_t end) {
   using L = Lanes<T>;
   using V = typename L::V;
-  const T* v = static_cast<const T*>(a.class_weight);
-  const bool smooth = a.label_smoothing != 0, many = a.along_classes();
-  const T total_v = smooth ? total_class_weight<T>(a) : T(0), spread = T(a.label_smoothing / double(a.classes));
+  const auto shares = ClassShares<T>::of(a);
+  const auto adjust = Adjust<T>::of(a);
+  const bool spreads = a.spreads(), many = a.along_classes();
+  const T spread = spreads ? shares.spread(a.soft != nullptr) : T(0);
   const T* factor = static_cast<const T*>(a.factor);
   Tile<L> t;
   for (int64_t tile = begin; tile < end; ++tile) {
@@ -360,43 +460,46 @@ void logit_grads_typed(const LogitArgs& a, int64_t begin, int64_t end) {
     const auto rows =
         row_pointers(static_cast<const S*>(a.logits), a, a.stride_batch, a.stride_class, a.stride_inner, first);
     const auto grads = row_pointers(static_cast<G*>(a.grad), a, a.classes * a.inner, a.inner, 1, first);
-    // per row: exp(x - max) * scale - s v_k off the label, at_label - s v_y on it
+    // per row: exp(a - max) * scale - s weight_k off the label, at_label - s v_y on it
     T scale[kTileRows], s[kTileRows], at_label[kTileRows], max[kTileRows];
     for (int j = 0; j < kTileRows; j += L::N) {
       auto in = [&](const void* array) { return L::load(static_cast<const T*>(array) + first + j); };
       T u[L::N];
       for (int i = 0; i < L::N; ++i) u[i] = j + i >= count ? T(0) : factor == nullptr ? T(1) : factor[first + j + i];
       const Row<L> row{L::set(0), in(a.row_rest), in(a.row_own)};
-      const V c = in(a.coefficient) * L::load(u), spread_v = L::load(u) * L::set(spread);
+      const V u_v = L::load(u);
+      const auto g = RowGradient<L>::of(row, in(a.coefficient) * u_v, u_v * L::set(spread), in(a.row_total));
       L::store(max + j, in(a.row_max));
-      L::store(s + j, spread_v);
-      L::store(scale + j, (c + spread_v * L::set(total_v)) * row.inverse_total());
-      L::store(at_label + j, spread_v * L::set(total_v) * row.own * row.inverse_total() - c * row.one_minus_p());
+      L::store(s + j, g.spread);
+      L::store(scale + j, g.scale);
+      L::store(at_label + j, g.at_label);
     }
     if (many) {
       for (int j = 0; j < count; ++j) {
-        if (!t.valid[j]) {
+        if (!a.valid[first + j]) {
           __builtin_memset(grads.row[j], 0, size_t(a.classes) * sizeof(G));
           continue;
         }
-        const RowOfClasses<L, S> row{rows.row[j], a.classes};
-        const auto write =
-            a.keep ? &RowOfClasses<L, S>::template gradient<true, G> : &RowOfClasses<L, S>::template gradient<false, G>;
-        (row.*write)(grads.row[j], max[j], scale[j], s[j], v, t.label[j], at_label[j]);
+        using RowType = RowOfClasses<L, S, Adjusted>;
+        const RowType row{rows.row[j], a.classes, adjust, soft_row<T>(a, first + j)};
+        const auto write = a.keep ? &RowType::template gradient<true, G> : &RowType::template gradient<false, G>;
+        (row.*write)(grads.row[j], max[j], scale[j], s[j], shares, t.label[j], at_label[j]);
       }
     } else {
+      const auto soft = soft_rows<T>(a, first);
       for (int j = 0; j < count; j += L::N) {
-        uint8_t valid[L::N];
-        for (int i = 0; i < L::N; ++i) valid[i] = t.valid[j + i];
-        const typename L::I keep = L::load_flags(valid);
+        const typename L::I keep = L::load_flags(a.valid + first + j);
         typename L::I label;
         __builtin_memcpy(&label, t.label + j, sizeof(label));
         const V m = L::load(max + j), k = L::load(scale + j), y = L::load(at_label + j), spread_v = L::load(s + j);
         const T* kept = kept_tile<T>(a, tile);
         for (int64_t c = 0; c < a.classes; ++c) {
-          const V e = kept != nullptr ? L::load(kept + c * kTileRows + j) : L::exp_below(load_rows<L>(rows, j, c) - m);
+          V x = kept != nullptr ? L::load(kept + c * kTileRows + j) : load_rows<L>(rows, j, c);
+          if (Adjusted && kept == nullptr) x = L::set(adjust.s[c]) * x + L::set(adjust.d[c]);
+          const V e = kept != nullptr ? x : L::exp_below(x - m);
           V g = L::select(label == L::set_int(typename L::Int(c)), y, e * k);
-          if (smooth) g -= v == nullptr ? spread_v : spread_v * L::set(v[c]);
+          if (spreads) g -= spread_v * share<L>(shares, soft, j, c);
+          if (Adjusted) g *= L::set(adjust.s[c]);
           store_rows<L>(grads, j, c, L::select(keep, g, L::set(0)), count - j);
         }
       }
@@ -442,8 +545,7 @@ struct Scores {
     z = score / L::set(T(a.lam));
     valid = load_valid<L>(a.valid, i, end);
     const typename L::V limit = L::set(T(a.z_limit));
-    // a NaN makes every comparison false; the score itself must be finite also where |lam| = inf makes z = 0
-    good = valid & (z <= limit) & (z >= -limit) & (score - score == L::set(0)) & (loss - loss == L::set(0));
+    good = valid & is_usable<L>(loss, score, z, limit);
   }
 };
 
@@ -481,29 +583,16 @@ void robust_partials_typed(const RobustArgs& a, Partial* partials, int64_t begin
 
 Outcome robust_finish(const RobustArgs& a, const Partial* partials, double log_s) {
   using L = StateLane;
-  Outcome out{0, log_s, 0, 0, 0, 0, 0};
+  int64_t good = 0, bad = 0;
   double max = -__builtin_inf(), sum = 0;
   for (int64_t b = 0; b < a.blocks(); ++b) {
-    out.good += partials[b].good;
-    out.bad += partials[b].bad;
+    good += partials[b].good;
+    bad += partials[b].bad;
     if (partials[b].good > 0 && partials[b].max > max) max = partials[b].max;
   }
-  if (out.good == 0) return out;
-  out.inverse_n = 1.0 / double(out.good);
-  if (__builtin_isinf(a.lam)) return out;  // the plain mean: z = 0, W = exp(0 - 0)
   for (int64_t b = 0; b < a.blocks(); ++b)
     if (partials[b].good > 0) sum += partials[b].sum * L::exp(partials[b].max - max);
-  if (a.normalizer != Normalizer::none) {
-    const double log_g = log_mean_exp<L>(max, sum, double(out.good));
-    const bool alone = a.normalizer == Normalizer::batch || (a.init_first && log_s == -__builtin_inf());
-    out.log_s = next_log_s<L>(log_s, log_g, a.gamma, a.alpha, alone);
-    out.share = (alone ? a.alpha : a.gamma * a.alpha) * out.inverse_n;
-  }
-  if (out.bad == 0) {  // one bad batch never poisons the state
-    out.new_log_s = out.log_s;
-    out.share_state = out.share;
-  }
-  return out;
+  return next_outcome<L>(a, log_s, max, sum, good, bad);
 }
 
 template <class T>
@@ -512,18 +601,16 @@ void robust_apply_typed(const RobustArgs& a, const Outcome& o, double* loss_part
   using V = typename L::V;
   const T* sample_weight = static_cast<const T*>(a.sample_weight);
   const V nan = L::set(T(__builtin_nan(""))), zero = L::set(0);
-  const bool plain = __builtin_isinf(a.lam);  // the plain mean: W = 1 as it is
-  const V mix = L::set(plain ? T(0) : T(a.mix)), inverse_n = L::set(T(o.inverse_n));
-  const V max_weight = L::set(plain ? T(1) : T(a.max_weight)), log_s_low = L::set(T(o.log_s - double(T(o.log_s))));
+  const auto numbers = RobustNumbers<L>::template of<T>(a.lam, a.mix, a.max_weight, o);
   for (int64_t b = begin; b < end; ++b) {
     const int64_t first = b * kBlock, last = smaller(first + kBlock, a.count);
     V sum = zero;
     for (int64_t i = first; i < last; i += L::N) {
       const Scores<L> s(a, i, last);
       auto settle = [&](V x) { return L::select(s.good, x, L::select(s.valid, nan, zero)); };
-      const V w = settle(robust_weight<L>(s.z, L::set(T(o.log_s)), log_s_low, max_weight));
+      const V w = settle(numbers.weight(s.z));
       const V t = sample_weight == nullptr ? L::set(1) : load_some<L>(sample_weight, i, last, 0);
-      const V factor = settle(sample_factor<L>(w, mix, t, inverse_n));
+      const V factor = settle(numbers.factor(w, t));
       sum += L::select(s.valid, factor * s.loss, zero);
       store_some<L>(static_cast<T*>(a.weights), i, last, w);
       if (a.factor != nullptr) store_some<L>(static_cast<T*>(a.factor), i, last, factor);
@@ -603,15 +690,22 @@ void scale_typed(const ScaleArgs& a, int64_t begin, int64_t end) {
 
 int64_t logit_stats(const LogitArgs& a, int64_t begin, int64_t end) {
   return for_storage(a.dtype, [&](auto s, auto t) {
-    return logit_stats_typed<typename decltype(s)::type, typename decltype(t)::type>(a, begin, end);
+    using S = typename decltype(s)::type;
+    using T = typename decltype(t)::type;
+    return a.adjust == nullptr ? logit_stats_typed<S, T, false>(a, begin, end)
+                               : logit_stats_typed<S, T, true>(a, begin, end);
   });
 }
 void logit_grads(const LogitArgs& a, int64_t begin, int64_t end) {
-  if (a.dtype == Dtype::f16) return logit_grads_typed<f16, float, float>(a, begin, end);
-  for_storage(a.dtype, [&](auto s, auto t) {
-    using S = typename decltype(s)::type;
-    logit_grads_typed<S, typename decltype(t)::type, S>(a, begin, end);
-  });
+  auto go = [&](auto adjusted) {
+    constexpr bool kAdjusted = decltype(adjusted)::value;
+    if (a.dtype == Dtype::f16) return logit_grads_typed<f16, float, float, kAdjusted>(a, begin, end);
+    for_storage(a.dtype, [&](auto s, auto t) {
+      using S = typename decltype(s)::type;
+      logit_grads_typed<S, typename decltype(t)::type, S, kAdjusted>(a, begin, end);
+    });
+  };
+  a.adjust == nullptr ? go(Flag<false>{}) : go(Flag<true>{});
 }
 void robust_partials(const RobustArgs& a, Partial* partials, int64_t begin, int64_t end) {
   for_real(a.dtype, [&](auto t) { robust_partials_typed<typename decltype(t)::type>(a, partials, begin, end); });

@@ -13,15 +13,9 @@ struct OneLane {
   static ABSGD_FN V set(T x) { return x; }
 };
 
-template <class L, class T>
-ABSGD_FN SgdNumbers<L> numbers(const StepGroup& g) {
-  return {L::set(T(g.maximize ? -1 : 1)), L::set(T(g.weight_decay)), L::set(T(g.momentum)),
-          L::set(T(1 - g.dampening)),     L::set(T(g.lr)),           g.weight_decay != 0};
-}
-
-// 1 KB ahead: ResNet-32 39 -> 33 us, ResNet-50 10.0 -> 9.5 ms (512 B and 4 KB gain less; four registers at a time nothing;
-// stores past the cache cost 1 ms). ResNet-50's 20 bytes a parameter then move at 61 GB/s, which is what the same two cores
-// reach when they scale one vector in place (60 to 62 GB/s): memory is the limit there.
+// 1 KB ahead: ResNet-32 39 -> 33 us, ResNet-50 10.0 -> 9.5 ms (512 B and 4 KB gain less; four registers at a time
+// nothing; stores past the cache cost 1 ms). ResNet-50's 20 bytes a parameter then move at 61 GB/s, which is what the
+// same two cores reach when they scale one vector in place (60 to 62 GB/s): memory is the limit there.
 template <class T>
 ABSGD_FN void ahead(const T* p) {
   __builtin_prefetch(reinterpret_cast<const char*>(p) + 1024);
@@ -37,7 +31,7 @@ void update_range(const StepTensor& t, const StepGroup& group, int64_t begin, in
   T* param = static_cast<T*>(t.param);
   T* buffer = static_cast<T*>(t.buffer);
   const T* grad = static_cast<const T*>(t.grad);
-  const SgdNumbers<L> many = numbers<L, T>(group);
+  const SgdNumbers<L> many = SgdNumbers<L>::template of<T>(group, group.lr);
   int64_t i = begin;
   for (; i + L::N <= end; i += L::N) {
     ahead(param + i);
@@ -48,7 +42,7 @@ void update_range(const StepTensor& t, const StepGroup& group, int64_t begin, in
     if (form != SgdForm::plain) L::store(buffer + i, v);
     L::store(param + i, w);
   }
-  const SgdNumbers<One> single = numbers<One, T>(group);
+  const SgdNumbers<One> single = SgdNumbers<One>::template of<T>(group, group.lr);
   for (; i < end; ++i) {
     T w = param[i], v = form == SgdForm::plain ? w : buffer[i];
     sgd_update<form, One>(w, v, grad[i], single);
@@ -84,7 +78,8 @@ void sgd_step(const StepTable& table, int64_t begin, int64_t end) {
   }
   for (int64_t j = low; j < table.tensor_count && table.tensors[j].begin < end; ++j) {
     const StepTensor& t = table.tensors[j];
-    if (j + 2 < table.tensor_count) {  // most tensors of a model are short, and each starts with three lines out of cache
+    if (j + 2 <
+        table.tensor_count) {  // most tensors of a model are short, and each starts with three lines out of cache
       const StepTensor& later = table.tensors[j + 2];
       __builtin_prefetch(later.param);
       __builtin_prefetch(later.grad);

@@ -1,0 +1,507 @@
+"""Robust weights of a vector of losses, and the scaling of gradients: the twin of the robust_* loops in csrc/cpu/loops.cpp.
+
+Up to ONE_LAUNCH losses one program does everything: partial sums, log s', weights. Beyond, up to MOST_PARTIALS programs
+sum a range each and the last of them to finish makes log s' of it; a second launch applies it. Sums have a fixed order,
+so a run repeats bit for bit. "real" is float64 for float64, else float32; log s' itself is computed in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .launch import parts
+from .math import divide, log_mean_exp, multiple, next_log_s, number, reference_point
+from .math import robust_weight, robust_weight_vjp, sample_factor
+
+NORMALIZERS = ("moving", "batch", "none")  # log s' is the moving average, of this batch alone, 0
+
+
+# ---- device functions ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def last_program(done, FENCE: tl.constexpr):
+    """Whether every other program has finished, and what it stored can be read (with cache_modifier=".cg")."""
+    # The barrier puts the stores of all threads before the atomic of one thread, whose release at the scope of the GPU then
+    # covers them all (Triton 3.5 and 3.9 put one there by themselves, but do not promise it). The winner's loads bypass the
+    # L1 cache, which is not kept coherent and may hold lines from before.
+    # On AMD a barrier does not wait for stores that are on their way to the L2 cache, and a release waits for those of its
+    # own wave only: there every wave makes one (FENCE threads; 0 elsewhere).
+    if FENCE > 0:
+        tl.atomic_add(done + tl.zeros([FENCE], tl.int32), tl.zeros([FENCE], tl.int32), sem="release", scope="gpu")
+    tl.debug_barrier()
+    last = tl.atomic_add(done, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1
+    if last:
+        tl.store(done, 0)
+    return last
+
+
+@triton.jit
+def read_losses(losses, score, valid, i, inside, lam, LIMIT: tl.constexpr, CACHE: tl.constexpr):
+    """losses, z, which rows count, which of them are usable; lam a scalar of the losses' type."""
+    loss = tl.load(losses + i, mask=inside, other=0.0, cache_modifier=CACHE)
+    s = loss if score is None else tl.load(score + i, mask=inside, other=0.0)
+    z = divide(s, lam)
+    counted = inside
+    if valid is not None:
+        counted &= tl.load(valid + i, mask=inside, other=0, cache_modifier=CACHE) != 0
+    # a NaN makes every comparison false; an infinite score has z = inf, or NaN where lam is infinite too
+    good = counted & (tl.abs(z) <= LIMIT)
+    if score is not None:
+        good &= loss - loss == 0
+    return loss, z, counted, good
+
+
+@triton.jit
+def partial_sums(losses, score, valid, lam, begin, end, LIMIT: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr):
+    """max z, sum of exp(z - max), usable rows, other valid rows of [begin, end), in float64. One pass: each lane keeps
+    its own maximum, so no lane waits for another before the end."""
+    T: tl.constexpr = losses.dtype.element_ty
+    top, total = tl.full([BLOCK], float("-inf"), T), tl.zeros([BLOCK], T)
+    usable, others = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    for start in range(begin, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        loss, z, counted, good = read_losses(losses, score, valid, i, i < end, lam, LIMIT, CACHE)
+        z = tl.where(good, z, float("-inf"))
+        new = tl.maximum(top, z)
+        point = reference_point(new)
+        total = total * tl.exp(top - point) + tl.exp(z - point)
+        top = new
+        usable += good.to(tl.int32)
+        others += (counted & (good == 0)).to(tl.int32)
+    highest = tl.max(top, 0)
+    total = tl.sum(total * tl.exp(top - reference_point(highest)), 0)
+    n, bad = tl.sum(usable.to(tl.int64), 0), tl.sum(others.to(tl.int64), 0)
+    return highest.to(tl.float64), total.to(tl.float64), n.to(tl.float64), bad.to(tl.float64)
+
+
+@triton.jit
+def finish(top, total, n, bad, log_s, plain, gamma, alpha, NORMALIZER: tl.constexpr, INIT_FIRST: tl.constexpr):
+    """All sums -> log s' for the weights, the new state, share, share_state, 1 / n (launch.h Outcome). Scalars, float64."""
+    moves = (n > 0) & (plain == 0)  # the plain mean: z = 0, W = exp(0 - 0)
+    clean = moves & (bad == 0)  # one bad batch never poisons the state
+    inverse_n = tl.where(n > 0, 1 / n, 0.0)
+    norm, share = tl.zeros_like(log_s), tl.zeros_like(log_s)
+    if NORMALIZER != "none":
+        if NORMALIZER == "batch":
+            alone = True
+        elif INIT_FIRST:
+            alone = log_s == float("-inf")
+        else:
+            alone = False
+        norm = tl.where(moves, next_log_s(log_s, log_mean_exp(top, total, n), gamma, alpha, alone), 0.0)
+        share = tl.where(moves, tl.where(alone, alpha, gamma * alpha) * inverse_n, 0.0)
+    return norm, tl.where(clean, norm, log_s), share, tl.where(clean, share, 0.0), inverse_n
+
+
+@triton.jit
+def commit(new_log_s, bad, share, share_state, update, log_s, nonfinite, state_out, shares):
+    """Write the state: in place (log_s, nonfinite) or, for robust_weights, to new tensors."""
+    tl.debug_barrier()  # another warp might still have to read log_s
+    if state_out is not None:
+        tl.store(state_out, new_log_s.to(state_out.dtype.element_ty))
+        tl.store(shares, share)
+        tl.store(shares + 1, share_state)
+    elif update != 0:
+        if bad > 0:
+            tl.store(nonfinite, tl.load(nonfinite) + 1)
+        else:
+            tl.store(log_s, new_log_s.to(log_s.dtype.element_ty))
+
+
+@triton.jit
+def apply(
+    losses, score, sample_weight, valid, lam, norm, inverse_n, mix, max_weight, weights, rows, grad, stats, count, begin, end,
+    LIMIT: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
+    """Weights of [begin, end); their sum of factor_i * loss_i. The factors d loss / d L_i go to `grad`, or multiply what
+    a row's gradient is made of in `stats` (losses.py). `rows` (3, count), where given, gets losses, weights, validity."""
+    T: tl.constexpr = losses.dtype.element_ty
+    plain = tl.abs(lam) == float("inf")  # W = 1 as it is
+    mix = tl.where(plain, 0.0, mix).to(T)
+    max_weight = tl.where(plain, 1.0, max_weight).to(T)
+    high = norm.to(T)
+    low = (norm - high.to(tl.float64)).to(T)
+    inverse_n = inverse_n.to(T)
+    value = tl.zeros([BLOCK], T)
+    for start in range(begin, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = i < end
+        loss, z, counted, good = read_losses(losses, score, valid, i, inside, lam, LIMIT, CACHE)
+        settled = tl.where(counted, float("nan"), 0.0).to(T)  # what a row without a usable loss gets
+        w = tl.where(good, robust_weight(z, high, low, max_weight), settled)
+        tl.store((rows + count if weights is None else weights) + i, w, mask=inside)
+        if grad is not None or stats is not None or rows is not None:
+            t = tl.full([BLOCK], 1.0, T) if sample_weight is None else tl.load(sample_weight + i, mask=inside, other=0.0)
+            factor = tl.where(good, sample_factor(w, mix, t, inverse_n), settled)
+            value += tl.where(counted, factor * loss, 0.0)
+            if rows is not None:
+                tl.store(rows + i, tl.where(counted, loss, 0.0), mask=inside)
+                tl.store(rows + 2 * count + i, counted.to(T), mask=inside)
+            if grad is not None:
+                tl.store(grad + i, factor, mask=inside)
+            if stats is not None:
+                for k in tl.static_range(1, 4):  # scale, at_label, spread
+                    place = stats + k * count + i
+                    made = tl.load(place, mask=inside, other=0.0, cache_modifier=CACHE)
+                    tl.store(place, made * factor, mask=inside)
+    return tl.sum(value, 0)
+
+
+@triton.jit
+def weigh(
+    losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights, rows, grad, stats, state_out, shares, count,
+    update, gamma, alpha, mix, max_weight,
+    NORMALIZER: tl.constexpr, INIT_FIRST: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
+    """Everything, by one program."""
+    lam = tl.load(lam).to(losses.dtype.element_ty)
+    before = tl.load(log_s).to(tl.float64)
+    top, total, n, bad = partial_sums(losses, score, valid, lam, 0, count, LIMIT, BLOCK, CACHE)
+    plain = tl.abs(lam) == float("inf")
+    norm, new_log_s, share, share_state, inverse_n = finish(
+        top, total, n, bad, before, plain, gamma, alpha, NORMALIZER, INIT_FIRST
+    )
+    value = apply(
+        losses, score, sample_weight, valid, lam, norm, inverse_n, mix, max_weight, weights, rows, grad, stats, count, 0, count,
+        LIMIT, BLOCK, CACHE,
+    )  # fmt: skip
+    if loss is not None:
+        tl.store(loss, value)
+    commit(new_log_s, bad, share, share_state, update, log_s, nonfinite, state_out, shares)
+
+
+# ---- kernels -----------------------------------------------------------------------------------------------------------
+#
+# Optional tensors are None. Numbers that change from call to call are not specialized on: 16 rows more are no new kernel.
+
+
+@triton.jit(do_not_specialize=["count", "update"])
+def robust_loss_fwd_kernel(
+    losses,  # (count) real
+    score, sample_weight,  # (count) real, or None
+    valid,  # (count) bool, or None
+    log_s, nonfinite, lam,  # one number each
+    loss,  # () real, or None
+    weights,  # (count) real; or None and
+    rows,  # (3, count) real: losses, weights, validity
+    grad,  # (count) real, or None
+    state_out, shares,  # (), (2) float64; or None: the state is written in place
+    count, update, gamma, gamma_low, alpha, alpha_low, mix, mix_low, max_weight, max_weight_low,
+    NORMALIZER: tl.constexpr, INIT_FIRST: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    T: tl.constexpr = losses.dtype.element_ty
+    weigh(
+        losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights, rows, grad, None, state_out, shares, count,
+        update, number(gamma, gamma_low, tl.float64), number(alpha, alpha_low, tl.float64), number(mix, mix_low, T),
+        number(max_weight, max_weight_low, T), NORMALIZER, INIT_FIRST, LIMIT, BLOCK, "",
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count", "per_program", "update"])
+def robust_sums_fwd_kernel(
+    losses, score, valid, log_s, nonfinite, lam, state_out, shares,  # as above; valid also (count) real
+    scratch,  # (2 + 5 programs) float64: norm, 1 / n; then of each program max z, sum, usable rows, other valid rows, loss
+    done,  # launch.counter
+    count, per_program, update, gamma, gamma_low, alpha, alpha_low,
+    NORMALIZER: tl.constexpr, INIT_FIRST: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr, FENCE: tl.constexpr,
+    PARTIALS: tl.constexpr,
+):  # fmt: skip
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    begin = program * per_program
+    lam = tl.load(lam).to(losses.dtype.element_ty)
+    top, total, n, bad = partial_sums(losses, score, valid, lam, begin, tl.minimum(begin + per_program, count), LIMIT, BLOCK, "")
+    place = scratch + 2 + program
+    tl.store(place, top)
+    tl.store(place + programs, total)
+    tl.store(place + 2 * programs, n)
+    tl.store(place + 3 * programs, bad)
+    if last_program(done, FENCE):
+        j = tl.arange(0, PARTIALS)
+        inside = j < programs
+        theirs = scratch + 2 + j
+        tops = tl.load(theirs, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        totals = tl.load(theirs + programs, mask=inside, other=0.0, cache_modifier=".cg")
+        n = tl.sum(tl.load(theirs + 2 * programs, mask=inside, other=0.0, cache_modifier=".cg"), 0)
+        bad = tl.sum(tl.load(theirs + 3 * programs, mask=inside, other=0.0, cache_modifier=".cg"), 0)
+        top = tl.max(tops, 0)
+        total = tl.sum(totals * tl.exp(tops - top), 0)  # NaN where no row is usable: `finish` does not look then
+        before = tl.load(log_s).to(tl.float64)
+        norm, new_log_s, share, share_state, inverse_n = finish(
+            top, total, n, bad, before, tl.abs(lam) == float("inf"),
+            number(gamma, gamma_low, tl.float64), number(alpha, alpha_low, tl.float64), NORMALIZER, INIT_FIRST,
+        )  # fmt: skip
+        tl.store(scratch, norm)
+        tl.store(scratch + 1, inverse_n)
+        commit(new_log_s, bad, share, share_state, update, log_s, nonfinite, state_out, shares)
+
+
+@triton.jit(do_not_specialize=["count", "per_program"])
+def robust_apply_fwd_kernel(
+    losses, score, sample_weight, valid, lam, loss, weights, rows, grad,  # as above
+    stats,  # (4, count) real, or None: losses.py
+    scratch, done, count, per_program, mix, mix_low, max_weight, max_weight_low,
+    LIMIT: tl.constexpr, BLOCK: tl.constexpr, FENCE: tl.constexpr, PARTIALS: tl.constexpr,
+):  # fmt: skip
+    T: tl.constexpr = losses.dtype.element_ty
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    begin = program * per_program
+    value = apply(
+        losses, score, sample_weight, valid, tl.load(lam).to(T), tl.load(scratch), tl.load(scratch + 1), number(mix, mix_low, T),
+        number(max_weight, max_weight_low, T), weights, rows, grad, stats, count.to(tl.int64), begin,
+        tl.minimum(begin + per_program, count), LIMIT, BLOCK, "",
+    )  # fmt: skip
+    if loss is not None:
+        values = scratch + 2 + 4 * programs
+        tl.store(values + program, value.to(tl.float64))
+        if last_program(done, FENCE):
+            j = tl.arange(0, PARTIALS)
+            total = tl.sum(tl.load(values + j, mask=j < programs, other=0.0, cache_modifier=".cg"), 0)
+            tl.store(loss, total.to(T))
+
+
+@triton.jit
+def weighted_sum(weights, upstream, begin, end, BLOCK: tl.constexpr):
+    """sum of W_i d_i over the rows that have a weight (a bad row keeps its NaN to itself), in float64."""
+    T: tl.constexpr = weights.dtype.element_ty
+    sums = tl.zeros([BLOCK], T)
+    for start in range(begin, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        w = tl.load(weights + i, mask=i < end, other=0.0)
+        sums += tl.where(w == w, w * tl.load(upstream + i, mask=i < end, other=0.0), 0.0)
+    return tl.sum(sums, 0).to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["count", "per_program"])
+def robust_dots_bwd_kernel(weights, upstream, dots, count, per_program, BLOCK: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    begin = program * per_program
+    tl.store(dots + program, weighted_sum(weights, upstream, begin, tl.minimum(begin + per_program, count), BLOCK))
+
+
+@triton.jit(do_not_specialize=["count", "per_program"])
+def robust_weights_bwd_kernel(
+    weights, upstream,  # (count) real
+    upstream_log_s, lam, shares,  # (), (), (2) float64
+    dots,  # (programs) float64: sums of W_i d_i of parts; None: this one program makes the sum itself
+    grad,  # (count) real
+    count, per_program, BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
+):  # fmt: skip
+    T: tl.constexpr = weights.dtype.element_ty
+    if dots is None:
+        dot = weighted_sum(weights, upstream, 0, count, BLOCK)
+    else:
+        j = tl.arange(0, PARTIALS)
+        dot = tl.sum(tl.load(dots + j, mask=j < tl.num_programs(0), other=0.0), 0)
+    inverse_lam = (1 / tl.load(lam).to(tl.float64)).to(T)
+    share, share_state, u = tl.load(shares).to(T), tl.load(shares + 1).to(T), tl.load(upstream_log_s).to(T)
+    begin = tl.program_id(0).to(tl.int64) * per_program
+    end = tl.minimum(begin + per_program, count)
+    for start in range(begin, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        w = tl.load(weights + i, mask=i < end, other=0.0)
+        d = tl.load(upstream + i, mask=i < end, other=0.0)
+        tl.store(grad + i, robust_weight_vjp(w, d, dot.to(T), u, share, share_state, inverse_lam), mask=i < end)
+
+
+@triton.jit(do_not_specialize=["slices", "length", "classes"])
+def scale_kernel(
+    grad,  # (slices, length)
+    upstream,  # real: one number (EACH = 0), one of each slice (1), (slices / classes, length) (2)
+    out,  # (slices, length); may be grad itself
+    slices, length, classes,
+    EACH: tl.constexpr, IN_PLACE: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    length = multiple(length, UNIT)
+    blocks = tl.cdiv(length, BLOCK)
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    stop = length
+    if EACH == 0:
+        u = tl.load(upstream)
+        if IN_PLACE:  # loss.backward(): the gradient is already there
+            stop = tl.where(u == 1, 0, length)
+    elif EACH == 1:
+        u = tl.load(upstream + row, mask=row < slices, other=0.0)[:, None]
+    inside = (row < slices)[:, None] & (col < stop)[None, :]
+    if EACH == 2:
+        u = tl.load(upstream + (row // classes)[:, None] * length + col[None, :], mask=inside, other=0.0)
+    place = row[:, None] * length + col[None, :]
+    g = tl.load(grad + place, mask=inside, other=0.0).to(u.dtype)
+    tl.store(out + place, (g * u).to(out.dtype.element_ty), mask=inside)
+
+
+KERNELS = (
+    robust_loss_fwd_kernel, robust_sums_fwd_kernel, robust_apply_fwd_kernel, robust_dots_bwd_kernel, robust_weights_bwd_kernel,
+    scale_kernel,
+)  # fmt: skip
+
+
+# ---- launchers -----------------------------------------------------------------------------------------------------------
+
+_BLOCK = 1024  # losses a program of 4 warps takes at a time: 8 a thread, so that as many loads are under way
+
+
+def limit(dtype: torch.dtype, log_s: Tensor) -> float:
+    """A larger |z| counts as non-finite: it would not fit the state."""
+    return torch.finfo(torch.float64 if dtype == log_s.dtype == torch.float64 else torch.float32).max
+
+
+def shared(count: int) -> tuple[int, int]:
+    """Programs among which `count` losses are shared, and how many each takes."""
+    blocks = -(-count // _BLOCK)
+    per_program = -(-blocks // launch.MOST_PARTIALS) * _BLOCK
+    return -(-count // per_program), per_program
+
+
+def weigh_many(losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights, rows, grad, stats, state_out, shares,
+               gamma, alpha, mix, max_weight, normalizer, init_first, update):  # fmt: skip
+    """More than ONE_LAUNCH losses (count): two launches."""
+    count = losses.numel()
+    programs, per_program = shared(count)
+    scratch = losses.new_empty(2 + 5 * programs, dtype=torch.float64)
+    done, bound = launch.counter(losses), limit(losses.dtype, log_s)
+    launch.launch(
+        robust_sums_fwd_kernel, programs, losses, losses, score, valid, log_s, nonfinite, lam, state_out, shares, scratch, done,
+        count, per_program, int(update), *parts(gamma, alpha),
+        NORMALIZER=NORMALIZERS[normalizer], INIT_FIRST=init_first, LIMIT=bound, BLOCK=_BLOCK, FENCE=4 * launch.FENCE,
+        PARTIALS=launch.MOST_PARTIALS,
+    )  # fmt: skip
+    launch.launch(
+        robust_apply_fwd_kernel, programs, losses, losses, score, sample_weight, valid, lam, loss, weights, rows, grad, stats,
+        scratch, done, count, per_program, *parts(mix, max_weight),
+        LIMIT=bound, BLOCK=_BLOCK, FENCE=4 * launch.FENCE, PARTIALS=launch.MOST_PARTIALS,
+    )  # fmt: skip
+
+
+def _weigh(losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights, rows, grad, state_out, shares,
+           gamma, alpha, mix, max_weight, normalizer, init_first, update):  # fmt: skip
+    count = losses.numel()
+    if count > launch.ONE_LAUNCH:
+        weigh_many(losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights, rows, grad, None, state_out,
+                   shares, gamma, alpha, mix, max_weight, normalizer, init_first, update)  # fmt: skip
+        return
+    # one program alone: as many threads as have something to do, 4 losses each (8 float64 would not fit the registers)
+    warps = 4 if count <= 512 else 16
+    launch.launch(
+        robust_loss_fwd_kernel, 1, losses, losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights, rows, grad,
+        state_out, shares, count, int(update), *parts(gamma, alpha, mix, max_weight), NORMALIZER=NORMALIZERS[normalizer],
+        INIT_FIRST=init_first, LIMIT=limit(losses.dtype, log_s), BLOCK=128 * warps, num_warps=warps,
+    )  # fmt: skip
+
+
+def robust_loss(
+    losses: Tensor,
+    score: Tensor | None,
+    sample_weight: Tensor | None,
+    mask: Tensor | None,
+    log_s: Tensor,
+    nonfinite: Tensor,
+    lam: Tensor,
+    gamma: float,
+    alpha: float,
+    mix: float,
+    max_weight: float,
+    *,
+    normalizer: int,
+    init_first: bool,
+    update: bool,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The robust loss of Alg. 1 of given losses; with `update`, log_s moves (or nonfinite counts).
+
+    Args:
+        losses: any shape, contiguous, float32 or float64; score, sample_weight like it, mask bool like it, or None.
+        log_s, lam: one number, float32 or float64; nonfinite: one int64.
+        normalizer: 0 moving, 1 batch, 2 none.
+
+    Returns:
+        loss (), rows (3, ...): losses (0 where masked), weights, validity; grad like losses, or (0) without `with_grad`.
+    """
+    rows = losses.new_empty((3, *losses.shape))
+    grad = torch.empty_like(losses) if with_grad else losses.new_empty(0)
+    if not losses.numel():
+        return losses.new_zeros(()), rows, grad
+    loss = losses.new_empty(())
+    _weigh(losses, score, sample_weight, mask, log_s, nonfinite, lam, loss, None, rows, grad if with_grad else None, None,
+           None, gamma, alpha, mix, max_weight, normalizer, init_first, update)  # fmt: skip
+    return loss, rows, grad
+
+
+def robust_weights(
+    losses: Tensor,
+    log_s: Tensor,
+    lam: Tensor,
+    mask: Tensor | None,
+    gamma: float,
+    alpha: float,
+    *,
+    normalizer: int,
+    init_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """weights (like losses), new log s (), and (2) float64: d log s' / d z_j / W_j for the weights and for the new state."""
+    weights, state = torch.empty_like(losses), log_s.new_empty(())
+    shares = losses.new_empty(2, dtype=torch.float64)
+    if not losses.numel():
+        return weights, state.copy_(log_s.view(())), shares.zero_()
+    _weigh(losses, None, None, mask, log_s, None, lam, None, weights, None, None, state, shares, gamma, alpha, 0.0,
+           float("inf"), normalizer, init_first, False)  # fmt: skip
+    return weights, state, shares
+
+
+def robust_weights_backward(weights: Tensor, grad_weights: Tensor, grad_log_s: Tensor, lam: Tensor, shares: Tensor) -> Tensor:
+    """vjp of robust_weights with respect to the losses."""
+    grad, count = torch.empty_like(weights), weights.numel()
+    if not count:
+        return grad
+    dots, programs, per_program, warps = None, 1, count, 4 if count <= _BLOCK else 16
+    if count > launch.ONE_LAUNCH:
+        programs, per_program = shared(count)
+        dots, warps = weights.new_empty(programs, dtype=torch.float64), 4
+        launch.launch(robust_dots_bwd_kernel, programs, weights, weights, grad_weights, dots, count, per_program, BLOCK=_BLOCK)
+    launch.launch(
+        robust_weights_bwd_kernel, programs, weights, weights, grad_weights, grad_log_s, lam, shares, dots, grad, count,
+        per_program, BLOCK=_BLOCK // 4 * warps, PARTIALS=launch.MOST_PARTIALS, num_warps=warps,
+    )  # fmt: skip
+    return grad
+
+
+def _scale(grad: Tensor, upstream: Tensor, out: Tensor) -> None:
+    n = out.numel()
+    if not n:
+        return
+    if not any(upstream.stride()):  # 0-d, or one value expanded (the gradient of a sum)
+        slices, length, classes, each = 1, n, 1, 0
+    else:
+        upstream = upstream.contiguous()
+        if out.dim() == upstream.dim():  # a vector of losses: one factor for each element
+            slices, length, classes, each = 1, n, 1, 2
+        else:
+            batch, classes = out.shape[:2]
+            inner = n // (batch * classes)
+            slices, length, each = (batch, classes, 1) if inner == 1 else (batch * classes, inner, 2)
+    block = min(launch.power_of_two(length), _BLOCK)
+    rows = min(_BLOCK // block, launch.power_of_two(slices))
+    launch.launch(
+        scale_kernel, -(-slices // rows) * -(-length // block), out, grad, upstream, out, slices, length, classes,
+        EACH=each, IN_PLACE=out is grad, UNIT=launch.unit(out.element_size(), length), ROWS=rows, BLOCK=block,
+    )  # fmt: skip
+
+
+def scale(grad: Tensor, upstream: Tensor, to_half: bool) -> Tensor:
+    """upstream * grad, for a contiguous gradient (of a vector of losses, or of logits (B, C, ...)) made in the forward pass.
+
+    upstream: real, 0-d or one number per row. to_half: from float32 to float16."""
+    out = torch.empty_like(grad, dtype=torch.float16 if to_half else grad.dtype)
+    _scale(grad, upstream, out)
+    return out
+
+
+def scale_(grad: Tensor, upstream: Tensor) -> None:
+    """The same in place. Where upstream is one number and that is 1, nothing is read or written."""
+    _scale(grad, upstream, grad)

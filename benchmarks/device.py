@@ -1,0 +1,122 @@
+"""What a measurement needs of a device: its clock, its queue, captured graphs, and which kernels a call launched.
+
+On the CPU each of these is the plain thing (a call is over when it returns), so that what is made for a GPU can be tried
+without one.
+"""
+
+import gc
+from time import perf_counter_ns
+
+import torch
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def block_ns(device, run, calls):
+    """ns per call of so many calls one after the other, by the device's own clock. Where calls are short, one call before
+    the clock starts finds what others left in the caches."""
+    if calls > 1:
+        run()
+    if device.type != "cuda":
+        start = perf_counter_ns()
+        for _ in range(calls):
+            run()
+        return (perf_counter_ns() - start) / calls
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e6 / calls
+
+
+def host_us(device, run, calls=20, rounds=15):
+    """µs of the host per call, once per round: what a call takes to return while the device's queue has room."""
+    out = []
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            run()
+            synchronize(device)
+            start = perf_counter_ns()
+            for _ in range(calls):
+                run()
+            out.append((perf_counter_ns() - start) / calls / 1e3)
+            synchronize(device)
+    finally:
+        gc.enable()
+    return out
+
+
+def captured(device, run, warm_up=3):
+    """(replay, what `run` returned while it was captured as a CUDA graph). On the CPU replay is `run`, and nothing was returned."""
+    if device.type != "cuda":
+        for _ in range(warm_up):
+            run()
+        return run, None
+    side, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(warm_up):
+            run()
+    torch.cuda.current_stream(device).wait_stream(side)
+    synchronize(device)
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph.replay, result
+
+
+def _profiled(run):
+    """Events of the profiler during `run`, which is called once."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+        torch.cuda.synchronize()
+    return profile.events()
+
+
+_seen_by_profiler = []  # the first profile of a process starts the tracer, and may miss what runs meanwhile
+
+
+def _events(device, run):
+    if not _seen_by_profiler:
+        _profiled(lambda: torch.zeros(8, device=device).add_(1))
+        _seen_by_profiler.append(True)
+    synchronize(device)
+    return _profiled(run)
+
+
+def kernels(device, run):
+    """Names of what one call of `run` put on the GPU (kernels and fills, no copies); None where there is no GPU."""
+    if device.type != "cuda":
+        run()
+        return None
+    on_gpu = [e for e in _events(device, run) if e.device_type == torch.autograd.DeviceType.CUDA]
+    launched = [e.name for e in on_gpu if not getattr(e, "is_user_annotation", False)]
+    return [name for name in launched if not name.startswith(("Memcpy", "Optimizer."))]
+
+
+def waits(device, run):
+    """Names of the CUDA calls in which the host waited for the GPU during `run`."""
+    if device.type != "cuda":
+        run()
+        return []
+
+    def marked():
+        with torch.profiler.record_function("absgd_fast: no waiting"):
+            run()
+
+    events = [e for e in _events(device, marked) if e.device_type == torch.autograd.DeviceType.CPU]
+    inside = next(e.time_range for e in events if e.name == "absgd_fast: no waiting")
+    named = [e for e in events if "Synchronize" in e.name or e.name == "cudaMemcpy"]
+    return [e.name for e in named if inside.start <= e.time_range.start <= inside.end]
+
+
+def copy_ns(device, numbers):
+    """ns that each of 30 copies of so many float32 numbers took, device to device."""
+    source, target = torch.ones(numbers, device=device), torch.empty(numbers, device=device)
+    return [block_ns(device, lambda: target.copy_(source), 2) for _ in range(30)]

@@ -1,0 +1,237 @@
+// What the CUDA kernels are written in: how they are launched, warps and blocks, 16-byte accesses, the lane type of
+// math.h, and the pattern by which the last block of a launch finishes for all.
+//
+// The style is plain CUDA C++ on purpose: the same files compile for the host, where a test runs every thread as a
+// fiber (tests/simt). So PTX stands behind __CUDA_ARCH__ beside a portable twin, and shared memory behind the macros
+// below.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "../launch.h"
+
+#ifndef LAUNCH
+#define LAUNCH(kernel, grid, block, smem, stream, ...) kernel<<<grid, block, smem, stream>>>(__VA_ARGS__)
+#define SHARED(type, name)      \
+  using name##_shared_t = type; \
+  __shared__ name##_shared_t name
+#define DYN_SHARED(type, name)                                    \
+  extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
+  type* const name = reinterpret_cast<type*>(dynamic_shared)
+#endif
+
+namespace absgd {
+namespace gpu {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAll = 0xffffffffu;
+
+template <class T>
+struct Tag {
+  using type = T;
+};
+
+// f(storage type, real type)
+template <class F>
+auto for_storage(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::f64:
+      return f(Tag<double>{}, Tag<double>{});
+    case Dtype::bf16:
+      return f(Tag<__nv_bfloat16>{}, Tag<float>{});
+    case Dtype::f16:
+      return f(Tag<__half>{}, Tag<float>{});
+    default:
+      return f(Tag<float>{}, Tag<float>{});
+  }
+}
+
+inline const char* failure() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// ---- one value as a lane of math.h ---------------------------------------------------------------------------------
+
+template <class T>
+struct Lane {
+  using V = T;
+  static ABSGD_FN T set(T x) { return x; }
+  static ABSGD_FN T select(bool condition, T a, T b) { return condition ? a : b; }
+  static ABSGD_FN T exp(T x) { return ::exp(x); }
+  static ABSGD_FN T log(T x) { return ::log(x); }
+  static ABSGD_FN T log1p(T x) { return ::log1p(x); }
+};
+template <>
+ABSGD_FN float Lane<float>::exp(float x) {
+  return ::expf(x);
+}
+template <>
+ABSGD_FN float Lane<float>::log(float x) {
+  return ::logf(x);
+}
+template <>
+ABSGD_FN float Lane<float>::log1p(float x) {
+  return ::log1pf(x);
+}
+
+// exp(x) for x <= 0 in three instructions: relative error below 1e-7 |x|, so what is far below 1 is less exact, and
+// counts for as much less in the sum it enters.
+__device__ __forceinline__ float exp_below(float x) {
+  const float t = x * 1.44269504088896341f;
+#if defined(__CUDA_ARCH__)
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(t));
+  return out;
+#else
+  return ::exp2f(t);
+#endif
+}
+__device__ __forceinline__ double exp_below(double x) { return ::exp(x); }
+
+// The lowest finite number: as a running maximum it never makes -inf - -inf.
+__device__ __forceinline__ float lowest(float) { return -3.402823466e+38f; }
+__device__ __forceinline__ double lowest(double) { return -kLargest; }
+
+__device__ __forceinline__ float greater(float a, float b) { return ::fmaxf(a, b); }
+__device__ __forceinline__ double greater(double a, double b) { return ::fmax(a, b); }
+
+// ---- storage -------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float to_real(float x) { return x; }
+__device__ __forceinline__ double to_real(double x) { return x; }
+__device__ __forceinline__ float to_real(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_real(__half x) { return __half2float(x); }
+
+template <class S>
+__device__ __forceinline__ S to_storage(float x);
+template <>
+__device__ __forceinline__ float to_storage<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 to_storage<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ __half to_storage<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <class S>
+__device__ __forceinline__ double to_storage(double x) {
+  return x;
+}
+
+// 16 bytes, the widest access of a thread.
+template <class S>
+struct alignas(16) Pack {
+  static constexpr int N = 16 / int(sizeof(S));
+  S value[N];
+};
+template <class S>
+__device__ __forceinline__ Pack<S> load_pack(const S* p) {
+  const uint4 raw = *reinterpret_cast<const uint4*>(p);
+  Pack<S> out;
+  memcpy(&out, &raw, sizeof(out));
+  return out;
+}
+template <class S>
+__device__ __forceinline__ void store_pack(S* p, const Pack<S>& x) {
+  uint4 raw;
+  memcpy(&raw, &x, sizeof(raw));
+  *reinterpret_cast<uint4*>(p) = raw;
+}
+// Elements of p before its first multiple of 16 bytes.
+template <class S>
+__device__ __forceinline__ int to_boundary(const S* p) {
+  return int((16 - reinterpret_cast<size_t>(p) % 16) % 16 / sizeof(S));
+}
+
+__device__ __forceinline__ double read(const DeviceNumber& n) {
+  return n.is_double ? *static_cast<const double*>(n.data) : double(*static_cast<const float*>(n.data));
+}
+__device__ __forceinline__ void write(const DeviceNumber& n, double value) {
+  if (n.is_double)
+    *static_cast<double*>(n.data) = value;
+  else
+    *static_cast<float*>(n.data) = float(value);
+}
+
+// What another block of this launch wrote: not from this multiprocessor's own cache.
+template <class T>
+__device__ __forceinline__ T load_shared_between_blocks(const T* p) {
+#if defined(__CUDA_ARCH__)
+  return __ldcg(p);
+#else
+  return *p;
+#endif
+}
+
+// ---- a team: the lanes of a warp that share a row, or a whole block ------------------------------------------------
+
+// `width` neighbouring lanes of a warp, a power of two.
+struct WarpTeam {
+  int lane, width;
+
+  template <class T>
+  __device__ __forceinline__ T max(T x) const {
+    for (int o = width / 2; o > 0; o /= 2) x = greater(x, __shfl_xor_sync(kAll, x, o));
+    return x;
+  }
+  template <class T>
+  __device__ __forceinline__ T sum(T x) const {
+    for (int o = width / 2; o > 0; o /= 2) x += __shfl_xor_sync(kAll, x, o);
+    return x;
+  }
+};
+
+// All threads of a block, whole warps. Every thread gets the result, in the same order of summation on every run.
+struct BlockTeam {
+  int lane, width;
+  static __device__ __forceinline__ BlockTeam here() { return {int(threadIdx.x), int(blockDim.x)}; }
+
+  template <class T>
+  __device__ __forceinline__ T max(T x) const {
+    return over_warps(WarpTeam{lane % kWarp, kWarp}.max(x), [](T a, T b) { return greater(a, b); });
+  }
+  template <class T>
+  __device__ __forceinline__ T sum(T x) const {
+    return over_warps(WarpTeam{lane % kWarp, kWarp}.sum(x), [](T a, T b) { return a + b; });
+  }
+
+ private:
+  template <class T, class F>
+  __device__ __forceinline__ T over_warps(T x, F combine) const {
+    SHARED(T[kWarp], partial);
+    if (lane % kWarp == 0) partial[lane / kWarp] = x;
+    __syncthreads();
+    T out = partial[0];
+    for (int w = 1; w < width / kWarp; ++w) out = combine(out, partial[w]);
+    __syncthreads();  // the next reduction writes `partial` again
+    return out;
+  }
+};
+
+// ---- the last block of a launch ------------------------------------------------------------------------------------
+
+// True, in all threads, of the one block that comes last: it sees what all others wrote. `ticket` is zero before the
+// launch and after it, because atomicInc wraps at the number of blocks.
+__device__ __forceinline__ bool is_last_block(unsigned* ticket) {
+  SHARED(bool[1], last);
+  __syncthreads();  // all writes of this block come before thread 0's fence
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last[0] = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last[0];
+}
+
+// A ticket that no launch which may run at the same time uses (weights.cu).
+unsigned* ticket_for(cudaStream_t stream);
+
+}  // namespace gpu
+}  // namespace absgd

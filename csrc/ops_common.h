@@ -1,0 +1,378 @@
+// What the operators of every device share, on LibTorch's stable ABI: how tensors become the structs of launch.h, and
+// the signatures that are compared with the schemas. Included by ops_cpu.cpp and ops_cuda.cpp, each of which is a
+// library of its own; these three are the only files that include torch.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "launch.h"
+
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in the headers of torch 2.10
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using namespace absgd;
+
+// ---- tensors -------------------------------------------------------------------------------------------------------
+
+// torch's dtype codes, read once: Tensor::scalar_type() asks for up to a dozen of them on every call (30 ns).
+const int32_t kFloat = aoti_torch_dtype_float32(), kDouble = aoti_torch_dtype_float64();
+const int32_t kBFloat16 = aoti_torch_dtype_bfloat16(), kHalf = aoti_torch_dtype_float16();
+const int32_t kLong = aoti_torch_dtype_int64(), kInt = aoti_torch_dtype_int32(), kBool = aoti_torch_dtype_bool();
+const int32_t kCpu = aoti_torch_device_type_cpu();
+
+int32_t code_of(const Tensor& t) {
+  int32_t code;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
+  return code;
+}
+
+Dtype dtype_of(const Tensor& t) {
+  const int32_t code = code_of(t);
+  if (code == kFloat) return Dtype::f32;
+  if (code == kDouble) return Dtype::f64;
+  if (code == kBFloat16) return Dtype::bf16;
+  STD_TORCH_CHECK(code == kHalf, "expected float32, float64, bfloat16 or float16");
+  return Dtype::f16;
+}
+
+int32_t code_of(Dtype dtype) {
+  return dtype == Dtype::f32 ? kFloat : dtype == Dtype::f64 ? kDouble : dtype == Dtype::bf16 ? kBFloat16 : kHalf;
+}
+// What losses and sums of this storage type are computed in.
+Dtype real_of(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
+// How a gradient made in the forward pass is stored. Not in float16: what a loss scale (GradScaler) is there to lift
+// into range would already be 0 when backward brings that scale.
+Dtype made_as(Dtype dtype) { return dtype == Dtype::f16 ? Dtype::f32 : dtype; }
+size_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+struct Device {
+  int32_t type, index;
+};
+Device device_of(const Tensor& t) {
+  Device out{kCpu, 0};
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &out.type));
+  if (out.type != kCpu) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &out.index));
+  return out;
+}
+bool is_on(const Tensor& t, Device device) {
+  const Device own = device_of(t);
+  return own.type == device.type && own.index == device.index;
+}
+
+Tensor empty_on(Device device, const int64_t* sizes, int64_t dim, Dtype dtype) {
+  int64_t strides[16] = {};
+  STD_TORCH_CHECK(dim <= 16, "at most 16 dimensions");
+  int64_t step = 1;
+  for (int64_t d = dim - 1; d >= 0; --d) {
+    strides[d] = step;
+    step *= sizes[d] > 0 ? sizes[d] : 1;
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, code_of(dtype), device.type, device.index, &handle));
+  return Tensor(handle);
+}
+Tensor empty_scalar(Device device, Dtype dtype) { return empty_on(device, nullptr, 0, dtype); }
+Tensor empty_none(Device device, Dtype dtype) {
+  const int64_t zero = 0;
+  return empty_on(device, &zero, 1, dtype);
+}
+// `count` values for every value of `like`: (count, ...)
+Tensor empty_rows(Device device, int64_t count, const Tensor& like, Dtype dtype) {
+  int64_t shape[16] = {count};
+  STD_TORCH_CHECK(like.dim() < 16, "at most 15 dimensions");
+  const auto sizes = like.sizes();
+  for (int64_t d = 0; d < like.dim(); ++d) shape[d + 1] = sizes[d];
+  return empty_on(device, shape, like.dim() + 1, dtype);
+}
+
+// A vector of one number per row, ready for the kernels.
+const void* per_row(const std::optional<Tensor>& t, Device device, int64_t rows, int32_t code, const char* name) {
+  if (!t.has_value()) return nullptr;
+  STD_TORCH_CHECK(
+      is_on(*t, device) && t->numel() == rows && t->is_contiguous() && code_of(*t) == code, name,
+      ": expected a contiguous tensor on the device of the losses, with one value per sample, of the dtype they are "
+      "computed in");
+  return t->data_ptr();
+}
+const uint8_t* per_row_mask(const std::optional<Tensor>& t, Device device, int64_t rows) {
+  return static_cast<const uint8_t*>(per_row(t, device, rows, kBool, "mask"));
+}
+
+// ---- losses on logits ----------------------------------------------------------------------------------------------
+
+// logits (B, C, d1, ...) as (batch, classes, inner) with strides; copies only where d1, ... have no common stride.
+struct LogitTensors {
+  Tensor logits, target;
+  Device device;
+
+  LogitTensors(LogitInput& args, const Tensor& logits_in, const Tensor& target_in,
+               const std::optional<Tensor>& class_weight, const std::optional<Tensor>& adjust, const LossNumbers& loss,
+               int64_t ignore_index, const std::optional<Tensor>& mask)
+      : logits(logits_in), target(target_in), device(device_of(logits_in)) {
+    STD_TORCH_CHECK(logits.dim() >= 2 && logits.dim() <= 16 && is_on(target, device),
+                    "logits: expected a tensor (B, C, ...), and target on the same device");
+    args.dtype = dtype_of(logits);
+    if (!view(args)) {
+      logits = torch::stable::contiguous(logits);
+      view(args);
+    }
+    if (!target.is_contiguous()) target = torch::stable::contiguous(target);
+    const int32_t label_type = code_of(target), real = code_of(real_of(args.dtype));
+    const bool soft = label_type == real;
+    bool fits = target.dim() == logits.dim() - (soft ? 0 : 1) && target.size(0) == args.batch;
+    for (int64_t d = soft ? 1 : 2; fits && d < logits.dim(); ++d)
+      fits = target.size(soft ? d : d - 1) == logits.size(d);
+    STD_TORCH_CHECK(fits, "target: expected one label per row of logits, or probabilities of the logits' shape");
+    args.target_int64 = label_type == kLong;
+    STD_TORCH_CHECK(soft || args.target_int64 || label_type == kInt,
+                    "target: expected int64 or int32 labels, or probabilities in the dtype losses are computed in");
+    STD_TORCH_CHECK(!soft || loss.kind == Kind::ce, "target: probabilities are for cross-entropy");
+    args.logits = logits.data_ptr();
+    (soft ? args.soft : args.target) = target.data_ptr();
+    args.ignore_index = ignore_index;
+    args.loss = loss;
+    args.share_keep = 1 - loss.smoothing();
+    args.share_uniform = loss.smoothing() / double(args.classes);
+    args.class_weight = per_row(class_weight, device, args.classes, real, "weight");
+    args.adjust = per_row(adjust, device, 3 * args.classes, real, "scale, shift, margin");
+    args.mask = per_row_mask(mask, device, args.rows());
+  }
+
+  // `count` numbers for every row: (count, B, ...)
+  Tensor per_row_results(int64_t count, Dtype real, bool vector = false) const {
+    int64_t shape[17] = {count, logits.size(0)};
+    for (int64_t d = 2; d < logits.dim(); ++d) shape[d] = logits.size(d);
+    return empty_on(device, shape + (vector ? 1 : 0), logits.dim() - (vector ? 1 : 0), real);
+  }
+
+ private:
+  bool view(LogitInput& args) const {
+    const auto sizes = logits.sizes(), strides = logits.strides();
+    args.batch = sizes[0];
+    args.classes = sizes[1];
+    args.stride_batch = strides[0];
+    args.stride_class = strides[1];
+    args.inner = 1;
+    args.stride_inner = 1;
+    for (int64_t d = logits.dim() - 1; d >= 2; --d) {
+      if (sizes[d] == 1) continue;
+      if (args.inner == 1)
+        args.stride_inner = strides[d];
+      else if (strides[d] != args.inner * args.stride_inner)
+        return false;
+      args.inner *= sizes[d];
+    }
+    return true;
+  }
+};
+
+[[noreturn]] void raise_bad_label(long long label, long long row, long long classes, const char* when) {
+  // ops.py turns this into an IndexError
+  STD_TORCH_CHECK(false, "absgd_fast label out of range: label=", label, " row=", row, " classes=", classes, when, ";");
+  __builtin_unreachable();
+}
+
+// ---- robust weights ------------------------------------------------------------------------------------------------
+
+// Bits of `flags`; ops.py has the same table.
+enum Flags : int64_t { kNormalizer = 3, kInitFirst = 4, kUpdate = 8, kWithGrad = 16, kWithStats = 32, kPrune = 64 };
+constexpr int kKindShift = 8;  // the bits above: math.h Kind
+
+// The loss of an operator's arguments: kind and pruning are in the flags; see LossNumbers for the numbers. gce: second
+// is k, or 0.
+LossNumbers loss_numbers(double first, double second, int64_t flags) {
+  LossNumbers out{Kind(flags >> kKindShift), first, second, 0, HUGE_VAL};
+  if (out.kind == Kind::gce && second > 0) {
+    out.cut = -std::expm1(first * std::log(second)) / first;
+    if ((flags & kPrune) != 0) out.least = -std::log(second);
+  }
+  return out;
+}
+
+// Everything but lambda, which a GPU reads by itself.
+void fill_robust(RobustArgs& a, Dtype dtype, int64_t count, bool state_is_double, double gamma, double alpha,
+                 int64_t flags) {
+  a.dtype = dtype;
+  a.count = count;
+  a.gamma = gamma;
+  a.alpha = alpha;
+  a.max_weight = HUGE_VAL;
+  a.normalizer = Normalizer(flags & kNormalizer);
+  a.init_first = (flags & kInitFirst) != 0;
+  a.z_limit = dtype == Dtype::f64 && state_is_double ? DBL_MAX : FLT_MAX;
+}
+
+// ---- gradient scaling ----------------------------------------------------------------------------------------------
+
+// out = source * upstream, as (batch, classes, inner); returns the upstream gradient in the form `a` points to.
+// `constant`: it is one number (a 0-d tensor, or one value expanded, the gradient of a mean).
+Tensor fill_scale(ScaleArgs& a, bool& constant, const Tensor& source, const Tensor& out, const Tensor& upstream_in) {
+  a.dtype = dtype_of(out);
+  STD_TORCH_CHECK(dtype_of(source) == made_as(a.dtype), "scale: expected the gradient as the forward pass made it");
+  a.source = source.data_ptr();
+  a.grad = out.data_ptr();
+  Tensor upstream = upstream_in;
+  STD_TORCH_CHECK(
+      source.is_contiguous() && is_on(upstream, device_of(out)) && code_of(upstream) == code_of(real_of(a.dtype)),
+      "scale: expected a contiguous gradient and an upstream gradient of the losses' dtype");
+  constant = true;
+  for (int64_t stride : upstream.strides()) constant = constant && stride == 0;
+  a.batch = a.classes = 1;
+  a.inner = out.numel();
+  if (constant || out.numel() == 0) return upstream;
+  if (!upstream.is_contiguous()) upstream = torch::stable::contiguous(upstream);
+  a.upstream = upstream.data_ptr();
+  const bool vector = out.dim() == upstream.dim();  // a vector of losses: one factor per element
+  a.batch = vector ? 1 : out.size(0);
+  a.classes = vector ? 1 : out.size(1);
+  a.inner = out.numel() / (a.batch * a.classes);
+  STD_TORCH_CHECK(upstream.numel() == a.batch * a.inner, "scale: expected one factor per row");
+  return upstream;
+}
+
+// ---- momentum step -------------------------------------------------------------------------------------------------
+
+// Whether two of the tensors that a step writes share memory (a parameter listed twice, `a.data = b.data`): then the
+// tensors must be updated one after the other.
+bool step_overlaps(const StepTensor* tensors, int64_t count) {
+  struct Range {
+    const char *begin, *end;
+  };
+  std::vector<Range> ranges;
+  ranges.reserve(size_t(2 * count));
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t bytes = tensors[j].count * (tensors[j].dtype == Dtype::f64 ? 8 : 4);
+    for (void* start : {tensors[j].param, tensors[j].buffer})
+      if (start != nullptr && bytes > 0)
+        ranges.push_back({static_cast<char*>(start), static_cast<char*>(start) + bytes});
+  }
+  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  for (size_t j = 1; j < ranges.size(); ++j)
+    if (ranges[j].begin < ranges[j - 1].end) return true;
+  return false;
+}
+void check_overlap(StepTable& table) {
+  if (table.checked) return;
+  table.overlap = step_overlaps(table.tensors, table.tensor_count);
+  table.checked = true;
+}
+
+Layout layout_of(const Tensor& t) { return {t.dim(), t.sizes().data(), t.strides().data()}; }
+
+// A tensor as the kernels want it: in the layout of `like`, which is dense. A copy where it is not, given back by
+// `restore`.
+struct Fitted {
+  Tensor original, fitted;
+
+  Fitted(const Tensor& t, const Tensor& like) : original(t), fitted(t) {
+    STD_TORCH_CHECK(
+        is_on(t, device_of(like)) && t.scalar_type() == like.scalar_type() && t.dim() == like.dim() &&
+            (t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double),
+        "sgd_step_: expected parameters, gradients and momentum buffers of equal shapes, on one device, all "
+        "float32 or all float64");
+    for (int64_t d = 0; d < t.dim(); ++d)
+      STD_TORCH_CHECK(t.size(d) == like.size(d),
+                      "sgd_step_: a gradient or momentum buffer has another shape than its parameter");
+    if (layout_of(t).same(layout_of(like)) && layout_of(t).dense()) return;
+    fitted = torch::stable::empty_like(like);
+    torch::stable::copy_(fitted, original);
+  }
+  void restore() {
+    if (fitted.data_ptr() != original.data_ptr()) torch::stable::copy_(original, fitted);
+  }
+};
+
+// The tensors of one step as a table; lives as long as the step.
+struct StepLists {
+  StepGroup group;
+  StepTable table{};
+  std::vector<Fitted> written, gradients;
+  std::vector<StepTensor> tensors;
+
+  StepLists(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+            const std::vector<Tensor>& momentum_buffers, const StepGroup& options)
+      : group(options) {
+    STD_TORCH_CHECK(
+        grads.size() == params.size() && momentum_buffers.size() == (group.momentum != 0 ? params.size() : 0),
+        "sgd_step_: expected one gradient and, with momentum, one momentum buffer for each parameter");
+    for (size_t j = 0; j < params.size(); ++j) {
+      const Tensor param = written.emplace_back(params[j], params[j]).fitted;
+      void* buffer = nullptr;
+      if (group.momentum != 0) buffer = written.emplace_back(momentum_buffers[j], param).fitted.data_ptr();
+      void* grad = gradients.emplace_back(grads[j], param).fitted.data_ptr();
+      tensors.push_back({param.data_ptr(), grad, buffer, table.elements, param.numel(), 0, dtype_of(param)});
+      table.elements += tensors.back().count;
+    }
+    table.tensor_count = int64_t(tensors.size());
+    table.tensors = tensors.data();
+    table.groups = &group;
+  }
+  // Gradients are written only where they were unscaled.
+  void restore(bool with_gradients) {
+    for (Fitted& t : written) t.restore();
+    if (with_gradients)
+      for (Fitted& t : gradients) t.restore();
+  }
+};
+
+StepTable& planned_table(const Tensor& table) {
+  STD_TORCH_CHECK(table.is_cpu() && table.is_contiguous() && table.scalar_type() == ScalarType::Long &&
+                      size_t(table.numel()) * sizeof(int64_t) >= sizeof(StepTable),
+                  "sgd_planned_step: expected the table of a StepPlan");
+  return *static_cast<StepTable*>(table.data_ptr());
+}
+
+// ---- signatures ----------------------------------------------------------------------------------------------------
+
+// The stable ABI does not compare a C++ signature with its schema (an int read as a double is silently 0), so a test
+// does, from the types written here by the compiler.
+template <class T>
+struct Name;
+#define ABSGD_TYPE_NAME(type, text)           \
+  template <>                                 \
+  struct Name<type> {                         \
+    static std::string get() { return text; } \
+  }
+ABSGD_TYPE_NAME(Tensor, "Tensor");
+ABSGD_TYPE_NAME(std::optional<Tensor>, "Tensor?");
+ABSGD_TYPE_NAME(std::vector<Tensor>, "Tensor[]");
+ABSGD_TYPE_NAME(double, "float");
+ABSGD_TYPE_NAME(int64_t, "int");
+ABSGD_TYPE_NAME(bool, "bool");
+ABSGD_TYPE_NAME(std::string, "str");
+ABSGD_TYPE_NAME(void, "");
+template <class... T>
+struct Name<std::tuple<T...>> {
+  static std::string get() {
+    std::string out;
+    ((out += (out.empty() ? "" : ", ") + Name<T>::get()), ...);
+    return out;
+  }
+};
+template <class R, class... A>
+std::string signature(R (*)(A...)) {
+  return Name<std::tuple<std::decay_t<A>...>>::get() + " -> " + Name<R>::get();
+}
+
+// OPS: a macro that applies its argument to the name of every operator
+#define ABSGD_SIGNATURE_LINE(op) out += std::string(#op ": ") + signature(op) + "\n";
+#define ABSGD_IMPL(op) m.impl(#op, TORCH_BOX(&op));
+
+}  // namespace

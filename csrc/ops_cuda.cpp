@@ -1,0 +1,332 @@
+// The CUDA operators: results, scratch memory, device and stream. Schemas are in absgd_fast/ops.py, kernels in cuda/,
+// formulas in math.h. Nothing here waits for the device.
+#include <torch/csrc/stable/accelerator.h>
+
+#include "ops_common.h"
+
+// Missing in a torch without CUDA, with which this library still loads (its signatures are checked there).
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+#ifndef ABSGD_DISPATCH_KEY  // a test runs these operators on tensors of the CPU
+#define ABSGD_DISPATCH_KEY CUDA
+#endif
+
+namespace {
+
+void check(const char* failed) { STD_TORCH_CHECK(failed == nullptr, "absgd_fast: CUDA says: ", failed); }
+
+// The device of a tensor made current, and its stream.
+struct OnDevice {
+  Device device;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  void* stream = nullptr;
+
+  explicit OnDevice(const Tensor& t) : device(device_of(t)) {
+    if (device.type == kCpu) return;
+    guard.emplace(device.index);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index, &stream));
+  }
+};
+
+DeviceNumber number_on(const Device& device, const Tensor& t, const char* name) {
+  const int32_t code = code_of(t);
+  STD_TORCH_CHECK((code == kDouble || code == kFloat) && t.numel() == 1 && is_on(t, device), name,
+                  ": expected one float32 or float64 number on the device of the losses");
+  return {t.data_ptr(), code == kDouble, device.index};
+}
+
+// A label that a kernel of an earlier call found out of range.
+gpu::LabelReport* labels_so_far() {
+  gpu::LabelReport* const report = gpu::label_report();
+  if (report != nullptr && static_cast<volatile gpu::LabelReport*>(report)->found != 0) {
+    const gpu::LabelReport found = *report;
+    *report = {};
+    raise_bad_label(found.label, found.row, found.classes, " in an earlier call");
+  }
+  return report;
+}
+
+// ---- losses on logits ----------------------------------------------------------------------------------------------
+
+struct Logits {
+  gpu::LogitForward args{};
+  LogitTensors tensors;
+
+  Logits(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& class_weight,
+         const std::optional<Tensor>& adjust, const LossNumbers& loss, int64_t ignore_index,
+         const std::optional<Tensor>& mask)
+      : tensors(args, logits, target, class_weight, adjust, loss, ignore_index, mask) {
+    STD_TORCH_CHECK(args.classes <= INT32_MAX, "logits: at most 2^31 - 1 classes");
+    args.report = labels_so_far();
+  }
+  Dtype real() const { return real_of(args.dtype); }
+  // Room for the statistics of the rows.
+  Tensor make_stats() {
+    Tensor stats = tensors.per_row_results(4, real());
+    args.stats = stats.data_ptr();
+    return stats;
+  }
+};
+
+std::tuple<Tensor, Tensor> logit_loss(const Tensor& logits, const Tensor& target,
+                                      const std::optional<Tensor>& class_weight, const std::optional<Tensor>& adjust,
+                                      double first, double second, int64_t ignore_index, int64_t flags) {
+  STD_TORCH_CHECK((flags & kWithGrad) == 0, "logit_loss: the CUDA kernels leave statistics, not a gradient");
+  const OnDevice here(logits);
+  Logits rows(logits, target, class_weight, adjust, loss_numbers(first, second, flags), ignore_index, std::nullopt);
+  Tensor losses = rows.tensors.per_row_results(0, rows.real(), true);
+  Tensor made = (flags & kWithStats) != 0 ? rows.make_stats() : empty_none(here.device, made_as(rows.args.dtype));
+  rows.args.losses = losses.data_ptr();
+  check(gpu::logit_loss_fwd(rows.args, here.stream));
+  return {losses, made};
+}
+
+Tensor logit_loss_backward(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& class_weight,
+                           const std::optional<Tensor>& adjust, double smoothing, const Tensor& stats,
+                           const Tensor& upstream_in) {
+  const OnDevice here(logits);
+  gpu::LogitBackward a{};
+  const LogitTensors rows(a, logits, target, class_weight, adjust, loss_numbers(smoothing, 0, 0), INT64_MIN,
+                          std::nullopt);
+  const int32_t real = code_of(real_of(a.dtype));
+  STD_TORCH_CHECK(is_on(stats, here.device) && stats.numel() == 4 * a.rows() && stats.is_contiguous() &&
+                      code_of(stats) == real && is_on(upstream_in, here.device) && code_of(upstream_in) == real,
+                  "logit_loss_backward: expected the statistics of the forward pass, and an upstream gradient of the "
+                  "losses' dtype");
+  Tensor upstream = upstream_in;
+  for (int64_t stride : upstream.strides()) a.upstream_per_row = a.upstream_per_row || stride != 0;
+  if (a.upstream_per_row) {
+    upstream = torch::stable::contiguous(upstream);
+    STD_TORCH_CHECK(upstream.numel() == a.rows(), "logit_loss_backward: expected one upstream gradient per row");
+  }
+  Tensor grad = empty_on(here.device, logits.sizes().data(), logits.dim(), a.dtype);
+  a.stats = stats.data_ptr();
+  a.upstream = upstream.data_ptr();
+  a.grad = grad.data_ptr();
+  check(gpu::logit_loss_bwd(a, here.stream));
+  return grad;
+}
+
+// ---- robust weights ------------------------------------------------------------------------------------------------
+
+struct RobustOp {
+  gpu::Robust args{};
+  std::optional<Tensor> scratch;
+  Device device;
+
+  RobustOp(const OnDevice& here, Dtype real, int64_t count, const Tensor& log_s, const Tensor& lam, double gamma,
+           double alpha, int64_t flags)
+      : device(here.device) {
+    args.log_s = number_on(device, log_s, "log_s");
+    args.lam_on_device = number_on(device, lam, "lam");
+    fill_robust(args, real, count, args.log_s.is_double, gamma, alpha, flags);
+    if (count <= gpu::kOneLaunch) return;
+    const size_t bytes = size_t(args.blocks()) * (sizeof(Partial) + sizeof(double)) + sizeof(Outcome);
+    const int64_t words = int64_t(bytes / sizeof(double));
+    scratch = empty_on(device, &words, 1, Dtype::f64);
+    args.partials = static_cast<Partial*>(scratch->data_ptr());
+    args.loss_partials = reinterpret_cast<double*>(args.partials + args.blocks());
+    args.outcome = reinterpret_cast<Outcome*>(args.loss_partials + args.blocks());
+  }
+  int32_t real() const { return code_of(args.dtype); }
+  void optional_rows(const std::optional<Tensor>& score, const std::optional<Tensor>& sample_weight) {
+    args.scores = per_row(score, device, args.count, real(), "score");
+    args.sample_weight = per_row(sample_weight, device, args.count, real(), "sample_weight");
+  }
+  void numbers(const Tensor& nonfinite, double mix, double max_weight, int64_t flags, const Tensor& loss) {
+    STD_TORCH_CHECK(is_on(nonfinite, device) && code_of(nonfinite) == kLong, "nonfinite: expected an int64 number");
+    args.nonfinite = static_cast<long long*>(nonfinite.data_ptr());
+    args.mix = mix;
+    args.max_weight = max_weight;
+    args.update = (flags & kUpdate) != 0;
+    args.loss = loss.data_ptr();
+  }
+};
+
+// (3, ...): losses, weights and validity (0 or 1) of one forward, for `.last`
+struct Rows {
+  Tensor tensor;
+  char* data;
+  size_t bytes;  // of one row
+
+  Rows(Tensor rows, Dtype real)
+      : tensor(std::move(rows)),
+        data(static_cast<char*>(tensor.data_ptr())),
+        bytes(size_t(tensor.numel() / 3) * size_of(real)) {}
+  char* row(int k) const { return data + size_t(k) * bytes; }
+};
+
+std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(const Tensor& logits, const Tensor& target,
+                                                     const std::optional<Tensor>& class_weight,
+                                                     const std::optional<Tensor>& adjust, double first, double second,
+                                                     int64_t ignore_index, const std::optional<Tensor>& score,
+                                                     const std::optional<Tensor>& sample_weight,
+                                                     const std::optional<Tensor>& mask, const Tensor& log_s,
+                                                     const Tensor& nonfinite, const Tensor& lam, double gamma,
+                                                     double alpha, double mix, double max_weight, int64_t flags) {
+  const OnDevice here(logits);
+  Logits rows(logits, target, class_weight, adjust, loss_numbers(first, second, flags), ignore_index, mask);
+  const Dtype real = rows.real();
+  RobustOp op(here, real, rows.args.rows(), log_s, lam, gamma, alpha, flags);
+  Tensor loss = empty_scalar(here.device, real);
+  op.numbers(nonfinite, mix, max_weight, flags, loss);
+  op.optional_rows(score, sample_weight);
+  const Rows out(rows.tensors.per_row_results(3, real), real);
+  rows.args.losses = out.row(0);
+  rows.args.valid = out.row(2);
+  op.args.losses = out.row(0);
+  op.args.valid_rows = out.row(2);
+  op.args.weights = out.row(1);
+  Tensor made = empty_none(here.device, made_as(rows.args.dtype));
+  if ((flags & kWithGrad) != 0) {
+    STD_TORCH_CHECK(rows.args.rows() * rows.args.classes <= gpu::kBlockElements && rows.args.dtype != Dtype::f64,
+                    "robust_logit_loss: too much for one block, ask for statistics");
+    const auto sizes = rows.tensors.logits.sizes();
+    made = empty_on(here.device, sizes.data(), rows.tensors.logits.dim(), made_as(rows.args.dtype));
+    const Tensor stats = rows.make_stats();
+    op.args.stats = rows.args.stats;
+    check(gpu::robust_logit_loss_block(rows.args, op.args, made.data_ptr(), here.stream));
+    return {loss, out.tensor, made};
+  }
+  if ((flags & kWithStats) != 0) made = rows.make_stats();
+  op.args.stats = rows.args.stats;
+  check(gpu::robust_logit_loss_fwd(rows.args, op.args, here.stream));
+  return {loss, out.tensor, made};
+}
+
+std::tuple<Tensor, Tensor, Tensor> robust_loss(const Tensor& losses, const std::optional<Tensor>& score,
+                                               const std::optional<Tensor>& sample_weight,
+                                               const std::optional<Tensor>& mask, const Tensor& log_s,
+                                               const Tensor& nonfinite, const Tensor& lam, double gamma, double alpha,
+                                               double mix, double max_weight, int64_t flags) {
+  const OnDevice here(losses);
+  const Dtype real = dtype_of(losses);
+  RobustOp op(here, real, losses.numel(), log_s, lam, gamma, alpha, flags);
+  Tensor loss = empty_scalar(here.device, real);
+  op.numbers(nonfinite, mix, max_weight, flags, loss);
+  op.optional_rows(score, sample_weight);
+  op.args.losses = per_row(losses, here.device, op.args.count, code_of(real_of(real)), "losses");
+  op.args.valid = per_row_mask(mask, here.device, op.args.count);
+  const Rows out(empty_rows(here.device, 3, losses, real), real);
+  op.args.losses_out = out.row(0);
+  op.args.weights = out.row(1);
+  op.args.valid_out = out.row(2);
+  Tensor grad = empty_none(here.device, real);
+  if ((flags & kWithGrad) != 0) {
+    grad = empty_on(here.device, losses.sizes().data(), losses.dim(), real);
+    op.args.factor = grad.data_ptr();
+  }
+  check(gpu::robust_fwd(op.args, here.stream));
+  return {loss, out.tensor, grad};
+}
+
+std::tuple<Tensor, Tensor, Tensor> robust_weights(const Tensor& losses, const Tensor& log_s, const Tensor& lam,
+                                                  const std::optional<Tensor>& mask, double gamma, double alpha,
+                                                  int64_t flags) {
+  const OnDevice here(losses);
+  const Dtype real = dtype_of(losses);
+  const int64_t two = 2;
+  RobustOp op(here, real, losses.numel(), log_s, lam, gamma, alpha, flags);
+  op.args.losses = per_row(losses, here.device, op.args.count, code_of(real_of(real)), "losses");
+  op.args.valid = per_row_mask(mask, here.device, op.args.count);
+  Tensor weights = empty_on(here.device, losses.sizes().data(), losses.dim(), real);
+  Tensor new_log_s = empty_scalar(here.device, op.args.log_s.is_double ? Dtype::f64 : Dtype::f32);
+  Tensor shares = empty_on(here.device, &two, 1, Dtype::f64);
+  op.args.weights = weights.data_ptr();
+  op.args.new_log_s = number_on(here.device, new_log_s, "log_s");
+  op.args.shares = static_cast<double*>(shares.data_ptr());
+  check(gpu::robust_fwd(op.args, here.stream));
+  return {weights, new_log_s, shares};
+}
+
+Tensor robust_weights_backward(const Tensor& weights, const Tensor& grad_weights, const Tensor& grad_log_s,
+                               const Tensor& lam, const Tensor& shares) {
+  const OnDevice here(weights);
+  RobustArgs a{};
+  a.dtype = dtype_of(weights);
+  a.count = weights.numel();
+  a.weights = weights.data_ptr();
+  const void* upstream = per_row(grad_weights, here.device, a.count, code_of(a.dtype), "grad_weights");
+  const int64_t words = a.count <= gpu::kOneLaunch ? 0 : a.blocks() + 1;
+  const Tensor dots = empty_on(here.device, &words, 1, Dtype::f64);
+  Tensor out = empty_on(here.device, weights.sizes().data(), weights.dim(), a.dtype);
+  check(gpu::robust_weights_bwd(a, number_on(here.device, lam, "lam"), upstream,
+                                number_on(here.device, grad_log_s, "grad_log_s"),
+                                static_cast<const double*>(shares.data_ptr()), static_cast<double*>(dots.data_ptr()),
+                                out.data_ptr(), here.stream));
+  return out;
+}
+
+// ---- gradient scaling ----------------------------------------------------------------------------------------------
+
+void run_scale(const Tensor& source, const Tensor& out, const Tensor& upstream_in, const OnDevice& here) {
+  ScaleArgs a{};
+  bool constant;
+  const Tensor upstream = fill_scale(a, constant, source, out, upstream_in);
+  a.upstream = upstream.data_ptr();
+  check(gpu::scale(a, constant, here.stream));
+}
+
+Tensor scale(const Tensor& grad, const Tensor& upstream, bool to_half) {
+  const OnDevice here(grad);
+  Tensor out = empty_on(here.device, grad.sizes().data(), grad.dim(), to_half ? Dtype::f16 : dtype_of(grad));
+  run_scale(grad, out, upstream, here);
+  return out;
+}
+void scale_(const Tensor& grad, const Tensor& upstream) { run_scale(grad, grad, upstream, OnDevice(grad)); }
+
+// ---- momentum step -------------------------------------------------------------------------------------------------
+
+void sgd_planned_step(const Tensor& table_tensor, const Tensor& on) {
+  const OnDevice here(on);
+  StepTable& table = planned_table(table_tensor);
+  check_overlap(table);
+  check(gpu::sgd_step(table, here.stream));
+}
+
+void sgd_step_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+               const std::vector<Tensor>& momentum_buffers, const std::optional<Tensor>& lr_tensor,
+               const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf, double lr,
+               double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, bool heavy_ball) {
+  if (params.empty()) return;
+  const OnDevice here(params[0]);
+  for (const Tensor& p : params) STD_TORCH_CHECK(is_on(p, here.device), "sgd_step_: expected parameters on one device");
+  auto number = [&](const std::optional<Tensor>& t, const char* name) {
+    if (!t.has_value()) return DeviceNumber{};
+    return number_on(here.device, *t, name);
+  };
+  StepLists lists(params, grads, momentum_buffers,
+                  {lr, momentum, dampening, weight_decay, nesterov, maximize, heavy_ball, number(lr_tensor, "lr")});
+  const DeviceNumber scale = number(grad_scale, "grad_scale"), found = number(found_inf, "found_inf");
+  STD_TORCH_CHECK(!scale.is_double && !found.is_double, "grad_scale, found_inf: expected float32");
+  lists.table.grad_scale = static_cast<const float*>(scale.data);
+  lists.table.found_inf = static_cast<const float*>(found.data);
+  check_overlap(lists.table);
+  check(gpu::sgd_step(lists.table, here.stream));
+  lists.restore(grad_scale.has_value());
+}
+
+#define ABSGD_OPS(OP)         \
+  OP(logit_loss)              \
+  OP(logit_loss_backward)     \
+  OP(robust_logit_loss)       \
+  OP(robust_loss)             \
+  OP(robust_weights)          \
+  OP(robust_weights_backward) \
+  OP(scale)                   \
+  OP(scale_)                  \
+  OP(sgd_planned_step)        \
+  OP(sgd_step_)
+
+std::string cuda_signatures() {
+  std::string out;
+  ABSGD_OPS(ABSGD_SIGNATURE_LINE)
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(absgd_fast, ABSGD_DISPATCH_KEY, m){
+    ABSGD_OPS(ABSGD_IMPL)} STABLE_TORCH_LIBRARY_IMPL(absgd_fast, CompositeExplicitAutograd, m) {
+  ABSGD_IMPL(cuda_signatures)
+}

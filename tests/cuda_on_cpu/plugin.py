@@ -1,0 +1,47 @@
+"""pytest plugin of the runs in which the CUDA operators serve tensors on the CPU, their threads being fibers (test_cuda.py).
+
+SIMT_ORDER    order and seed of threads and blocks, e.g. random:3
+SIMT_LIMIT    logits of up to so many elements get their gradient from the one-block kernel; 0: all from statistics
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+from simt.build import Simt
+
+from absgd_fast import _backend, ops
+
+ORDER, _, SEED = os.environ["SIMT_ORDER"].partition(":")
+simt = Simt(Path(_backend.__file__).with_name("_ops_cpu.so"))
+simt.strict()  # shuffles order no memory
+
+# what is saved for backward is decided as on a GPU
+_saves = ops.Operators.saves
+ops.OPERATORS["cuda"].gradient_limit = int(os.environ["SIMT_LIMIT"])
+ops.Operators.saves = lambda self, logits: _saves(ops.OPERATORS["cuda"], logits)
+ops.Operators.saves_losses = ops.WITH_STATS
+
+# A kernel cannot raise, so a label out of range is ignored and found by a later call: suite.py has the test of that.
+LATER = ("test_loss_errors", "test_bad_label", "test_bad_calls_leave_the_state", "test_no_classes")
+OF_THE_CPU = ("test_choosing_an_instruction_set", "test_one_operator_forward_and_one_backward")
+
+
+def pytest_collection_modifyitems(config, items):
+    left_out = [
+        i
+        for i in items
+        if i.name.startswith(OF_THE_CPU)
+        or (i.name.startswith(LATER) and ("target" in i.name or "label" in i.name or "no_classes" in i.name))
+    ]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out and "reference" not in item.name]
+
+
+@pytest.fixture(autouse=True)
+def no_reports():
+    """A kernel that steps over a bound, waits at different barriers or races is a failure whatever it computed."""
+    simt.clear()
+    simt.configure(ORDER, int(SEED or 0))
+    yield
+    assert simt.failures() == []

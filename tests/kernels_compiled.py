@@ -1,0 +1,354 @@
+"""Every Triton kernel compiled for GPUs that are not here: NVIDIA sm_80, sm_90, sm_100 and AMD gfx942.
+
+test_kernels.py runs this file in a process of its own. The launchers are called on CPU tensors with their launches recorded;
+Triton then does for each launch what it does before a launch, with a driver that names the GPU: it takes the arguments,
+specializes, compiles. So what is compiled is what would run.
+"""
+
+import math
+import re
+import subprocess
+from collections import Counter
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from absgd_fast.kernels import launch, losses, step, weights
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+MODULES = (losses, weights, step)
+
+
+# ---- recorded launches -----------------------------------------------------------------------------------------------
+
+
+class Driver:
+    """A GPU in words."""
+
+    def __init__(self, target):
+        self.get_current_target = lambda: TARGETS[target]
+        self.get_current_device = lambda: list(TARGETS).index(target)  # Triton keeps what it compiled by device
+        self.get_current_stream = lambda device: 0
+
+
+class Launch:
+    def __init__(self, kernel, args, options):
+        self.kernel, self.name, self.args, self.options = kernel, kernel.__name__, args, options
+
+    def compile(self, target, **options):
+        driver.set_active(Driver(target))
+        return self.kernel.run(*self.args, grid=(1,), warmup=True, **(self.options | options))
+
+
+def labels(*shape, dtype=torch.int64):
+    return torch.zeros(shape, dtype=dtype)
+
+
+def log_s(dtype=torch.float32):
+    return torch.zeros((), dtype=dtype)
+
+
+def logit_loss(logits, target, weight=None, smoothing=0.0, report=None, each=True, kind=0, second=0.0, adjust=None):
+    real = launch.real_dtype(logits.dtype)
+    losses.logit_loss(
+        logits, target, weight, adjust, smoothing, second, -100, kind=kind, prune=kind == 2, with_stats=True, report=report
+    )
+    rows = (logits.shape[0], *logits.shape[2:])
+    upstream, stats = torch.zeros(rows if each else (), dtype=real), torch.zeros(4, *rows, dtype=real)
+    losses.logit_loss_backward(logits, target, weight, adjust, smoothing if kind == 0 else 0.0, stats, upstream)
+
+
+def robust_logit_loss(logits, weight=None, smoothing=0.0, rows=None, report=None, normalizer=0, mix=0.0, update=True):
+    real = launch.real_dtype(logits.dtype)
+    losses.robust_logit_loss(
+        logits, labels(len(logits)), weight, None, smoothing, 0.0, -100, rows, rows, None if rows is None else rows > 0, log_s(real),
+        torch.tensor(0), log_s(real), 0.9, 1.0, mix, math.inf, kind=0, prune=False, normalizer=normalizer, init_first=True,
+        update=update, with_stats=True, report=report,
+    )  # fmt: skip
+
+
+def robust_loss(values, rows=None, update=True):
+    weights.robust_loss(
+        values, rows, rows, None if rows is None else rows > 0, log_s(values.dtype), torch.tensor(0), log_s(), 0.9, 1.0, 0.5, 2.0,
+        normalizer=0, init_first=False, update=update, with_grad=True,
+    )  # fmt: skip
+
+
+def robust_weights(values):
+    made, _, shares = weights.robust_weights(values, log_s(), log_s(), values > 0, 0.9, 1.0, normalizer=0, init_first=True)
+    weights.robust_weights_backward(made, values, log_s(), log_s(), shares)
+
+
+def scale():
+    grad, rows = torch.zeros(64, 1000), torch.zeros(64)
+    weights.scale_(grad, log_s())
+    weights.scale(grad, rows, False)
+    weights.scale(grad, rows, True)
+    weights.scale(torch.zeros(4, 10, 64, dtype=torch.bfloat16), torch.zeros(4, 64), False)
+    weights.scale(grad.double(), rows.double(), False)
+
+
+def sgd_step(dtype, shift=0, numbers=False, **options):
+    many = [[torch.zeros(5000 + shift, dtype=dtype)[shift:] for _ in range(2)] for _ in range(3)]
+    options = (
+        dict(lr=0.1, momentum=0.9, dampening=0.0, weight_decay=1e-4, nesterov=False, maximize=False, heavy_ball=False) | options
+    )
+    if not options["momentum"]:
+        many[2] = []
+    numbers = [torch.zeros(1)] * 3 if numbers else [None] * 3
+    step.sgd_step_(*many, *numbers, **options)
+
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+CALLS = {
+    # one row per program; a loop over classes; a tile of rows
+    "512 x 1000 fp32": lambda: logit_loss(torch.zeros(512, 1000), labels(512)),
+    "64 x 32000 bf16": lambda: logit_loss(torch.zeros(64, 32000, dtype=BF16), labels(64), each=False),
+    "512 x 10 fp16": lambda: logit_loss(
+        torch.zeros(512, 10, dtype=F16), labels(512, dtype=torch.int32), torch.zeros(10), 0.1, torch.zeros(4, dtype=torch.int64)
+    ),
+    "64 x 1000 fp64": lambda: logit_loss(torch.zeros(64, 1000, dtype=F64), labels(64), torch.zeros(1000, dtype=F64), 0.1),
+    # rows side by side; nothing side by side
+    "4 x 21 x 32 x 32 fp32": lambda: logit_loss(torch.zeros(4, 21, 32, 32), labels(4, 32, 32)),
+    "64 x 2:100 fp32": lambda: logit_loss(torch.zeros(64, 100)[:, ::2], labels(64)),
+    "512 x 1000 fp32, class vectors": lambda: logit_loss(torch.zeros(512, 1000), labels(512), adjust=torch.zeros(3, 1000)),
+    "64 x 1000 bf16, focal": lambda: logit_loss(torch.zeros(64, 1000, dtype=BF16), labels(64), smoothing=2.0, kind=1),
+    "64 x 100 fp32, gce": lambda: logit_loss(torch.zeros(64, 100), labels(64), smoothing=0.7, kind=2, second=0.5),
+    "64 x 100 fp32, sce": lambda: logit_loss(torch.zeros(64, 100), labels(64), smoothing=0.1, kind=3, second=1.0),
+    "4 x 10 x 64 fp16, soft": lambda: logit_loss(torch.zeros(4, 10, 64, dtype=F16), torch.zeros(4, 10, 64), smoothing=0.1),
+    "64 x 100 fp64, weighted focal": lambda: logit_loss(torch.zeros(64, 100, dtype=F64), labels(64), smoothing=2.0, kind=4),
+    "robust 128 x 10 fp32": lambda: robust_logit_loss(torch.zeros(128, 10), rows=torch.zeros(128), report=torch.zeros(4).long()),
+    "robust 512 x 1000 fp32": lambda: robust_logit_loss(torch.zeros(512, 1000)),
+    "robust 8192 x 100 bf16": lambda: robust_logit_loss(torch.zeros(8192, 100, dtype=BF16), torch.zeros(100), 0.1, normalizer=1),
+    "robust 128 x 1000 fp64": lambda: robust_logit_loss(torch.zeros(128, 1000, dtype=F64), normalizer=2, mix=1.0),
+    "robust 20000 x 10 fp32": lambda: robust_logit_loss(torch.zeros(20000, 10)),
+    "900 losses fp32": lambda: robust_loss(torch.zeros(900)),
+    "9000 losses fp64": lambda: robust_loss(torch.zeros(9000, dtype=F64), torch.zeros(9000, dtype=F64)),
+    "90000 losses fp32": lambda: robust_loss(torch.zeros(90000), torch.zeros(90000)),
+    "900 weights fp32": lambda: robust_weights(torch.zeros(900)),
+    "90000 weights fp64": lambda: robust_weights(torch.zeros(90000, dtype=F64)),
+    "scale": scale,
+    "step, plain": lambda: sgd_step(F32, momentum=0, weight_decay=0.0, maximize=True),
+    "step, momentum": lambda: sgd_step(F32),
+    "step, nesterov": lambda: sgd_step(F32, nesterov=True, numbers=True),
+    "step, heavy ball fp64": lambda: sgd_step(F64, heavy_ball=True, numbers=True),
+    "step, odd addresses": lambda: sgd_step(F32, shift=1),
+}
+
+
+@contextmanager
+def recording(target):
+    """The list of launches made inside, as on this target."""
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            launch, "launch", lambda kernel, programs, like, *args, **options: made.append(Launch(kernel, args, options))
+        )
+        patch.setattr(launch, "FENCE", 64 if target == "gfx942" else 0)
+        patch.setattr(launch, "FEW_REGISTERS", {} if target == "gfx942" else {F32: {"maxnreg": 64}})
+        yield made
+
+
+@cache
+def recorded(call, target):
+    """The launches of a call, in order."""
+    with recording(target) as made:
+        CALLS[call]()
+    return made
+
+
+def ptx_of(call, target="sm_90"):
+    return {made.name: made.compile(target).asm["ptx"] for made in recorded(call, target)}
+
+
+def count(pattern, text):
+    return len(re.findall(pattern, text))
+
+
+# ---- tests -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_kernel_is_here():
+    """No kernel is missing from its module's list, nor from the calls above."""
+    named = [kernel for module in MODULES for kernel in module.KERNELS]
+    found = {v for m in MODULES for k, v in vars(m).items() if isinstance(v, JITFunction) and k.endswith("_kernel")}
+    assert set(named) == found and len(named) == len(found)
+    for calls in (CALLS, ELSEWHERE):
+        assert {made.kernel for call in calls for made in recorded(call, "sm_90")} == found
+
+
+def test_no_global_constants():
+    """Triton compares the globals of a kernel at every launch, some 0.3 us each, and refuses one that differs: a NaN does."""
+    for module in MODULES:
+        for kernel in module.KERNELS:
+            assert kernel.cache_key and not kernel.used_global_vals, kernel
+
+
+# Every kernel and type at least once; all calls on sm_90
+ELSEWHERE = [
+    "512 x 1000 fp32", "64 x 32000 bf16", "64 x 1000 fp64", "robust 128 x 10 fp32", "robust 8192 x 100 bf16",
+    "robust 128 x 1000 fp64", "9000 losses fp64", "90000 losses fp32", "900 weights fp32", "90000 weights fp64", "scale",
+    "step, nesterov", "step, heavy ball fp64",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call, target", [(c, t) for c in CALLS for t in TARGETS if t == "sm_90" or c in ELSEWHERE])
+def test_compiles(call, target):
+    """To a binary, without spills: only the last program of a robust loss may spill, and little."""
+    for made in recorded(call, target):
+        compiled = made.compile(target)
+        binary = compiled.asm["hsaco" if target == "gfx942" else "cubin"]
+        assert len(binary) > 1000
+        if target == "gfx942":
+            assert re.search(r"; ScratchSize: 0\b", compiled.asm["amdgcn"])
+            continue
+        assert f".target {target}" in compiled.asm["ptx"]
+        capped = made.options.get("maxnreg")
+        assert ("robust_logit" in made.name and "64" not in call.split()[-1]) == (capped is not None)
+        assert not capped or f".maxnreg {capped}" in compiled.asm["ptx"]
+        stack = stack_of(binary)
+        assert stack is None or stack <= (128 if capped else 0), made.name
+
+
+def stack_of(cubin):
+    """Bytes of stack, if the tool that can tell is there."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        return None
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", text)[1])
+
+
+LAUNCHES = {
+    "512 x 1000 fp32": "logit_loss_fwd logit_loss_bwd",
+    "robust 128 x 10 fp32": "robust_logit_loss_fwd",
+    "robust 512 x 1000 fp32": "robust_logit_loss_fwd",
+    "robust 8192 x 100 bf16": "robust_logit_loss_fwd",
+    "robust 20000 x 10 fp32": "logit_loss_fwd robust_sums_fwd robust_apply_fwd",
+    "900 losses fp32": "robust_loss_fwd",
+    "9000 losses fp64": "robust_loss_fwd",
+    "90000 losses fp32": "robust_sums_fwd robust_apply_fwd",
+    "900 weights fp32": "robust_loss_fwd robust_weights_bwd",
+    "90000 weights fp64": "robust_sums_fwd robust_apply_fwd robust_dots_bwd robust_weights_bwd",
+    "step, momentum": "sgd_step",
+}
+
+
+@pytest.mark.parametrize("call", LAUNCHES)
+def test_launches(call):
+    assert [made.name for made in recorded(call, "sm_90")] == [f"{name}_kernel" for name in LAUNCHES[call].split()]
+
+
+# Kernels of float32, bfloat16 and float16 that have nothing to do in float64
+SINGLE = [call for call in CALLS if "fp64" not in call and "losses" not in call and "weights" not in call]
+
+
+@pytest.mark.parametrize("call", SINGLE)
+def test_no_float64(call):
+    """No number of Python and no constant widens a computation: a GPU may be 64 times slower at float64."""
+    for made in recorded(call, "sm_90"):
+        double = any(isinstance(x, torch.Tensor) and x.dtype == F64 for x in made.args)
+        if not made.name.startswith("robust_") and not double:
+            assert ".f64" not in made.compile("sm_90").asm["ptx"], made.name
+
+
+@pytest.mark.parametrize("call", ["robust 128 x 10 fp32", "robust 512 x 1000 fp32", "900 losses fp32", "90000 losses fp32"])
+def test_float64_of_the_state_only(call):
+    """What is computed in float64 beside the rows is as much for twice the rows of a program: scalars."""
+    for made in recorded(call, "sm_90"):
+        size = "LOSSES" if "LOSSES" in made.options else "BLOCK"
+        ptx = [made.compile("sm_90", **{size: made.options[size] // n}).asm["ptx"] for n in (2, 1)]
+        operations = [Counter(re.findall(r"^\s*(?:@%p\d+ )?([\w.]+\.f64)\s", text, re.M)) for text in ptx]
+        assert operations[0] == operations[1] and operations[0], made.name
+
+
+def test_another_batch_is_no_new_kernel():
+    """Rows, and what changes from step to step, are not specialized on."""
+    compiled = []
+    for rows, update in ((512, True), (511, False), (1, True)):
+        with recording("sm_90") as made:
+            robust_logit_loss(torch.zeros(rows, 1000), update=update)
+            robust_loss(torch.zeros(rows), update=update)
+            robust_loss(torch.zeros(20000 + rows), update=update)
+            logit_loss(torch.zeros(rows, 10), labels(rows))
+        compiled.append([one.compile("sm_90") for one in made])
+    for others in compiled[1:]:
+        for one, first, other in zip(made, compiled[0], others, strict=True):
+            assert first is other, one.name
+
+
+WIDE_LOAD, WIDE_STORE = (rf"{x}\.global(?:\.\w+)*\.(?:v4\.[bfu]32|v2\.[bfu]64)" for x in ("ld", "st"))
+# (loads, stores) of 16 bytes that a thread makes in each kernel: its elements * their size / 16 (and twice that for class
+# weights of float32 beside logits of bfloat16)
+WIDE = {
+    "512 x 1000 fp32": {"logit_loss_fwd_kernel": (2, 0), "logit_loss_bwd_kernel": (4, 4)},
+    "64 x 32000 bf16": {"logit_loss_fwd_kernel": (2, 0), "logit_loss_bwd_kernel": (2, 2)},
+    "64 x 1000 fp64": {"logit_loss_fwd_kernel": (4, 0), "logit_loss_bwd_kernel": (8, 8)},
+    "4 x 21 x 32 x 32 fp32": {"logit_loss_fwd_kernel": (4, 0), "logit_loss_bwd_kernel": (4, 4)},
+    "robust 512 x 1000 fp32": {"robust_logit_loss_fwd_kernel": (2, 0)},
+    "scale": {"scale_kernel": (2, 1)},
+    "step, plain": {"sgd_step_kernel": (8, 4)},
+    "step, momentum": {"sgd_step_kernel": (12, 8)},
+    "step, nesterov": {"sgd_step_kernel": (12, 12)},
+    "step, heavy ball fp64": {"sgd_step_kernel": (24, 24)},
+}
+
+
+@pytest.mark.parametrize("call", WIDE)
+def test_loads_of_16_bytes(call):
+    for name, (loads, stores) in WIDE[call].items():
+        for made in recorded(call, "sm_90"):
+            if made.name == name:
+                ptx = made.compile("sm_90").asm["ptx"]
+                assert count(WIDE_LOAD, ptx) >= loads and count(WIDE_STORE, ptx) >= stores, name
+
+
+def test_no_wide_access_at_odd_addresses():
+    """An address that is no multiple of 16 would stop the GPU."""
+    (ptx,) = ptx_of("step, odd addresses").values()
+    assert not count(WIDE_LOAD, ptx) and not count(WIDE_STORE, ptx)
+    _, backward = ptx_of("64 x 2:100 fp32").values()
+    assert not count(WIDE_LOAD, backward)
+
+
+@pytest.mark.parametrize("call", ["robust 128 x 10 fp32", "900 losses fp32", "90000 losses fp32"])
+def test_scores_are_divided_exactly(call):
+    """z = L / lambda, which an exponential follows: div.rn, as on the CPU."""
+    assert all(count(r"div\.rn(\.ftz)?\.f32", ptx) for ptx in ptx_of(call).values())
+
+
+@pytest.mark.parametrize("call", ["512 x 1000 fp32", "robust 512 x 1000 fp32", "90000 losses fp32"])
+def test_logarithms_are_exact(call):
+    """lg2.approx has an absolute error of 2^-22: it would lose a loss of 1e-6."""
+    assert not any(count(r"lg2\.approx", ptx) for ptx in ptx_of(call).values())
+
+
+@pytest.mark.parametrize("call", ["robust 512 x 1000 fp32", "90000 losses fp32"])
+def test_last_program_sees_the_others(call):
+    """Stores, barrier, atomic of acquire and release; then loads that bypass L1. On AMD every wave waits for its own stores."""
+    for name, ptx in ptx_of(call).items():
+        before, after = re.split(r"atom\.global\.gpu\.acq_rel\.add\.[us]32", ptx)
+        assert "bar.sync" in before[before.rindex("st.global") :], name
+        assert count(r"ld\.global\.cg", after) and not count(r"ld\.global\.cg", before), name
+    for made in recorded(call, "gfx942"):
+        code = made.compile("gfx942").asm["amdgcn"]
+        first, _, rest = code.partition("buffer_wbl2 sc1")
+        assert re.search(r"s_waitcnt vmcnt\(0\).*?s_barrier.*?buffer_wbl2 sc1.*?global_atomic_add", rest, re.S), made.name

@@ -1,0 +1,836 @@
+"""The Triton kernels on CPU tensors in Triton's interpreter, against the float64 oracle and the public API.
+
+test_kernels.py runs this file with TRITON_INTERPRET=1, which must be set before triton is imported. A program costs
+milliseconds here, so sizes are the smallest that meet a branch or a tail: a tile of 10 classes is 64 rows, blocks are 8, 32,
+1024, 2048 or 4096 elements.
+"""
+
+import math
+from functools import partial
+
+import numpy as np
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+
+import absgd_fast as ab
+from absgd_fast import reference
+from absgd_fast.compat.repository import Focal as Repository
+from absgd_fast.functional import logit_loss as public_logit_loss
+from absgd_fast.kernels import launch, losses, step, weights
+
+INF, NAN = math.inf, math.nan
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+NORMALIZERS = {"moving": 0, "batch": 1, "none": 2}
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, where a row that is masked is NaN
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request):
+    return DTYPES[request.param]
+
+
+@pytest.fixture(params=["one", "many"])
+def launches(request, monkeypatch):
+    """Up to 16384 losses in one launch; the same through the launches for more."""
+    if request.param == "many":
+        monkeypatch.setattr(launch, "ONE_LAUNCH", 0)
+
+
+@pytest.fixture(autouse=True)
+def counters_are_left_zero():
+    yield
+    assert not any(done.any() for done in launch._counters.values())
+
+
+def wide(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tolerance(dtype):
+    """64 ulp: of the computation, and one rounding of the result."""
+    rounding = torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 0
+    return 64 * torch.finfo(wide(dtype)).eps + rounding
+
+
+def close(got, exact, rtol=0.0, atol=0.0, what=""):
+    np.testing.assert_allclose(torch.as_tensor(got).detach().double().numpy(), exact, rtol=rtol, atol=atol, err_msg=what)
+
+
+def make(shape, dtype=torch.float32, seed=0, scale=3.0):
+    """Logits, labels."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+    return logits.to(dtype), torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=generator)
+
+
+def exact_of(logits, target, **options):
+    values, grads = oracle.cross_entropy(oracle.rows(logits.double()), target.flatten().tolist(), **options)
+    return values.reshape(target.shape), oracle.unrows(grads, logits.shape)
+
+
+def fused(logits, target, upstream, weight=None, label_smoothing=0.0, ignore_index=-100, report=None):
+    """Losses, gradient."""
+    values, stats = losses.logit_loss(
+        logits, target, weight, None, label_smoothing, 0.0, ignore_index, kind=0, prune=False, with_stats=True, report=report
+    )
+    return values, losses.logit_loss_backward(logits, target, weight, None, label_smoothing, stats, upstream)
+
+
+def test_parts():
+    """A Python float in two float32: 48 bits of it; inf, and what float32 cannot hold, stays inf."""
+    for x in (0.1, -1e-3, 1 / 3, 0.9, 1e30, 0.0):
+        high, low = launch.parts(x)
+        assert float(np.float32(high)) == high and float(np.float32(low)) == low and abs(x - high - low) <= abs(x) * 2**-47
+    assert launch.parts(1.0, INF, -INF, 1e300) == (1.0, 0.0, INF, 0.0, -INF, 0.0, INF, 0.0)
+
+
+# ---- cross-entropy ---------------------------------------------------------------------------------------------------
+
+
+def class_weight(classes):
+    return [0.5 + 1.5 * ((7 * c + 3) % 16) / 15.5 for c in range(classes)]
+
+
+OPTIONS = {
+    "plain": lambda c: {},
+    "weight": lambda c: {"weight": class_weight(c)},
+    "smooth": lambda c: {"label_smoothing": 0.1},
+    "weight-smooth-ignore": lambda c: {"weight": class_weight(c), "label_smoothing": 0.3, "ignore_index": 0},
+}
+# rows x classes: one class; tiles of many rows with a tail, one block and one more; several blocks with a tail
+SIZES = [(5, 1), (3, 2), (65, 10), (5, 33), (2, 1000), (3, 1025), (2, 4096), (2, 4097)]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("index", [torch.int64, torch.int32], ids=["int64", "int32"])
+def test_sizes(dtype, options, index):
+    for size in SIZES[:: 1 if index == torch.int64 else 3]:
+        logits, target = make(size, dtype, seed=size[1])
+        given = OPTIONS[options](size[1])
+        exact, slopes = exact_of(logits, target, **given)
+        if "weight" in given:
+            given["weight"] = torch.tensor(given["weight"], dtype=wide(dtype))
+        upstream = torch.linspace(-2, 1.5, size[0], dtype=wide(dtype))
+        values, grad = fused(logits, target.to(index), upstream, **given)
+        assert values.dtype == wide(dtype) and grad.dtype == dtype and grad.is_contiguous()
+        tol = tolerance(dtype)
+        tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps if dtype == torch.float16 else 0  # subnormal
+        close(values, exact, tol, torch.finfo(wide(dtype)).eps, f"losses {size}")
+        cancels = 8 * torch.finfo(wide(dtype)).eps if options == "smooth" or "ignore_index" in given else 0
+        close(grad, slopes * upstream.double().numpy()[:, None], tol, max(tiny, cancels), f"gradient {size}")
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "sliced rows": lambda x: torch.stack([x, x + 1], 1).flatten(0, 1)[::2],
+    "sliced classes": lambda x: torch.stack([x, x + 1], 2).flatten(1, 2)[:, ::2],
+    "wider row": lambda x: torch.cat([x, x + 1], 1)[:, : x.shape[1]],
+    "offset of one": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "permuted": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim()))),
+}
+
+
+@pytest.mark.parametrize("smooth", [False, True], ids=["plain", "weight-smooth"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(5, 36), (1, 21), (4, 1), (3, 9, 8), (2, 17, 3, 4), (3, 5, 1, 1)], ids=str)
+def test_layouts(layout, shape, smooth):
+    """Multiples of 4 (loads of 16 bytes) and others; rows side by side have blocks of 8 classes. Labels, upstream: strided."""
+    plain, target = make(shape)
+    moved = LAYOUTS[layout](plain)
+    assert torch.equal(moved, plain)
+    options = {"weight": class_weight(shape[1]), "label_smoothing": 0.2} if smooth else {}
+    exact, slopes = exact_of(plain, target, **options)
+    if smooth:
+        options["weight"] = torch.tensor(options["weight"])
+    upstream = torch.linspace(-1, 2, 2 * target.numel())[::2].reshape(target.shape)
+    strided = torch.stack([target, target * 0 - 7], -1)[..., 0]
+    values, grad = fused(moved, strided, upstream, **options)
+    tol = tolerance(torch.float32)
+    close(values, exact, tol, 1e-7)
+    close(grad, slopes * upstream.unsqueeze(1).double().numpy(), tol, 1e-6 if smooth else 1e-8)
+
+
+def test_upstream():
+    """One number, one expanded, one of each row; expanded logits (stride 0)."""
+    logits, target = make((6, 5))
+    _, slopes = exact_of(logits, target)
+    for upstream in (torch.tensor(3.0), torch.tensor(3.0).expand(6), torch.full((6,), 3.0)):
+        close(fused(logits, target, upstream)[1], 3 * slopes, 1e-5, 1e-8)
+    for same in (logits[:1].expand(6, 5), logits[:, :1].expand(6, 5)):
+        exact, slopes = exact_of(same, target)
+        values, grad = fused(same, target, torch.tensor(1.0))
+        close(values, exact, 1e-5)
+        close(grad, slopes, 1e-5, 1e-8)
+
+
+def test_rounded_once():
+    """A loss scale times a gradient below float16's range: multiplied before it is rounded."""
+    logits = torch.tensor([[18.0, 0.0]], dtype=torch.float16)  # p = 1.5e-8
+    _, grad = fused(logits, torch.tensor([0]), torch.tensor(65536.0))
+    close(grad[0, 1], 65536 * math.exp(-18) / (1 + math.exp(-18)), 2e-3)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_extremes(smoothing):
+    """p = 1 - 1e-6 (the label's gradient must not cancel), logits of +-80, of 1e4, equal ones; 10 classes and 4097."""
+    for classes in (10, 4097):
+        logits, _ = make((8, classes), seed=1)
+        target = torch.zeros(8, dtype=torch.int64)
+        logits[0, 0] = logits[0, 1:].logsumexp(0) + math.log(1e6)
+        logits[1] = 80.0 * (-1.0) ** torch.arange(classes)
+        logits[2] = -logits[1]
+        logits[3:5] += torch.tensor([[1e4], [-1e4]])
+        logits[5] = 7.0
+        logits[6, 0], logits[7, 0] = -90.0, 90.0
+        exact, slopes = exact_of(logits, target, label_smoothing=smoothing)
+        values, grad = fused(logits, target, torch.tensor(1.0), label_smoothing=smoothing)
+        close(values, exact, 1e-5, what=f"losses of {classes}")
+        close(grad, slopes, 1e-5, 1e-6 if smoothing else 1e-38, what=f"gradient of {classes}")
+
+
+@pytest.mark.parametrize("classes", [3, 4100])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_infinite_logits(classes, smoothing):
+    """As torch: a class of -inf has p = 0; +inf, NaN, or nothing but -inf makes the row NaN. With 4100 classes the first
+    block of row 0 holds nothing finite, and 0 would be no reference point for the rest."""
+    logits = torch.zeros(6, classes)
+    logits[0, :-2], logits[0, -2:] = -INF, -200.0
+    logits[1, -1] = -INF  # the label
+    logits[2] = -INF
+    logits[3, 0] = INF
+    logits[4, 1] = NAN
+    logits[5, -1] = NAN
+    target = torch.full((6,), classes - 1)
+    leaf = logits.double().requires_grad_()
+    exact = F.cross_entropy(leaf, target, reduction="none", label_smoothing=smoothing)
+    values, grad = fused(logits, target, torch.tensor(1.0), label_smoothing=smoothing)
+    close(values[:2], exact[:2].detach(), 1e-5)
+    assert values[2:].isnan().all()
+    if not smoothing:  # torch multiplies 0 by inf there
+        (wanted,) = torch.autograd.grad(exact[:2].sum(), leaf)
+        close(grad[:2], wanted[:2], 1e-5, 1e-12)
+    assert grad[2:].isnan().all(1)[[0, 2, 3]].all()
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 2, -1])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("classes", [5, 4097])
+def test_ignored_rows(ignore_index, smoothing, classes):
+    """Loss 0 and gradient 0, whatever stands in the row."""
+    logits, target = make((6, classes))
+    target[target == ignore_index] = 0
+    target[1] = target[4] = ignore_index
+    logits[1] = NAN
+    exact, slopes = exact_of(logits, target, ignore_index=ignore_index, label_smoothing=smoothing)
+    values, grad = fused(logits, target, torch.ones(6), None, smoothing, ignore_index)
+    close(values, exact, 1e-5)
+    close(grad, slopes, 1e-5, 1e-7)
+
+
+def test_ignored_rows_are_not_read(monkeypatch):
+    """Neither in the forward pass (of many classes) nor in the backward pass."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    read, load = [], InterpreterBuilder.create_masked_load
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_masked_load",
+        lambda self, p, mask, *a: (read.append(int(np.sum(mask.data))), load(self, p, mask, *a))[1],
+    )  # fmt: skip
+    for ignored in (0, 2):
+        logits, target = make((4, 4097))
+        target[:ignored] = -100
+        read.clear()
+        fused(logits, target, torch.tensor(1.0))
+        assert 2 * (4 - ignored) * 4097 < sum(read) < 2 * (4 - ignored) * 4097 + 100
+
+
+def test_labels_out_of_range(launches):
+    """Treated as ignored; one is reported, without and with robust weights. 2^32 + 1 has 1 in its low half."""
+    logits, target = make((70, 10))  # two programs
+    for index, bad in ((torch.int64, 2**32 + 1), (torch.int32, 10), (torch.int64, -1)):
+        labels = target.to(index).clone()
+        labels[3] = -100
+        clean = labels.clone()
+        labels[[66, 69]], clean[[66, 69]] = bad, -100
+        exact, slopes = exact_of(logits, clean)
+        for some, wanted in ((clean, [0, 0, 0, 0]), (labels, [bad, 66, 10, 1])):
+            report = torch.zeros(4, dtype=torch.int64)
+            values, grad = fused(logits, some, torch.tensor(1.0), report=report)
+            assert report.tolist() == wanted
+            close(values, exact, 1e-5)
+            close(grad, slopes, 1e-5, 1e-8)
+            fused(logits, labels.flip(0), torch.tensor(1.0), report=report)  # an unread report stays
+            assert report.tolist() == (wanted if wanted[3] else [bad, 0, 10, 1])
+            report.zero_()
+            loss, rows, grad, log_s, _ = robust(logits, some, log_s=0.3, report=report)
+            assert report.tolist() == wanted and rows[2].sum() == 67
+            again = robust(logits, clean, log_s=0.3)
+            assert all(map(torch.equal, (loss, rows, grad, log_s), again))
+
+
+def test_no_classes_and_no_rows():
+    values, grad = fused(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    assert values.shape == (0,) and grad.shape == (0, 5)
+    report = torch.zeros(4, dtype=torch.int64)
+    target = torch.tensor([-100, 1])
+    values, grad = fused(torch.zeros(2, 0), target, torch.zeros(2), label_smoothing=0.1, report=report)
+    assert values.tolist() == [0, 0] and grad.shape == (2, 0) and report.tolist() == [1, 1, 0, 1]
+    for shape in ((0, 5), (2, 0), (2, 3, 0)):
+        target = torch.full((shape[0], *shape[2:]), -100)
+        loss, rows, _, log_s, nonfinite = robust(torch.zeros(shape), target, log_s=0.7)
+        assert loss == 0 and rows.shape == (3, *target.shape) and log_s.item() == pytest.approx(0.7) and nonfinite == 0
+    assert losses.logit_loss(*make((2, 3)), None, None, 0.0, 0.0, -100, kind=0, prune=False, with_stats=False, report=None)[
+        1
+    ].shape == (0,)
+
+
+# ---- robust weights ----------------------------------------------------------------------------------------------------
+
+
+def state(log_s, lam, dtype):
+    return torch.tensor(log_s, dtype=dtype), torch.tensor(0), torch.tensor(lam, dtype=dtype)
+
+
+def numbers(gamma=0.9, alpha=1.0, mix=0.0, max_weight=None, normalizer="moving", init="first"):
+    """Positional and keyword arguments of the kernels."""
+    positional = gamma, alpha, mix, INF if max_weight is None else max_weight
+    return positional, dict(normalizer=NORMALIZERS[normalizer], init_first=init == "first")
+
+
+def robust(logits, target, log_s=-INF, lam=0.7, score=None, sample_weight=None, mask=None, update=True, upstream=1.0,
+           weight=None, label_smoothing=0.0, report=None, state_dtype=None, **options):  # fmt: skip
+    """loss, rows, gradient, log_s, nonfinite."""
+    real = wide(logits.dtype)
+    log_s, nonfinite, lam = state(log_s, lam, state_dtype or real)
+    positional, flags = numbers(**options)
+    loss, rows, stats = losses.robust_logit_loss(
+        logits, target, weight, None, label_smoothing, 0.0, -100, score, sample_weight, mask, log_s, nonfinite, lam, *positional,
+        **flags, kind=0, prune=False, update=update, with_stats=True, report=report,
+    )  # fmt: skip
+    grad = losses.logit_loss_backward(logits, target, weight, None, label_smoothing, stats, torch.tensor(upstream, dtype=real))
+    return loss, rows, grad, log_s, nonfinite
+
+
+def given(values, log_s=-INF, lam=0.7, score=None, sample_weight=None, mask=None, update=True, state_dtype=None, **options):
+    """The same for losses that are given; the gradient is d loss / d losses."""
+    log_s, nonfinite, lam = state(log_s, lam, state_dtype or values.dtype)
+    positional, flags = numbers(**options)
+    loss, rows, grad = weights.robust_loss(
+        values, score, sample_weight, mask, log_s, nonfinite, lam, *positional, **flags, update=update, with_grad=True
+    )
+    return loss, rows, grad, log_s, nonfinite
+
+
+STATES = {
+    "first": dict(lam=0.7),
+    "first, negative": dict(lam=-0.5),
+    "init=zero": dict(lam=0.7, init="zero", gamma=0.4, alpha=0.6),
+    "moving": dict(lam=-0.5, log_s=-0.75, gamma=0.3, alpha=0.8),
+    "gamma=1": dict(lam=-0.5, log_s=-0.75, gamma=1.0),
+    "batch": dict(lam=0.7, log_s=-0.75, normalizer="batch", alpha=0.7),
+    "none": dict(lam=-1.0, log_s=0.0, normalizer="none"),
+    "mix": dict(lam=-0.5, mix=0.3),
+    "max_weight": dict(lam=0.7, max_weight=0.9),
+    "inf": dict(lam=INF, log_s=-0.75, mix=0.3, max_weight=0.1),
+    "-inf": dict(lam=-INF),
+}
+INPUTS = ["none", "mask", "sample_weight", "score"]
+CASES = [(case, which) for j, case in enumerate(STATES) for which in (INPUTS[j % 4], "all")]
+
+
+def per_row(which, shape, dtype):
+    """sample_weight, mask, score, of which `which` are given."""
+    n = math.prod(shape)
+    out = dict(
+        sample_weight=torch.linspace(-1, 2, n, dtype=dtype), score=torch.linspace(3, -1, n, dtype=dtype),
+        mask=torch.arange(n) % 3 != 1,
+    )  # fmt: skip
+    return {k: v.reshape(shape) for k, v in out.items() if which in (k, "all")}
+
+
+def expected(values, valid, case, inputs, dtype):
+    """The oracle's forward on losses, from the state of `case`."""
+    case = dict(case)
+    exact = oracle.ABLoss(case.pop("lam"), **{k: v for k, v in case.items() if k != "log_s"})
+    exact.log_s = case.get("log_s", exact.log_s)
+    flat = {k: v.flatten().numpy() for k, v in inputs.items()}
+    flat["mask"] = np.broadcast_to(valid, values.shape) & flat.get("mask", True)
+    return exact(values, **flat), exact
+
+
+@pytest.mark.parametrize(
+    "kind, case, which",
+    [("fp32", *c) for c in CASES] + [("fp64", *c) for c in CASES if "all" in c] + [("bf16", *c) for c in CASES[::5]],
+)
+def test_robust_logit_loss(kind, case, which, launches):
+    """70 rows (two programs) with two ignored ones; class weights and smoothing where lambda < 0."""
+    dtype, case = DTYPES[kind], STATES[case]
+    shape = (70, 10) if dtype != torch.float64 else (5, 6, 2)
+    logits, target = make(shape, dtype)
+    target.view(-1)[[1, -1]] = -100
+    both = {"weight": class_weight(shape[1]), "label_smoothing": 0.2} if case["lam"] < 0 else {}
+    values, slopes = exact_of(logits, target, **both)
+    inputs = per_row(which, target.shape, wide(dtype))
+    forward, exact = expected(values.flatten(), (target != -100).flatten().numpy(), case, inputs, dtype)
+    if both:
+        both["weight"] = torch.tensor(both["weight"], dtype=wide(dtype))
+    loss, rows, grad, log_s, nonfinite = robust(logits, target, upstream=-3.0, **case, **inputs, **both)
+    tol = 1e-12 if dtype == torch.float64 else tolerance(torch.float32)
+    floor = torch.finfo(wide(dtype)).eps
+    valid = (target != -100) & inputs.get("mask", torch.tensor(True))
+    close(loss, forward.loss, tol, floor)
+    close(rows[0], np.where(valid, values, 0), tol, floor)
+    close(rows[1].flatten(), forward.weights, 2 * tol)
+    close(rows[2], valid)
+    close(log_s, exact.log_s, tol, floor)
+    factor = forward.grad.reshape(target.shape)
+    close(grad, slopes * np.expand_dims(factor, 1) * -3, 2 * max(tol, torch.finfo(dtype).eps), 8 * floor)
+    assert nonfinite == 0
+
+
+def test_evaluation_leaves_the_state(launches):
+    logits, target = make((70, 10))
+    trained, evaluated = (robust(logits, target, log_s=0.25, update=update) for update in (True, False))
+    assert all(map(torch.equal, trained[:3], evaluated[:3])) and trained[3] != 0.25 == evaluated[3]
+    values = torch.linspace(0, 1, 5)
+    trained, evaluated = (given(values, log_s=0.25, update=update) for update in (True, False))
+    assert all(map(torch.equal, trained[:3], evaluated[:3])) and trained[3] != 0.25 == evaluated[3]
+
+
+@pytest.mark.parametrize("case, which", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_robust_loss(case, which, dtype, launches):
+    """1500 losses in one program of 2048 lanes, or in two of 1024; losses of both signs, and an infinite one that is masked."""
+    case = STATES[case]
+    values = torch.linspace(-1, 4, 1500, dtype=dtype)
+    inputs = per_row(which, values.shape, dtype)
+    if "mask" in inputs:
+        values[1] = INF
+    forward, exact = expected(values.numpy(), True, case, inputs, dtype)
+    loss, rows, grad, log_s, nonfinite = given(values, **case, **inputs)
+    tol = 1e-12 if dtype == torch.float64 else tolerance(dtype)
+    floor = torch.finfo(dtype).eps
+    mask = inputs.get("mask", torch.tensor(True))
+    close(loss, forward.loss, tol, 4 * floor)
+    close(rows[0], np.where(mask, values, 0))
+    close(rows[1], forward.weights, tol)
+    close(rows[2], np.broadcast_to(mask, 1500))
+    close(grad, forward.grad, tol)
+    close(log_s, exact.log_s, tol, floor)
+    assert nonfinite == 0 and loss.shape == () and rows.shape == (3, 1500)
+
+
+@pytest.mark.parametrize("count", [0, 1, 512, 513, 1024, 1025, 2049])
+def test_counts(count, launches):
+    values = torch.rand(count, dtype=torch.float64)
+    forward, exact = expected(values.numpy(), True, dict(lam=-0.5), {}, None)
+    loss, rows, grad, log_s, _ = given(values, lam=-0.5)
+    close(loss, forward.loss, 1e-12)
+    close(rows[1], forward.weights, 1e-12)
+    close(grad, forward.grad, 1e-12)
+    close(log_s, exact.log_s, 1e-12)
+
+
+def test_many_losses():
+    """More than one launch takes, by themselves and from logits (2 classes): 17 programs and more; (B, d1) rows."""
+    values = torch.linspace(0, 5, 16500)
+    forward, exact = expected(values.double().numpy(), True, dict(lam=0.7, log_s=0.2), {}, None)
+    loss, rows, grad, log_s, _ = given(values.view(150, 110), log_s=0.2)
+    tol = tolerance(torch.float32)
+    for got, wanted in (
+        (loss, forward.loss),
+        (rows[1].flatten(), forward.weights),
+        (grad.flatten(), forward.grad),
+        (log_s, exact.log_s),
+    ):
+        close(got, wanted, tol)
+    logits = torch.stack([torch.zeros(16500), values.expm1().log()], 1)  # cross-entropy of the first class: `values`
+    logits[0, 1] = -INF
+    logits = torch.stack([logits.view(150, 110, 2)[..., c] for c in (0, 1)], 1)
+    loss, rows, _, log_s, _ = robust(logits, torch.zeros(150, 110, dtype=torch.int64), log_s=0.2)
+    for got, wanted in ((loss, forward.loss), (rows[1].flatten(), forward.weights), (log_s, exact.log_s)):
+        close(got, wanted, 4 * tol)
+
+
+def test_programs_that_take_several_blocks(monkeypatch):
+    """As beyond a million losses: 2 programs at most, 3 blocks each, the last one short."""
+    monkeypatch.setattr(launch, "ONE_LAUNCH", 0)
+    monkeypatch.setattr(launch, "MOST_PARTIALS", 2)
+    values = torch.linspace(0, 5, 5500, dtype=torch.float64)
+    values[5000] = NAN
+    loss, rows, grad, log_s, nonfinite = given(values, log_s=0.2)
+    keep = torch.arange(5500) != 5000
+    wanted = expected(values[keep].numpy(), True, dict(lam=0.7, log_s=0.2), {}, None)[0]
+    close(rows[1][keep], wanted.weights, 1e-12)
+    assert loss.isnan() and grad[5000].isnan() and log_s == 0.2 and nonfinite == 1
+    made, _, shares = weights.robust_weights(
+        values, *state(0.2, 0.7, torch.float64)[::2], None, 0.9, 1.0, normalizer=0, init_first=True
+    )
+    d = torch.linspace(1, -1, 5500, dtype=torch.float64)
+    got = weights.robust_weights_backward(made, d, torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.7), shares)
+    w, d = made[keep], d[keep]
+    close(got[keep], w * (d - 0.9 / 5499 * (w @ d)) / np.float32(0.7), 1e-12, 1e-14)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("entry", ["losses", "logits"])
+def test_nonfinite_rows(bad, entry, launches):
+    """The bad row keeps its NaN to itself; the state does not move; it counts only where the state would have moved."""
+    values = torch.tensor([0.5, 1.0, 2.0, 0.25])
+    valid = np.array([True, False, True, True])
+    forward, _ = expected(values.double().numpy(), valid, dict(lam=0.7, log_s=0.2), {}, None)
+    for update in (True, False):
+        if entry == "losses":
+            values[1] = bad
+            loss, rows, grad, log_s, nonfinite = given(values, log_s=0.2, update=update)
+            close(grad[valid], forward.grad[valid], 1e-6)
+        else:
+            logits = torch.stack([torch.zeros(4), torch.tensor([0.5, 1.0, 2.0, 0.25]).expm1().log()], 1)
+            logits[1] = torch.tensor({NAN: [NAN, 0.0], INF: [-INF, 0.0], -INF: [INF, 0.0]}[bad])
+            loss, rows, grad, log_s, nonfinite = robust(logits, torch.zeros(4, dtype=torch.int64), log_s=0.2, update=update)
+        close(rows[1][valid], forward.weights[valid], 1e-5)
+        assert rows[1][1].isnan() and rows[2].tolist() == [1, 1, 1, 1]
+        assert grad[1].isnan().all() and grad[valid].isfinite().all() and not loss.isfinite()
+        assert log_s == torch.tensor(0.2) and nonfinite == int(update)
+
+
+def test_scores_and_losses_must_be_finite(launches):
+    """The score also where |lam| = inf makes z = 0; the loss also where only the score is exponentiated."""
+    for bad in (INF, NAN):
+        score, values = torch.tensor([1.0, bad, 2.0, 3.0]), torch.tensor([1.0, 1.0, bad, 1.0])
+        for lam in (INF, 0.7):
+            _, rows, _, log_s, nonfinite = given(values, lam=lam, log_s=0.3, score=score)
+            assert rows[1].isnan().tolist() == [False, True, True, False] and nonfinite == 1 and log_s == torch.tensor(0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.float64])
+def test_state_precision(dtype, state_dtype, launches):
+    """|z| of 1e39 fits float64 losses with a float64 state only; log_s and lam of either precision."""
+    values = torch.tensor([0.0, 1.0], dtype=dtype)
+    for lam, fits in ((1e-39, dtype == state_dtype == torch.float64), (2.0**-10, True)):
+        if lam < 1e-38 and torch.float32 in (dtype, state_dtype):
+            lam = 1e-38 if dtype == torch.float32 else 2.0**-127
+            values = torch.tensor([0.0, 4.0], dtype=dtype)
+        loss, rows, _, log_s, nonfinite = given(values, lam=lam, state_dtype=state_dtype)
+        assert nonfinite == int(not fits) and rows[1][1].isnan() == (not fits)
+        assert log_s.dtype == state_dtype
+
+
+def test_state_in_two_parts(launches):
+    """z = 1024 L: a float32 log s' alone would be off by 3e-5, and so would each weight. lam is a power of two: z is exact."""
+    values = torch.tensor([0.99, 0.991, 0.992, 0.9893])
+    forward, _ = expected(values.double().numpy(), True, dict(lam=2.0**-10), {}, None)
+    _, rows, _, _, _ = given(values, lam=2.0**-10)
+    close(rows[1], forward.weights, 1e-6)
+
+
+def test_no_overflow(launches):
+    """W <= n / (gamma alpha), whatever lambda and L; nothing but exp of numbers <= 0."""
+    values = torch.tensor([0.0, 1e4, 1e4 - 1])
+    forward, _ = expected(values.double().numpy(), True, dict(lam=0.5), {}, None)
+    close(given(values, lam=0.5)[1][1], forward.weights, 1e-5)
+
+
+@pytest.mark.parametrize("log_s", [-INF, 0.3])
+@pytest.mark.parametrize("init", ["first", "zero"])
+@pytest.mark.parametrize("lam", [0.8, -0.5, INF])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_robust_weights(log_s, init, lam, dtype, launches):
+    """Values and vjp against autograd through reference.py in float64; 1030 losses with masked ones."""
+    values, mask = torch.linspace(-0.5, 3, 1030, dtype=dtype), torch.arange(1030) % 7 != 3
+    log_s, _, lam = state(log_s, lam, dtype)
+    flags = dict(normalizer=0, init_first=init == "first")
+    made, new, shares = weights.robust_weights(values, log_s, lam, mask, 0.7, 0.6, **flags)
+    leaf = values.double().requires_grad_()
+    exact, state_after = reference.robust_weights(leaf, log_s.double(), lam.double(), gamma=0.7, alpha=0.6, init=init, mask=mask)
+    tol = 1e-12 if dtype == torch.float64 else tolerance(dtype)
+    close(made, exact.detach(), tol)
+    close(new, state_after.detach(), tol)
+    assert new.shape == () and new.dtype == dtype and log_s is not new
+    d, u = torch.linspace(-1, 2, 1030, dtype=dtype), torch.tensor(1.5, dtype=dtype)
+    grad = weights.robust_weights_backward(made, d, u, lam, shares)
+    if exact.requires_grad:
+        (wanted,) = torch.autograd.grad((exact * d).sum() + state_after * u, leaf)
+        close(grad, torch.nan_to_num(wanted), tol, 64 * torch.finfo(dtype).eps)
+
+
+def test_robust_weights_around_a_bad_row(launches):
+    """Its own gradient is NaN, the others' are those of the batch without it, and log s', which stays, owes them nothing."""
+    values = torch.tensor([0.5, NAN, 2.0], dtype=torch.float64)
+    log_s, _, lam = state(0.2, 0.9, torch.float64)
+    run = partial(weights.robust_weights, normalizer=0, init_first=True)
+    made, new, shares = run(values, log_s, lam, None, 0.9, 1.0)
+    d = torch.tensor([1.0, 5.0, -2.0], dtype=torch.float64)
+    grad = weights.robust_weights_backward(made, d, torch.tensor(7.0, dtype=torch.float64), lam, shares)
+    clean, _, clean_shares = run(values[[0, 2]], log_s, lam, None, 0.9, 1.0)
+    wanted = weights.robust_weights_backward(clean, d[[0, 2]], torch.tensor(0.0, dtype=torch.float64), lam, clean_shares)
+    close(grad[[0, 2]], wanted, 1e-12)
+    assert grad[1].isnan() and new == 0.2 and shares[1] == 0
+    close(shares[0], 0.45, 1e-12)
+    empty = torch.zeros(0, dtype=torch.float64)
+    made, new, shares = run(empty, log_s, lam, None, 0.9, 1.0)
+    assert made.shape == (0,) and new == 0.2 and shares.tolist() == [0, 0]
+    assert weights.robust_weights_backward(empty, empty, log_s, lam, shares).shape == (0,)
+
+
+# ---- gradient scaling ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(7,), (1500,), (3, 5), (70, 3), (2, 1030), (2, 3, 4), (2, 3, 1100)], ids=str)
+def test_scale(shape, dtype):
+    """One number, one expanded, one of each row: a vector of losses, rows of classes, classes of inner positions."""
+    grad = torch.linspace(-2, 2, math.prod(shape)).reshape(shape).to(dtype)
+    rows = shape if len(shape) == 1 else (shape[0], *shape[2:])
+    real = wide(dtype)
+    each = torch.linspace(-1, 3, math.prod(rows), dtype=real).reshape(rows)
+    tol, tiny = max(torch.finfo(dtype).eps, 1e-15), 6e-8 if dtype == torch.float16 else 0  # its smallest number
+    for upstream in (
+        torch.tensor(-0.3, dtype=real),
+        torch.tensor(-0.3, dtype=real).expand(rows),
+        each,
+        torch.stack([each, each], -1)[..., 0],
+    ):
+        factor = upstream if len(shape) == 1 or upstream.dim() == 0 else upstream.unsqueeze(1)
+        wanted = (grad.to(real) * factor).double().numpy()
+        out = weights.scale(grad, upstream, False)
+        assert out.dtype == dtype and out.data_ptr() != grad.data_ptr()
+        close(out, wanted, tol, tiny)
+        in_place = grad.clone()
+        assert weights.scale_(in_place, upstream) is None
+        assert torch.equal(in_place, out)
+        if dtype == torch.float32:
+            half = weights.scale(grad, upstream, True)
+            assert half.dtype == torch.float16
+            close(half, wanted, 1e-3, 1e-7)
+
+
+def test_scale_by_one_touches_nothing(monkeypatch):
+    """In place and by exactly 1: no element is stored. Otherwise each is."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    stored, store = [], InterpreterBuilder.create_masked_store
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_masked_store",
+        lambda self, p, v, mask, *a: (stored.append(int(np.sum(mask.data))), store(self, p, v, mask, *a))[1],
+    )  # fmt: skip
+    for upstream, elements in ((1.0, 0), (2.0, 12)):
+        stored.clear()
+        weights.scale_(torch.ones(3, 4), torch.tensor(upstream))
+        assert sum(stored) == elements
+    weights.scale_(torch.zeros(0), torch.tensor(2.0))
+
+
+# ---- momentum step ---------------------------------------------------------------------------------------------------
+
+FORMS = {
+    "plain": dict(lr=0.1),
+    "decay": dict(lr=0.1, weight_decay=0.3),
+    "momentum": dict(lr=0.1, momentum=0.9, weight_decay=0.01),
+    "dampening": dict(lr=0.1, momentum=0.9, dampening=0.3, maximize=True),
+    "nesterov": dict(lr=0.1, momentum=0.8, weight_decay=0.01, nesterov=True),
+    "heavy_ball": dict(lr=0.1, momentum=0.8, weight_decay=0.01, heavy_ball=True),
+}
+DEFAULTS = dict(momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False, heavy_ball=False)
+
+
+def sgd_step_(params, grads, buffers, lr_tensor=None, grad_scale=None, found_inf=None, **options):
+    options = DEFAULTS | options
+    buffers = buffers if options["momentum"] else []
+    step.sgd_step_(params, grads, buffers, lr_tensor, grad_scale, found_inf, **options)
+
+
+def tensors(shapes, dtype, count=3):
+    generator = torch.Generator().manual_seed(3)
+    return [[torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes] for _ in range(count)]
+
+
+def stepped(params, grads, buffers, **options):
+    """The same step by reference.py, in float64."""
+    copies = [[t.double().clone() for t in ts] for ts in (params, grads, buffers)]
+    reference.momentum_step_(*copies, **options)
+    return copies
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_step(form, dtype):
+    """Tensors of no, one, and around 2048 elements (a program), two steps; one launch for all."""
+    made = tensors([(0,), (1,), (5, 3), (2047,), (2048,), (2049,), ()], dtype)
+    tol = 1e-12 if dtype == torch.float64 else 1e-6
+    for _ in range(2):
+        wanted = stepped(*made, **FORMS[form])
+        grads = [g.clone() for g in made[1]]
+        sgd_step_(*made, **FORMS[form])
+        for got, exact in zip(made[0] + made[2], wanted[0] + wanted[2]):
+            close(got, exact, tol, tol)
+        assert all(map(torch.equal, made[1], grads))
+
+
+def test_step_with_infinite_weights():
+    """0 * inf is no weight decay of 0."""
+    sgd_step_([w := torch.tensor([INF])], [torch.ones(1)], [], lr=0.1)
+    assert w == INF
+
+
+@pytest.mark.parametrize("form", ["plain", "nesterov", "heavy_ball"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("number", [torch.float32, torch.float64], ids=["fp32 numbers", "fp64 numbers"])
+def test_step_with_device_numbers(form, dtype, number):
+    """lr in a tensor wins over the float; gradients are divided by grad_scale and stay so; found_inf stops everything."""
+    made = tensors([(5, 3), (2050,)], dtype)
+    options = FORMS[form] | {"lr": torch.tensor(0.25, dtype=number).item()}
+    scaled = [g * 3 for g in made[1]]
+    wanted = stepped(*made, **options)
+    before = [[t.clone() for t in ts] for ts in (made[0], scaled, made[2])]
+    extra = dict(lr_tensor=torch.tensor([0.25], dtype=number), grad_scale=torch.tensor(3.0, dtype=number))
+    sgd_step_(made[0], scaled, made[2], **extra, found_inf=torch.tensor(1.0), **(FORMS[form] | {"lr": 77.0}))
+    for ts, kept in zip((made[0], scaled, made[2]), before):
+        assert all(map(torch.equal, ts, kept))
+    sgd_step_(made[0], scaled, made[2], **extra, found_inf=torch.tensor(0.0), **(FORMS[form] | {"lr": 77.0}))
+    tol = 1e-12 if dtype == torch.float64 else 1e-6
+    for got, exact in zip((made[0], scaled, made[2]), wanted):
+        for t, e in zip(got, exact):
+            close(t, e, tol, tol)
+
+
+def test_step_layouts():
+    """Dense tensors in any order, and those that are not: strided parameters, expanded or transposed gradients, a buffer laid
+    out otherwise; float32 and float64 together; an address that is no multiple of 16; grad_scale writes back to all."""
+    params, grads, buffers = tensors([(2, 3, 4, 5), (6, 4), (6, 4), (5, 3), (8,)], torch.float32)
+    params[0] = params[0].to(memory_format=torch.channels_last)
+    params[1] = torch.randn(6, 8)[:, ::2]
+    params[4] = torch.randn(9)[1:]
+    grads[0] = grads[0].to(memory_format=torch.channels_last)
+    grads[2] = grads[2].t().contiguous().t()
+    buffers[3] = buffers[3].t().contiguous().t()
+    doubles = tensors([(7,)], torch.float64)
+    params, grads, buffers = (a + b for a, b in zip((params, grads, buffers), doubles))
+    options = FORMS["momentum"]
+    wanted = stepped(params, grads, buffers, **options)
+    gs = [g.mul_(2) for g in grads]
+    sgd_step_(params, gs, buffers, grad_scale=torch.tensor(2.0), **options)
+    for got, exact in zip((params, gs, buffers), wanted):
+        for t, e in zip(got, exact):
+            close(t, e, 1e-6, 1e-7)
+
+
+def test_step_expanded_gradient():
+    p, b = torch.ones(4, 3), torch.zeros(4, 3)
+    sgd_step_([p], [torch.tensor(2.0).expand(4, 3)], [b], lr=0.5, momentum=0.9)
+    assert torch.equal(p, torch.zeros(4, 3)) and torch.equal(b, torch.full((4, 3), 2.0))
+
+
+def test_step_refuses_other_shapes():
+    with pytest.raises(ValueError, match=r"\(4,\).*\(5,\)"):
+        sgd_step_([torch.ones(5)], [torch.ones(4)], [], lr=0.1)
+    sgd_step_([], [], [], lr=0.1)
+    sgd_step_([torch.ones(0)], [torch.ones(0)], [], lr=0.1)
+
+
+def test_step_table_follows_the_tensors(monkeypatch):
+    """Uploaded once while the tensors stay, again when one moves or another size comes; the oldest is dropped."""
+    monkeypatch.setattr(step, "_KEPT", 2)
+    step._tables.clear()
+    p, g = torch.ones(3), torch.ones(3)
+    kept = []  # so that no address is given away twice
+    for _ in range(3):
+        sgd_step_([p], [g], [], lr=0.125)
+    assert len(step._tables) == 1 and torch.equal(p, torch.full((3,), 0.625))
+    for _ in range(4):
+        kept.append(g)
+        g = torch.ones(3)
+        sgd_step_([p], [g], [], lr=0.125)
+    assert len(step._tables) == 2 and torch.equal(p, torch.full((3,), 0.125))
+    sgd_step_([p[:2]], [g[:2]], [], lr=0.125)
+    assert p.tolist() == [0, 0, 0.125]
+
+
+# ---- against what the package does elsewhere -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lam", [-0.5, 2.0])
+def test_same_as_the_public_api(lam):
+    """Three steps of ABLoss on whatever serves the CPU here, float64: the same values, weights, gradients and state."""
+    criterion = ab.ABLoss(ab.CrossEntropy(label_smoothing=0.1), lam=lam, gamma=0.8, alpha=0.9, mix=0.2, max_weight=3.0).double()
+    log_s, nonfinite, lam = state(-INF, lam, torch.float64)
+    for seed in range(3):
+        logits, target = make((9, 7), torch.float64, seed)
+        target[seed] = -100
+        leaf = logits.clone().requires_grad_()
+        value = criterion(leaf, target, sample_weight=torch.linspace(0, 1, 9))
+        value.backward()
+        loss, rows, stats = losses.robust_logit_loss(
+            logits, target, None, None, 0.1, 0.0, -100, None, torch.linspace(0, 1, 9).double(), None, log_s, nonfinite, lam, 0.8, 0.9, 0.2,
+            3.0, kind=0, prune=False, normalizer=0, init_first=True, update=True, with_stats=True, report=None,
+        )  # fmt: skip
+        grad = losses.logit_loss_backward(logits, target, None, None, 0.1, stats, torch.tensor(1.0, dtype=torch.float64))
+        for ours, theirs in (
+            (loss, value),
+            (rows[0], criterion.last.losses),
+            (rows[1], criterion.last.weights),
+            (log_s, criterion.log_s),
+            (grad, leaf.grad),
+        ):
+            torch.testing.assert_close(ours, theirs.detach(), rtol=1e-11, atol=1e-14)
+
+
+def test_same_losses_as_the_public_api(dtype):
+    logits, target = make((33, 12), dtype)
+    leaf = logits.clone().requires_grad_()
+    value = public_logit_loss(leaf, target)
+    value.sum().backward()
+    values, grad = fused(logits, target, torch.tensor(1.0, dtype=wide(dtype)))
+    tol = tolerance(dtype)
+    torch.testing.assert_close(values, value.detach(), rtol=tol, atol=tol)
+    torch.testing.assert_close(grad, leaf.grad, rtol=2 * tol, atol=2 * torch.finfo(wide(dtype)).eps)
+
+
+def test_memory_shared_by_two_parameters():
+    """Updated one after the other, as without a kernel."""
+    memory = torch.ones(8)
+    params = [memory[:6], memory[2:]]
+    step.sgd_step_(params, [torch.ones(6), torch.ones(6)], [], None, None, None, 0.1, 0.0, 0.0, 0.0, False, False, False)
+    torch.testing.assert_close(memory, torch.tensor([0.9, 0.9, 0.8, 0.8, 0.8, 0.8, 0.9, 0.9]))
+
+
+# ---- the loss family, through the public functions ---------------------------------------------------------------------
+
+COUNTS = [50, 9, 4, 2, 1, 1, 1, 1, 1, 1]
+FAMILY = {
+    "soft": lambda **o: ab.CrossEntropy(torch.linspace(0.5, 2, 10), label_smoothing=0.1, **o),
+    "focal": lambda **o: ab.Focal(0.5, torch.linspace(0.5, 2, 10), **o),
+    "gce": lambda **o: ab.GCE(0.7, **o),
+    "tce": lambda **o: ab.GCE(0.7, 0.1, prune=True, **o),
+    "sce": lambda **o: ab.SCE(6.0, 0.5, **o),
+    "ldam": lambda **o: ab.LDAM(COUNTS, **o),
+    "vs": lambda **o: ab.VS(COUNTS, 0.3, 1.0, torch.linspace(0.5, 2, 10), **o),
+    "weighted focal": lambda **o: Repository(1.5, torch.linspace(0.5, 2, 10), **o),
+}
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (2, 10, 3)], ids=str)
+@pytest.mark.parametrize("name", FAMILY)
+def test_loss_family(name, shape):
+    """Losses, robust loss, weights and gradients against plain torch in float64: kinds, class vectors, soft targets, layouts."""
+    torch.manual_seed(1)
+    logits = torch.randn(shape).mul(4)
+    target = torch.randint(10, shape[:1] + shape[2:])
+    target.view(-1)[1] = -100
+    if name == "soft":
+        target = torch.randn(shape).softmax(1)
+        target[0, 3] = 0
+    for criterion in (FAMILY[name], lambda **o: ab.ABLoss(FAMILY[name](**o), lam=0.7)):
+        ours, exact = criterion(backend="triton"), criterion(backend="reference").double()
+        x, wide = logits.clone().requires_grad_(), logits.double().requires_grad_()
+        value, wanted = ours(x, target), exact(wide, target.double() if name == "soft" else target)
+        torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-6)
+        value.sum().backward()
+        wanted.sum().backward()
+        torch.testing.assert_close(x.grad.double(), wide.grad, rtol=2e-5, atol=2e-6 * float(wide.grad.abs().max()))

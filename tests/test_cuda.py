@@ -1,0 +1,78 @@
+"""The CUDA kernels and operators, executed on the CPU (tests/simt): the package with `_ops_cuda` in place of `_ops_cpu` runs the
+tests that every backend passes, and cuda_on_cpu/suite.py, in several orders of threads and blocks, under the sanitizers, and
+under a checker of races."""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from simt import build as simt
+
+from absgd_fast import _backend
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+FILES = ("losses", "functional", "robust", "state", "optim", "ops")
+
+pytestmark = pytest.mark.skipif(simt.why_not() is not None, reason=simt.why_not() or "")
+
+# name: (kind of build, order, limit of the one-block kernel, what to run)
+EVERYTHING = [TESTS / "cuda_on_cpu" / "suite.py", *(TESTS / f"test_{name}.py" for name in FILES)]
+SUITE = [TESTS / "cuda_on_cpu" / "suite.py"]
+RUNS = {
+    "statistics": ("plain", "forward", 0, EVERYTHING),
+    "one block": ("plain", "random:1", 16384, EVERYTHING),
+    "reverse": ("plain", "reverse:1", 0, SUITE),
+    "address": ("address", "random:2", 0, SUITE),
+    "address, one block": ("address", "forward", 16384, [*SUITE, TESTS / "test_robust.py"]),
+    "race": ("race", "random:3", 0, SUITE),
+    "race, one block": ("race", "random:4", 16384, [*SUITE, TESTS / "test_robust.py"]),
+}
+
+
+def package(folder, kind):
+    """A copy of the package whose CPU operators are the CUDA operators on fibers."""
+    target = folder / kind / "absgd_fast"
+    ignore = shutil.ignore_patterns("_ops_*.so", "__pycache__")
+    shutil.copytree(Path(_backend.__file__).parent, target, ignore=ignore)
+    torch_root = Path(torch.__path__[0])
+    simt.build(
+        [ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("losses", "weights", "step")],
+        target / "_ops_cpu.so",
+        kind,
+        include_dirs=[ROOT / "csrc"],
+        extra_flags=["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DABSGD_DISPATCH_KEY=CPU", "-isystem", torch_root / "include",
+                     f"-L{torch_root / 'lib'}", "-ltorch_cpu"],
+        extra_sources=[ROOT / "csrc" / "ops_cuda.cpp", TESTS / "cuda_on_cpu" / "tools.cpp"],
+    )  # fmt: skip
+    return target.parent
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """name -> the finished process. Built and run side by side, because most of them use one core."""
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    packages = {kind: package(folder, kind) for kind in {run[0] for run in RUNS.values()}}
+
+    def run(name):
+        kind, order, limit, files = RUNS[name]
+        environment = os.environ | simt.environment(kind) | {"SIMT_ORDER": order, "SIMT_LIMIT": str(limit)}
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, (packages[kind], TESTS, TESTS / "cuda_on_cpu")))
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "plugin", "--rootdir", TESTS, *files]
+        return subprocess.run([*map(str, command)], cwd=packages[kind], env=environment, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(RUNS, pool.map(run, RUNS)))
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.timeout(1200)
+def test_kernels_on_the_cpu(results, name):
+    done = results[name]
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    assert "passed" in done.stdout

@@ -1,0 +1,1260 @@
+"""Every backend of a GPU against the float64 oracle, and what only a GPU has: graphs, streams, launches, more than 2^31 elements.
+
+    pytest tests/test_gpu.py                    the same bodies on the CPU's backends; what only a GPU can show is skipped
+    python tests/test_gpu.py [--out FILE.json]  on a machine with a GPU, without pytest: worker processes take the tests, so that a
+                                                kernel that hangs or breaks its CUDA context costs one test and not the run
+
+A body is a function of `where`, a device and a backend on it, and of the names of its tables.
+"""
+
+import argparse
+import gc
+import importlib
+import itertools
+import json
+import math
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections import Counter
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import SkipTest
+from unittest.mock import patch
+
+TESTS = Path(__file__).resolve().parent
+if __name__ == "__main__":
+    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+
+import numpy as np  # noqa: E402
+import oracle  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+import absgd_fast as ab  # noqa: E402
+from absgd_fast import _backend  # noqa: E402
+from absgd_fast.functional import logit_loss, robust_weights  # noqa: E402
+
+with patch.object(sys, "path", [str(TESTS.parent), *sys.path]):  # benchmarks are no part of the package
+    device_tools = importlib.import_module("benchmarks.device")
+
+INF, NAN = math.inf, math.nan
+# So many losses are weighted in the launch that made them, and so many logits are kept by one block: a batch that is, and
+# one that is not. The CPU has no such border, and is spared the size.
+ONE_LAUNCH = 16384 if torch.cuda.is_available() else 200
+HELD, BEYOND = (9, 37), (40, 513) if torch.cuda.is_available() else (14, 37)
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# ---- where a body runs -----------------------------------------------------------------------------------------------
+
+
+class Where:
+    """A device and the backend that is to serve it."""
+
+    def __init__(self, device, backend):
+        self.device, self.backend = torch.device(device), backend
+        self.gpu = self.device.type == "cuda"
+
+    def __str__(self):
+        return f"{self.device.type}-{self.backend}"
+
+    def why_not(self):
+        if self.gpu and not torch.cuda.is_available():
+            return _backend.why_not("cuda") or "torch sees no CUDA GPU"
+        return _backend.why_not(self.backend)
+
+    def synchronize(self):
+        device_tools.synchronize(self.device)
+
+    def leaf(self, tensor):
+        return tensor.detach().to(self.device, copy=True).requires_grad_()
+
+    def criterion(self, loss="ce", classes=1, dtype=torch.float32, **options):
+        """ABLoss on a fused loss of LOSSES."""
+        fused = ab.CrossEntropy(**tensors_of(LOSSES[loss](classes), dtype), backend=self.backend)
+        return self.robust(fused, dtype, **options)
+
+    def robust(self, criterion, dtype=torch.float32, **options):
+        with self.device:
+            out = ab.ABLoss(criterion, backend=self.backend, **options)
+        out = out.to(self.device)
+        return out.double() if dtype == torch.float64 else out
+
+    def need(self, bytes):
+        """Skips what does not fit into the memory."""
+        free = torch.cuda.mem_get_info(self.device)[0] if self.gpu else 2**32
+        if bytes > free:
+            raise SkipTest(f"needs {bytes / 2**30:.0f} GB of memory, {free / 2**30:.0f} are free")
+
+
+CPU = [Where("cpu", name) for name in ("cpu", "reference")]
+GPU = [Where("cuda", name) for name in ("cuda", "triton", "reference")]
+
+
+def over(**tables):
+    """The body runs once for each combination of entries of these tables ({id: value}, or ids alone)."""
+
+    def mark(function):
+        function.tables = {name: t if isinstance(t, dict) else {str(v): v for v in t} for name, t in tables.items()}
+        return function
+
+    return mark
+
+
+def gpu(function=None, *, alone=False):
+    """Only a GPU can show this, and only our kernels promise it. alone: it wants the memory for itself."""
+    if function is None:
+        return partial(gpu, alone=alone)
+    function.gpu, function.alone = True, alone
+    return function
+
+
+def places(function):
+    if getattr(function, "gpu", False):
+        return [where for where in GPU if where.backend != "reference"]
+    return CPU + GPU * torch.cuda.is_available()
+
+
+def pytest_generate_tests(metafunc):
+    import pytest
+
+    for name, table in getattr(metafunc.function, "tables", {}).items():
+        metafunc.parametrize(name, list(table.values()), ids=list(table))
+    if "where" in metafunc.fixturenames:
+        params = [(where, where.why_not()) for where in places(metafunc.function)]
+        marked = [pytest.param(w, marks=pytest.mark.skipif(bool(reason), reason=str(reason)), id=str(w)) for w, reason in params]
+        metafunc.parametrize("where", marked)
+
+
+_settings = []
+
+
+def setup_function(function=None):
+    """torch.empty returns NaN, so that a read of uninitialised memory shows; torch's own operators are not meant by it."""
+    _settings.append((torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()))
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+
+
+def teardown_function(function=None):
+    enabled, warn_only = _settings.pop()
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@contextmanager
+def unpoisoned():
+    """Where launches count, no kernel fills what torch.empty returns."""
+    setup_function()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        teardown_function()
+
+
+# ---- problems and their exact answers --------------------------------------------------------------------------------
+
+
+def class_weight(classes):
+    """Distinct values from 0.5 to 2, none of them 1: an unused or shifted weight shows."""
+    return [0.5 + 1.5 * ((7 * c + 3) % 16) / 15.5 for c in range(classes)]
+
+
+LOSSES = {
+    "ce": lambda c: {},
+    "weight": lambda c: {"weight": class_weight(c)},
+    "smooth": lambda c: {"label_smoothing": 0.1},
+    "all": lambda c: {"weight": class_weight(c), "label_smoothing": 0.3, "ignore_index": 0},
+}
+
+
+def wide(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tensors_of(options, dtype, device="cpu"):
+    """Class vectors as tensors of what losses are computed in."""
+    return {k: torch.tensor(v, dtype=wide(dtype), device=device) if isinstance(v, list) else v for k, v in options.items()}
+
+
+@lru_cache(maxsize=512)
+def problem(shape, dtype, seed=0, scale=3.0, loss="ce"):
+    """Logits and labels on the CPU; exact losses and gradients as NumPy arrays of their shapes. Where there are several rows
+    the second is ignored and holds NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    options = LOSSES[loss](shape[1])
+    ignore = options.get("ignore_index", -100)
+    logits = (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    target = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=generator)
+    if target.numel() > 1:
+        target.view(-1)[1] = ignore
+        logits.movedim(1, -1)[target == ignore] = NAN
+    losses, grads = oracle.cross_entropy(oracle.rows(logits.double()), target.flatten().tolist(), **options)
+    return SimpleNamespace(
+        logits=logits, target=target, options=options, valid=(target != ignore).numpy(), ignore_index=ignore,
+        losses=losses.reshape(target.shape), grads=oracle.unrows(grads, shape),
+    )  # fmt: skip
+
+
+def exact_losses(x, target, options):
+    """The oracle's formula for many rows: losses of float64 logits in torch, differentiable, r summed without the label."""
+    valid = target != options.get("ignore_index", -100)
+    x, y = x.movedim(1, -1), torch.where(valid, target, 0).unsqueeze(-1)
+    d = x - x.gather(-1, y)
+    others = d.masked_fill(torch.zeros_like(d, dtype=torch.bool).scatter(-1, y, True), -INF)
+    nll = F.softplus(others.logsumexp(-1), threshold=700)
+    v, e = options.get("weight", x.new_ones(x.shape[-1])), options.get("label_smoothing", 0.0)
+    losses = (1 - e) * v[y.squeeze(-1)] * nll + e / x.shape[-1] * (v * (nll.unsqueeze(-1) - d)).sum(-1)
+    return torch.where(valid, losses, 0)
+
+
+def along(rows, like):
+    """One number per row, ready to multiply logits (B, C, ...)."""
+    return np.expand_dims(np.asarray(rows), 1) * np.ones_like(like)
+
+
+def numpy(tensor):
+    return tensor.detach().double().cpu().numpy()
+
+
+def close(got, exact, dtype, what, *, ulps=64, cancels=False, stored=False):
+    """Elementwise: so many ulp of what it is computed in and, where it is stored in `dtype`, one rounding to that."""
+    ulp, info = torch.finfo(wide(dtype)).eps, torch.finfo(dtype)
+    half = stored and info.bits == 16
+    floor = max(4 * ulp if cancels else ulp / 64, info.tiny * info.eps if half else 0)
+    np.testing.assert_allclose(numpy(got), exact, rtol=ulps * ulp + half * info.eps, atol=floor, err_msg=what)
+
+
+def raises(kind, words, function):
+    try:
+        function()
+    except kind as error:
+        assert all(word in str(error) for word in words), f"{error!r} does not say {words}"
+    else:
+        raise AssertionError(f"{kind.__name__} was not raised")
+
+
+# ---- losses on logits ------------------------------------------------------------------------------------------------
+
+
+@over(dtype=DTYPES, loss=list(LOSSES))
+def test_losses(where, dtype, loss):
+    """One class; less than a 16-byte access; a few; around where a block takes a row (128 accesses, 1024); many."""
+    sizes = (1, 2, 10, 100, 513, 1000, 1027, 4099) + (32000,) * where.gpu
+    if where.backend == "triton" and loss != "ce":  # compiles a kernel for each of these
+        sizes = (2, 10, 1027, 32000)
+    for classes in sizes:
+        p = problem((5, classes), dtype, seed=classes, loss=loss)
+        x, target = where.leaf(p.logits), p.target.to(where.device)
+        if classes % 2 == 0:
+            target = target.int()
+        upstream = torch.linspace(-2, 1.5, 5, dtype=wide(dtype), device=where.device)
+        losses = logit_loss(x, target, **tensors_of(p.options, dtype, where.device), backend=where.backend)
+        (grad,) = torch.autograd.grad(losses, x, upstream)
+        assert losses.dtype == wide(dtype) and losses.shape == (5,) and grad.dtype == dtype and grad.shape == x.shape
+        close(losses, p.losses, dtype, f"losses of {classes} classes")
+        exact = p.grads * along(numpy(upstream), p.grads)
+        close(grad, exact, dtype, f"gradient of {classes} classes", cancels=loss in ("smooth", "all"), stored=True)
+
+
+LAYOUTS = {
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "sliced rows": lambda x: torch.stack([x, x + 1], 1).flatten(0, 1)[::2],
+    "sliced classes": lambda x: torch.stack([x, x + 1], 2).flatten(1, 2)[:, ::2],
+    "wider row": lambda x: torch.cat([x, x + 1], 1)[:, : x.shape[1]],
+    "offset of one": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "permuted": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim()))),
+}
+
+
+@over(dtype=DTYPES, layout=list(LAYOUTS))
+def test_layouts(where, dtype, layout):
+    """The same numbers in other places of memory: rows on a few lanes (37) and on a block (1030), with heads and tails; images."""
+    if where.backend == "triton" and dtype not in (torch.float32, torch.bfloat16):
+        raise SkipTest("loads and stores alone differ, and each kernel costs a second to compile")
+    for shape in ((5, 37), (3, 1030), (3, 6, 7), (2, 5, 3, 4)):
+        p = problem(shape, dtype)
+        x = LAYOUTS[layout](p.logits.to(where.device)).requires_grad_()
+        target = torch.stack([p.target, p.target * 0 - 7], -1).to(where.device)[..., 0]  # labels lie apart too
+        upstream = torch.linspace(-1, 2, target.numel(), dtype=wide(dtype), device=where.device).reshape(target.shape)
+        losses = logit_loss(x, target, backend=where.backend)
+        (grad,) = torch.autograd.grad(losses, x, upstream)
+        close(losses, p.losses, dtype, f"losses {shape}")
+        close(grad, p.grads * along(numpy(upstream), p.grads), dtype, f"gradient {shape}", stored=True)
+        check_robust(where.criterion(lam=0.75, dtype=dtype), oracle.ABLoss(0.75), x, target, p, dtype)
+
+
+@over(dtype=DTYPES, loss=["ce", "all"])
+def test_many_rows(where, dtype, loss):
+    """Rows on lanes of many blocks; more of them than one launch weighs; images of more than that."""
+    if where.backend == "triton" and (loss == "all") != (dtype == torch.float32):
+        raise SkipTest("each kernel costs a second to compile")
+    for shape in [(2100, 1000), (70_000, 10)] * where.gpu + [(ONE_LAUNCH + 617, 33), (3, 5, 8, ONE_LAUNCH // 16)]:
+        generator = torch.Generator().manual_seed(1)
+        logits = (torch.randn(shape, generator=generator) * 3).to(dtype)
+        target = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=generator)
+        options = LOSSES[loss](shape[1])
+        x, y = where.leaf(logits), target.to(where.device)
+        exact_x = x.detach().double().requires_grad_()
+        exact = exact_losses(exact_x, y, tensors_of(options, torch.float64, where.device))
+        upstream = torch.randn(target.shape, generator=generator, dtype=torch.float64).to(where.device, wide(dtype))
+        (slopes,) = torch.autograd.grad(exact.sum(), exact_x)
+        losses = logit_loss(x, y, **tensors_of(options, dtype, where.device), backend=where.backend)
+        (grad,) = torch.autograd.grad(losses, x, upstream)
+        close(losses, numpy(exact), dtype, f"losses {shape}", cancels=True)
+        close(grad, numpy(slopes * upstream.unsqueeze(1)), dtype, f"gradient {shape}", cancels=True, stored=True)
+        spots = [0, target.numel() // 2, target.numel() - 1]
+        spot_losses, _ = oracle.cross_entropy(oracle.rows(logits.double())[spots], target.flatten()[spots], **options)
+        np.testing.assert_allclose(numpy(exact).flatten()[spots], spot_losses, rtol=1e-13)  # the formula above is the oracle's
+        valid = numpy(y) != options.get("ignore_index", -100)
+        p = SimpleNamespace(losses=numpy(exact), grads=numpy(slopes), valid=valid)
+        check_robust(where.criterion(loss, shape[1], dtype, lam=-0.5), oracle.ABLoss(-0.5), x, y, p, dtype)
+
+
+def test_certain_rows(where):
+    """The label's gradient where p = 1 - 1e-6, to 1e-5 (eager torch is off by 17 %); logits of +-80, where exp overflows."""
+    for classes in (2, 10, 1000, 32000 if where.gpu else 3000):
+        logits = torch.linspace(-0.01, 0.01, classes).repeat(7, 1)
+        target = torch.arange(7) * (classes - 1) // 6
+        logits[torch.arange(7), target] = math.log((1 - 1e-6) / 1e-6 * (classes - 1))
+        losses, grads = oracle.cross_entropy(logits.double(), target)
+        for n, criterion in ((1, ab.CrossEntropy(reduction="sum", backend=where.backend)), (7, where.criterion(lam=INF))):
+            x = where.leaf(logits)
+            criterion(x, target.to(where.device)).backward()
+            got, exact = numpy(x.grad[range(7), target]) * n, grads[range(7), target]
+            assert np.abs(got / exact - 1).max() <= 1e-5, f"{classes} classes: off by {np.abs(got / exact - 1).max():.1e}"
+    logits = torch.full((6, 40), -80.0)
+    target = torch.arange(6)
+    logits[0, 0], logits[1, 30], logits[2], logits[3, 2:9], logits[4, 4] = 80, 80, 80, 80, 0
+    losses, grads = oracle.cross_entropy(logits.double(), target)
+    for dtype in DTYPES.values():
+        x = where.leaf(logits.to(dtype))
+        values = logit_loss(x, target.to(where.device), backend=where.backend)
+        (grad,) = torch.autograd.grad(values.sum(), x)
+        close(values, losses, dtype, "losses of +-80")
+        close(grad, grads, dtype, "gradient of +-80", stored=True)
+
+
+@over(dtype=[torch.bfloat16, torch.float16])
+def test_half_precision_is_no_worse_than_eager(where, dtype):
+    """Largest error of losses and of gradients, next to torch's on the same logits."""
+    p = problem((16, 1000), dtype, seed=5)
+    target = p.target.to(where.device)
+    errors = []
+    for function in (partial(logit_loss, backend=where.backend), partial(F.cross_entropy, reduction="none")):
+        x = where.leaf(p.logits.nan_to_num(0))
+        losses = function(x, target)
+        losses.sum().backward()
+        errors.append([np.abs(numpy(losses) - p.losses).max(), np.abs(numpy(x.grad) - p.grads).max()])
+    (our_loss, our_grad), (their_loss, their_grad) = errors
+    assert our_loss <= their_loss and our_grad <= their_grad * (1 + 1e-3), errors  # the same rounding of the same number, at best
+
+
+# ---- the robust loss -------------------------------------------------------------------------------------------------
+
+
+def check_robust(criterion, exact, x, target, p, dtype, upstream=-3.0, ulps=512, **rows):
+    """One step of `criterion` on logits x, next to that of an oracle.ABLoss on exact losses. rows: score, mask, ... (NumPy)."""
+    mask = p.valid & rows["mask"] if "mask" in rows else p.valid
+    forward = exact(p.losses.ravel(), mask=mask.ravel(), **{k: v.ravel() for k, v in rows.items() if k != "mask"})
+    given = {k: torch.from_numpy(v).to(x.device) for k, v in rows.items()}
+    value = criterion(x, target, **given)
+    (grad,) = torch.autograd.grad(value, x, torch.full_like(value, upstream))
+    last = criterion.last
+    assert value.dtype == wide(dtype) and value.shape == () and last.weights.shape == p.losses.shape
+    # where terms of both signs meet (scores), only their size can be asked for
+    size = np.nansum(np.abs(forward.grad * p.losses.ravel()))
+    near = ulps * torch.finfo(wide(dtype)).eps * size
+    np.testing.assert_allclose(numpy(value), forward.loss, rtol=0, atol=near, err_msg="loss")
+    close(last.losses, np.where(mask, p.losses, 0), dtype, "losses")
+    close(last.weights, forward.weights.reshape(p.losses.shape), dtype, "weights", ulps=ulps)
+    close(criterion.log_s, exact.log_s, dtype, "log_s", ulps=ulps)
+    close(last.ess, forward.ess, dtype, "ess", ulps=ulps)
+    factor = forward.grad.reshape(p.losses.shape) * upstream
+    wanted = np.where(along(mask, p.grads) > 0, p.grads * along(factor, p.grads), 0)
+    close(grad, wanted, dtype, "gradient", ulps=ulps, cancels=True, stored=True)
+    assert int(criterion.nonfinite_batches) == exact.nonfinite_batches
+
+
+RULES = {
+    "default": dict(lam=0.75),
+    "negative": dict(lam=-0.5, gamma=0.3, alpha=0.5),
+    "zero": dict(lam=2.0, init="zero"),
+    "batch": dict(lam=0.75, normalizer="batch"),
+    "none": dict(lam=-1.0, normalizer="none"),
+    "mix": dict(lam=-0.5, mix=1.0),
+    "max_weight": dict(lam=0.5, max_weight=1.5),
+    "plain": dict(lam=INF),
+}
+GIVEN = {name: (name,) for name in ("mask", "sample_weight", "score")} | {
+    "nothing": (),
+    "all": ("mask", "sample_weight", "score"),
+}
+
+
+def given_rows(names, shape, seed):
+    rng = np.random.default_rng(seed)
+    drawn = dict(mask=rng.random(shape) > 0.2, sample_weight=rng.random(shape) * 2, score=rng.normal(size=shape))
+    return {name: drawn[name] for name in names}
+
+
+def steps_of(where, rule, given, dtype, losses=("ce", "all")):
+    """Four steps: logits that one block holds, and more of them."""
+    for shape, loss in itertools.product((HELD, BEYOND), losses):
+        criterion = where.criterion(loss, shape[1], dtype, **rule)
+        exact = oracle.ABLoss(**rule)
+        for seed in range(4):
+            p = problem(shape, dtype, seed, 2.0, loss)
+            rows = given_rows(given, p.target.shape, seed)
+            check_robust(criterion, exact, where.leaf(p.logits), p.target.to(where.device), p, dtype, **rows)
+
+
+@over(dtype={name: DTYPES[name] for name in ("fp32", "fp64", "bf16")}, rule=RULES)
+def test_robust_loss(where, dtype, rule):
+    steps_of(where, rule, (), dtype, ("ce",) if where.backend == "triton" and dtype != torch.float32 else ("ce", "all"))
+
+
+@over(given=GIVEN)
+def test_robust_loss_of_given_rows(where, given):
+    steps_of(where, dict(lam=-0.75, mix=0.5), given, torch.float32)
+    steps_of(where, dict(lam=0.75, max_weight=2.0), given, torch.float64, ("ce",))
+
+
+@over(dtype={name: DTYPES[name] for name in ("fp32", "fp64")}, rule=RULES)
+def test_robust_loss_of_given_losses(where, dtype, rule):
+    """Any losses at all: one, some, and more than one launch weighs."""
+    for count in (1, 300, ONE_LAUNCH + 617):
+        criterion, exact = where.robust(lambda x: x, dtype, **rule), oracle.ABLoss(**rule)
+        for seed in range(2):
+            rng = np.random.default_rng(seed)
+            losses = rng.gamma(2.0, size=count).astype(np.float32).astype(np.float64)
+            rows = given_rows(("mask", "sample_weight"), count, seed) if seed else {}
+            x = where.leaf(torch.from_numpy(losses).to(dtype))
+            forward = exact(losses, **rows)
+            value = criterion(x, **{k: torch.from_numpy(v).to(where.device) for k, v in rows.items()})
+            value.backward()
+            close(value, forward.loss, dtype, "loss", ulps=512)
+            close(criterion.last.weights, forward.weights, dtype, "weights", ulps=512)
+            close(x.grad, forward.grad, dtype, "gradient", ulps=512)
+            close(criterion.log_s, exact.log_s, dtype, "log_s", ulps=512)
+
+
+@over(dtype=DTYPES, shape=[HELD, BEYOND, (ONE_LAUNCH + 6, 2)])
+def test_rows_that_are_not_finite(where, dtype, shape):
+    """They are NaN, their neighbours and the state do not notice, and the batch is counted."""
+    if where.backend == "triton" and dtype == torch.float64:
+        raise SkipTest("each kernel costs a second to compile")
+    criterion, exact = where.criterion(lam=-0.75, dtype=dtype), oracle.ABLoss(-0.75)
+    for seed, bad in enumerate((None, NAN, INF, None)):
+        p = problem(shape, dtype, seed, 2.0)
+        logits, losses, grads = p.logits.clone(), p.losses.copy(), p.grads.copy()
+        if bad is not None:
+            logits[4, int(p.target[4]) - 1] = bad
+            losses[4], grads[4] = NAN, NAN
+        forward = exact(losses, mask=p.valid)
+        x = where.leaf(logits)
+        value = criterion(x, p.target.to(where.device))
+        value.backward()
+        rest = np.arange(shape[0]) != 4 if bad is not None else slice(None)
+        close(criterion.last.weights, forward.weights, dtype, "weights", ulps=512)
+        close(x.grad[rest], (grads * forward.grad[:, None])[rest], dtype, "gradient", ulps=512, stored=True)
+        close(criterion.log_s, exact.log_s, dtype, "log_s", ulps=512)
+        assert bad is None or (not value.isfinite() and x.grad[4].isnan().any())
+        assert bad is not None or value.isfinite()
+        assert int(criterion.nonfinite_batches) == exact.nonfinite_batches
+
+
+@over(dtype=DTYPES)
+def test_nothing_to_do(where, dtype):
+    """No rows, none that counts, no pixels: a loss of 0, a gradient of 0, the state as it was."""
+    criterion = where.criterion(lam=0.75, dtype=dtype)
+    p = problem((9, 37), dtype)
+    criterion(where.leaf(p.logits), p.target.to(where.device))
+    before = criterion.log_s.clone()
+    for shape in ((0, 5), (4, 5), (0, 5, 3), (2, 5, 0), (600, 40)):
+        x = torch.randn(shape, device=where.device).to(dtype).requires_grad_()
+        target = torch.full((shape[0], *shape[2:]), -100, device=where.device)
+        value = criterion(x, target)
+        value.backward()
+        assert value.item() == 0 and x.grad.shape == x.shape and not x.grad.any() and torch.equal(criterion.log_s, before)
+        losses = logit_loss(x, target, backend=where.backend)
+        assert losses.shape == target.shape and not losses.any()
+        assert not torch.autograd.grad(losses.sum(), x)[0].any()
+    empty = torch.zeros(0, dtype=wide(dtype), device=where.device)
+    assert robust_weights(empty, before, 0.75, backend=where.backend)[0].shape == (0,)
+
+
+def test_weights_of_vectors(where):
+    """Robust weights and their vjp, W and log s' both with an upstream gradient, from one loss to a hundred million."""
+    sizes = [1, 2, 3, 1000, 4096, 4097, ONE_LAUNCH, ONE_LAUNCH + 1, 100_003, 3_000_001]
+    for count in [*sizes, 100_000_000] if where.gpu else sizes[:-2]:
+        try:
+            where.need(count * (300 if where.backend == "reference" else 200))
+        except SkipTest:
+            continue
+        generator = torch.Generator(where.device).manual_seed(count)
+        losses = torch.rand(count, generator=generator, device=where.device).mul_(8).requires_grad_()
+        mask = torch.rand(count, generator=generator, device=where.device) > 0.3 if count % 2 and count > 1 else None
+        d = torch.randn(count, generator=generator, device=where.device)
+        for lam, log_s in ((-0.75, -INF), (2.0, 1.3)):
+            state = torch.tensor(log_s, device=where.device)
+            weights, next_log_s = robust_weights(losses, state, lam, mask=mask, gamma=0.6, alpha=0.5, backend=where.backend)
+            (grad,) = torch.autograd.grad((weights, next_log_s), losses, (d, torch.full_like(next_log_s, 3.0)))
+            exact_weights, exact_log_s, exact_grad = vjp(losses.detach(), mask, lam, log_s, 0.6, 0.5, d, 3.0)
+            torch.testing.assert_close(next_log_s.double(), exact_log_s, rtol=2e-6, atol=2e-6)
+            torch.testing.assert_close(weights.double(), exact_weights, rtol=2e-5, atol=1e-9)
+            torch.testing.assert_close(grad.double(), exact_grad, rtol=2e-5, atol=2e-6 * float(exact_grad.abs().max()))
+            if count <= 1000:
+                kept = None if mask is None else mask.cpu().numpy()
+                exact = oracle.robust_weights(numpy(losses), log_s, lam, gamma=0.6, alpha=0.5, mask=kept)
+                close(weights, exact.weights, torch.float32, "weights", ulps=512)
+                close(next_log_s, exact.log_s, torch.float32, "log_s", ulps=512)
+
+
+def vjp(losses, mask, lam, log_s, gamma, alpha, d, u):
+    """W, log s' and their vjp in float64, the formulas of the weights written out once more."""
+    z = losses.double() / lam
+    valid = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
+    n = valid.sum()
+    log_g = z.masked_fill(~valid, -INF).logsumexp(0) - n.double().log()
+    share = alpha if log_s == -INF else gamma * alpha
+    norm = math.log(share) + log_g
+    if log_s != -INF:
+        norm = torch.logaddexp(norm, torch.tensor(math.log1p(-gamma) + log_s, dtype=torch.float64, device=losses.device))
+    w = torch.where(valid, (z - norm).exp(), 0)
+    return w, norm, (w * d - share * w / n * ((w * d).sum() - u)) / lam
+
+
+# ---- labels out of range ---------------------------------------------------------------------------------------------
+
+
+@over(shape=[HELD, BEYOND, (ONE_LAUNCH + 6, 3)], label=["one too many", "negative", "huge"])
+def test_label_out_of_range(where, shape, label):
+    """The CPU raises at once. A GPU ignores the row, a later call raises, once, and everything goes on."""
+    p = problem(shape, torch.float32)
+    label = {"one too many": shape[1], "negative": -1, "huge": 2**40}[label]
+    bad = p.target.clone()
+    bad[3] = label
+    good, bad = p.target.to(where.device), bad.to(where.device)
+    criterion = where.criterion(lam=0.75)
+    for form in (partial(logit_loss, backend=where.backend), criterion):
+        x = where.leaf(p.logits)
+        if not where.gpu:
+            raises(IndexError, (f"label {label} in row 3", f"< {shape[1]}"), lambda: form(x, bad))
+            continue
+        value = form(x, bad)
+        value.sum().backward()
+        where.synchronize()
+        assert not x.grad[3].any() and x.grad[0].any()
+        rows = value if value.dim() else criterion.last.weights
+        assert rows[3] == 0 and rows[0] > 0 and value.isfinite().all()
+        raises(IndexError, (f"label {label} in row 3", "earlier", f"< {shape[1]}"), lambda: form(x, good))
+        form(x, good)
+    x = where.leaf(p.logits)
+    criterion(x, good).backward()
+    where.synchronize()
+    assert x.grad[3].any()
+
+
+# ---- the graph of autograd -------------------------------------------------------------------------------------------
+
+
+@over(dtype=[torch.float32, torch.bfloat16, torch.float16], shape=[HELD, BEYOND])
+def test_backward_again(where, dtype, shape):
+    """With retain_graph each backward is the same function of its upstream, whatever was done to earlier gradients."""
+    p = problem(shape, dtype)
+    target, alone = p.target.to(where.device), ab.CrossEntropy(backend=where.backend)
+    torchs = where.robust(partial(F.cross_entropy, reduction="none"), lam=0.75)
+    for form in (alone, where.criterion(lam=0.75), torchs):
+        x = where.leaf(p.logits.nan_to_num(0))
+        value = form(x, target)
+        again = partial(torch.autograd.grad, value, x)
+        (first,) = again(torch.full_like(value, 4.0), retain_graph=True)
+        kept = first.clone()
+        first.zero_()  # a gradient handed out belongs to the caller
+        (second,) = again(torch.full_like(value, 4.0), retain_graph=True)
+        assert torch.equal(second, kept) and kept.abs().max() > 0
+        (third,) = again(torch.full_like(value, -2.0))
+        torch.testing.assert_close(third, kept * -0.5, rtol=torch.finfo(dtype).eps, atol=1e-7)
+        assert torch.equal(second, kept)
+
+
+def test_two_uses_of_one_loss(where):
+    """A value used twice, and logits used by two losses: gradients add up."""
+    p = problem(BEYOND, torch.float32)
+    target = p.target.to(where.device)
+    x, criterion = where.leaf(p.logits), where.criterion(lam=0.75, normalizer="batch")
+    value = criterion(x, target)
+    (value + 2 * value).backward()
+    tripled, x.grad = x.grad, None
+    (criterion(x, target) + criterion(x, target)).backward()
+    torch.testing.assert_close(tripled / 3, x.grad / 2, rtol=1e-5, atol=1e-8)
+
+
+@over(compiler=["aot_eager"] + ["inductor"] * torch.cuda.is_available(), batch=[8, 500 if torch.cuda.is_available() else 9])
+def test_compiles_into_one_graph(where, compiler, batch):
+    if compiler == "inductor" and where.backend != "cuda":
+        raise SkipTest("costs ten seconds; the graph is that of aot_eager")
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = torch.nn.Linear(20, 40).to(where.device)
+    x, target = torch.randn(batch, 20, device=where.device), torch.randint(40, (batch,), device=where.device)
+    results = []
+    with unpoisoned(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for compiled in (False, True):
+            criterion = where.criterion(lam=-0.5)
+            run = step = lambda x, y, criterion=criterion: criterion(model(x), y)  # noqa: E731
+            if compiled:
+                run = torch.compile(step, fullgraph=True, backend=compiler, dynamic=False)
+            for _ in range(3):
+                model.zero_grad()
+                loss = run(x, target)
+                loss.backward()
+            results.append((loss.detach(), criterion.log_s, model.weight.grad.clone()))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
+
+
+# ---- the step --------------------------------------------------------------------------------------------------------
+
+# one element, none, less than an access, no multiple of one, a chunk of 2048 and one more, several chunks
+SIZES = [(), (1,), (0,), (3,), (17, 5, 3), (64, 64), (2049,), (20_000,)]
+OPTIONS = {
+    "plain": dict(momentum=0.0),
+    "decay": dict(momentum=0.0, weight_decay=0.1),
+    "momentum": dict(momentum=0.9, weight_decay=0.05),
+    "dampening": dict(momentum=0.8, dampening=0.3, weight_decay=0.01),
+    "nesterov": dict(momentum=0.9, nesterov=True, weight_decay=0.01),
+    "maximize": dict(momentum=0.5, maximize=True, weight_decay=0.01),
+    "tensor lr": dict(momentum=0.9, lr=None),  # on the device
+}
+
+
+def parameters(where, sizes=SIZES, dtype=torch.float64, seed=0, offset=0):
+    """Equal for equal seeds, whatever the dtype; `offset` elements into their memory."""
+    generator = torch.Generator().manual_seed(seed)
+    out = []
+    for size in sizes:
+        values = torch.randn(size, generator=generator)
+        place = torch.zeros(values.numel() + offset, dtype=dtype, device=where.device)[offset:].view(size)
+        out.append(torch.nn.Parameter(place.copy_(values)))
+    return out
+
+
+def set_grads(*models, seed, skip=0.0):
+    """The same gradients for each list of parameters; each is None with probability `skip`."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensors in zip(*models):
+        none = torch.rand((), generator=generator) < skip
+        grad = torch.randn(tensors[0].shape, generator=generator)
+        for p in tensors:
+            p.grad = None if none else grad.to(p.device, p.dtype, copy=True)
+
+
+def torch_sgd(params, **options):
+    return torch.optim.SGD(params, **{"lr": 0.02, "foreach": True} | options)
+
+
+def momenta(optimizer):
+    return [optimizer.state.get(p, {}).get("momentum_buffer") for group in optimizer.param_groups for p in group["params"]]
+
+
+def same(ours, theirs, tolerance):
+    """Parameters and momenta of two optimizers."""
+    params = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in (ours, theirs)]
+    for p, q in zip(*params):
+        torch.testing.assert_close(p.double(), q.double(), rtol=tolerance, atol=tolerance)
+    for b, c in zip(momenta(ours), momenta(theirs)):
+        assert (b is None) == (c is None)
+        if b is not None:
+            torch.testing.assert_close(b.double(), c.double(), rtol=tolerance, atol=10 * tolerance)
+
+
+def paths(where):
+    """Both ways to the kernel: the table that a StepPlan keeps, and lists of tensors."""
+    yield lambda: patch.object(_backend, "host", _backend.host)
+    if where.backend == "cuda" and _backend.host() is not None:
+        yield lambda: patch.object(_backend, "host", lambda: None)
+
+
+@over(options=OPTIONS, dtype={"fp32": torch.float32, "fp64": torch.float64}, offset=[0, 1])
+def test_step(where, options, dtype, offset):
+    """40 steps, gradients missing now and then; on the way the state moves into torch's class and back again.
+
+    (Fewer on the CPU, where test_optim.py takes them all.)"""
+    lr = 2**-6  # exact in float32 too
+    options = dict(lr=lr) | options
+    if options["lr"] is None:
+        options["lr"] = torch.tensor(lr, device=where.device)
+    for path in paths(where):
+        with path():
+            params, expected = parameters(where, dtype=dtype, offset=offset), parameters(where)
+            ours = ab.ABSGD(params, **options, backend=where.backend)
+            theirs = torch_sgd(expected, **options | {"lr": lr})
+            for step in range(40 if where.gpu else 10):
+                if step == 5:
+                    guest = torch_sgd(params, lr=99.0)
+                    guest.load_state_dict(ours.state_dict())
+                    for inner in range(5):
+                        set_grads(params, expected, seed=1000 + inner)
+                        guest.step()
+                        theirs.step()
+                    ours = ab.ABSGD(params, lr=99.0, backend=where.backend)
+                    ours.load_state_dict(guest.state_dict())
+                set_grads(params, expected, seed=step, skip=0.2)
+                ours.step()
+                theirs.step()
+            same(ours, theirs, 1e-5 if dtype == torch.float32 else 1e-13)
+
+
+def test_heavy_ball_is_equation_2(where):
+    """w_{t+1} = w_t - lr_t (G + wd w_t) + beta (w_t - w_{t-1}), with an lr that changes."""
+    beta, decay = 0.9, 0.01
+    params = parameters(where)
+    optimizer = ab.ABSGD(params, lr=0.1, momentum=beta, weight_decay=decay, heavy_ball=True, backend=where.backend)
+    now = [p.detach().clone() for p in params]
+    before = [p.clone() for p in now]
+    for step in range(20):
+        lr = optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
+        set_grads(params, seed=step)
+        optimizer.step()
+        after = [w - lr * (p.grad + decay * w) + beta * (w - v) for w, v, p in zip(now, before, params)]
+        before, now = now, after
+    for p, w in zip(params, now):
+        torch.testing.assert_close(p.detach(), w, rtol=1e-12, atol=1e-12)
+
+
+def test_groups(where):
+    """More than a launch holds (16), with options of their own; two groups of both dtypes; a gradient in another layout."""
+
+    def groups(ps):
+        some = [dict(params=[p], lr=0.01 * (j + 1), weight_decay=0.1 * (j % 3)) for j, p in enumerate(ps[8:])]
+        return [dict(params=ps[:4], lr=0.5, momentum=0.0), dict(params=ps[4:8], nesterov=True, weight_decay=0.1), *some]
+
+    sizes = [*SIZES, *[(j % 5 + 1, 7) for j in range(20)]]
+    params = parameters(where, sizes, torch.float32)
+    params[::2] = [torch.nn.Parameter(p.detach().double()) for p in params[::2]]
+    expected = parameters(where, sizes)
+    ours = ab.ABSGD(groups(params), lr=0.1, momentum=0.7, backend=where.backend)
+    theirs = torch_sgd(groups(expected), lr=0.1, momentum=0.7)
+    for step in range(4):
+        set_grads(params, expected, seed=step)
+        params[5].grad = params[5].grad.T.contiguous().T
+        ours.step()
+        theirs.step()
+    same(ours, theirs, 1e-5)
+
+
+def test_many_tensors(where):
+    """More than one launch holds (900), some of them empty."""
+    sizes = [(j % 7 * 13,) for j in range(2003)]
+    params, expected = parameters(where, sizes, torch.float32), parameters(where, sizes)
+    ours = ab.ABSGD(params, lr=0.1, weight_decay=0.01, backend=where.backend)
+    theirs = torch_sgd(expected, lr=0.1, momentum=0.9, weight_decay=0.01)
+    for step in range(3):
+        set_grads(params, expected, seed=step)
+        ours.step()
+        theirs.step()
+    together = [torch.cat([p.detach().double() for p in ps]) for ps in (params, expected)]
+    torch.testing.assert_close(*together, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_shared_by_two_parameters(where):
+    """Updated one after the other, as torch's own loop does."""
+    memory = [torch.linspace(-1, 1, 20_000, dtype=torch.float64, device=where.device) for _ in range(2)]
+    params, expected = ([torch.nn.Parameter(m[:15_000]), torch.nn.Parameter(m[5_000:])] for m in memory)
+    ours = ab.ABSGD(params, lr=0.1, momentum=0.9, weight_decay=0.3, backend=where.backend)
+    theirs = torch_sgd(expected, lr=0.1, momentum=0.9, weight_decay=0.3, foreach=False)
+    for step in range(4):
+        set_grads(params, expected, seed=step)
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(*memory, rtol=1e-12, atol=1e-12)
+
+
+@over(dampening=[0.0, 0.5])
+def test_grad_scaler(where, dampening):
+    """The first step skipped, another one later, gradients unscaled by hand in between: as torch's unfused loop."""
+    options = dict(lr=0.1, momentum=0.9, dampening=dampening)
+    for path in paths(where):
+        with path():
+            params, expected = (parameters(where, dtype=torch.float32) for _ in range(2))
+            ours, theirs = ab.ABSGD(params, **options, backend=where.backend), torch_sgd(expected, **options, foreach=False)
+            scalers = [torch.amp.GradScaler(where.device.type, init_scale=4.0, growth_interval=2) for _ in range(2)]
+            for step in range(8):
+                for ps, optimizer, scaler in ((params, ours, scalers[0]), (expected, theirs, scalers[1])):
+                    set_grads(ps, seed=step)
+                    scaler.scale(torch.ones((), device=where.device))
+                    for p in ps:
+                        p.grad *= scaler.get_scale()
+                    if step in (0, 4):
+                        ps[5].grad[0, 0] = INF
+                    if step == 6:
+                        scaler.unscale_(optimizer)
+                    scaler.step(optimizer)
+                    scaler.update()
+                for p, q in zip(params, expected):
+                    torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
+
+
+# ---- a training step as a whole --------------------------------------------------------------------------------------
+
+
+class Loop:
+    """A training whose model has no matrix product, so that every bit of it is ours or elementwise: logits = x w + b."""
+
+    def __init__(self, where, shape, backend="same", lr=0.1):
+        self.shape, device = shape, where.device
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda *size: torch.randn(size, generator=generator).to(device)  # noqa: E731
+        self.w, self.b = torch.nn.Parameter(draw(shape[1])), torch.nn.Parameter(draw(shape[1]))
+        self.batches = [(draw(*shape), torch.randint(shape[1], shape[:1], generator=generator).to(device)) for _ in range(4)]
+        self.x, self.y = (t.clone() for t in self.batches[0])
+        self.lr = torch.tensor(lr, device=device)
+        self.criterion = where.criterion(lam=-0.75)
+        self.optimizer = ab.ABSGD([self.w, self.b], lr=self.lr, weight_decay=0.01, backend=where.backend)
+
+    def step(self):
+        self.optimizer.zero_grad()
+        loss = self.criterion(self.x * self.w + self.b, self.y)
+        loss.backward()
+        self.optimizer.step()
+        return loss
+
+    def feed(self, k):
+        for static, new in zip((self.x, self.y), self.batches[k % 4]):
+            static.copy_(new)
+
+    def state(self):
+        return [self.w, self.b, self.criterion.log_s, *momenta(self.optimizer)]
+
+
+# one block; statistics and one launch; more rows than one launch weighs
+LOOPS = [(64, 10), (300, 100), (ONE_LAUNCH + 617, 3)]
+
+
+@over(shape=LOOPS)
+def test_graph_replay(where, shape):
+    """Forward, backward and step captured once; lr, lambda and the batch change between replays: the bits of eager training."""
+    if where.backend == "reference" and where.gpu:
+        raise SkipTest("plain torch promises nothing about graphs")
+    with unpoisoned():
+        eager, replayed = Loop(where, shape), Loop(where, shape)
+        for _ in range(3):
+            eager.step()
+        replay, loss = device_tools.captured(where.device, replayed.step, warm_up=3)
+        for k in range(8):
+            for loop in (eager, replayed):
+                loop.feed(k)
+                loop.lr.fill_(0.1 / (1 + k))
+                loop.criterion.set_lam(-0.75 + 0.05 * k, reset=False)
+            wanted = eager.step()
+            again = replay()
+            assert torch.equal(wanted, loss if where.gpu else again), f"loss of replay {k}"
+            for name, a, b in zip(("w", "b", "log s", "momentum of w", "momentum of b"), eager.state(), replayed.state()):
+                assert torch.equal(a, b), f"{name} after replay {k}"
+
+
+@over(shape=LOOPS)
+def test_same_bits_again(where, shape):
+    runs = []
+    for _ in range(3):
+        loop = Loop(where, shape)
+        losses = []
+        for k in range(5):
+            loop.feed(k)
+            losses.append(loop.step().detach())
+        runs.append([torch.stack(losses), *(t.detach() for t in loop.state())])
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other))
+
+
+@gpu
+@over(shape=LOOPS)
+def test_streams_at_once(where, shape):
+    """Three trainings on three streams, their launches interleaved: each with the bits that it has alone."""
+    with unpoisoned():
+        alone, losses = Loop(where, shape), []
+        for k in range(30):
+            alone.feed(k)
+            losses.append(alone.step())
+        where.synchronize()
+        streams = [torch.cuda.Stream(where.device) for _ in range(3)]
+        loops, found = [Loop(where, shape) for _ in streams], [[] for _ in streams]
+        where.synchronize()
+        for k in range(30):
+            for stream, loop, out in zip(streams, loops, found):
+                with torch.cuda.stream(stream):
+                    loop.feed(k)
+                    out.append(loop.step())
+        where.synchronize()
+        for loop, out in zip(loops, found):
+            assert torch.equal(torch.stack(out), torch.stack(losses))
+            assert all(torch.equal(a, b) for a, b in zip(loop.state(), alone.state()))
+
+
+@gpu
+@over(shape=LOOPS)
+def test_the_host_never_waits(where, shape):
+    """Forward, backward and step, with and without GradScaler; by torch's own alarm, and by what the profiler saw of ours."""
+    with unpoisoned():
+        loop = Loop(where, shape)
+        scaler = torch.amp.GradScaler("cuda", init_scale=4.0)
+
+        def scaled():
+            loop.optimizer.zero_grad()
+            scaler.scale(loop.criterion(loop.x * loop.w + loop.b, loop.y)).backward()
+            scaler.step(loop.optimizer)
+            scaler.update()
+
+        for run in (loop.step, scaled):
+            for _ in range(3):
+                run()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for run in (loop.step, scaled):
+                for k in range(3):
+                    loop.feed(k)
+                    loop.criterion.set_lam(-0.6, reset=False)
+                    run()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        for run in (loop.step, scaled):
+            waits = device_tools.waits(where.device, run)
+            assert waits == [], f"the host waited in {waits}"
+
+
+@gpu
+def test_the_fastest_is_chosen(where):
+    """By those who name no backend; and the one that is named by the others."""
+    assert _backend.select(where.device) == "cuda" and _backend.select(where.device, where.backend) == where.backend
+
+
+@gpu
+def test_made_here_and_moved_there(where):
+    """A module is made before it is known where it will run."""
+    criterion = ab.ABLoss(lam=0.75, backend=where.backend).to(where.device)
+    x = torch.zeros(4, 5, device=where.device, requires_grad=True)
+    criterion(x, torch.zeros(4, dtype=torch.int64, device=where.device)).backward()
+    assert x.grad.any()
+
+
+@gpu
+def test_launches(where):
+    """One for the loss, at most one for its backward, one for the step."""
+    with unpoisoned():
+        for shape, dtype in itertools.product(((128, 10), (128, 100), (512, 1000), (300, 8142)), (torch.float32, torch.bfloat16)):
+            p = SimpleNamespace(logits=torch.randn(shape).to(dtype), target=torch.randint(shape[1], shape[:1]))
+            x, target, criterion = where.leaf(p.logits), p.target.to(where.device), where.criterion(lam=-0.75)
+            one = torch.ones((), device=where.device)
+            for _ in range(2):
+                torch.autograd.grad(criterion(x, target), x, one)
+            seen = device_tools.kernels(where.device, lambda: criterion(x, target))
+            assert len(seen) == 1, f"forward of {shape} {dtype}: {seen}"
+            loss = criterion(x, target)
+            seen = device_tools.kernels(where.device, lambda: torch.autograd.grad(loss, x, one))
+            assert len(seen) <= 1, f"backward of {shape} {dtype}: {seen}"
+        for count in (10, 161, 900 if where.backend == "cuda" else 161):
+            params = parameters(where, [(5 + j % 300,) for j in range(count)], torch.float32)
+            optimizer = ab.ABSGD(params, lr=0.1, weight_decay=0.1, backend=where.backend)
+            set_grads(params, seed=0)
+            for _ in range(2):
+                optimizer.step()
+            seen = device_tools.kernels(where.device, optimizer.step)
+            assert len(seen) == 1, f"step of {count} tensors: {seen}"
+
+
+@gpu
+def test_another_device_than_the_current_one(where):
+    if torch.cuda.device_count() < 2:
+        raise SkipTest("needs two GPUs")
+    results = []
+    for index in (0, 1):
+        assert torch.cuda.current_device() == 0
+        loop = Loop(Where(f"cuda:{index}", where.backend), (300, 100))
+        for k in range(4):
+            loop.feed(k)
+            loop.step()
+        assert all(t.device.index == index for t in loop.state())
+        results.append([t.detach().cpu() for t in loop.state()])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+# ---- beyond 2^31 -----------------------------------------------------------------------------------------------------
+
+
+@gpu(alone=True)
+@over(shape=[(16_384, 131_080), (70_000, 32_000), (2, 20, 54_000_000)])
+def test_more_than_2_to_the_31_logits(where, shape):
+    """In one launch, in several, and as images; some rows against the oracle, all weights against their losses."""
+    elements = math.prod(shape)
+    assert elements > 2**31
+    rows = elements // shape[1]
+    where.need(2 * 2 * elements + 120 * rows)
+    torch.use_deterministic_algorithms(False)
+    generator = torch.Generator(where.device).manual_seed(0)
+    x = torch.empty(shape, dtype=torch.bfloat16, device=where.device).normal_(generator=generator).requires_grad_()
+    target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator, device=where.device)
+    criterion = where.criterion(lam=-0.5)
+    criterion(x, target).backward()
+    last, inner = criterion.last, math.prod(shape[2:])
+    z = last.losses.double().flatten() / -0.5
+    log_s = z.logsumexp(0) - math.log(rows)
+    torch.testing.assert_close(criterion.log_s.double(), log_s, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(last.weights.flatten().double(), (z - log_s).exp(), rtol=2e-5, atol=0)
+    middle = 2**31 // shape[1]
+    for i in sorted({0, 1, rows // 3, middle - 1, middle, middle + 1, rows - 2, rows - 1}):
+        place = (i // inner, slice(None), *[i % inner] * (len(shape) - 2))
+        label = target[place[:1] + place[2:]]
+        losses, grads = oracle.cross_entropy(numpy(x[place])[None], [int(label)])
+        close(last.losses.flatten()[i : i + 1], losses, torch.bfloat16, f"loss of row {i}")
+        factor = math.exp(losses[0] / -0.5 - float(log_s)) / rows
+        close(x.grad[place], grads[0] * factor, torch.bfloat16, f"gradient of row {i}", ulps=512, stored=True)
+
+
+@gpu(alone=True)
+def test_more_than_2_to_the_31_parameters(where):
+    count = 2**31 + 1000
+    where.need(3 * 4 * count + 2**30)
+    torch.use_deterministic_algorithms(False)
+    p = torch.nn.Parameter(torch.empty(count, device=where.device).uniform_())
+    p.grad = torch.empty_like(p).uniform_()
+    spots = [slice(0, 999), slice(2**30 - 5, 2**30 + 5), slice(2**31 - 500, 2**31 + 500), slice(count - 7, count)]
+    copies = [torch.nn.Parameter(p.detach()[s].double()) for s in spots]
+    for copy, s in zip(copies, spots):
+        copy.grad = p.grad[s].double()
+    options = dict(lr=0.1, momentum=0.9, weight_decay=0.01)
+    ours, theirs = ab.ABSGD([p], **options, backend=where.backend), torch_sgd(copies, **options)
+    for _ in range(3):
+        ours.step()
+        theirs.step()
+    for copy, s in zip(copies, spots):
+        torch.testing.assert_close(p.detach()[s].double(), copy.detach(), rtol=1e-5, atol=1e-5)
+
+
+# ---- a tour of every kernel, small enough for a sanitizer ------------------------------------------------------------
+
+
+TOUR = {"offset of one": (5, 37), "wider row": (3, 1030), "transposed": (3, 1031), "sliced rows": (2, 5, 3, 4)}
+
+
+def test_tour(where):
+    """Every walk, dtype and tail once, and every form of the step."""
+    for dtype in DTYPES.values():
+        for layout, shape in TOUR.items():
+            p = problem(shape, dtype, loss="all")
+            x = LAYOUTS[layout](p.logits.to(where.device)).requires_grad_()
+            target, options = p.target.to(where.device), tensors_of(p.options, dtype, where.device)
+            losses = logit_loss(x, target, **options, backend=where.backend)
+            (grad,) = torch.autograd.grad(losses, x, torch.full_like(losses, 2.0))
+            close(losses, p.losses, dtype, f"losses {shape} {layout}", cancels=True)
+            close(grad, 2 * p.grads, dtype, f"gradient {shape} {layout}", cancels=True, stored=True)
+            check_robust(where.criterion("all", shape[1], dtype, lam=0.75), oracle.ABLoss(0.75), x, target, p, dtype)
+    for shape in ((ONE_LAUNCH // 8 + 1, 8), (ONE_LAUNCH + 1, 3)):
+        p = problem(shape, torch.float32)
+        x, target = where.leaf(p.logits), p.target.to(where.device)
+        check_robust(where.criterion(lam=-0.75), oracle.ABLoss(-0.75), x, target, p, torch.float32)
+    for count in (1, 300, ONE_LAUNCH + 1):
+        losses = torch.linspace(0, 5, count, device=where.device).requires_grad_()
+        weights, log_s = robust_weights(losses, 0.3, -0.75, backend=where.backend)
+        (weights.square().sum() + log_s).backward()
+        assert losses.grad.isfinite().all()
+        where.robust(lambda x: x, lam=0.75)(losses).backward()
+    for options, dtype, offset in itertools.product(OPTIONS.values(), (torch.float32, torch.float64), (0, 1)):
+        options = {k: v for k, v in options.items() if v is not None}
+        params, expected = parameters(where, dtype=dtype, offset=offset), parameters(where)
+        ours, theirs = ab.ABSGD(params, lr=0.1, **options, backend=where.backend), torch_sgd(expected, lr=0.1, **options)
+        for step in range(2):
+            set_grads(params, expected, seed=step)
+            ours.step()
+            theirs.step()
+        same(ours, theirs, 1e-5 if dtype == torch.float32 else 1e-13)
+
+
+# ---- without pytest --------------------------------------------------------------------------------------------------
+
+
+def collect(device, backends, only):
+    """{id: (function, arguments)} of every test for a device, those of the fastest backend first."""
+    out = {}
+    for where in (where for where in CPU + GPU if where.device.type == device and where.backend in backends):
+        for name, function in globals().items():
+            if not name.startswith("test_") or (where.backend == "reference" and getattr(function, "gpu", False)):
+                continue
+            if getattr(function, "gpu", False) and not where.gpu:
+                continue
+            tables = getattr(function, "tables", {})
+            for entries in itertools.product(*(table.items() for table in tables.values())):
+                id = f"{name}[{'-'.join([where.backend, *(entry[0] for entry in entries)])}]"
+                if not only or any(part in id for part in only):
+                    out[id] = function, dict(zip(tables, (entry[1] for entry in entries)), where=where)
+    return out
+
+
+def attempt(id, function, arguments):
+    """The result of one test; `usable`: the device can still be used."""
+    start, where = time.perf_counter(), arguments["where"]
+    status, message, usable = "passed", "", True
+    setup_function()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            function(**arguments)
+            where.synchronize()  # a failure of a kernel belongs to the test that launched it
+    except SkipTest as reason:
+        status, message = "skipped", str(reason)
+    except Exception as error:
+        status = "failed"
+        where_from = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
+        message = f"{type(error).__name__}: {str(error).strip()[:1500]}\n(at {' > '.join(where_from[-4:])})"
+    finally:
+        teardown_function()
+    if where.gpu:
+        try:
+            torch.cuda.synchronize()
+            if status == "failed" or torch.cuda.memory_reserved() > 2**31:  # others want it
+                gc.collect()
+                torch.cuda.empty_cache()
+        except Exception as error:
+            status, message, usable = "failed", f"{message}\nthe CUDA context is lost: {error}"[:2500], False
+    return dict(test=id, status=status, message=message, seconds=round(time.perf_counter() - start, 2), usable=usable)
+
+
+def serve(tests):
+    """A worker: takes ids from stdin, answers one line of JSON each. What tests print goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        print(json.dumps(attempt(line.strip(), *tests[line.strip()])), file=answers, flush=True)
+
+
+class Worker:
+    """A process that runs one test after the other, and is replaced when it hangs or dies."""
+
+    def __init__(self, arguments):
+        self.command, self.process = [sys.executable, str(Path(__file__).resolve()), "--worker", *arguments], None
+
+    def run(self, id, seconds):
+        if self.process is None:
+            self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        start = time.perf_counter()
+        try:
+            print(id, file=self.process.stdin, flush=True)
+            if not select.select([self.process.stdout], [], [], seconds)[0]:
+                self.stop()
+                return dict(test=id, status="failed", message=f"no answer within {seconds:.0f} s", seconds=round(seconds, 2))
+            result = json.loads(self.process.stdout.readline())
+            if not result["usable"]:
+                self.stop()
+            return result
+        except (BrokenPipeError, json.JSONDecodeError):
+            message = f"the process died with exit code {self.process.wait()}"
+            self.stop()
+            return dict(test=id, status="failed", message=message, seconds=round(time.perf_counter() - start, 2))
+
+    def stop(self):
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+def run_all(tests, jobs, limit, each, arguments, on_result):
+    """Every test in one of `jobs` workers (0: in this process); those that want the memory for themselves come last."""
+    end = time.perf_counter() + limit
+    queue = [id for id, (function, _) in tests.items() if not getattr(function, "alone", False)]
+    alone = [id for id in tests if id not in set(queue)]
+    lock = threading.Lock()
+
+    def take(ids, run):
+        while True:
+            with lock:
+                id = ids.pop(0) if ids else None
+            if id is None:
+                return
+            left = end - time.perf_counter()
+            result = dict(test=id, status="not run", message="out of time", seconds=0)
+            if left > 0:
+                result = run(id, min(each, left + 5))
+            with lock:
+                on_result(result)
+
+    if not jobs:
+        take(queue + alone, lambda id, seconds: attempt(id, *tests[id]))
+        return
+    workers = [Worker(arguments) for _ in range(min(jobs, max(1, len(queue))))]
+    threads = [threading.Thread(target=take, args=(queue, worker.run)) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for worker in workers[1:]:
+        worker.stop()
+    take(alone, workers[0].run)
+    workers[0].stop()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser("test_gpu.py", description="Every backend of a GPU against the oracle, without pytest.")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the bodies that need no GPU, to try them")
+    parser.add_argument("--backends", help="with commas; default: all of the device")
+    parser.add_argument("--only", default="", help="parts of names, with commas")
+    parser.add_argument("--jobs", type=int, default=min(8, max(1, (os.cpu_count() or 2) // 2)), help="processes; 0: this one")
+    parser.add_argument("--limit", type=float, default=170, help="seconds for all")
+    parser.add_argument("--each", type=float, default=90, help="seconds for one test")
+    parser.add_argument("--out", type=Path, help="where the results go, as JSON")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        reason = _backend.why_not("cuda")
+        print(f"test_gpu.py: torch sees no CUDA GPU ({reason}); --device cpu tries what needs none", file=sys.stderr)
+        return 2
+    known = {where.backend: where for where in CPU + GPU if where.device.type == options.device}
+    backends = options.backends.split(",") if options.backends else list(known)
+    if not set(backends) <= set(known):
+        parser.error(f"--backends: got {options.backends!r}, expected some of {', '.join(known)}")
+    missing = {name: reason for name in backends if (reason := known[name].why_not())}
+    tests = collect(options.device, set(backends) - set(missing), [part for part in options.only.split(",") if part])
+    if options.worker:
+        torch.set_num_threads(1)  # the cores have other workers
+        serve(tests)
+        return 0
+    start = time.perf_counter()
+    # a backend that cannot run here has proved nothing
+    results = [dict(test=f"backend {name}", status="failed", message=reason, seconds=0) for name, reason in missing.items()]
+
+    def on_result(result):
+        results.append(result)
+        if result["status"] != "passed":
+            print(f"{result['status']}: {result['test']}: {result['message']}", flush=True)
+
+    arguments = ["--device", options.device, "--backends", ",".join(backends), "--only", options.only]
+    run_all(tests, options.jobs, options.limit, options.each, arguments, on_result)
+    count = Counter(result["status"] for result in results)
+    report = {
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+        "backends": backends,
+        "seconds": round(time.perf_counter() - start, 1),
+        **{name.replace(" ", "_"): count[name] for name in ("passed", "failed", "skipped", "not run")},
+        "failures": [{k: result[k] for k in ("test", "message")} for result in results if result["status"] == "failed"],
+        "skips": dict(Counter(result["message"] for result in results if result["status"] == "skipped")),
+        "tests": [{k: result[k] for k in ("test", "status", "seconds")} for result in results],
+    }
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(", ".join(f"{count[name]} {name}" for name in ("passed", "failed", "skipped", "not run")), f"in {report['seconds']} s")
+    return 1 if count["failed"] or count["not run"] or not count["passed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
