@@ -84,10 +84,10 @@ def shares(class_weight, soft, place, col, there, classes, keep, uniform, T: tl.
 @triton.jit
 def adjusted(x, adjust, col, classes):
     """S_k x_k + D_k; what lies outside stays -inf."""
-    if adjust is None:
-        return x
-    s = tl.load(adjust + col, mask=col < classes, other=1.0)[None, :]
-    return s * x + tl.load(adjust + classes + col, mask=col < classes, other=0.0)[None, :]
+    if adjust is not None:  # no early return: Triton compiles what follows one all the same
+        s = tl.load(adjust + col, mask=col < classes, other=1.0)[None, :]
+        x = s * x + tl.load(adjust + classes + col, mask=col < classes, other=0.0)[None, :]
+    return x
 
 
 @triton.jit
