@@ -109,7 +109,15 @@ def adjust(vectors: Tensor | None, logits: Tensor) -> Tensor | None:
         return None
     if vectors.shape[1:] != logits.shape[1:2]:
         raise ValueError(f"class vectors: got {vectors.shape[1]} classes (cls_num_list), the logits have {logits.shape[1]}")
-    return vectors.detach().to(logits.device, real_dtype(logits.dtype)).contiguous()
+    return _per_class(vectors, logits)
+
+
+def _per_class(x: Tensor, logits: Tensor) -> Tensor:
+    """x as the kernels read it: mostly it is so already (1 us less than asking torch for what need not be done)."""
+    real = real_dtype(logits.dtype)
+    if x.dtype is real and not x.requires_grad and x.device == logits.device and x.is_contiguous():
+        return x
+    return x.detach().to(logits.device, real).contiguous()
 
 
 def within(value: float, name: str, low: float, high: float, open_below: bool = False, open_above: bool = False) -> float:
@@ -134,7 +142,7 @@ def class_weight(weight: Tensor | None, logits: Tensor) -> Tensor | None:
         return None
     if weight.shape != logits.shape[1:2]:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected one weight per class, ({logits.shape[1]},)")
-    return weight.detach().to(logits.device, real_dtype(logits.dtype)).contiguous()
+    return _per_class(weight, logits)
 
 
 def smoothing(label_smoothing: float) -> float:

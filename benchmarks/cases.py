@@ -5,13 +5,16 @@ how far a competitor's result is from it. Nothing is timed that is further away 
 """
 
 import math
+from copy import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
 
+import absgd_fast as ab
 from absgd_fast import reference
+from absgd_fast.experiments import data as experiments
 from absgd_fast.experiments.models import make_model
 
 STEPS = 3  # taken before the check: from the second on, momentum and the moving average have a past
@@ -25,13 +28,33 @@ def distance(given, exact):
     return ((given.double() - exact).abs().amax(-1) / exact.abs().amax(-1)).max()
 
 
+def class_counts(classes):
+    """Samples per class of a long tail: the largest has 100 times as many as the smallest."""
+    return experiments.class_counts(1000, classes, "lt", rho=100)
+
+
+# Ours, by name: (classes, backend) -> module. Those with class vectors read them for every logit.
+LOSSES = {
+    "cross-entropy": lambda classes, backend=None: ab.CrossEntropy(backend=backend),
+    "label smoothing": lambda classes, backend=None: ab.CrossEntropy(label_smoothing=0.1, backend=backend),
+    "focal": lambda classes, backend=None: ab.Focal(gamma=2.0, backend=backend),
+    "GCE": lambda classes, backend=None: ab.GCE(q=0.7, backend=backend),
+    "SCE": lambda classes, backend=None: ab.SCE(alpha=0.1, beta=1.0, backend=backend),
+    "LDAM": lambda classes, backend=None: ab.LDAM(class_counts(classes), max_m=0.5, s=1.0, backend=backend),
+    "logit adjustment": lambda classes, backend=None: ab.LogitAdjusted(class_counts(classes), backend=backend),
+    "CDT": lambda classes, backend=None: ab.CDT(class_counts(classes), gamma=0.3, backend=backend),
+    "VS": lambda classes, backend=None: ab.VS(class_counts(classes), gamma=0.3, tau=1.0, backend=backend),
+}
+
+
 class Logits:
     """logits (rows, classes) of `dtype` and labels. Row 0 is rather sure of its label, where p - 1 loses digits; row 1 is
     sure of others, and hardly counts. `copies`: the same numbers in so many places of memory, to be taken in turn, so that
-    none of them waits in a GPU's cache for the next call (None: where that could happen and training would not have it)."""
+    none of them waits in a GPU's cache for the next call (None: where that could happen and training would not have it).
+    loss: one of LOSSES."""
 
-    def __init__(self, rows, classes, dtype=torch.float32, device="cpu", copies=1):
-        self.device = torch.device(device)
+    def __init__(self, rows, classes, dtype=torch.float32, device="cpu", copies=1, loss="cross-entropy"):
+        self.device, self.loss = torch.device(device), loss
         draw = torch.Generator(self.device).manual_seed(0)
         logits = torch.randn(rows, classes, generator=draw, device=self.device)
         self.target = torch.randint(classes, (rows,), generator=draw, device=self.device)
@@ -55,6 +78,13 @@ class Logits:
         """Lets go of the right answer."""
         vars(self).pop("_exact", None)
 
+    def as_cross_entropy(self):
+        """The same logits with plain cross-entropy as their loss."""
+        other = copy(self)
+        other.forget()
+        other.loss = "cross-entropy"
+        return other
+
     @cached_property
     def _exact(self):
         """Losses (rows,) and their gradients (rows, classes) in float64."""
@@ -62,9 +92,9 @@ class Logits:
         slopes = torch.empty(self.logits.shape, dtype=torch.float64, device=self.device)
         for x, y, loss, slope in zip(*(t.split(self._part) for t in (self.logits, self.target, losses, slopes))):
             x = x.double().requires_grad_()
-            nll = reference.logit_loss(x, y)
-            loss[:] = nll.detach()
-            slope[:] = torch.autograd.grad(nll.sum(), x)[0]
+            value = LOSSES[self.loss](x.shape[1], backend="reference")(x, y)
+            loss[:] = value.detach()
+            slope[:] = torch.autograd.grad(value.sum(), x)[0]
         return losses, slopes
 
     def error(self, loss, grad, lam, init):
@@ -205,6 +235,11 @@ def _loss(rows, classes, target=None, dtype=torch.float32):
     return Case("loss", _size(rows, classes, dtype), partial(Logits, rows, classes, dtype), targets)
 
 
+def _family(name, rows, classes):
+    targets = {"our cross-entropy": 1.1, "eager, absgd package": 0.4}
+    return Case("family", f"{name}, {_size(rows, classes, torch.float32)}", partial(Logits, rows, classes, loss=name), targets)
+
+
 def _step(name, shapes, fused, default):
     return Case("step", name, partial(Tensors, shapes), {"SGD fused": fused, "SGD default": default})
 
@@ -217,6 +252,7 @@ CASES = [
     _loss(2048, 32000, 0.3),
     _loss(512, 8142, dtype=torch.bfloat16),
     _loss(2048, 32000, dtype=torch.bfloat16),
+    *(_family(name, *size) for size in ((512, 1000), (2048, 32000)) for name in LOSSES if name != "cross-entropy"),
     # Tensors of 262 MB: the allocator maps and unmaps each of them, so that what is resident is what is in use.
     Case("memory", "2048 × 32000 fp32", partial(Logits, 2048, 32000), {"peak": 1.01, "retained": 2.01}),
     Case("memory", "128 × 10 fp32", partial(Logits, 128, 10), {"growth": 1.0}),

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import absgd_fast as ab
 from absgd_fast import _backend, ops
 
-from .cases import GAMMA, LAM, SGD, STEPS
+from .cases import GAMMA, LAM, LOSSES, SGD, STEPS
 
 OURS, OURS_ON_TRITON = "absgd_fast", "absgd_fast, triton"
 
@@ -73,9 +73,9 @@ def _loss(data, criterion, lam=LAM, init="first", copies=None):
     return Peer(run, lambda loss: data.error(loss, x.grad, lam, init), leaves[0], parts)
 
 
-def _ours(device="cpu", backend=None):
+def _ours(device="cpu", backend=None, criterion=None):
     with torch.device(device):
-        return ab.ABLoss(lam=LAM, gamma=GAMMA, backend=backend)
+        return ab.ABLoss(criterion, lam=LAM, gamma=GAMMA, backend=backend)
 
 
 class _Twin:
@@ -95,7 +95,7 @@ class _Twin:
         return torch.sum(weights * losses)
 
 
-def _package(modify=lambda loss: None, twin=False):
+def _package(modify=lambda loss: None, twin=False, **options):
     """The reference package's loss, its lambda switched on; it starts from s = 0."""
     try:
         from absgd.losses import ABLoss
@@ -103,7 +103,7 @@ def _package(modify=lambda loss: None, twin=False):
         if not twin:
             raise LeftOut(f"{error}: pip install absgd==0.0.1") from error
         ABLoss = _Twin
-    loss = ABLoss(LAM, abgamma=GAMMA)
+    loss = ABLoss(LAM, abgamma=GAMMA, **options)
     loss.updateLambda()
 
     def criterion(x, y):
@@ -118,6 +118,61 @@ def _cut(loss):
     """The package's average u keeps the graph of every step so far alive. Cut here, so that it is timed without what its
     leak costs; the cut takes 1.4 µs of a step's 70 or more."""
     loss.u = loss.u.detach()
+
+
+def _focal(x, y):
+    nll = F.cross_entropy(x, y, reduction="none")
+    return (1 - (-nll).exp()) ** 2 * nll
+
+
+def _gce(x, y):
+    p = x.softmax(1).gather(1, y[:, None])[:, 0]
+    return (1 - p**0.7) / 0.7
+
+
+def _sce(x, y):
+    far = 1 - x.softmax(1).gather(1, y[:, None])[:, 0]
+    return 0.1 * F.cross_entropy(x, y, reduction="none") - math.log(1e-4) * far
+
+
+def _with_vectors(name):
+    def make(classes):
+        scale, shift, margin = LOSSES[name](classes)._adjust(torch.empty(1, classes))
+        if name == "LDAM":  # as its authors do
+            return lambda x, y: F.cross_entropy(
+                torch.where(F.one_hot(y, classes).bool(), x - margin[y][:, None], x), y, reduction="none"
+            )
+        adjusted = {
+            "logit adjustment": lambda x: x + shift,
+            "CDT": lambda x: scale * x,
+            "VS": lambda x: scale * x + shift,
+        }[name]
+        return lambda x, y: F.cross_entropy(adjusted(x), y, reduction="none")
+
+    return make
+
+
+# The losses as their users write them in eager torch: classes -> function of logits and labels
+EAGER = {
+    "label smoothing": lambda classes: partial(F.cross_entropy, reduction="none", label_smoothing=0.1),
+    "focal": lambda classes: _focal,
+    "GCE": lambda classes: _gce,
+    "SCE": lambda classes: _sce,
+    **{name: _with_vectors(name) for name in ("LDAM", "logit adjustment", "CDT", "VS")},
+}
+
+
+def _family(data):
+    return _loss(data, _ours(criterion=LOSSES[data.loss](data.logits.shape[1])))
+
+
+def _family_base(data):
+    """Our cross-entropy on the same logits."""
+    return _loss(data.as_cross_entropy(), _ours())
+
+
+def _family_eager(data):
+    return _loss(data, _package(_cut, criterion=EAGER[data.loss](data.logits.shape[1])), init="zero")
 
 
 def six_lines(logits, target, log_s):
@@ -247,6 +302,7 @@ _losses = {
 }
 PEERS = {
     "loss": _losses,
+    "family": {OURS: _family, "our cross-entropy": _family_base, "eager, absgd package": _family_eager},
     "gpu loss": {
         OURS: lambda data: _loss(data, _ours(data.device)),
         OURS_ON_TRITON: _triton(lambda data, backend: _loss(data, _ours(data.device, backend))),

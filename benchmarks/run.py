@@ -1,4 +1,4 @@
-"""How it is timed: `absgd-fast bench [--suite loss|step|train|all|gpu] [--out FILE.json]`.
+"""How it is timed: `absgd-fast bench [--suite loss|family|step|train|all|gpu] [--out FILE.json]`.
 
 Every competitor's result is checked against the float64 oracle before it is timed; who is wrong is left out with the
 reason, and if ours is wrong nothing is reported. Then come rounds: in each, every competitor runs one block of calls,
@@ -54,7 +54,13 @@ from .cases import CASES, IN_CACHE, gpu_cases
 from .device import block_ns, captured, copy_ns, host_us, kernels, synchronize
 from .peers import OURS, OURS_ON_TRITON, PEERS, LeftOut, ready
 
-SUITES = {"loss": ("loss", "memory"), "step": ("step",), "train": ("train",), "all": ("loss", "memory", "step", "train")}
+SUITES = {
+    "loss": ("loss", "memory"),
+    "step": ("step",),
+    "train": ("train",),
+    "family": ("family",),
+    "all": ("loss", "family", "memory", "step", "train"),
+}
 CPU = torch.device("cpu")
 BLOCK = 5e6  # ns: long against the clock and a cold start, short against what changes on a machine
 ROUNDS = (7, 101)  # at least, at most

@@ -56,8 +56,12 @@ struct ClassShares {
   ABSGD_INLINE T spread(bool soft) const { return soft ? T(1) : uniform; }
 };
 
+// How the class vectors S and D come to a row (LogitArgs::adjust_form); 0 where there are none.
+enum AdjustForm : int { kAdjusts = 1, kScales = 2 /* S differs between classes */, kShifts = 4 /* D is not 0 */ };
+
 // The CPU's two walks over the logits.
 struct LogitArgs : LogitInput {
+  int adjust_form;
   // per row, written by logit_stats, read by logit_grads; padded to whole tiles
   void* losses;       // real
   void* row_max;      // real

@@ -67,6 +67,15 @@ constexpr size_t kCacheBytes = size_t(8) << 20, kScratchBytes = size_t(1) << 20;
 
 // ---- losses on logits ----------------------------------------------------------------------------------------------
 
+template <class T>
+int form_of(const T* s, int64_t classes) {
+  const T* d = s + classes;
+  int form = kAdjusts;
+  if (!std::all_of(s, s + classes, [&](T x) { return x == s[0]; })) form |= kScales;
+  if (!std::all_of(d, d + classes, [](T x) { return x == 0; })) form |= kShifts;
+  return form;
+}
+
 // The input of the kernels, and their memory per row.
 struct Logits {
   LogitArgs args{};
@@ -88,6 +97,9 @@ struct Logits {
     args.row_total = take(padded * size);
     factor = take(padded * size);
     args.valid = reinterpret_cast<uint8_t*>(take(padded));
+    if (args.adjust != nullptr)
+      args.adjust_form = real() == Dtype::f64 ? form_of(static_cast<const double*>(args.adjust), args.classes)
+                                              : form_of(static_cast<const float*>(args.adjust), args.classes);
   }
 
   void* factor;  // (rows) real, for the caller to fill
@@ -190,9 +202,7 @@ struct Rows {
   char* data;
 
   Rows(Tensor rows, int64_t count, Dtype real)
-      : tensor(std::move(rows)),
-        bytes(size_t(count) * size_of(real)),
-        data(static_cast<char*>(tensor.data_ptr())) {}
+      : tensor(std::move(rows)), bytes(size_t(count) * size_of(real)), data(static_cast<char*>(tensor.data_ptr())) {}
   char* row(int k) const { return data + size_t(k) * bytes; }
 
   void fill(const RobustArgs& a) const {

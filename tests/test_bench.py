@@ -25,6 +25,7 @@ with pytest.MonkeyPatch.context() as patch:  # benchmarks are no part of the pac
 CPU = torch.device("cpu")
 DATA = {
     "loss": [partial(cases.Logits, 32, 10), partial(cases.Logits, 32, 10, torch.bfloat16)],
+    "family": [partial(cases.Logits, 32, 10, loss=name) for name in cases.LOSSES if name != "cross-entropy"],
     "step": [partial(cases.Tensors, [(3, 4), (5,)])],
     "train": [partial(cases.Training, "mlp"), partial(cases.Training, "cnn")],
     "gpu loss": [partial(cases.Logits, 32, 10, dtype, copies=2) for dtype in (torch.float32, torch.bfloat16)],
@@ -51,6 +52,7 @@ def tiny(monkeypatch, no_compiler):
     """One small case of each kind, few rounds; targets that are surely met or surely missed."""
     small = [
         cases.Case("loss", "8 × 5", partial(cases.Logits, 8, 5), {"cross_entropy": 1e9, "absgd package": 0.0}),
+        cases.Case("family", "VS, 8 × 5", partial(cases.Logits, 8, 5, loss="VS"), {"our cross-entropy": 1e9}),
         cases.Case("memory", "8 × 5", partial(cases.Logits, 8, 5), {"growth": 1e9, "peak": 1e9, "retained": -1e9}),
         cases.Case("step", "two tensors", partial(cases.Tensors, [(3, 4), (5,)]), {"SGD fused": 1e9}),
         cases.Case("train", "mlp", partial(cases.Training, "mlp")),
@@ -178,7 +180,7 @@ def test_ratios_are_taken_round_by_round(monkeypatch, tiny):
     """A machine that gets slower during the run changes the times but not the ratio."""
     monkeypatch.setattr(run, "interleave", lambda runs, seconds: {
         name: [t * (1 if name == "absgd_fast" else 2) for t in (1.0, 10.0, 100.0)] for name in runs})  # fmt: skip
-    peer = run.compare(run.CASES[2], seconds=1)["peers"]["SGD fused"]
+    peer = run.compare(next(case for case in run.CASES if case.suite == "step"), seconds=1)["peers"]["SGD fused"]
     assert peer["ratio"] == {"median": 0.5, "q1": 0.5, "q3": 0.5}
     assert peer["us"] == {"median": 20.0, "q1": 11.0, "q3": 110.0}
 
@@ -203,8 +205,8 @@ def test_the_report(tiny, tmp_path, capsys):
     assert " ".join(report) == "date hardware versions compiler threads load_at_start seconds_per_case results"
     assert report["hardware"].keys() == {"cpu", "cores", "backend", "instruction_set"} and report["threads"] == 1
     assert report["versions"].keys() == {"python", "torch", "absgd_fast", "absgd"}
-    loss, memory, step, train = report["results"]
-    for result in (loss, step, train):
+    loss, family, memory, step, train = report["results"]
+    for result in (loss, family, step, train):
         assert result.keys() == {"suite", "case", "rounds", "tolerance", "peers", "absent"}
         assert result["rounds"] == 3 and result["absent"] == {}
         assert result["peers"].keys() == peers.PEERS[result["suite"]].keys()
