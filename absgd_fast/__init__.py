@@ -22,12 +22,12 @@ from .losses import (
     adrw_weights,
     class_balanced_weights,
 )
-from .optim import ABSGD
+from .optim import ABSGD, ABAdagrad, ABAdam, ABAdamW, ABRMSprop
 from .robust import DFT, ABLoss, RelativeLam
 from .schedule import DRW, TLA, TwoStage, vs_tla_adrw
 
 __all__ = [
-    "ABLoss", "ABSGD", "CDT", "CosineClassifier", "CrossEntropy", "DFT", "DRW", "Focal", "GCE", "LDAM", "LogitAdjusted",
+    "ABAdagrad", "ABAdam", "ABAdamW", "ABLoss", "ABRMSprop", "ABSGD", "CDT", "CosineClassifier", "CrossEntropy", "DFT", "DRW", "Focal", "GCE", "LDAM", "LogitAdjusted",
     "RelativeLam", "SCE", "TLA", "TwoStage", "VS", "adrw_weights", "class_balanced_weights", "functional", "reference",
     "vs_tla_adrw",
 ]  # fmt: skip

@@ -192,6 +192,10 @@ class _ClassVectorLoss(LogitLoss):
     def _vectors(self, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raise NotImplementedError
 
+    def _keep_vectors(self) -> None:
+        """For float32 logits on the default device now: what is kept only later, torch.compile would compile for anew."""
+        self._adjust(torch.empty(0))
+
     def _adjust(self, logits: Tensor) -> Tensor:
         key = logits.device, real_dtype(logits.dtype), self.scaled
         if key not in self._made:
@@ -229,6 +233,7 @@ class LDAM(_ClassVectorLoss):
         self.max_m = _checks.within(max_m, "max_m", 0, math.inf)
         self.s = _checks.within(s, "s", 0, math.inf, open_below=True)
         self._numbers = (*self._numbers[:3], self._numbers[3] | ops.HARD)
+        self._keep_vectors()
 
     def _vectors(self, counts):
         margin = counts**-0.25
@@ -255,6 +260,7 @@ class VS(_ClassVectorLoss):
         super().__init__(cls_num_list, weight, ignore_index, reduction, backend)
         self.gamma = _checks.within(gamma, "gamma", 0, math.inf)
         self.tau = _checks.within(tau, "tau", 0, math.inf)
+        self._keep_vectors()
 
     def _vectors(self, counts):
         return (counts / counts.max()) ** self.gamma, self.tau * (counts / counts.sum()).log(), torch.zeros_like(counts)

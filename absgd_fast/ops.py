@@ -126,19 +126,25 @@ def _(grad, upstream):
     return None
 
 
-# lr_tensor, grad_scale, found_inf: one number each on the GPU, read there; grads are written where grad_scale divides them
+# The rules of a step (csrc/math.h Rule), by their numbers
+RULES = ("sgd", "adam", "rmsprop", "adagrad")
+
+
+# One step of `rule` (csrc/math.h for_step) on all parameters. states: those the rule keeps, of all parameters, one kind after the
+# other; steps: how many steps each parameter took, where the rule counts them. lr_tensor, grad_scale, found_inf: one number each,
+# read where the parameters are (the last two on GPUs only); grads are written where grad_scale divides them. first, second: the
+# rule's numbers; flags: StepFlag.
 @_define(
-    "sgd_step_(Tensor(a!)[] params, Tensor(c!)[] grads, Tensor(b!)[] momentum_buffers, Tensor? lr_tensor, Tensor? grad_scale,"
-    " Tensor? found_inf, float lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize,"
-    " bool heavy_ball) -> ()"
+    "step_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] states, Tensor(d!)[] steps, Tensor? lr_tensor,"
+    " Tensor? grad_scale, Tensor? found_inf, float lr, float weight_decay, float first, float second, float eps, int rule,"
+    " int flags) -> ()"
 )
-def _(params, grads, momentum_buffers, lr_tensor, grad_scale, found_inf, lr, momentum, dampening, weight_decay, nesterov,
-      maximize, heavy_ball):  # fmt: skip
+def _(params, grads, states, steps, lr_tensor, grad_scale, found_inf, lr, weight_decay, first, second, eps, rule, flags):
     return None
 
 
 # The same step over the table of a StepPlan: writes the tensors whose addresses are in it (eager only). `on`: any of them.
-@_define("sgd_planned_step(Tensor(a!) table, Tensor on) -> ()")
+@_define("planned_step(Tensor(a!) table, Tensor on) -> ()")
 def _(table, on):
     return None
 
@@ -152,13 +158,13 @@ _backend.load()  # registers the kernels, if they are there
 # ---- who serves ----------------------------------------------------------------------------------------------------
 
 _OPERATORS = ("logit_loss", "robust_logit_loss", "logit_loss_backward", "robust_loss", "robust_weights", "robust_weights_backward",
-              "scale", "scale_", "sgd_step_", "sgd_planned_step")  # fmt: skip
+              "scale", "scale_", "step_", "planned_step")  # fmt: skip
 
 
 _TRITON_MODULE = {
     "losses": ("logit_loss", "robust_logit_loss", "logit_loss_backward"),
     "weights": ("robust_loss", "robust_weights", "robust_weights_backward", "scale", "scale_"),
-    "step": ("sgd_step_",),
+    "step": ("step_",),
 }
 
 

@@ -208,9 +208,10 @@ def _compiled(data):
 # ---- optimizers: the step --------------------------------------------------------------------------------------------
 
 
-def _step(data, optimizer, **options):
+def _step(data, optimizer=None, **options):
+    """optimizer: default the one of ours for the case's rule."""
     params = data.parameters()
-    run = optimizer(params, **SGD, **options).step
+    run = (optimizer or data.rule.ours)(params, **data.rule.options, **options).step
     return Peer(run, lambda _: data.error(params), parts={"step": lambda: run})
 
 
@@ -312,8 +313,8 @@ PEERS = {
         "Liger": _liger,
     },
     "gpu step": {
-        OURS: partial(_step, optimizer=ab.ABSGD),
-        OURS_ON_TRITON: _triton(partial(_step, optimizer=ab.ABSGD)),
+        OURS: _step,
+        OURS_ON_TRITON: _triton(_step),
         "SGD fused": partial(_step, optimizer=torch.optim.SGD, fused=True),
         "SGD foreach": partial(_step, optimizer=torch.optim.SGD, foreach=True),
     },
@@ -323,11 +324,12 @@ PEERS = {
     },
     "memory": _losses | {"absgd package": lambda data: _loss(data, _package(), init="zero")},  # as it is
     "step": {
-        OURS: partial(_step, optimizer=ab.ABSGD),
+        OURS: _step,
         "SGD fused": partial(_step, optimizer=torch.optim.SGD, fused=True),
         "SGD foreach": partial(_step, optimizer=torch.optim.SGD, foreach=True),
         "SGD default": partial(_step, optimizer=torch.optim.SGD),
     },
+    "rules": {OURS: _step, "torch's fastest": lambda data: _step(data, data.rule.theirs, **data.rule.fastest)},
     "train": {
         OURS: partial(_train, criterion=_ours, optimizer=partial(ab.ABSGD, **SGD)),
         "cross_entropy, SGD fused": partial(

@@ -56,10 +56,10 @@ from .peers import OURS, OURS_ON_TRITON, PEERS, LeftOut, ready
 
 SUITES = {
     "loss": ("loss", "memory"),
-    "step": ("step",),
+    "step": ("step", "rules"),
     "train": ("train",),
     "family": ("family",),
-    "all": ("loss", "family", "memory", "step", "train"),
+    "all": ("loss", "family", "memory", "step", "rules", "train"),
 }
 CPU = torch.device("cpu")
 BLOCK = 5e6  # ns: long against the clock and a cold start, short against what changes on a machine

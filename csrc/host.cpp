@@ -31,7 +31,7 @@ struct DLTensor {
   uint64_t byte_offset;
 };
 constexpr int32_t kDLCPU = 1, kDLCUDA = 2;
-constexpr uint8_t kDLFloat = 2;
+constexpr uint8_t kDLFloat = 2, kDLBfloat = 4;
 
 struct DLManagedTensorVersioned {
   uint32_t major, minor;
@@ -69,14 +69,10 @@ struct Names {
   PyObject* grad = PyUnicode_InternFromString("grad");
   PyObject* is_neg = PyUnicode_InternFromString("is_neg");
   PyObject* params = PyUnicode_InternFromString("params");
-  PyObject* buffer = PyUnicode_InternFromString("momentum_buffer");
   PyObject* lr = PyUnicode_InternFromString("lr");
-  PyObject* momentum = PyUnicode_InternFromString("momentum");
-  PyObject* dampening = PyUnicode_InternFromString("dampening");
-  PyObject* weight_decay = PyUnicode_InternFromString("weight_decay");
-  PyObject* nesterov = PyUnicode_InternFromString("nesterov");
-  PyObject* maximize = PyUnicode_InternFromString("maximize");
-  PyObject* heavy_ball = PyUnicode_InternFromString("heavy_ball");
+  PyObject* step = PyUnicode_InternFromString("step");
+  PyObject* local = PyUnicode_InternFromString("_local_tensor");
+  PyObject* spec = PyUnicode_InternFromString("_spec");
 };
 const Names& names() {
   static const Names instance;
@@ -91,8 +87,8 @@ PyObject* item(PyObject* dict, PyObject* key) {
   }
   return out;
 }
-double number(PyObject* dict, PyObject* key) {
-  const double out = PyFloat_AsDouble(item(dict, key));  // a tensor too: it has __float__
+double as_double(PyObject* object) {
+  const double out = PyFloat_AsDouble(object);  // a tensor too: it has __float__
   if (out == -1.0 && PyErr_Occurred() != nullptr) throw py::error_already_set();
   return out;
 }
@@ -102,6 +98,63 @@ bool truth(PyObject* dict, PyObject* key) {
   return out != 0;
 }
 
+// Where a rule's numbers, flags and states stand in torch's dicts.
+struct RuleNames {
+  struct Number {
+    PyObject* key;     // in the group; or null: the number is 0
+    Py_ssize_t index;  // within the tuple that stands there (betas); or -1
+  };
+  struct Flag {
+    PyObject* key;
+    int bits;
+  };
+  absgd::Rule rule;
+  Number weight_decay, first, second, eps;
+  std::vector<Flag> flags;
+  PyObject* states[absgd::kStates];  // or null
+
+  // numbers: {"weight_decay" | "first" | "second" | "eps": (key, index)}; flags: {key: bits}; states: names
+  RuleNames(int rule, const py::dict& numbers, const py::dict& flag_bits, const py::tuple& state_names)
+      : rule(absgd::Rule(rule)),
+        weight_decay(place(numbers, "weight_decay")),
+        first(place(numbers, "first")),
+        second(place(numbers, "second")),
+        eps(place(numbers, "eps")),
+        states() {
+    for (auto flag : flag_bits) flags.push_back({interned(flag.first), flag.second.cast<int>()});
+    for (size_t j = 0; j < state_names.size() && j < absgd::kStates; ++j) states[j] = interned(state_names[j]);
+  }
+  absgd::StepGroup read(PyObject* group) const {
+    absgd::StepGroup out{};
+    out.rule = rule;
+    for (const Flag& flag : flags)
+      if (truth(group, flag.key)) out.flags |= flag.bits;
+    out.weight_decay = value(group, weight_decay);
+    out.first = value(group, first);
+    out.second = value(group, second);
+    out.eps = value(group, eps);
+    return out;
+  }
+
+ private:
+  static PyObject* interned(const py::handle& name) {
+    return PyUnicode_InternFromString(name.cast<std::string>().c_str());
+  }
+  static Number place(const py::dict& numbers, const char* name) {
+    if (!numbers.contains(name)) return {nullptr, -1};
+    const py::tuple where = numbers[name];
+    return {interned(where[0]), where[1].cast<Py_ssize_t>()};
+  }
+  static double value(PyObject* group, const Number& number) {
+    if (number.key == nullptr) return 0;
+    PyObject* object = item(group, number.key);
+    if (number.index < 0) return as_double(object);
+    const py::object one = py::reinterpret_steal<py::object>(PySequence_GetItem(object, number.index));
+    if (!one) throw py::error_already_set();
+    return as_double(one.ptr());
+  }
+};
+
 // Which state belongs to which parameter, so that a step looks nothing up by tensor (a tensor's hash is Python code).
 // The pointers here are only compared: one is followed after it was found again, in this same step, in the optimizer's
 // own containers. So the plan keeps nothing alive and takes no part in reference cycles.
@@ -109,21 +162,22 @@ struct Slot {
   PyObject *param, *state;  // state: the parameter's dict in optimizer.state, or null
 };
 
-// A reference to a momentum buffer in torch's own count. While Python has the only one, torch's count goes through the
-// interpreter at every look at the tensor: 43 ns instead of 16. Let go when the step finds another buffer in its place.
+// A reference to a state tensor in torch's own count. While Python has the only one, torch's count goes through the
+// interpreter at every look at the tensor: 43 ns instead of 16. Let go when the step finds another tensor in its place.
 // (Not for parameters: one whose hook holds the optimizer would never be freed.)
 struct Hold {
-  PyObject* buffer = nullptr;
+  PyObject* held = nullptr;
   std::unique_ptr<DLManagedTensorVersioned, void (*)(DLManagedTensorVersioned*)> owner{nullptr, release};
 
   static void release(DLManagedTensorVersioned* tensor) {
     if (tensor->deleter != nullptr) tensor->deleter(tensor);
   }
   void take(const DLPackExchangeAPI* api, PyObject* object) {
+    if (object == held) return;
     DLManagedTensorVersioned* tensor = nullptr;
     if (api->managed_tensor_from_py_object(object, &tensor) != 0) throw py::error_already_set();
     owner.reset(tensor);
-    buffer = object;
+    held = object;
   }
 };
 
@@ -138,20 +192,23 @@ py::list handed_over(std::vector<py::object>& objects) {
 class StepPlan {
  public:
   // cpu, cuda: whether the operator steps tensors there
-  StepPlan(py::object tensor_type, py::object parameter_type, py::function allocate, bool cpu, bool cuda)
+  StepPlan(py::object tensor_type, py::object parameter_type, py::function allocate, bool cpu, bool cuda, int rule,
+           const py::dict& numbers, const py::dict& flags, const py::tuple& states)
       : api_(exchange_api(tensor_type)),
         tensor_type_(tensor_type),
         parameter_type_(parameter_type),
         allocate_(allocate),
         cpu_(cpu),
-        cuda_(cuda) {}
+        cuda_(cuda),
+        names_(rule, numbers, flags, states) {}
 
   // Reads every tensor afresh and writes the table for one step over all parameters that have a gradient.
-  // Returns (updated, grads, others): the parameters in the table; their gradients, to be kept alive until the step is
-  // done; and [(group, [param, ...])] for what the table cannot hold (no momentum buffer yet, another dtype, device,
-  // layout or tensor type), which is left to the caller. A tensor lr on the GPU, grad_scale and found_inf (one-element
-  // float32 tensors on the GPU, or None) are not read here: the table has their addresses.
-  py::tuple refresh(py::list groups, py::dict state, py::object grad_scale, py::object found_inf) {
+  // Returns (updated, grads, on, others): the parameters in the table; their gradients, to be kept alive until the step
+  // is done; a plain tensor of the table, or None; and [(group, [param, ...])] for what the table cannot hold (no state
+  // yet, another dtype, device, layout or tensor type), which is left to the caller. A tensor lr on the GPU, grad_scale
+  // and found_inf (one-element float32 tensors on the GPU, or None) are not read here: the table has their addresses.
+  // sharded: the class whose tensors hold a plain one in `_local_tensor` (torch's DTensor); or None.
+  py::tuple refresh(py::list groups, py::dict state, py::object grad_scale, py::object found_inf, py::object sharded) {
     if (!same_state(state)) remember(groups, state);
     groups_.clear();
     std::swap(tensors_, before_);
@@ -160,6 +217,7 @@ class StepPlan {
     updated_.clear();
     grads_.clear();
     device_ = {0, 0};
+    sharded_ = sharded.is_none() ? nullptr : sharded.ptr();
     found_inf_ = device_float(found_inf);
     grad_scale_ = device_float(grad_scale);
     py::list others;
@@ -167,11 +225,8 @@ class StepPlan {
     for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.ptr()); ++g) {
       const py::dict group = py::reinterpret_borrow<py::dict>(PyList_GET_ITEM(groups.ptr(), g));
       const py::list params = py::list(py::reinterpret_borrow<py::object>(item(group.ptr(), names().params)));
-      absgd::DeviceNumber lr_tensor{};
-      const double lr = learning_rate(item(group.ptr(), names().lr), &lr_tensor);
-      groups_.push_back({lr, number(group.ptr(), names().momentum), number(group.ptr(), names().dampening),
-                         number(group.ptr(), names().weight_decay), truth(group.ptr(), names().nesterov),
-                         truth(group.ptr(), names().maximize), truth(group.ptr(), names().heavy_ball), lr_tensor});
+      groups_.push_back(names_.read(group.ptr()));
+      groups_.back().lr = learning_rate(item(group.ptr(), names().lr), &groups_.back().lr_tensor);
       py::list left;
       for (Py_ssize_t j = 0; j < PyList_GET_SIZE(params.ptr()); ++j, ++slot) {
         PyObject* param = PyList_GET_ITEM(params.ptr(), j);
@@ -183,13 +238,9 @@ class StepPlan {
         py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, names().grad));
         if (!grad) throw py::error_already_set();
         if (grad.is_none()) continue;
-        PyObject* buffer = nullptr;
-        if (groups_.back().momentum != 0 && slots_[slot].state != nullptr)
-          buffer = PyDict_GetItemWithError(slots_[slot].state, names().buffer);
-        if (add(param, grad.ptr(), buffer, int32_t(g))) {
+        if (add(param, grad.ptr(), slot, int32_t(g))) {
           updated_.push_back(py::reinterpret_borrow<py::object>(param));
           grads_.push_back(std::move(grad));
-          if (buffer != nullptr && buffer != holds_[slot].buffer) holds_[slot].take(api_, buffer);
         } else {
           left.append(py::handle(param));
         }
@@ -197,7 +248,8 @@ class StepPlan {
       if (PyList_GET_SIZE(left.ptr()) > 0) others.append(py::make_tuple(group, left));
     }
     write_table();
-    return py::make_tuple(handed_over(updated_), handed_over(grads_), others);
+    const auto on = py::reinterpret_borrow<py::object>(updated_.empty() ? Py_None : local(updated_[0].ptr()));
+    return py::make_tuple(handed_over(updated_), handed_over(grads_), on, others);
   }
 
   // int64, CPU: holds a StepTable and what it points to, until the next refresh.
@@ -233,14 +285,45 @@ class StepPlan {
     holds_.resize(slots_.size());
   }
 
+  bool is_shard(PyObject* object) const {
+    return sharded_ != nullptr && reinterpret_cast<PyObject*>(Py_TYPE(object)) == sharded_;
+  }
+  // The plain tensor of a shard. Borrowed: the shard keeps it alive.
+  PyObject* local(PyObject* object) const {
+    if (!is_shard(object)) return object;
+    const py::object inner = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, names().local));
+    if (!inner) throw py::error_already_set();
+    return inner.ptr();
+  }
+  // Whether two tensors are shares of the same kind: a gradient that is yet to be summed up is another thing.
+  bool same_shard(PyObject* a, PyObject* b) const {
+    if (!is_shard(a) || !is_shard(b)) return is_shard(a) == is_shard(b);
+    const py::object x = py::reinterpret_steal<py::object>(PyObject_GetAttr(a, names().spec));
+    const py::object y = py::reinterpret_steal<py::object>(PyObject_GetAttr(b, names().spec));
+    if (!x || !y) throw py::error_already_set();
+    if (x.is(y)) return true;
+    return x.attr("mesh").equal(y.attr("mesh")) && x.attr("placements").equal(y.attr("placements"));
+  }
+
+  // Whether this is a plain tensor of floating numbers; a subclass may be anything.
   bool read(PyObject* object, DLTensor* out) const {
     PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-    if (type != tensor_type_.ptr() && type != parameter_type_.ptr()) return false;  // a subclass may be anything
-    if (api_->dltensor_from_py_object(object, out) != 0) {                          // no storage: sparse, meta
+    if (type != tensor_type_.ptr() && type != parameter_type_.ptr()) return false;
+    if (api_->dltensor_from_py_object(object, out) != 0) {  // no storage: sparse, meta
       PyErr_Clear();
       return false;
     }
-    return out->dtype.code == kDLFloat && out->dtype.lanes == 1 && (out->dtype.bits == 32 || out->dtype.bits == 64);
+    if (out->dtype.lanes != 1) return false;
+    const int bits = out->dtype.bits;
+    return out->dtype.code == kDLFloat ? bits == 16 || bits == 32 || bits == 64
+                                       : out->dtype.code == kDLBfloat && bits == 16;
+  }
+  // One float32 or float64 number.
+  bool read_number(PyObject* object, DLTensor* out) const {
+    if (!read(object, out) || out->dtype.bits < 32) return false;
+    for (int32_t d = 0; d < out->ndim; ++d)
+      if (out->shape[d] != 1) return false;
+    return true;
   }
 
   static char* data(const DLTensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
@@ -248,50 +331,71 @@ class StepPlan {
   // lr as a number; of a tensor on the GPU only the address, because reading it would wait for the GPU.
   double learning_rate(PyObject* lr, absgd::DeviceNumber* address) const {
     DLTensor t;
-    if (!PyFloat_Check(lr) && read(lr, &t) && t.device.type != kDLCPU) {
+    if (!PyFloat_Check(lr) && read_number(lr, &t) && t.device.type != kDLCPU) {
       *address = {data(t), t.dtype.bits == 64, t.device.id};
       return 0;
     }
-    const double out = PyFloat_AsDouble(lr);  // a tensor too: it has __float__
-    if (out == -1.0 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    return out;
+    return as_double(lr);
   }
 
   const float* device_float(const py::object& object) {
     if (object.is_none()) return nullptr;
     DLTensor t;
-    if (!read(object.ptr(), &t) || t.dtype.bits != 32)
+    if (!read_number(object.ptr(), &t) || t.dtype.bits != 32)
       throw py::value_error("grad_scale, found_inf: expected float32 tensors");
     amp_device_ = t.device.id;
     return reinterpret_cast<const float*>(data(t));
   }
 
   // All tensors of a table are on the device of its first.
-  bool add(PyObject* param, PyObject* grad, PyObject* buffer, int32_t group) {
-    DLTensor p, g, b;
-    if (!read(param, &p) || !read(grad, &g)) return false;
-    auto here = [&](const DLTensor& t) { return t.device.type == device_.type && t.device.id == device_.id; };
+  bool add(PyObject* param, PyObject* grad, size_t slot, int32_t group_index) {
+    const absgd::StepGroup& group = groups_[size_t(group_index)];
+    DLTensor p, g;
+    if (!read(local(param), &p) || !read(local(grad), &g) || !same_shard(param, grad)) return false;
+    const auto here = [&](const DLTensor& t) { return t.device.type == device_.type && t.device.id == device_.id; };
     const int32_t where = p.device.type;
     if (!(where == kDLCPU && cpu_) && !(where == kDLCUDA && cuda_)) return false;
     if (tensors_.empty() && ((grad_scale_ == nullptr && found_inf_ == nullptr) || amp_device_ == p.device.id))
       device_ = {where, p.device.id};
-    auto layout = [](const DLTensor& t) { return absgd::Layout{t.ndim, t.shape, t.strides}; };
-    auto fits = [&](const DLTensor& t) { return t.dtype.bits == p.dtype.bits && here(t) && layout(t).same(layout(p)); };
-    if (!here(p) || !layout(p).dense() || !fits(g)) return false;
-    const absgd::DeviceNumber& lr = groups_[size_t(group)].lr_tensor;
-    if (lr.data != nullptr && (where == kDLCPU || lr.device != p.device.id)) return false;
-    if (groups_[size_t(group)].momentum != 0) {
-      if (buffer == nullptr || !read(buffer, &b) || !fits(b)) return false;
-    } else {
-      b.data = nullptr;
+    const auto layout = [](const DLTensor& t) { return absgd::Layout{t.ndim, t.shape, t.strides}; };
+    const auto like_p = [&](const DLTensor& t) { return here(t) && layout(t).same(layout(p)); };
+    if (!here(p) || !layout(p).dense() || !like_p(g) || g.dtype.bits != p.dtype.bits || g.dtype.code != p.dtype.code)
+      return false;
+    if (group.lr_tensor.data != nullptr && (where == kDLCPU || group.lr_tensor.device != p.device.id)) return false;
+    absgd::StepTensor out{};
+    out.dtype = p.dtype.bits == 64          ? absgd::Dtype::f64
+                : p.dtype.bits == 32        ? absgd::Dtype::f32
+                : p.dtype.code == kDLBfloat ? absgd::Dtype::bf16
+                                            : absgd::Dtype::f16;
+    const uint8_t real_bits = p.dtype.bits == 64 ? 64 : 32;
+    const int states = group.states();
+    PyObject* const kept = slots_[slot].state;
+    if ((states != 0 || group.counts()) && kept == nullptr) return false;
+    for (int j = 0; j < absgd::kStates; ++j) {
+      if ((states >> j & 1) == 0) continue;
+      DLTensor t;
+      PyObject* const state = PyDict_GetItemWithError(kept, names_.states[j]);
+      if (state == nullptr || !read(local(state), &t) || t.dtype.bits != real_bits || !like_p(t)) return false;
+      out.state[j] = data(t);
+      holds_[slot].states[j].take(api_, local(state));
     }
-    const int64_t count = layout(p).count();
+    if (group.counts()) {
+      DLTensor t;
+      PyObject* const step = PyDict_GetItemWithError(kept, names().step);
+      if (step == nullptr || !read_number(step, &t) || !here(t)) return false;
+      out.step = {data(t), t.dtype.bits == 64, t.device.id};
+      holds_[slot].step.take(api_, step);
+    }
+    out.count = layout(p).count();
     // autograd may hand out a single number whose sign is still to be flipped (the imaginary part of a conjugate); a
     // larger such gradient has stride 2 and went elsewhere above
-    if (count == 1 && negated(grad)) return false;
-    tensors_.push_back({data(p), data(g), b.data == nullptr ? nullptr : data(b), elements_, count, group,
-                        p.dtype.bits == 64 ? absgd::Dtype::f64 : absgd::Dtype::f32});
-    elements_ += count;
+    if (out.count == 1 && negated(local(grad))) return false;
+    out.param = data(p);
+    out.grad = data(g);
+    out.begin = elements_;
+    out.group = group_index;
+    tensors_.push_back(out);
+    elements_ += out.count;
     return true;
   }
 
@@ -315,7 +419,8 @@ class StepPlan {
     }
     // memory that did not move since the last step still does not overlap
     auto stayed = [](const absgd::StepTensor& a, const absgd::StepTensor& b) {
-      return a.param == b.param && a.buffer == b.buffer && a.count == b.count && a.dtype == b.dtype;
+      return a.param == b.param && a.state[0] == b.state[0] && a.state[1] == b.state[1] && a.state[2] == b.state[2] &&
+             a.count == b.count && a.dtype == b.dtype;
     };
     const bool same = std::equal(tensors_.begin(), tensors_.end(), before_.begin(), before_.end(), stayed);
     const absgd::StepTable* last = same && !grown ? reinterpret_cast<absgd::StepTable*>(memory_) : nullptr;
@@ -336,11 +441,16 @@ class StepPlan {
   py::object tensor_type_, parameter_type_;
   py::function allocate_;
   bool cpu_, cuda_;
+  RuleNames names_;
+  PyObject* sharded_ = nullptr;  // of this step
   py::object table_;
 
   std::vector<Slot> state_;  // in the order of optimizer.state
   std::vector<Slot> slots_;  // in the order of the parameters
-  std::vector<Hold> holds_;  // likewise
+  struct Holds {
+    Hold states[absgd::kStates], step;
+  };
+  std::vector<Holds> holds_;  // likewise
 
   std::vector<py::object> updated_, grads_;  // empty between steps
   std::vector<absgd::StepGroup> groups_;
@@ -359,10 +469,11 @@ class StepPlan {
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Host objects of absgd_fast: see csrc/host.cpp";
-  py::class_<StepPlan>(m, "StepPlan", "The table of a multi-tensor momentum step, kept between steps.")
-      .def(py::init<py::object, py::object, py::function, bool, bool>(), py::arg("tensor_type"),
-           py::arg("parameter_type"), py::arg("allocate"), py::arg("cpu"), py::arg("cuda"))
+  py::class_<StepPlan>(m, "StepPlan", "The table of a multi-tensor step, kept between steps.")
+      .def(py::init<py::object, py::object, py::function, bool, bool, int, py::dict, py::dict, py::tuple>(),
+           py::arg("tensor_type"), py::arg("parameter_type"), py::arg("allocate"), py::arg("cpu"), py::arg("cuda"),
+           py::arg("rule"), py::arg("numbers"), py::arg("flags"), py::arg("states"))
       .def("refresh", &StepPlan::refresh, py::arg("param_groups"), py::arg("state"), py::arg("grad_scale") = py::none(),
-           py::arg("found_inf") = py::none())
+           py::arg("found_inf") = py::none(), py::arg("sharded") = py::none())
       .def_property_readonly("table", &StepPlan::table);
 }

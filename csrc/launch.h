@@ -128,7 +128,7 @@ struct ScaleArgs {
   double scalar;         // used where upstream is null
 };
 
-// ---- momentum step -------------------------------------------------------------------------------------------------
+// ---- step ---------------------------------------------------------------------------------------------------------
 //
 // The elements of all tensors form one flat index space, so threads get equal shares whatever the sizes of the tensors.
 
@@ -170,16 +170,15 @@ struct DeviceNumber {
   int32_t device;
 };
 
-struct StepGroup {
-  double lr, momentum, dampening, weight_decay;
-  bool nesterov, maximize, heavy_ball;
+struct StepGroup : StepNumbers {
   DeviceNumber lr_tensor;  // GPU: used instead of lr
 };
 
 struct StepTensor {
-  void* param;           // (count) dense, f32 or f64; grad and buffer have the same strides
-  void* grad;            // written only where it is unscaled
-  void* buffer;          // momentum; null where the group's momentum is 0
+  void* param;           // (count) dense
+  void* grad;            // of the parameter's dtype and strides; written only where it is unscaled
+  void* state[kStates];  // real, the parameter's strides; null where the group keeps none (StepNumbers::states)
+  DeviceNumber step;     // how many steps this parameter took, where the rule counts them; the kernels add 1
   int64_t begin, count;  // elements [begin, begin + count) of the flat index
   int32_t group;
   Dtype dtype;
@@ -218,8 +217,8 @@ struct CpuKernels {
   void (*robust_vjp)(const RobustArgs&, const VjpArgs&, int64_t begin, int64_t end);
   // (batch * classes) slices [begin, end) of `inner` elements
   void (*scale)(const ScaleArgs&, int64_t begin, int64_t end);
-  // elements [begin, end) of the flat index
-  void (*sgd_step)(const StepTable&, int64_t begin, int64_t end);
+  // elements [begin, end) of the flat index; the counts of steps already include this one
+  void (*step)(const StepTable&, int64_t begin, int64_t end);
 };
 
 const CpuKernels& cpu_kernels();
@@ -292,7 +291,7 @@ const char* robust_weights_bwd(const RobustArgs&, DeviceNumber lam, const void* 
                                const double* shares, double* dot_partials, void* out, void* stream);
 // ScaleArgs::upstream is in device memory, `constant`: one number
 const char* scale(const ScaleArgs&, bool constant, void* stream);
-const char* sgd_step(const StepTable&, void* stream);
+const char* step(const StepTable&, void* stream);
 
 }  // namespace gpu
 

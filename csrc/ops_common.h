@@ -102,6 +102,25 @@ Tensor empty_rows(Device device, int64_t count, const Tensor& like, Dtype dtype)
   return empty_on(device, shape, like.dim() + 1, dtype);
 }
 
+// In the memory layout of `like` where that is dense, else contiguous.
+Tensor empty_dense_like(const Tensor& like, Dtype dtype) {
+  const Device device = device_of(like);
+  if (!Layout{like.dim(), like.sizes().data(), like.strides().data()}.dense())
+    return empty_on(device, like.sizes().data(), like.dim(), dtype);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(like.dim(), like.sizes().data(), like.strides().data(),
+                                                         code_of(dtype), device.type, device.index, &handle));
+  return Tensor(handle);
+}
+
+// One number in a tensor.
+DeviceNumber number_on(const Device& device, const Tensor& t, const char* name) {
+  const int32_t code = code_of(t);
+  STD_TORCH_CHECK((code == kDouble || code == kFloat) && t.numel() == 1 && is_on(t, device), name,
+                  ": expected one float32 or float64 number on the device of the other tensors");
+  return {t.data_ptr(), code == kDouble, device.index};
+}
+
 // A vector of one number per row, ready for the kernels.
 const void* per_row(const std::optional<Tensor>& t, Device device, int64_t rows, int32_t code, const char* name) {
   if (!t.has_value()) return nullptr;
@@ -247,7 +266,7 @@ Tensor fill_scale(ScaleArgs& a, bool& constant, const Tensor& source, const Tens
   return upstream;
 }
 
-// ---- momentum step -------------------------------------------------------------------------------------------------
+// ---- step ----------------------------------------------------------------------------------------------------------
 
 // Whether two of the tensors that a step writes share memory (a parameter listed twice, `a.data = b.data`): then the
 // tensors must be updated one after the other.
@@ -256,12 +275,16 @@ bool step_overlaps(const StepTensor* tensors, int64_t count) {
     const char *begin, *end;
   };
   std::vector<Range> ranges;
-  ranges.reserve(size_t(2 * count));
+  ranges.reserve(size_t((2 + kStates) * count));
+  auto add = [&](const void* start, size_t bytes) {
+    if (start != nullptr && bytes > 0)
+      ranges.push_back({static_cast<const char*>(start), static_cast<const char*>(start) + bytes});
+  };
   for (int64_t j = 0; j < count; ++j) {
-    const int64_t bytes = tensors[j].count * (tensors[j].dtype == Dtype::f64 ? 8 : 4);
-    for (void* start : {tensors[j].param, tensors[j].buffer})
-      if (start != nullptr && bytes > 0)
-        ranges.push_back({static_cast<char*>(start), static_cast<char*>(start) + bytes});
+    const StepTensor& t = tensors[j];
+    add(t.param, size_t(t.count) * size_of(t.dtype));
+    for (const void* state : t.state) add(state, size_t(t.count) * size_of(real_of(t.dtype)));
+    add(t.step.data, t.step.is_double ? sizeof(double) : sizeof(float));
   }
   std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
   for (size_t j = 1; j < ranges.size(); ++j)
@@ -281,17 +304,14 @@ Layout layout_of(const Tensor& t) { return {t.dim(), t.sizes().data(), t.strides
 struct Fitted {
   Tensor original, fitted;
 
-  Fitted(const Tensor& t, const Tensor& like) : original(t), fitted(t) {
-    STD_TORCH_CHECK(
-        is_on(t, device_of(like)) && t.scalar_type() == like.scalar_type() && t.dim() == like.dim() &&
-            (t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double),
-        "sgd_step_: expected parameters, gradients and momentum buffers of equal shapes, on one device, all "
-        "float32 or all float64");
+  Fitted(const Tensor& t, const Tensor& like, Dtype dtype) : original(t), fitted(t) {
+    STD_TORCH_CHECK(is_on(t, device_of(like)) && code_of(t) == code_of(dtype) && t.dim() == like.dim(),
+                    "step_: expected parameters and gradients of one dtype, and states of that (float32 for half "
+                    "precision), of equal shapes, on one device");
     for (int64_t d = 0; d < t.dim(); ++d)
-      STD_TORCH_CHECK(t.size(d) == like.size(d),
-                      "sgd_step_: a gradient or momentum buffer has another shape than its parameter");
+      STD_TORCH_CHECK(t.size(d) == like.size(d), "step_: a gradient or state has another shape than its parameter");
     if (layout_of(t).same(layout_of(like)) && layout_of(t).dense()) return;
-    fitted = torch::stable::empty_like(like);
+    fitted = empty_dense_like(like, dtype);
     torch::stable::copy_(fitted, original);
   }
   void restore() {
@@ -306,19 +326,34 @@ struct StepLists {
   std::vector<Fitted> written, gradients;
   std::vector<StepTensor> tensors;
 
-  StepLists(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-            const std::vector<Tensor>& momentum_buffers, const StepGroup& options)
+  // states: those that the rule keeps, of all parameters, one kind after the other; steps: where the rule counts them
+  StepLists(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& states,
+            const std::vector<Tensor>& steps, const StepGroup& options)
       : group(options) {
-    STD_TORCH_CHECK(
-        grads.size() == params.size() && momentum_buffers.size() == (group.momentum != 0 ? params.size() : 0),
-        "sgd_step_: expected one gradient and, with momentum, one momentum buffer for each parameter");
-    for (size_t j = 0; j < params.size(); ++j) {
-      const Tensor param = written.emplace_back(params[j], params[j]).fitted;
-      void* buffer = nullptr;
-      if (group.momentum != 0) buffer = written.emplace_back(momentum_buffers[j], param).fitted.data_ptr();
-      void* grad = gradients.emplace_back(grads[j], param).fitted.data_ptr();
-      tensors.push_back({param.data_ptr(), grad, buffer, table.elements, param.numel(), 0, dtype_of(param)});
-      table.elements += tensors.back().count;
+    const size_t n = params.size();
+    size_t kinds = 0;
+    for (int j = 0; j < kStates; ++j) kinds += size_t(group.states() >> j & 1);
+    STD_TORCH_CHECK(grads.size() == n && states.size() == kinds * n && steps.size() == (group.counts() ? n : 0),
+                    "step_: expected for each parameter one gradient, the states that the rule keeps and, where it "
+                    "counts them, its steps");
+    for (size_t i = 0; i < n; ++i) {
+      const Dtype dtype = dtype_of(params[i]);
+      StepTensor t{};
+      const Tensor param = written.emplace_back(params[i], params[i], dtype).fitted;
+      t.param = param.data_ptr();
+      size_t from = i;
+      for (int j = 0; j < kStates; ++j) {
+        if ((group.states() >> j & 1) == 0) continue;
+        t.state[j] = written.emplace_back(states[from], param, real_of(dtype)).fitted.data_ptr();
+        from += n;
+      }
+      t.grad = gradients.emplace_back(grads[i], param, dtype).fitted.data_ptr();
+      if (group.counts()) t.step = number_on(device_of(param), steps[i], "step");
+      t.begin = table.elements;
+      t.count = param.numel();
+      t.dtype = dtype;
+      tensors.push_back(t);
+      table.elements += t.count;
     }
     table.tensor_count = int64_t(tensors.size());
     table.tensors = tensors.data();
@@ -332,10 +367,24 @@ struct StepLists {
   }
 };
 
+StepGroup step_group(double lr, double weight_decay, double first, double second, double eps, int64_t rule,
+                     int64_t flags) {
+  STD_TORCH_CHECK(rule >= 0 && rule <= int64_t(Rule::adagrad), "step_: unknown rule ", rule);
+  StepGroup out{};
+  out.rule = Rule(rule);
+  out.flags = int(flags);
+  out.lr = lr;
+  out.weight_decay = weight_decay;
+  out.first = first;
+  out.second = second;
+  out.eps = eps;
+  return out;
+}
+
 StepTable& planned_table(const Tensor& table) {
   STD_TORCH_CHECK(table.is_cpu() && table.is_contiguous() && table.scalar_type() == ScalarType::Long &&
                       size_t(table.numel()) * sizeof(int64_t) >= sizeof(StepTable),
-                  "sgd_planned_step: expected the table of a StepPlan");
+                  "planned_step: expected the table of a StepPlan");
   return *static_cast<StepTable*>(table.data_ptr());
 }
 

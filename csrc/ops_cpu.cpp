@@ -358,30 +358,45 @@ Tensor scale(const Tensor& grad, const Tensor& upstream, bool to_half) {
 }
 void scale_(const Tensor& grad, const Tensor& upstream) { run_scale(grad, grad, upstream); }
 
-// ---- momentum step -------------------------------------------------------------------------------------------------
+// ---- step ----------------------------------------------------------------------------------------------------------
+
+void count(const DeviceNumber& steps) {
+  if (steps.data == nullptr) return;
+  if (steps.is_double)
+    *static_cast<double*>(steps.data) += 1;
+  else
+    *static_cast<float*>(steps.data) += 1;
+}
 
 void run_step(StepTable& table) {
   check_overlap(table);
-  if (!table.overlap) {
-    parallel(table.elements, 1, [&](int64_t begin, int64_t end) { cpu_kernels().sgd_step(table, begin, end); });
+  if (table.overlap) {
+    for (const StepTensor* t = table.tensors; t != table.tensors + table.tensor_count; ++t) {
+      count(t->step);
+      cpu_kernels().step(table, t->begin, t->begin + t->count);
+    }
     return;
   }
-  for (int64_t j = 0; j < table.tensor_count; ++j)
-    cpu_kernels().sgd_step(table, table.tensors[j].begin, table.tensors[j].begin + table.tensors[j].count);
+  for (const StepTensor* t = table.tensors; t != table.tensors + table.tensor_count; ++t) count(t->step);
+  parallel(table.elements, 1, [&](int64_t begin, int64_t end) { cpu_kernels().step(table, begin, end); });
 }
 
 // The table lies in the tensor's memory, where StepPlan (host.cpp) wrote it a moment ago. (The second argument only
 // tells the dispatcher where the parameters are.)
-void sgd_planned_step(const Tensor& table, const Tensor&) { run_step(planned_table(table)); }
+void planned_step(const Tensor& table, const Tensor&) { run_step(planned_table(table)); }
 
-void sgd_step_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-               const std::vector<Tensor>& momentum_buffers, const std::optional<Tensor>& lr_tensor,
-               const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf, double lr,
-               double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, bool heavy_ball) {
-  STD_TORCH_CHECK(!lr_tensor.has_value() && !grad_scale.has_value() && !found_inf.has_value(),
-                  "sgd_step_: numbers in tensors are for GPUs; on the CPU pass lr, and unscale before");
-  StepLists lists(params, grads, momentum_buffers,
-                  {lr, momentum, dampening, weight_decay, nesterov, maximize, heavy_ball, {}});
+void step_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& states,
+           const std::vector<Tensor>& steps, const std::optional<Tensor>& lr_tensor,
+           const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf, double lr,
+           double weight_decay, double first, double second, double eps, int64_t rule, int64_t flags) {
+  STD_TORCH_CHECK(!grad_scale.has_value() && !found_inf.has_value(),
+                  "step_: grad_scale and found_inf are for GPUs; on the CPU unscale before");
+  StepGroup group = step_group(lr, weight_decay, first, second, eps, rule, flags);
+  if (lr_tensor.has_value()) {
+    const DeviceNumber number = number_on(kHere, *lr_tensor, "lr");
+    group.lr = number.is_double ? *static_cast<const double*>(number.data) : *static_cast<const float*>(number.data);
+  }
+  StepLists lists(params, grads, states, steps, group);
   run_step(lists.table);
   lists.restore(false);
 }
@@ -405,8 +420,8 @@ std::string native_signatures();
   OP(robust_weights_backward) \
   OP(scale)                   \
   OP(scale_)                  \
-  OP(sgd_planned_step)        \
-  OP(sgd_step_)
+  OP(planned_step)            \
+  OP(step_)
 #define ABSGD_TOOLS(OP) \
   OP(isas)              \
   OP(use_isa)           \

@@ -28,13 +28,6 @@ struct OnDevice {
   }
 };
 
-DeviceNumber number_on(const Device& device, const Tensor& t, const char* name) {
-  const int32_t code = code_of(t);
-  STD_TORCH_CHECK((code == kDouble || code == kFloat) && t.numel() == 1 && is_on(t, device), name,
-                  ": expected one float32 or float64 number on the device of the losses");
-  return {t.data_ptr(), code == kDouble, device.index};
-}
-
 // A label that a kernel of an earlier call found out of range.
 gpu::LabelReport* labels_so_far() {
   gpu::LabelReport* const report = gpu::label_report();
@@ -275,34 +268,34 @@ Tensor scale(const Tensor& grad, const Tensor& upstream, bool to_half) {
 }
 void scale_(const Tensor& grad, const Tensor& upstream) { run_scale(grad, grad, upstream, OnDevice(grad)); }
 
-// ---- momentum step -------------------------------------------------------------------------------------------------
+// ---- step ----------------------------------------------------------------------------------------------------------
 
-void sgd_planned_step(const Tensor& table_tensor, const Tensor& on) {
+void planned_step(const Tensor& table_tensor, const Tensor& on) {
   const OnDevice here(on);
   StepTable& table = planned_table(table_tensor);
   check_overlap(table);
-  check(gpu::sgd_step(table, here.stream));
+  check(gpu::step(table, here.stream));
 }
 
-void sgd_step_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-               const std::vector<Tensor>& momentum_buffers, const std::optional<Tensor>& lr_tensor,
-               const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf, double lr,
-               double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, bool heavy_ball) {
+void step_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& states,
+           const std::vector<Tensor>& steps, const std::optional<Tensor>& lr_tensor,
+           const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf, double lr,
+           double weight_decay, double first, double second, double eps, int64_t rule, int64_t flags) {
   if (params.empty()) return;
   const OnDevice here(params[0]);
-  for (const Tensor& p : params) STD_TORCH_CHECK(is_on(p, here.device), "sgd_step_: expected parameters on one device");
+  for (const Tensor& p : params) STD_TORCH_CHECK(is_on(p, here.device), "step_: expected parameters on one device");
   auto number = [&](const std::optional<Tensor>& t, const char* name) {
-    if (!t.has_value()) return DeviceNumber{};
-    return number_on(here.device, *t, name);
+    return t.has_value() ? number_on(here.device, *t, name) : DeviceNumber{};
   };
-  StepLists lists(params, grads, momentum_buffers,
-                  {lr, momentum, dampening, weight_decay, nesterov, maximize, heavy_ball, number(lr_tensor, "lr")});
+  StepGroup group = step_group(lr, weight_decay, first, second, eps, rule, flags);
+  group.lr_tensor = number(lr_tensor, "lr");
+  StepLists lists(params, grads, states, steps, group);
   const DeviceNumber scale = number(grad_scale, "grad_scale"), found = number(found_inf, "found_inf");
   STD_TORCH_CHECK(!scale.is_double && !found.is_double, "grad_scale, found_inf: expected float32");
   lists.table.grad_scale = static_cast<const float*>(scale.data);
   lists.table.found_inf = static_cast<const float*>(found.data);
   check_overlap(lists.table);
-  check(gpu::sgd_step(lists.table, here.stream));
+  check(gpu::step(lists.table, here.stream));
   lists.restore(grad_scale.has_value());
 }
 
@@ -315,8 +308,8 @@ void sgd_step_(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
   OP(robust_weights_backward) \
   OP(scale)                   \
   OP(scale_)                  \
-  OP(sgd_planned_step)        \
-  OP(sgd_step_)
+  OP(planned_step)            \
+  OP(step_)
 
 std::string cuda_signatures() {
   std::string out;

@@ -10,7 +10,7 @@ import re
 import subprocess
 from collections import Counter
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -24,6 +24,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from absgd_fast.kernels import launch, losses, step, weights
+from absgd_fast.ops import RULES
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -103,18 +104,44 @@ def scale():
     weights.scale(grad.double(), rows.double(), False)
 
 
-def sgd_step(dtype, shift=0, numbers=False, **options):
-    many = [[torch.zeros(5000 + shift, dtype=dtype)[shift:] for _ in range(2)] for _ in range(3)]
-    options = (
-        dict(lr=0.1, momentum=0.9, dampening=0.0, weight_decay=1e-4, nesterov=False, maximize=False, heavy_ball=False) | options
-    )
-    if not options["momentum"]:
-        many[2] = []
-    numbers = [torch.zeros(1)] * 3 if numbers else [None] * 3
-    step.sgd_step_(*many, *numbers, **options)
-
-
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+
+def optimizer_step(rule, dtype=F32, shift=0, numbers=(), flags=0, weight_decay=1e-4, first=0.9, second=0.0, count=F32):
+    """numbers: which of lr, grad_scale, found_inf come in tensors. Arrays begin at element `shift` of their memory."""
+    real = launch.real_dtype(dtype)
+    arrays = [dtype] * 2 + [real] * len(step._slots(rule, flags, {"sgd": first, "rmsprop": second}.get(rule, 0) != 0))
+    params, grads, *states = ([torch.zeros(5000 + shift, dtype=d)[shift:] for _ in range(2)] for d in arrays)
+    given = [torch.zeros(1) if name in numbers else None for name in ("lr", "grad_scale", "found_inf")]
+    steps = [] if rule == "sgd" else [torch.zeros((), dtype=count) for _ in range(2)]
+    step.step_(
+        params, grads, [t for ts in states for t in ts], steps, *given, 0.1, weight_decay, first, second, 1e-8, RULES.index(rule),
+        flags,
+    )  # fmt: skip
+
+
+ALL_NUMBERS = ("lr", "grad_scale", "found_inf")
+STEPS = {
+    "plain": (("sgd", F32), dict(first=0.0, weight_decay=0.0, flags=1)),
+    "momentum": (("sgd", F32), dict()),
+    "nesterov": (("sgd", F32), dict(flags=2, numbers=ALL_NUMBERS)),
+    "heavy ball fp64": (("sgd", F64), dict(flags=4, numbers=ALL_NUMBERS)),
+    "momentum bf16": (("sgd", BF16), dict(numbers=("grad_scale",))),
+    "odd addresses": (("sgd", F32), dict(shift=1)),
+    "adam": (("adam", F32), dict(second=0.999)),
+    "amsgrad": (("adam", F32), dict(second=0.999, flags=8 | 16, numbers=ALL_NUMBERS)),
+    "amsgrad fp64": (("adam", F64), dict(second=0.999, flags=8 | 1, numbers=ALL_NUMBERS, count=F64)),
+    "adamw fp16": (("adam", F16), dict(second=0.999, flags=16, numbers=("grad_scale", "found_inf"))),
+    "paper form bf16": (("adam", BF16), dict(second=0.999, flags=16 | 32)),
+    "adam, odd addresses bf16": (("adam", BF16), dict(second=0.999, shift=1)),
+    "rmsprop": (("rmsprop", F32), dict()),
+    "rmsprop, centered, momentum": (("rmsprop", F32), dict(second=0.9, flags=64, numbers=ALL_NUMBERS)),
+    "rmsprop, centered, momentum fp64": (("rmsprop", F64), dict(second=0.9, flags=64, numbers=ALL_NUMBERS)),
+    "rmsprop, centered bf16": (("rmsprop", BF16), dict(flags=64 | 1)),
+    "adagrad": (("adagrad", F32), dict(count=F64)),
+    "adagrad fp64": (("adagrad", F64), dict(numbers=ALL_NUMBERS)),
+    "adagrad fp16": (("adagrad", F16), dict(weight_decay=0.0)),
+}  # fmt: skip
 CALLS = {
     # one row per program; a loop over classes; a tile of rows
     "512 x 1000 fp32": lambda: logit_loss(torch.zeros(512, 1000), labels(512)),
@@ -143,11 +170,7 @@ CALLS = {
     "900 weights fp32": lambda: robust_weights(torch.zeros(900)),
     "90000 weights fp64": lambda: robust_weights(torch.zeros(90000, dtype=F64)),
     "scale": scale,
-    "step, plain": lambda: sgd_step(F32, momentum=0, weight_decay=0.0, maximize=True),
-    "step, momentum": lambda: sgd_step(F32),
-    "step, nesterov": lambda: sgd_step(F32, nesterov=True, numbers=True),
-    "step, heavy ball fp64": lambda: sgd_step(F64, heavy_ball=True, numbers=True),
-    "step, odd addresses": lambda: sgd_step(F32, shift=1),
+    **{f"step, {name}": partial(optimizer_step, *args, **options) for name, (args, options) in STEPS.items()},
 }
 
 
@@ -203,7 +226,8 @@ def test_no_global_constants():
 ELSEWHERE = [
     "512 x 1000 fp32", "64 x 32000 bf16", "64 x 1000 fp64", "robust 128 x 10 fp32", "robust 8192 x 100 bf16",
     "robust 128 x 1000 fp64", "9000 losses fp64", "90000 losses fp32", "900 weights fp32", "90000 weights fp64", "scale",
-    "step, nesterov", "step, heavy ball fp64",
+    "step, nesterov", "step, heavy ball fp64", "step, amsgrad", "step, amsgrad fp64", "step, adamw fp16", "step, paper form bf16",
+    "step, rmsprop, centered, momentum", "step, rmsprop, centered, momentum fp64", "step, adagrad fp64", "step, adagrad fp16",
 ]  # fmt: skip
 
 
@@ -248,7 +272,11 @@ LAUNCHES = {
     "90000 losses fp32": "robust_sums_fwd robust_apply_fwd",
     "900 weights fp32": "robust_loss_fwd robust_weights_bwd",
     "90000 weights fp64": "robust_sums_fwd robust_apply_fwd robust_dots_bwd robust_weights_bwd",
-    "step, momentum": "sgd_step",
+    "step, momentum": "step",
+    "step, adam": "count_steps step",
+    "step, paper form bf16": "count_steps step",
+    "step, rmsprop": "count_steps step",
+    "step, adagrad": "count_steps step",
 }
 
 
@@ -266,7 +294,8 @@ def test_no_float64(call):
     """No number of Python and no constant widens a computation: a GPU may be 64 times slower at float64."""
     for made in recorded(call, "sm_90"):
         double = any(isinstance(x, torch.Tensor) and x.dtype == F64 for x in made.args)
-        if not made.name.startswith("robust_") and not double:
+        # the state, and what a step owes to the count of steps, are one number for many
+        if not made.name.startswith(("robust_", "count_steps")) and not double:
             assert ".f64" not in made.compile("sm_90").asm["ptx"], made.name
 
 
@@ -305,10 +334,22 @@ WIDE = {
     "4 x 21 x 32 x 32 fp32": {"logit_loss_fwd_kernel": (4, 0), "logit_loss_bwd_kernel": (4, 4)},
     "robust 512 x 1000 fp32": {"robust_logit_loss_fwd_kernel": (2, 0)},
     "scale": {"scale_kernel": (2, 1)},
-    "step, plain": {"sgd_step_kernel": (8, 4)},
-    "step, momentum": {"sgd_step_kernel": (12, 8)},
-    "step, nesterov": {"sgd_step_kernel": (12, 12)},
-    "step, heavy ball fp64": {"sgd_step_kernel": (24, 24)},
+    "step, plain": {"step_kernel": (8, 4)},
+    "step, momentum": {"step_kernel": (12, 8)},
+    "step, nesterov": {"step_kernel": (12, 12)},
+    "step, heavy ball fp64": {"step_kernel": (12, 12)},
+    "step, momentum bf16": {"step_kernel": (8, 8)},
+    "step, adam": {"step_kernel": (16, 12)},
+    "step, amsgrad": {"step_kernel": (20, 20)},
+    "step, amsgrad fp64": {"step_kernel": (20, 20)},
+    "step, adamw fp16": {"step_kernel": (12, 12)},
+    "step, paper form bf16": {"step_kernel": (12, 10)},
+    "step, rmsprop": {"step_kernel": (12, 8)},
+    "step, rmsprop, centered, momentum": {"step_kernel": (20, 20)},
+    "step, rmsprop, centered bf16": {"step_kernel": (12, 10)},
+    "step, adagrad": {"step_kernel": (12, 8)},
+    "step, adagrad fp64": {"step_kernel": (12, 12)},
+    "step, adagrad fp16": {"step_kernel": (8, 6)},
 }
 
 
@@ -323,8 +364,9 @@ def test_loads_of_16_bytes(call):
 
 def test_no_wide_access_at_odd_addresses():
     """An address that is no multiple of 16 would stop the GPU."""
-    (ptx,) = ptx_of("step, odd addresses").values()
-    assert not count(WIDE_LOAD, ptx) and not count(WIDE_STORE, ptx)
+    for call in ("step, odd addresses", "step, adam, odd addresses bf16"):
+        ptx = ptx_of(call)["step_kernel"]
+        assert not count(WIDE_LOAD, ptx) and not count(WIDE_STORE, ptx)
     _, backward = ptx_of("64 x 2:100 fp32").values()
     assert not count(WIDE_LOAD, backward)
 
@@ -333,6 +375,27 @@ def test_no_wide_access_at_odd_addresses():
 def test_scores_are_divided_exactly(call):
     """z = L / lambda, which an exponential follows: div.rn, as on the CPU."""
     assert all(count(r"div\.rn(\.ftz)?\.f32", ptx) for ptx in ptx_of(call).values())
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if call.startswith("step,")])
+def test_steps_are_rounded_correctly(call):
+    """Quotients, square roots (the approximate one takes subnormal numbers for 0) and half precision (the interpreter cuts off)."""
+    ptx = ptx_of(call)["step_kernel"]
+    assert not count(r"\b(?:div|sqrt)\.(?:approx|full)|\.ftz|\bcvt\.r[^n]", ptx)
+    assert bool(count(r"\bcvt\.rn\.b?f16", ptx)) == call.endswith(("bf16", "fp16"))
+
+
+def test_another_step_is_no_new_kernel():
+    """How many tensors there are, of how many elements, and numbers are not specialized on."""
+    compiled = []
+    for tensors, elements, lr in ((1, 5000, 0.1), (2, 1, 0.0), (16, 2048, 1.0)):
+        lists = [[torch.zeros(elements) for _ in range(n * tensors)] for n in (1, 1, 2)]
+        with recording("sm_90") as made:
+            step.step_(
+                *lists, [log_s() for _ in range(tensors)], *[None] * 3, lr, 0.1, lr / 2, 0.99, 1e-8, RULES.index("adam"), 0
+            )
+        compiled.append([one.compile("sm_90") for one in made])
+    assert all(one is first for others in compiled[1:] for one, first in zip(others, compiled[0], strict=True))
 
 
 @pytest.mark.parametrize("call", ["512 x 1000 fp32", "robust 512 x 1000 fp32", "90000 losses fp32"])

@@ -27,6 +27,7 @@ DATA = {
     "loss": [partial(cases.Logits, 32, 10), partial(cases.Logits, 32, 10, torch.bfloat16)],
     "family": [partial(cases.Logits, 32, 10, loss=name) for name in cases.LOSSES if name != "cross-entropy"],
     "step": [partial(cases.Tensors, [(3, 4), (5,)])],
+    "rules": [partial(cases.Tensors, [(3, 4), (5,)], rule=rule) for rule in cases.RULES],
     "train": [partial(cases.Training, "mlp"), partial(cases.Training, "cnn")],
     "gpu loss": [partial(cases.Logits, 32, 10, dtype, copies=2) for dtype in (torch.float32, torch.bfloat16)],
     "gpu step": [partial(cases.Tensors, [(3, 4), (5,)])],
@@ -55,6 +56,7 @@ def tiny(monkeypatch, no_compiler):
         cases.Case("family", "VS, 8 × 5", partial(cases.Logits, 8, 5, loss="VS"), {"our cross-entropy": 1e9}),
         cases.Case("memory", "8 × 5", partial(cases.Logits, 8, 5), {"growth": 1e9, "peak": 1e9, "retained": -1e9}),
         cases.Case("step", "two tensors", partial(cases.Tensors, [(3, 4), (5,)]), {"SGD fused": 1e9}),
+        cases.Case("rules", "AdamW", partial(cases.Tensors, [(3, 4), (5,)], rule="AdamW"), {"torch's fastest": 1e9}),
         cases.Case("train", "mlp", partial(cases.Training, "mlp")),
     ]
     for name, value in dict(CASES=small, ROUNDS=(3, 3), BLOCK=1e5, GROWTH_STEPS=10).items():
@@ -205,8 +207,8 @@ def test_the_report(tiny, tmp_path, capsys):
     assert " ".join(report) == "date hardware versions compiler threads load_at_start seconds_per_case results"
     assert report["hardware"].keys() == {"cpu", "cores", "backend", "instruction_set"} and report["threads"] == 1
     assert report["versions"].keys() == {"python", "torch", "absgd_fast", "absgd"}
-    loss, family, memory, step, train = report["results"]
-    for result in (loss, family, step, train):
+    loss, family, memory, step, rules, train = report["results"]
+    for result in (loss, family, step, rules, train):
         assert result.keys() == {"suite", "case", "rounds", "tolerance", "peers", "absent"}
         assert result["rounds"] == 3 and result["absent"] == {}
         assert result["peers"].keys() == peers.PEERS[result["suite"]].keys()

@@ -27,7 +27,8 @@ def short(name: str) -> str:
     """absgd::gpu::(anonymous namespace)::foo_kernel<float, (Walk)1>(Args) -> foo_kernel<float, 1>"""
     name = subprocess.run(["c++filt", name], capture_output=True, text=True).stdout.strip()
     kernel = re.search(r"(\w+_kernel<.*>)\(", name)[1]
-    return re.sub(r"\((?:Walk|int)\)", "", re.sub(r"absgd::gpu::|\(anonymous namespace\)::|__nv_|__(?=half)|\s(?=>)", "", kernel))
+    plain = re.sub(r"absgd::(?:gpu::)?|\(anonymous namespace\)::|__nv_|__(?=half)|\s(?=>)", "", kernel)
+    return re.sub(r"\((?:Walk|SgdForm|int)\)", "", plain)
 
 
 def compiled(file: str, architecture: int, folder: Path) -> dict:
@@ -92,13 +93,13 @@ def test_accesses_are_16_bytes_wide(builds, architecture):
     seen = set()
     for name, body in re.findall(r"\.entry (\w+)\(.*?\n\{(.*?)\n\}", text, re.S):
         kernel = short(name)
-        adjacent = re.match(r"(robust_)?logit_loss_(fwd|bwd)_kernel<.*, [01], (true|false)>|sgd_step_kernel", kernel)
+        adjacent = re.match(r"(robust_)?logit_loss_(fwd|bwd)_kernel<.*, [01], (true|false)>|step_kernel", kernel)
         if adjacent:
             seen.add(kernel)
             assert re.search(wide[0], body), kernel
             if "_fwd_" not in kernel:
                 assert re.search(wide[1], body), kernel
-    assert len(seen) == 4 * 2 * 3 * 2 + 4
+    assert len(seen) == 4 * 2 * 3 * 2 + 11 * 4 * 2
 
 
 def test_float_kernels_compute_in_float(builds):

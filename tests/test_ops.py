@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import absgd_fast as ab
-from absgd_fast import _backend
+from absgd_fast import _backend, ops
 from absgd_fast.functional import logit_loss, robust_weights
 
 # the planned step reads a table of addresses, which cannot be copied, faked or traced: its tests are those of the optimizer
-ADDRESSES = {"sgd_planned_step"}
+ADDRESSES = {"planned_step"}
 GPU_ONLY = {"logit_loss_backward"}  # the CPU makes the gradient in the forward pass
 native = pytest.mark.skipif(not _backend.available("cpu"), reason="the native library is not built here")
 
@@ -97,14 +97,23 @@ def use_everything():
             (value * 3).backward()
             criterion(*args, update=False, **keywords)
     parameters = [torch.nn.Parameter(torch.randn(n)) for n in (3, 20)]
-    for options in ({}, {"nesterov": True, "weight_decay": 0.1}, {"heavy_ball": True}):
-        optimizer = ab.ABSGD(parameters, lr=0.1, **options)
+    for make, options in (
+        (ab.ABSGD, {}),
+        (ab.ABSGD, {"nesterov": True, "weight_decay": 0.1}),
+        (ab.ABSGD, {"heavy_ball": True}),
+        (ab.ABAdamW, {"amsgrad": True}),
+        (ab.ABRMSprop, {"momentum": 0.9, "centered": True}),
+        (ab.ABAdagrad, {}),
+    ):
+        optimizer = make(parameters, lr=0.1, **options)
         for _ in range(2):
             for p in parameters:
                 p.grad = torch.rand_like(p)
             optimizer.step()
-    p, g, b = ([torch.rand(n) for n in (3, 20)] for _ in range(3))
-    torch.ops.absgd_fast.sgd_step_(p, g, b, None, None, None, 0.1, 0.9, 0.0, 0.01, False, False, False)
+    p, g, b, c = ([torch.rand(n) for n in (3, 20)] for _ in range(4))
+    torch.ops.absgd_fast.step_(p, g, b, [], None, None, None, 0.1, 0.01, 0.9, 0.0, 0.0, ops.RULES.index("sgd"), 0)
+    steps, lr = [torch.zeros(()) for _ in p], torch.tensor(0.1)
+    torch.ops.absgd_fast.step_(p, g, [*b, *c], steps, lr, None, None, 0.0, 0.01, 0.9, 0.99, 1e-8, ops.RULES.index("adam"), 0)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import absgd_fast as ab
@@ -396,6 +397,26 @@ def test_compiles_into_one_graph(one_backend, rng):
         torch.testing.assert_close(*results)
         torch.testing.assert_close(eager.log_s, inner.log_s)
     assert math.isfinite(inner.log_s)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("make", [ab.CrossEntropy, ab.Focal, partial(ab.VS, [5, 4, 3, 2, 1])])
+def test_nothing_compiles_anew(make, dynamic):
+    """A model with ABLoss in one graph: once for all lambda, and with dynamic shapes for all batches."""
+    torch._dynamo.reset()
+    counted = CompileCounterWithBackend("aot_eager")
+    model, criterion = torch.nn.Linear(3, 5), ab.ABLoss(make(), lam=-1.0)
+    stages = ab.TwoStage(criterion, lam=0.7, start=2, unit="step")
+    loss = torch.compile(lambda x, y: criterion(model(x), y), fullgraph=True, dynamic=dynamic, backend=counted)
+    frames = set()
+    for step in range(6):
+        n = 8 + step if dynamic else 8
+        loss(torch.randn(n, 3), torch.arange(n) % 5).backward()
+        frames.add(counted.frame_count)
+        stages.step()
+        if step == 3:
+            criterion.set_lam(2.0)
+    assert len(frames) == 1 and math.isfinite(criterion.log_s)
 
 
 def test_functional_compiles_into_one_graph(one_backend, rng):

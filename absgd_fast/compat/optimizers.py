@@ -16,10 +16,10 @@ def ABSGD(model_param, lr: float, weight_decay: float = 0.0) -> optim.ABSGD:
     return optim.ABSGD(model_param, lr=lr, momentum=0.9, weight_decay=weight_decay)
 
 
-def ABAdam(model_param, lr: float, weight_decay: float = 0.0) -> torch.optim.Adam:
-    """torch.optim.Adam, as the original.
+def ABAdam(model_param, lr: float, weight_decay: float = 0.0) -> optim.ABAdam:
+    """Adam with torch's defaults, as the original.
 
     >>> type(ABAdam([torch.zeros(1, requires_grad=True)], lr=0.1)).__name__
-    'Adam'
+    'ABAdam'
     """
-    return torch.optim.Adam(model_param, lr=lr, weight_decay=weight_decay)
+    return optim.ABAdam(model_param, lr=lr, weight_decay=weight_decay)

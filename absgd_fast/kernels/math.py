@@ -34,6 +34,12 @@ def divide(x, y):
 
 
 @triton.jit
+def root(x):
+    """sqrt(x), correctly rounded: Triton's sqrt of float32 takes subnormal numbers for 0."""
+    return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
+
+
+@triton.jit
 def log1p(x):
     """log(1 + x), x > -1 finite, to a few ulp: what the rounding of 1 + x does to the logarithm, it does to the quotient."""
     u = 1 + x
@@ -168,17 +174,32 @@ def robust_weight_vjp(w, d, sum_wd, u, c, c_state, inverse_lam):
     return w * (d + (u * c_state - c * sum_wd)) * inverse_lam
 
 
-# ---- momentum SGD (Eq. 2, and torch.optim.SGD's form of it) ----------------------------------------------------------
+# ---- steps: momentum SGD (Alg. 1 step 6), Adam, RMSprop, AdaGrad (Sec. 3.4) -------------------------------------------
+#
+# One element each: w the parameter, g the gradient as `slope` gives it, then the states; returned are w and the states.
 
 
 @triton.jit
-def sgd_update(w, v, g, lr, momentum, keep, weight_decay, form: tl.constexpr, decays: tl.constexpr, maximize: tl.constexpr):
-    """(w, v) after a step with gradient g; v the momentum buffer, keep = 1 - dampening. form: "plain" (leaves v alone),
-    "momentum", "nesterov", "heavy_ball"."""
-    if maximize:
-        g = -g
-    if decays:  # 0 * w is not 0 where w is infinite
-        g += weight_decay * w
+def slope(grad, w, weight_decay, decays: tl.constexpr, maximize: tl.constexpr):
+    """The gradient as a rule sees it: G = grad + weight_decay w, -grad where the objective is maximized."""
+    g = -grad if maximize else grad
+    return g + weight_decay * w if decays else g  # 0 * w is not 0 where w is infinite
+
+
+@triton.jit
+def corrections(t, first, second, rule: tl.constexpr):
+    """What the t-th step (t = 1, 2, ...) owes to t, in float64. adam: 1 - beta_1^t and sqrt(1 - beta_2^t) from first, second =
+    log beta; adagrad: 1 + (t - 1) first, first = lr_decay."""
+    if rule == "adam":
+        c_1, c_2 = 1 - tl.exp(t * first), tl.sqrt(1 - tl.exp(t * second))
+    else:
+        c_1, c_2 = 1 + (t - 1) * first, tl.full(t.shape, 1, tl.float64)
+    return c_1, c_2
+
+
+@triton.jit
+def sgd_step(w, v, g, lr, momentum, keep, form: tl.constexpr):
+    """Momentum SGD, keep = 1 - dampening. form: "plain" (leaves v alone), "momentum", "nesterov", "heavy_ball" (Eq. 2)."""
     if form == "plain":
         w -= lr * g
     elif form == "heavy_ball":
@@ -188,3 +209,36 @@ def sgd_update(w, v, g, lr, momentum, keep, weight_decay, form: tl.constexpr, de
         v = momentum * v + keep * g
         w -= lr * (g + momentum * v if form == "nesterov" else v)
     return w, v
+
+
+@triton.jit
+def adam_step(
+    w, v, u, u_max, g, new_1, beta_2, new_2, eps, rate, scale, shrink, amsgrad: tl.constexpr, shrinks: tl.constexpr
+):  # fmt: skip
+    """Adam, new = 1 - beta, rate = lr / c_1, scale = 1 / c_2; shrink = lr weight_decay of the decoupled form. Eq. 9 is that form
+    with c_1 = c_2 = 1."""
+    v += new_1 * (g - v)
+    u = beta_2 * u + new_2 * (g * g)
+    if amsgrad:
+        u_max = tl.where((u <= u_max) | (u_max != u_max), u_max, u)  # a NaN stays
+    kept = w - shrink * w if shrinks else w
+    return kept - divide(rate * v, root(u_max if amsgrad else u) * scale + eps), v, u, u_max
+
+
+@triton.jit
+def rms_prop_step(w, u, b, m, g, alpha, fresh, mu, eps, lr, momentum: tl.constexpr, centered: tl.constexpr):
+    """RMSprop, fresh = 1 - alpha, mu the momentum of b, m the mean of the gradients."""
+    u = alpha * u + fresh * (g * g)
+    if centered:
+        m += fresh * (g - m)
+    d = divide(g, root(u - m * m if centered else u) + eps)
+    if momentum:
+        b = mu * b + d
+    return w - lr * (b if momentum else d), u, b, m
+
+
+@triton.jit
+def adagrad_step(w, u, g, eps, rate):
+    """AdaGrad, rate = lr / (1 + (t - 1) lr_decay)."""
+    u += g * g
+    return w - divide(rate * g, root(u) + eps), u

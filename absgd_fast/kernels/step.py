@@ -1,15 +1,20 @@
-"""The momentum step of many tensors in one launch: the twin of csrc/cpu/step.cpp.
+"""One step of an optimizer for many tensors in one launch: the twin of csrc/cpu/step.cpp.
 
 A program takes BLOCK elements of one tensor. Which tensor that is stands in `owner`; addresses and sizes stand in a table
 in device memory. Both are uploaded once for a set of tensors and never written again, so that a captured graph may keep
-using them.
+using them. Rules that count steps have a small kernel before that one: it writes what the step owes to the count, then
+counts. So no program finds a count that another has already raised, and the corrections, in float64, are computed once
+for a tensor.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,8 +23,10 @@ from torch import Tensor
 from triton.runtime import driver
 
 from . import launch
-from .launch import parts
-from .math import divide, number, sgd_update
+from .launch import parts, real_dtype
+from .math import adagrad_step, adam_step, corrections, divide, number, rms_prop_step, sgd_step, slope
+
+RULES = ("sgd", "adam", "rmsprop", "adagrad")  # in the order of csrc/math.h Rule
 
 
 # ---- device --------------------------------------------------------------------------------------------------------------
@@ -32,94 +39,180 @@ def address(table, field: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def step_block(
-    param, grad, buffer, i, inside, scale, lr, momentum, keep, weight_decay,
-    FORM: tl.constexpr, DECAYS: tl.constexpr, MAXIMIZE: tl.constexpr,
-):  # fmt: skip
-    """Elements i of one tensor; `inside` masks them, or is None."""
-    w, g = tl.load(param + i, mask=inside), tl.load(grad + i, mask=inside)
-    v = w if FORM == "plain" else tl.load(buffer + i, mask=inside)
-    if scale is not None:
-        g = divide(g, scale)
-        tl.store(grad + i, g, mask=inside)
-    w, v = sgd_update(w, v, g, lr, momentum, keep, weight_decay, FORM, DECAYS, MAXIMIZE)
-    if FORM != "plain":
-        tl.store(buffer + i, v, mask=inside)
-    tl.store(param + i, w, mask=inside)
+def rate_of(lr, lr_low, lr_tensor, T: tl.constexpr):
+    return number(lr, lr_low, T) if lr_tensor is None else tl.load(lr_tensor).to(T)
 
 
 @triton.jit
-def sgd_step_kernel(
-    table,  # (tensors, 5) int64: parameter, gradient, momentum buffer, elements, first program
-    owner,  # (programs) int32: the tensor of each program
-    lr_tensor, grad_scale, found_inf,  # one number each, or None
-    lr, lr_low, momentum, momentum_low, keep, keep_low, weight_decay, weight_decay_low,
-    T: tl.constexpr, FORM: tl.constexpr, DECAYS: tl.constexpr, MAXIMIZE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+def step_block(
+    param, grad, state_0, state_1, state_2, i, inside, grad_scale, numbers,
+    T: tl.constexpr, RULE: tl.constexpr, FORM: tl.constexpr, STATES: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr,
 ):  # fmt: skip
-    if found_inf is not None:
-        if tl.load(found_inf) != 0:
-            return
-    rate = number(lr, lr_low, T) if lr_tensor is None else tl.load(lr_tensor).to(T)
-    scale = None if grad_scale is None else tl.load(grad_scale).to(T)
-    momentum, keep = number(momentum, momentum_low, T), number(keep, keep_low, T)
-    weight_decay = number(weight_decay, weight_decay_low, T)
-    program = tl.program_id(0)
-    table += tl.load(owner + program) * 5
-    param, grad = address(table, 0, T, ALIGNED), address(table, 1, T, ALIGNED)
-    buffer = address(table, 2, T, ALIGNED)
-    count = tl.load(table + 3)
-    start = (program - tl.load(table + 4)) * BLOCK
-    i = start + tl.arange(0, BLOCK)
-    # a whole block needs no mask, which would stand in the way of loads of 16 bytes
-    if start + BLOCK <= count:
-        step_block(param, grad, buffer, i, None, scale, rate, momentum, keep, weight_decay, FORM, DECAYS, MAXIMIZE)
+    """Elements i of one tensor; `inside` masks them, or is None."""
+    lr, weight_decay, first, new_first, second, new_second, eps, rate, scale = numbers
+    w, g = tl.load(param + i, mask=inside).to(T), tl.load(grad + i, mask=inside).to(T)
+    s_0 = tl.load(state_0 + i, mask=inside) if STATES & 1 else w
+    s_1 = tl.load(state_1 + i, mask=inside) if STATES & 2 else w
+    s_2 = tl.load(state_2 + i, mask=inside) if STATES & 4 else w
+    if grad_scale is not None:
+        g = divide(g, grad_scale)
+        tl.store(grad + i, g.to(grad.dtype.element_ty), mask=inside)
+    g = slope(g, w, weight_decay, DECAY == "gradient", MAXIMIZE)
+    if RULE == "sgd":
+        w, s_0 = sgd_step(w, s_0, g, lr, first, new_second, FORM)
+    elif RULE == "adam":
+        w, s_0, s_1, s_2 = adam_step(
+            w, s_0, s_1, s_2, g, new_first, second, new_second, eps, rate, scale, lr * weight_decay, STATES & 4 != 0,
+            DECAY == "decoupled",
+        )  # fmt: skip
+    elif RULE == "rmsprop":
+        w, s_0, s_1, s_2 = rms_prop_step(
+            w, s_0, s_1, s_2, g, first, new_first, second, eps, lr, STATES & 2 != 0, STATES & 4 != 0
+        )  # fmt: skip
     else:
-        step_block(param, grad, buffer, i, i < count, scale, rate, momentum, keep, weight_decay, FORM, DECAYS, MAXIMIZE)
+        w, s_0 = adagrad_step(w, s_0, g, eps, rate)
+    if STATES & 1:
+        tl.store(state_0 + i, s_0, mask=inside)
+    if STATES & 2:
+        tl.store(state_1 + i, s_1, mask=inside)
+    if STATES & 4:
+        tl.store(state_2 + i, s_2, mask=inside)
+    tl.store(param + i, w.to(param.dtype.element_ty), mask=inside)
 
 
-KERNELS = (sgd_step_kernel,)
+@triton.jit
+def step_kernel(
+    table,  # (tensors, 8) int64: parameter, gradient, elements, first program, count of steps, three states
+    owner,  # (programs) int32: the tensor of each program
+    corrected,  # (tensors, 2) real: lr / c_1 and 1 / c_2, or None: lr and 1
+    lr_tensor, grad_scale, found_inf,  # one number each, or None
+    lr, lr_low, weight_decay, weight_decay_low, first, first_low, new_first, new_first_low, second, second_low,
+    new_second, new_second_low, eps, eps_low,  # new: 1 - the number
+    S: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, FORM: tl.constexpr, STATES: tl.constexpr, DECAY: tl.constexpr,
+    MAXIMIZE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """S: how parameters and gradients are stored. STATES: the states that are kept, as bits. FORM: of sgd_step."""
+    go = True if found_inf is None else tl.load(found_inf) == 0
+    if go:
+        program = tl.program_id(0)
+        tensor = tl.load(owner + program)
+        table += tensor * 8
+        rate = rate_of(lr, lr_low, lr_tensor, T)
+        numbers = (
+            rate,
+            number(weight_decay, weight_decay_low, T),
+            number(first, first_low, T),
+            number(new_first, new_first_low, T),
+            number(second, second_low, T),
+            number(new_second, new_second_low, T),
+            number(eps, eps_low, T),
+            rate if corrected is None else tl.load(corrected + 2 * tensor),
+            tl.full([], 1, T) if corrected is None else tl.load(corrected + 2 * tensor + 1),
+        )
+        scale = None if grad_scale is None else tl.load(grad_scale).to(T)
+        param, grad = address(table, 0, S, ALIGNED), address(table, 1, S, ALIGNED)
+        state_0, state_1 = address(table, 5, T, ALIGNED), address(table, 6, T, ALIGNED)
+        state_2 = address(table, 7, T, ALIGNED)
+        count = tl.load(table + 2)
+        start = (program - tl.load(table + 3)) * BLOCK
+        i = start + tl.arange(0, BLOCK)
+        # a whole block needs no mask, which would stand in the way of loads of 16 bytes
+        if start + BLOCK <= count:
+            step_block(
+                param, grad, state_0, state_1, state_2, i, None, scale, numbers, T, RULE, FORM, STATES, DECAY, MAXIMIZE
+            )  # fmt: skip
+        else:
+            step_block(
+                param, grad, state_0, state_1, state_2, i, i < count, scale, numbers, T, RULE, FORM, STATES, DECAY, MAXIMIZE
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tensors"])
+def count_steps_kernel(
+    table, corrected, lr_tensor, found_inf,  # as above
+    tensors, lr, lr_low, first, first_low, second, second_low,  # first, second: of `corrections`
+    C: tl.constexpr, RULE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One more step for every tensor, and what this one owes to its count. C: how counts are stored."""
+    tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if found_inf is not None:
+        tensors = tl.where(tl.load(found_inf) == 0, tensors, 0)
+    inside = tensor < tensors
+    count = tl.load(table + 8 * tensor + 4, mask=inside, other=0).to(tl.pointer_type(C))
+    steps = tl.load(count, mask=inside, other=0.0) + 1
+    if corrected is not None:
+        D: tl.constexpr = tl.float64
+        c_1, c_2 = corrections(steps.to(D), number(first, first_low, D), number(second, second_low, D), RULE)
+        T: tl.constexpr = corrected.dtype.element_ty
+        tl.store(corrected + 2 * tensor, (rate_of(lr, lr_low, lr_tensor, D) / c_1).to(T), mask=inside)
+        tl.store(corrected + 2 * tensor + 1, (1 / c_2).to(T), mask=inside)
+    tl.store(count, steps, mask=inside)
+
+
+KERNELS = (step_kernel, count_steps_kernel)
 
 
 # ---- launcher ------------------------------------------------------------------------------------------------------------
 
-_BLOCK = 2048  # 16 elements a thread of 4 warps: 4 loads of 16 bytes from each of parameter, gradient and buffer under way
+# elements of a program, 16 (float64: 8) a thread of 4 warps: 4 loads of 16 bytes from each state under way
+_BLOCK = {torch.float32: 2048, torch.float64: 1024}
+_COUNT_BLOCK = 128  # tensors of a program of count_steps_kernel
 _KEPT = 64  # sets of tensors whose table is kept
-_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
-_tables: OrderedDict[tuple, tuple[Tensor, Tensor, bool, bool]] = OrderedDict()
+_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_MAXIMIZE, _NESTEROV, _HEAVY_BALL, _AMSGRAD, _DECOUPLED, _PAPER_FORM, _CENTERED = (1 << j for j in range(7))  # math.h StepFlag
+
+
+class _Table(NamedTuple):
+    table: Tensor
+    owner: Tensor
+    corrected: Tensor
+    aligned: bool  # every address is a multiple of 16
+    shared: bool  # some of the tensors that are written share memory
+
+
+_tables: OrderedDict[tuple, _Table] = OrderedDict()
 _captured: list = []  # what captured graphs read again at every replay
 
 
-def _upload(numbers: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """To the device without waiting for it."""
+def _upload(numbers: list[int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """To the device without waiting for it; the copy there and the one here."""
     host = torch.tensor(numbers, dtype=dtype, pin_memory=device.type != "cpu")
     return host.to(device, non_blocking=True), host
 
 
-def _overlaps(starts: tuple[int, ...], counts: tuple[int, ...], itemsize: int) -> bool:
-    """Whether tensors that are written share memory."""
-    ranges = sorted((start, start + count * itemsize) for start, count in zip(starts, counts) if count)
+def _overlaps(ranges: list[tuple[int, int]]) -> bool:
+    ranges = sorted(ends for ends in ranges if ends[0] < ends[1])
     return any(end > start for (_, end), (start, _) in zip(ranges, ranges[1:]))
 
 
-def _table(pointers: tuple[int, ...], counts: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor, bool, bool]:
-    """(table, owner, whether every address is a multiple of 16, whether written tensors share memory) for pointers (params,
-    grads, buffers) and their sizes."""
+def _table(tensors: list[Sequence[Tensor]], counts: tuple[int, ...], steps: list[Tensor], slots: tuple[int, ...]) -> _Table:
+    """The table of parameters, gradients and states (`slots`: which of the three) of so many elements, and counts of steps."""
+    like = tensors[0][0]
+    pointers = tuple([t.data_ptr() for ts in (*tensors, steps) for t in ts])
     index = like.get_device()
-    key = pointers, counts, index, 0 if index < 0 else driver.active.get_current_stream(index)
+    stream = 0 if index < 0 else driver.active.get_current_stream(index)
+    key = pointers, counts, slots, like.dtype, index, stream
     captures = like.is_cuda and torch.cuda.is_current_stream_capturing()
     made = _tables.get(key)
     if made is None:
-        tensors = len(counts)
-        programs = [-(-count // _BLOCK) for count in counts]
-        first = [0, *accumulate(programs)]
-        params, grads, buffers = (pointers[j * tensors : (j + 1) * tensors] for j in range(3))
-        rows = zip(params, grads, buffers or params, counts, first)
+        real = real_dtype(like.dtype)
+        programs = [-(-count // _BLOCK[real]) for count in counts]
+        first = accumulate(programs, initial=0)
+        params, grads, *states, counters = ([t.data_ptr() for t in ts] for ts in (*tensors, steps))
+        none = [0] * len(counts)
+        kept = [none] * 3
+        for slot, addresses in zip(slots, states):
+            kept[slot] = addresses
+        rows = zip(params, grads, counts, first, counters or none, *kept)
         table = _upload([field for row in rows for field in row], torch.int64, like.device)
         owner = _upload([j for j, n in enumerate(programs) for _ in range(n)], torch.int32, like.device)
-        shared = _overlaps(params + buffers, counts * 2, like.element_size())
-        made = table[0], owner[0], not any(pointer % 16 for pointer in pointers), shared
+        corrected = torch.empty(len(counts), 2, dtype=real, device=like.device)
+        written = [t for ts in (tensors[0], *tensors[2:], steps) for t in ts]
+        shared = _overlaps([(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in written])
+        aligned = not any(pointer % 16 for pointer in pointers[: len(pointers) - len(steps)])
+        made = _Table(table[0], owner[0], corrected, aligned, shared)
         if captures:  # the copies belong to the graph: nothing has been copied yet, and every replay copies again
-            _captured.append((table, owner))
+            _captured.append((table, owner, corrected))
             return made
         _tables[key] = made
         if len(_tables) > _KEPT:
@@ -131,8 +224,27 @@ def _table(pointers: tuple[int, ...], counts: tuple[int, ...], like: Tensor) -> 
 
 
 @lru_cache(1024)
-def _numbers(lr: float, momentum: float, dampening: float, weight_decay: float) -> tuple[float, ...]:
-    return parts(lr, momentum, 1 - dampening, weight_decay)
+def _numbers(lr: float, weight_decay: float, first: float, second: float, eps: float) -> tuple[float, ...]:
+    return parts(lr, weight_decay, first, 1 - first, second, 1 - second, eps)
+
+
+@lru_cache(1024)
+def _correction_numbers(rule: str, first: float, second: float) -> tuple[float, ...]:
+    """first, second of math.corrections. The logarithms are taken here: that of a beta in two float32 (an error of 2^-48) would
+    be 4e-12 off for 0.999."""
+    if rule == "adam":
+        first, second = (math.log(beta) if beta else -math.inf for beta in (first, second))
+    return parts(first, second)
+
+
+@lru_cache(64)
+def _slots(rule: str, flags: int, momentum: bool) -> tuple[int, ...]:
+    """Which of the three states a rule keeps (math.h StepNumbers::states)."""
+    if rule == "adam":
+        return (0, 1, 2) if flags & _AMSGRAD else (0, 1)
+    if rule == "rmsprop":
+        return (0,) + (1,) * momentum + (2,) * bool(flags & _CENTERED)
+    return (0,) if rule == "adagrad" or momentum else ()
 
 
 def _dense(t: Tensor) -> bool:
@@ -148,72 +260,104 @@ def _dense(t: Tensor) -> bool:
 def _fitted(t: Tensor, like: Tensor) -> Tensor:
     """t in the layout of `like`, which is dense; a copy where it is not."""
     if t.shape != like.shape:
-        raise ValueError(f"sgd_step_: got a gradient or buffer of shape {tuple(t.shape)} for a parameter of {tuple(like.shape)}")
+        raise ValueError(f"step_: got a gradient or state of shape {tuple(t.shape)} for a parameter of {tuple(like.shape)}")
     if all(a == b for a, b, size in zip(t.stride(), like.stride(), t.shape) if size > 1):
         return t
-    return torch.empty_like(like).copy_(t)
+    return torch.empty_like(like, dtype=t.dtype).copy_(t)
 
 
-def sgd_step_(
+def step_(
     params: list[Tensor],
     grads: list[Tensor],
-    momentum_buffers: list[Tensor],
+    states: list[Tensor],
+    steps: list[Tensor],
     lr_tensor: Tensor | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     lr: float,
-    momentum: float,
-    dampening: float,
     weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    heavy_ball: bool,
+    first: float,
+    second: float,
+    eps: float,
+    rule: int,
+    flags: int,
 ) -> None:
-    """One step of momentum SGD on all tensors, in place (reference.momentum_step_).
+    """One step of `rule` (ops.RULES) on all tensors, in place: momentum_step_, adam_step_, rmsprop_step_, adagrad_step_ of
+    reference.py.
 
     Args:
-        params, grads, momentum_buffers: float32 or float64, equal shapes; no buffers where momentum is 0.
+        params, grads: float32, float64, bfloat16 or float16, equal shapes.
+        states: those the rule keeps, of all parameters, one kind after the other; float64 for float64, else float32.
+        steps: float32 or float64, one number each, how many steps the parameter took; one more afterwards. None for sgd.
         lr_tensor: one number, used instead of lr. grad_scale: one number; gradients are divided by it, in place.
         found_inf: one number; where it is not 0 nothing is written. All on the device of the parameters.
+        first, second: sgd momentum, dampening; adam the betas; rmsprop alpha, momentum; adagrad lr_decay.
+        flags: bits of csrc/math.h StepFlag.
     """
     if not params:
         return
-    dtypes = {p.dtype for p in params}
-    if len(dtypes) > 1:
-        for dtype in dtypes:
-            some = [[t for t, p in zip(ts, params) if p.dtype == dtype] for ts in (params, grads, momentum_buffers)]
-            sgd_step_(
-                *some, lr_tensor, grad_scale, found_inf, lr, momentum, dampening, weight_decay, nesterov, maximize, heavy_ball
-            )
+    name, size = RULES[rule], len(params)
+    momentum = {"sgd": first, "rmsprop": second}.get(name, 0) != 0
+    slots = _slots(name, flags, momentum)
+    if len(grads) != size or len(states) != len(slots) * size or len(steps) != (0 if name == "sgd" else size):
+        raise ValueError(
+            f"step_: got {len(grads)} gradients, {len(states)} states and {len(steps)} counts for {size} parameters, which"
+            f" {name} with flags {flags} keeps {len(slots)} states of"
+        )
+    lists = [params, grads, *(states[j * size : (j + 1) * size] for j in range(len(slots)))]
+
+    def step_some(chosen: list[int]) -> None:
+        p, g, *kept = ([ts[i] for i in chosen] for ts in lists)
+        step_(
+            p, g, [t for ts in kept for t in ts], [steps[i] for i in chosen] if steps else [], lr_tensor, grad_scale, found_inf,
+            lr, weight_decay, first, second, eps, rule, flags,
+        )  # fmt: skip
+
+    dtypes, count_dtypes = {p.dtype for p in params}, {t.dtype for t in steps} or {None}
+    if len(dtypes) > 1 or len(count_dtypes) > 1:
+        sets: dict[tuple, list[int]] = {}
+        for i, p in enumerate(params):
+            sets.setdefault((p.dtype, steps[i].dtype if steps else None), []).append(i)
+        for chosen in sets.values():
+            step_some(chosen)
         return
-    (dtype,) = dtypes
-    lists = params, grads, momentum_buffers
-    sizes = [p.numel() for p in params]
+    (dtype,), (count_dtype,) = dtypes, count_dtypes
+    real = real_dtype(dtype)
+    others = {t.dtype for t in grads} - {dtype} or {t.dtype for t in states} - {real}
+    if others:
+        raise ValueError(f"step_: got {others}, expected gradients of {dtype} and states of {real} for parameters of {dtype}")
+    counts = [p.numel() for p in params]
+    fitted = lists
     # contiguous tensors of one size lie alike; anything else is looked at
-    if not all([t.is_contiguous() for ts in lists for t in ts]) or any(
-        [t.numel() for t in ts] != sizes for ts in lists[1:] if ts
-    ):
+    if not all([t.is_contiguous() for ts in lists for t in ts]) or any([[t.numel() for t in ts] != counts for ts in lists[1:]]):
         like = [p if _dense(p) else p.contiguous() for p in params]
-        lists = like, *([_fitted(t, p) for t, p in zip(ts, like)] for ts in lists[1:])
-    if not any(sizes):
+        fitted = [like, *([_fitted(t, p) for t, p in zip(ts, like)] for ts in lists[1:])]
+    table, owner, corrected, aligned, shared = _table(fitted, tuple(counts), steps, slots)
+    if shared and size > 1:  # one after the other, as without a kernel
+        for i in range(size):
+            step_some([i])
         return
-    table, owner, aligned, shared = _table(tuple([t.data_ptr() for ts in lists for t in ts]), tuple(sizes), params[0])
-    if shared and len(params) > 1:  # one after the other, as without a kernel
-        for one in zip(*(ts for ts in lists if ts)):
-            p, g, *b = ([t] for t in one)
-            sgd_step_(
-                p, g, *b or [[]], lr_tensor, grad_scale, found_inf, lr, momentum, dampening, weight_decay, nesterov, maximize,
-                heavy_ball,
-            )  # fmt: skip
-        return
-    form = "plain" if momentum == 0 else "heavy_ball" if heavy_ball else "nesterov" if nesterov else "momentum"
-    launch.launch(
-        sgd_step_kernel, owner.numel(), params[0], table, owner, lr_tensor, grad_scale, found_inf,
-        *_numbers(lr, momentum, dampening, weight_decay), T=_DTYPES[dtype], FORM=form, DECAYS=weight_decay != 0,
-        MAXIMIZE=maximize, ALIGNED=aligned, BLOCK=_BLOCK,
-    )  # fmt: skip
-    if lists[0] is not params:
-        written = [(params, lists[0]), (momentum_buffers, lists[2])] + ([] if grad_scale is None else [(grads, lists[1])])
-        for original, copy in ((t, c) for ts, cs in written for t, c in zip(ts, cs)):
-            if copy is not original:
-                original.copy_(copy)
+    if name in ("sgd", "rmsprop") or flags & _PAPER_FORM:
+        corrected = None
+    numbers = _numbers(lr, weight_decay, first, second, eps)
+    if steps:
+        launch.launch(
+            count_steps_kernel, -(-size // _COUNT_BLOCK), params[0], table, corrected, lr_tensor, found_inf, size, *numbers[:2],
+            *_correction_numbers(name, first, second), C=_DTYPES[count_dtype], RULE=name, BLOCK=_COUNT_BLOCK,
+        )  # fmt: skip
+    form = "plain" if not momentum else "heavy_ball" if flags & _HEAVY_BALL else "nesterov" if flags & _NESTEROV else "momentum"
+    if owner.numel():
+        launch.launch(
+            step_kernel, owner.numel(), params[0], table, owner, corrected, lr_tensor, grad_scale, found_inf, *numbers,
+            S=_DTYPES[dtype], T=_DTYPES[real], RULE=name, FORM=form if name == "sgd" else "plain",
+            STATES=sum(1 << slot for slot in slots),
+            DECAY="none" if weight_decay == 0 else "decoupled" if flags & _DECOUPLED else "gradient",
+            MAXIMIZE=bool(flags & _MAXIMIZE), ALIGNED=aligned, BLOCK=_BLOCK[real],
+        )  # fmt: skip
+    if fitted is not lists:
+        for j, (originals, copies) in enumerate(zip(lists, fitted)):
+            if j == 1 and grad_scale is None:  # gradients are written where they were unscaled
+                continue
+            for original, copy in zip(originals, copies):
+                if copy is not original:
+                    original.copy_(copy)

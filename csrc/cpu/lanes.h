@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "../math.h"
+#include "../launch.h"
 
 #if defined(__AVX512F__)
 #define ABSGD_REGISTER_BYTES 64
@@ -72,17 +72,18 @@ ABSGD_FN To bits_as(From value) {
   return out;
 }
 
-template <class T>
+// Bytes: of the values side by side, at most a register; sizeof(T) is one value.
+template <class T, int Bytes = ABSGD_REGISTER_BYTES>
 struct Lanes {
   using Scalar = T;
   using Int = typename Traits<T>::Int;
   using UInt = typename Traits<T>::UInt;
-  static constexpr int N = ABSGD_REGISTER_BYTES / int(sizeof(T));
-  typedef T V __attribute__((vector_size(ABSGD_REGISTER_BYTES)));
-  typedef Int I __attribute__((vector_size(ABSGD_REGISTER_BYTES)));  // also the type of a comparison
-  typedef UInt U __attribute__((vector_size(ABSGD_REGISTER_BYTES)));
-  typedef uint16_t Half __attribute__((vector_size(ABSGD_REGISTER_BYTES / sizeof(T) * 2)));
-  typedef uint8_t Bytes __attribute__((vector_size(ABSGD_REGISTER_BYTES / sizeof(T))));
+  static constexpr int N = Bytes / int(sizeof(T));
+  typedef T V __attribute__((vector_size(Bytes)));
+  typedef Int I __attribute__((vector_size(Bytes)));  // also the type of a comparison
+  typedef UInt U __attribute__((vector_size(Bytes)));
+  typedef uint16_t Half __attribute__((vector_size(Bytes / sizeof(T) * 2)));
+  typedef uint8_t Flags __attribute__((vector_size(Bytes / sizeof(T))));
 
   static ABSGD_FN V set(T x) { return V{} + x; }
   static ABSGD_FN I set_int(Int x) { return I{} + x; }
@@ -137,25 +138,25 @@ struct Lanes {
     __builtin_memcpy(p, &h, sizeof(h));
   }
   static ABSGD_FN I load_flags(const uint8_t* p) {
-    Bytes b;
+    Flags b;
     __builtin_memcpy(&b, p, sizeof(b));
     return __builtin_convertvector(b, I) != 0;
   }
 
   // ---- reductions over the lanes, always in the same order: halves, quarters, ... ----
   static ABSGD_FN T sum(V x) {
-    return fold<ABSGD_REGISTER_BYTES>(x, [](auto a, auto b) { return a + b; });
+    return fold<Bytes>(x, [](auto a, auto b) { return a + b; });
   }
   static ABSGD_FN T highest(V x) {
-    return fold<ABSGD_REGISTER_BYTES>(x, [](auto a, auto b) { return a > b ? a : b; });
+    return fold<Bytes>(x, [](auto a, auto b) { return a > b ? a : b; });
   }
-  template <int Bytes, class W, class F>
+  template <int Width, class W, class F>
   static ABSGD_FN T fold(W x, F f) {
-    if constexpr (Bytes > 16) {
-      typedef T Part __attribute__((vector_size(Bytes / 2)));
+    if constexpr (Width > 16) {
+      typedef T Part __attribute__((vector_size(Width / 2)));
       Part half[2];
-      __builtin_memcpy(half, &x, Bytes);
-      return fold<Bytes / 2>(f(half[0], half[1]), f);
+      __builtin_memcpy(half, &x, Width);
+      return fold<Width / 2>(f(half[0], half[1]), f);
     } else if constexpr (sizeof(T) == 8) {
       return f(T(x[0]), T(x[1]));
     } else {
@@ -164,6 +165,12 @@ struct Lanes {
   }
 
   // ---- functions ----
+  // Lane by lane in the source; compilers make one instruction of it (checked in the disassembly).
+  static ABSGD_FN V sqrt(V x) {
+    V out;
+    for (int j = 0; j < N; ++j) out[j] = sizeof(T) == 8 ? __builtin_sqrt(x[j]) : __builtin_sqrtf(x[j]);
+    return out;
+  }
   // exp(x) = 2 exp(r) 2^(k-1), |r| <= ln(2)/2. No test of special cases: x is clamped to where 2^(k-1) has become 0 or
   // inf (so results below 2^-125 are 0), and a NaN, which passes max and min as their second operand, ends in a
   // product.
@@ -203,6 +210,32 @@ struct Lanes {
   }
 };
 
+// ---- calling a template for the storage type at hand: f(Type<stored>{}, Type<computed in>{}) -----------------------
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+template <class F>
+ABSGD_FN auto for_storage(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::f64:
+      return f(Type<double>{}, Type<double>{});
+    case Dtype::bf16:
+      return f(Type<bf16>{}, Type<float>{});
+    case Dtype::f16:
+      return f(Type<f16>{}, Type<float>{});
+    default:
+      return f(Type<float>{}, Type<float>{});
+  }
+}
+
+template <class F>
+ABSGD_FN auto for_real(Dtype dtype, F f) {
+  return dtype == Dtype::f64 ? f(Type<double>{}) : f(Type<float>{});
+}
+
 // One double: the state update. The builtins are calls into libm, not inline functions.
 struct StateLane {
   using V = double;
@@ -211,6 +244,7 @@ struct StateLane {
   static ABSGD_FN V exp(V x) { return __builtin_exp(x); }
   static ABSGD_FN V log(V x) { return __builtin_log(x); }
   static ABSGD_FN V log1p(V x) { return __builtin_log1p(x); }
+  static ABSGD_FN V sqrt(V x) { return __builtin_sqrt(x); }
 };
 
 }  // namespace ABSGD_ISA_NAMESPACE

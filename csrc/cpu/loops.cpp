@@ -9,40 +9,14 @@
 namespace absgd {
 namespace ABSGD_ISA_NAMESPACE {
 
-void sgd_step(const StepTable&, int64_t begin, int64_t end);  // step.cpp
+void step(const StepTable&, int64_t begin, int64_t end);  // step.cpp
 
 namespace {
-
-// ---- calling a template for the storage type at hand ---------------------------------------------------------------
-
-template <class T>
-struct Type {
-  using type = T;
-};
 
 template <class T, T v>
 struct Constant {
   static constexpr T value = v;
 };
-
-template <class F>
-ABSGD_FN auto for_storage(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::f64:
-      return f(Type<double>{}, Type<double>{});
-    case Dtype::bf16:
-      return f(Type<bf16>{}, Type<float>{});
-    case Dtype::f16:
-      return f(Type<f16>{}, Type<float>{});
-    default:
-      return f(Type<float>{}, Type<float>{});
-  }
-}
-
-template <class F>
-ABSGD_FN auto for_real(Dtype dtype, F f) {
-  return dtype == Dtype::f64 ? f(Type<double>{}) : f(Type<float>{});
-}
 
 ABSGD_FN int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -796,7 +770,7 @@ const CpuKernels kernels = {&ABSGD_NAME(ABSGD_ISA_NAMESPACE)[4],  // the name wi
                             robust_dot,
                             robust_vjp,
                             scale,
-                            sgd_step};
+                            step};
 
 }  // namespace ABSGD_ISA_NAMESPACE
 }  // namespace absgd

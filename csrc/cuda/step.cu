@@ -1,5 +1,7 @@
-// The momentum step over many tensors: one launch, because the table of tensors travels in the kernel's argument (32 KB
-// since CUDA 12.1). The formula is math.h sgd_update.
+// The steps of math.h over many tensors: one launch for all that take the same step, because the table of tensors
+// travels in the kernel's argument (32 KB since CUDA 12.1), and one for their counts of steps.
+#include <vector>
+
 #include "tile.cuh"
 
 namespace absgd {
@@ -7,82 +9,115 @@ namespace gpu {
 namespace {
 
 constexpr int kThreads = 256;
-// Elements of one block: 2048 float32 numbers fill the chip with a model of half a million parameters (227 blocks).
-template <class T>
-constexpr int kChunk = kThreads * 2 * Pack<T>::N;
 constexpr int kGroups = 16;
-constexpr int kFew = 128, kMany = 900;       // tensors of a launch: what need not travel is left at home
+constexpr int kFew = 128;                    // tensors of a small launch: what need not travel is left at home
 constexpr int64_t kMost = int64_t(1) << 31;  // elements of one entry; a larger tensor takes several
+constexpr int kArgumentLimit = 32764;
 
-template <int kTensors>
+// F, here and below: a functor of math.h. Whether its numbers depend on how many steps there were:
+template <class F>
+constexpr bool kReadsCount = false;
+template <class L, bool amsgrad>
+constexpr bool kReadsCount<AdamStep<L, amsgrad>> = true;
+template <class L>
+constexpr bool kReadsCount<AdagradStep<L>> = true;
+// Rows of states in its table.
+template <class F>
+constexpr int kRows = 1 + (F::kSlots >= 2) + (F::kSlots >= 4);
+
+template <class F>
+__host__ __device__ constexpr bool keeps(int state) {
+  return (F::kSlots >> state & 1) != 0;
+}
+
+// What a block does. 2048 float32 numbers fill the chip with a model of half a million parameters (227 blocks).
+template <class F, class S>
+struct Chunk {
+  static constexpr int kWide = int(sizeof(typename F::V) / sizeof(S));  // accesses of a state for one of parameters
+  static constexpr int kAccesses = 2 + kWide * ((F::kSlots & 1) + (F::kSlots >> 1 & 1) + (F::kSlots >> 2 & 1));
+  static constexpr int kEach = kWide == 1 && kAccesses <= 3 ? 2 : 1;  // parameters, in 16 bytes, a thread holds at once
+  // Resident at once: fewer where registers would be spilled, and then each has more bytes under way.
+  static constexpr int kBlocks = sizeof(S) == 8 ? 2 : kEach * kAccesses > 6 ? 3 : 4;
+  static constexpr int kElements = kThreads * (kWide == 1 ? 2 : 1) * Pack<S>::N;
+};
+
+template <class F, int kTensors>
 struct Launch {
-  void* param[kTensors];
-  void* grad[kTensors];
-  void* buffer[kTensors];
-  unsigned count[kTensors];
-  unsigned first_block[kTensors];
+  void *param[kTensors], *grad[kTensors], *state[kRows<F>][kTensors];
+  void* step[kReadsCount<F> ? kTensors : 1];
+  unsigned count[kTensors], first_block[kTensors];
   unsigned char group[kTensors];
+  bool step_is_double[kReadsCount<F> ? kTensors : 1];
   StepGroup groups[kGroups];
   const float *grad_scale, *found_inf;
   int tensors;
 };
-static_assert(sizeof(Launch<kMany>) <= 32764, "the limit of a kernel's arguments");
+// As many tensors as an argument holds: 959 with momentum SGD, 633 with Adam, 546 with amsgrad.
+template <class F>
+constexpr int kMany =
+    (kArgumentLimit - int(sizeof(StepGroup)) * kGroups - 64) / (8 * (2 + kRows<F>)+(kReadsCount<F> ? 18 : 9));
 
-// Elements first, first + stride, ... below end.
-template <SgdForm form, class T>
-__device__ __forceinline__ void update_apart(T* w, T* g, T* v, int64_t first, int64_t end, int stride,
-                                             const SgdNumbers<Lane<T>>& n, T divisor, bool divides) {
-  for (int64_t i = first; i < end; i += stride) {
-    T grad = g[i];
-    if (divides) g[i] = grad = grad / divisor;
-    T weight = w[i], buffer = form == SgdForm::plain ? T(0) : v[i];
-    sgd_update<form, Lane<T>>(weight, buffer, grad, n);
-    w[i] = weight;
-    if (form != SgdForm::plain) v[i] = buffer;
+__device__ __forceinline__ bool is_skipped(const float* found_inf) { return found_inf != nullptr && *found_inf != 0; }
+
+template <class F, class S>
+__device__ __forceinline__ void update(const F& rule, S& param, S& grad, typename F::V* states, typename F::V divisor,
+                                       bool divides) {
+  typename F::V w = to_real(param), g = to_real(grad);
+  if (divides) {
+    g = g / divisor;
+    grad = to_storage<S>(g);
   }
+  rule(w, states, g);
+  param = to_storage<S>(w);
 }
 
-template <SgdForm form, class T>
-__device__ __forceinline__ void update(T* w, T* g, T* v, int64_t begin, int64_t end, const SgdNumbers<Lane<T>>& n,
-                                       T divisor, bool divides) {
-  constexpr int N = Pack<T>::N;
-  const size_t places = reinterpret_cast<size_t>(w) | reinterpret_cast<size_t>(g) |
-                        (form == SgdForm::plain ? 0 : reinterpret_cast<size_t>(v));
-  if (places % 16 != 0)  // begin is a multiple of N
-    return update_apart<form>(w, g, v, begin + threadIdx.x, end, kThreads, n, divisor, divides);
-  const int64_t whole = begin + (end - begin) / N * N;
-  constexpr int kEach = kChunk<T> / kThreads / N;  // packs of this thread
-  Pack<T> weight[kEach], grad[kEach], buffer[kEach];
+// What 16 bytes of parameters come with.
+template <class F, class S>
+struct Held {
+  using T = typename F::V;
+  static constexpr int N = Pack<S>::N, kWide = Chunk<F, S>::kWide;
+  Pack<S> param, grad;
+  Pack<T> state[kRows<F>][kWide];
+
+  __device__ __forceinline__ void load(const S* w, const S* g, T* const* s, int64_t i) {
+    param = load_pack(w + i);
+    grad = load_pack(g + i);
 #pragma unroll
-  for (int u = 0; u < kEach; ++u) {
-    const int64_t i = begin + (u * kThreads + int(threadIdx.x)) * N;
-    if (i >= whole) continue;
-    weight[u] = load_pack(w + i);
-    grad[u] = load_pack(g + i);
-    if (form != SgdForm::plain) buffer[u] = load_pack(v + i);
+    for (int k = 0; k < kRows<F>; ++k)
+#pragma unroll
+      for (int part = 0; part < kWide; ++part)
+        if (keeps<F>(k)) state[k][part] = load_pack(s[k] + i + part * Pack<T>::N);
   }
-#pragma unroll
-  for (int u = 0; u < kEach; ++u) {
-    const int64_t i = begin + (u * kThreads + int(threadIdx.x)) * N;
-    if (i >= whole) continue;
+  __device__ __forceinline__ void step(const F& rule, T divisor, bool divides) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      if (divides) grad[u].value[j] /= divisor;
-      T unused = 0;
-      sgd_update<form, Lane<T>>(weight[u].value[j], form == SgdForm::plain ? unused : buffer[u].value[j],
-                                grad[u].value[j], n);
+      T own[kStates] = {};
+#pragma unroll
+      for (int k = 0; k < kRows<F>; ++k)
+        if (keeps<F>(k)) own[k] = state[k][j / Pack<T>::N].value[j % Pack<T>::N];
+      update(rule, param.value[j], grad.value[j], own, divisor, divides);
+#pragma unroll
+      for (int k = 0; k < kRows<F>; ++k)
+        if (keeps<F>(k)) state[k][j / Pack<T>::N].value[j % Pack<T>::N] = own[k];
     }
-    store_pack(w + i, weight[u]);
-    if (form != SgdForm::plain) store_pack(v + i, buffer[u]);
-    if (divides) store_pack(g + i, grad[u]);
   }
-  update_apart<form>(w, g, v, whole + threadIdx.x, end, kThreads, n, divisor, divides);
-}
+  __device__ __forceinline__ void store(S* w, S* g, T* const* s, int64_t i, bool divides) const {
+    store_pack(w + i, param);
+    if (divides) store_pack(g + i, grad);
+#pragma unroll
+    for (int k = 0; k < kRows<F>; ++k)
+#pragma unroll
+      for (int part = 0; part < kWide; ++part)
+        if (keeps<F>(k)) store_pack(s[k] + i + part * Pack<T>::N, state[k][part]);
+  }
+};
 
-template <class T, int kTensors>
-__global__ void __launch_bounds__(kThreads, 4) sgd_step_kernel(const Launch<kTensors> __grid_constant__ a) {
-  if (a.found_inf != nullptr && *a.found_inf != 0) return;  // the step never was
-  int low = 0, high = a.tensors - 1;                        // the last tensor that starts at or before this block
+template <class F, class S, int kTensors>
+__global__ void __launch_bounds__(kThreads, Chunk<F, S>::kBlocks)
+    step_kernel(const Launch<F, kTensors> __grid_constant__ a) {
+  using T = typename F::V;
+  if (is_skipped(a.found_inf)) return;
+  int low = 0, high = a.tensors - 1;  // the last tensor that starts at or before this block
   while (low < high) {
     const int middle = (low + high + 1) / 2;
     if (a.first_block[middle] <= blockIdx.x)
@@ -90,28 +125,82 @@ __global__ void __launch_bounds__(kThreads, 4) sgd_step_kernel(const Launch<kTen
     else
       high = middle - 1;
   }
-  const StepGroup& group = a.groups[a.group[low]];
-  const int64_t count = a.count[low], begin = int64_t(blockIdx.x - a.first_block[low]) * kChunk<T>;
-  const int64_t end = begin + kChunk<T> < count ? begin + kChunk<T> : count;
-  const double lr = group.lr_tensor.data != nullptr ? read(group.lr_tensor) : group.lr;
-  const auto n = SgdNumbers<Lane<T>>::template of<T>(group, lr);
+  using Mine = Chunk<F, S>;
+  constexpr int N = Pack<S>::N;
+  const int64_t count = a.count[low], begin = int64_t(blockIdx.x - a.first_block[low]) * Mine::kElements;
+  const int64_t end = begin + Mine::kElements < count ? begin + Mine::kElements : count;
+  S *const w = static_cast<S*>(a.param[low]), *const g = static_cast<S*>(a.grad[low]);
+  T* s[kRows<F>];
+  size_t places = reinterpret_cast<size_t>(w) | reinterpret_cast<size_t>(g);
+#pragma unroll
+  for (int k = 0; k < kRows<F>; ++k) {
+    s[k] = static_cast<T*>(a.state[k][low]);
+    if (keeps<F>(k)) places |= reinterpret_cast<size_t>(s[k]);
+  }
+  const int64_t whole = places % 16 == 0 ? begin + (end - begin) / N * N : begin;  // 16 bytes at a time up to here
+  constexpr int kEach = Mine::kEach, kStride = kThreads * N;
+  Held<F, S> held[kEach];
+  auto load = [&](int64_t from) {
+#pragma unroll
+    for (int u = 0; u < kEach; ++u)
+      if (from + u * kStride < whole) held[u].load(w, g, s, from + u * kStride);
+  };
+  int64_t from = begin + int(threadIdx.x) * N;
+  load(from);
+
+  // While those come, one thread does what is computed in double.
+  SHARED(F[1], shared_rule);
+  if (threadIdx.x == 0) {
+    const StepGroup& group = a.groups[a.group[low]];
+    const double lr = group.lr_tensor.data != nullptr ? read(group.lr_tensor) : group.lr;
+    Corrections corrections{1, 1};
+    if constexpr (kReadsCount<F>)
+      corrections = Corrections::of<Lane<double>>(group, read({a.step[low], a.step_is_double[low], 0}) + 1);
+    shared_rule[0] = F::template of<T>(group, lr, corrections);
+  }
   const bool divides = a.grad_scale != nullptr;
   const T divisor = divides ? T(*a.grad_scale) : T(1);
-  T *w = static_cast<T*>(a.param[low]), *g = static_cast<T*>(a.grad[low]), *v = static_cast<T*>(a.buffer[low]);
-  if (group.momentum == 0) return update<SgdForm::plain, T>(w, g, v, begin, end, n, divisor, divides);
-  if (group.heavy_ball) return update<SgdForm::heavy_ball, T>(w, g, v, begin, end, n, divisor, divides);
-  if (group.nesterov) return update<SgdForm::nesterov, T>(w, g, v, begin, end, n, divisor, divides);
-  update<SgdForm::momentum, T>(w, g, v, begin, end, n, divisor, divides);
+  __syncthreads();
+  const F& rule = shared_rule[0];
+
+#pragma unroll 1
+  while (from < whole) {
+#pragma unroll
+    for (int u = 0; u < kEach; ++u) {
+      const int64_t i = from + u * kStride;
+      if (i >= whole) continue;
+      held[u].step(rule, divisor, divides);
+      held[u].store(w, g, s, i, divides);
+    }
+    from += kEach * kStride;
+    load(from);
+  }
+#pragma unroll 1
+  for (int64_t i = whole + threadIdx.x; i < end; i += kThreads) {
+    S param = w[i], grad = g[i];
+    T own[kStates] = {};
+#pragma unroll
+    for (int k = 0; k < kRows<F>; ++k)
+      if (keeps<F>(k)) own[k] = s[k][i];
+    update(rule, param, grad, own, divisor, divides);
+    w[i] = param;
+    if (divides) g[i] = grad;
+#pragma unroll
+    for (int k = 0; k < kRows<F>; ++k)
+      if (keeps<F>(k)) s[k][i] = own[k];
+  }
 }
 
-// Fills launches with the tensors of type T and starts each when it is full.
-template <class T, int kTensors>
+// Fills launches with tensors and starts each when it is full.
+template <class F, class S, int kTensors>
 struct Filler {
   const StepTable& table;
   cudaStream_t stream;
-  Launch<kTensors> now;
+  Launch<F, kTensors> now;
   unsigned blocks = 0;
   int groups = 0, last_group = -1;
+
+  static_assert(sizeof(now) <= kArgumentLimit, "the limit of a kernel's arguments");
 
   Filler(const StepTable& table, cudaStream_t stream) : table(table), stream(stream) {
     now.grad_scale = table.grad_scale;
@@ -121,7 +210,8 @@ struct Filler {
   void add(const StepTensor& t) {
     for (int64_t done = 0; done < t.count; done += kMost) {
       const int64_t count = t.count - done < kMost ? t.count - done : kMost;
-      const unsigned needed = unsigned((count + kChunk<T> - 1) / kChunk<T>);
+      constexpr int kElements = Chunk<F, S>::kElements;
+      const unsigned needed = unsigned((count + kElements - 1) / kElements);
       if (now.tensors == kTensors || (t.group != last_group && groups == kGroups) || needed > 0x7fffffffu - blocks)
         start();
       if (t.group != last_group) {
@@ -129,10 +219,14 @@ struct Filler {
         last_group = t.group;
       }
       const int j = now.tensors++;
-      auto from = [&](void* p) { return p == nullptr ? nullptr : static_cast<void*>(static_cast<T*>(p) + done); };
-      now.param[j] = from(t.param);
-      now.grad[j] = from(t.grad);
-      now.buffer[j] = from(t.buffer);
+      now.param[j] = static_cast<S*>(t.param) + done;
+      now.grad[j] = static_cast<S*>(t.grad) + done;
+      for (int k = 0; k < kRows<F>; ++k)
+        now.state[k][j] = keeps<F>(k) ? static_cast<typename F::V*>(t.state[k]) + done : nullptr;
+      if constexpr (kReadsCount<F>) {
+        now.step[j] = t.step.data;
+        now.step_is_double[j] = t.step.is_double;
+      }
       now.count[j] = unsigned(count);
       now.first_block[j] = blocks;
       now.group[j] = static_cast<unsigned char>(groups - 1);
@@ -140,33 +234,107 @@ struct Filler {
     }
   }
   void start() {
-    if (blocks > 0) LAUNCH((sgd_step_kernel<T, kTensors>), blocks, kThreads, 0, stream, now);
+    if (blocks > 0) LAUNCH((step_kernel<F, S, kTensors>), blocks, kThreads, 0, stream, now);
     now.tensors = groups = 0;
     last_group = -1;
     blocks = 0;
   }
 };
 
-template <class T, int kTensors>
-void step_all(const StepTable& table, Dtype dtype, cudaStream_t stream) {
-  Filler<T, kTensors> filler(table, stream);
-  for (int64_t j = 0; j < table.tensor_count; ++j) {
-    if (table.tensors[j].dtype != dtype) continue;
+// How a tensor is stepped: `function` takes the first of the tensors [begin, end) and all others among them whose
+// function it is, and clears these functions.
+struct Run {
+  void (*function)(const StepTable&, Run* runs, int64_t begin, int64_t end, cudaStream_t);
+};
+template <class F, class S, int kTensors>
+void run_all(const StepTable& table, Run* runs, int64_t begin, int64_t end, cudaStream_t stream) {
+  Filler<F, S, kTensors> filler(table, stream);
+  const auto own = runs[begin].function;
+  for (int64_t j = begin; j < end; ++j) {
+    if (runs[j].function != own) continue;
     filler.add(table.tensors[j]);
-    if (table.overlap) filler.start();  // tensors that share memory are updated one after the other
+    runs[j].function = nullptr;
   }
   filler.start();
 }
 
+// Called by for_step, on the host.
+template <class S>
+struct Choice {
+  Run& out;
+  bool few;
+
+  template <class F>
+  ABSGD_FN void operator()(const F&) const {
+    out.function = few ? run_all<F, S, kFew> : run_all<F, S, kMany<F>>;
+  }
+};
+Run run_for(const StepGroup& group, Dtype dtype, bool few) {
+  Run out{};
+  for_storage(dtype, [&](auto stored, auto real) {
+    using T = typename decltype(real)::type;
+    for_step<Lane<T>, T>(group, 0, {1, 1}, Choice<typename decltype(stored)::type>{out, few});
+  });
+  return out;
+}
+
+// ---- counts of steps -----------------------------------------------------------------------------------------------
+
+template <int kTensors>
+struct Counts {
+  void* step[kTensors];
+  bool is_double[kTensors];
+  const float* found_inf;
+  int tensors;
+};
+constexpr int kManyCounts = 3600;
+static_assert(sizeof(Counts<kManyCounts>) <= kArgumentLimit, "the limit of a kernel's arguments");
+
+// A launch of its own, so that every block of the step has read the count before.
+template <int kTensors>
+__global__ void __launch_bounds__(kThreads) advance_kernel(const Counts<kTensors> __grid_constant__ a) {
+  const int j = int(blockIdx.x) * kThreads + int(threadIdx.x);
+  if (j >= a.tensors || is_skipped(a.found_inf)) return;
+  const DeviceNumber step{a.step[j], a.is_double[j], 0};
+  write(step, read(step) + 1);
+}
+
+template <int kTensors>
+void advance(const StepTable& table, int64_t begin, int64_t end, cudaStream_t stream) {
+  Counts<kTensors> now;
+  now.found_inf = table.found_inf;
+  now.tensors = 0;
+  for (int64_t j = begin; j < end; ++j) {
+    const DeviceNumber& step = table.tensors[j].step;
+    if (step.data != nullptr) {
+      now.step[now.tensors] = step.data;
+      now.is_double[now.tensors++] = step.is_double;
+    }
+    if (now.tensors == kTensors || (now.tensors > 0 && j + 1 == end)) {
+      LAUNCH(advance_kernel<kTensors>, unsigned((now.tensors + kThreads - 1) / kThreads), kThreads, 0, stream, now);
+      now.tensors = 0;
+    }
+  }
+}
+
 }  // namespace
 
-const char* sgd_step(const StepTable& table, void* stream) {
+const char* step(const StepTable& table, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  const bool few = table.tensor_count <= kFew;
-  bool has[2] = {};  // float, double
-  for (int64_t j = 0; j < table.tensor_count; ++j) has[table.tensors[j].dtype == Dtype::f64] = true;
-  if (has[0]) few ? step_all<float, kFew>(table, Dtype::f32, s) : step_all<float, kMany>(table, Dtype::f32, s);
-  if (has[1]) few ? step_all<double, kFew>(table, Dtype::f64, s) : step_all<double, kMany>(table, Dtype::f64, s);
+  const int64_t count = table.tensor_count;
+  const int64_t together = table.overlap ? 1 : count;  // tensors that share memory are stepped one after the other
+  const bool few = together <= kFew;
+  std::vector<Run> runs(static_cast<size_t>(count));
+  for (int64_t j = 0; j < count; ++j) {
+    const StepTensor& t = table.tensors[j];
+    runs[j] = run_for(table.groups[t.group], t.dtype, few);
+  }
+  for (int64_t begin = 0; begin < count; begin += together) {
+    const int64_t end = begin + together;
+    for (int64_t j = begin; j < end; ++j)
+      if (runs[j].function != nullptr) runs[j].function(table, runs.data(), j, end, s);
+    few ? advance<kFew>(table, begin, end, s) : advance<kManyCounts>(table, begin, end, s);
+  }
   return failure();
 }
 

@@ -63,6 +63,7 @@ struct Lane {
   static ABSGD_FN T exp(T x) { return ::exp(x); }
   static ABSGD_FN T log(T x) { return ::log(x); }
   static ABSGD_FN T log1p(T x) { return ::log1p(x); }
+  static ABSGD_FN T sqrt(T x) { return ::sqrt(x); }
 };
 template <>
 ABSGD_FN float Lane<float>::exp(float x) {
@@ -75,6 +76,10 @@ ABSGD_FN float Lane<float>::log(float x) {
 template <>
 ABSGD_FN float Lane<float>::log1p(float x) {
   return ::log1pf(x);
+}
+template <>
+ABSGD_FN float Lane<float>::sqrt(float x) {
+  return ::sqrtf(x);
 }
 
 // exp(x) for x <= 0 in three instructions: relative error below 1e-7 |x|, so what is far below 1 is less exact, and

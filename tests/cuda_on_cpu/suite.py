@@ -125,82 +125,260 @@ def test_a_label_out_of_range_is_ignored_and_reported_later():
 
 # ---- step -----------------------------------------------------------------------------------------------------------
 
-
-def step(params, grads, buffers, lr_tensor=None, grad_scale=None, found_inf=None, **options):
-    options = (
-        dict(lr=0.1, momentum=0.9, dampening=0.0, weight_decay=0.01, nesterov=False, maximize=False, heavy_ball=False) | options
-    )
-    names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "heavy_ball")
-    torch.ops.absgd_fast.sgd_step_(params, grads, buffers, lr_tensor, grad_scale, found_inf, *(options[n] for n in names))
-    return options
+MAXIMIZE, NESTEROV, HEAVY_BALL, AMSGRAD, DECOUPLED, PAPER, CENTERED = (1 << j for j in range(7))  # csrc/math.h StepFlag
+REAL_NEAR = {torch.float32: dict(rtol=1e-6, atol=1e-6), torch.float64: dict(rtol=1e-14, atol=1e-14)}
+# a rounding to 8 or 11 bits besides
+NEAR = REAL_NEAR | {torch.bfloat16: dict(rtol=2**-8, atol=1e-6), torch.float16: dict(rtol=2**-10, atol=1e-6)}
 
 
-def tensors(sizes, dtype=torch.float32, offset=0):
-    return [torch.randn(n + offset, dtype=dtype)[offset:] for n in sizes]
+class Form:
+    """One form of a rule: the numbers step_ is given, the first values of the states it keeps, and reference.py's step."""
+
+    def __init__(self, rule, first, second=0.0, flags=0, eps=1e-3, weight_decay=0.01, lr=0.125):
+        self.rule, self.first, self.second, self.flags, self.eps = rule, first, second, flags, eps
+        self.weight_decay, self.lr = weight_decay, lr
+        # square >= 1 >= 4 mean^2: nothing cancels in square - mean^2
+        any_sign = torch.randn
+        square = lambda n, dtype: 1 + torch.rand(n, dtype=dtype)
+        mean = lambda n, dtype: torch.rand(n, dtype=dtype) / 2
+        self.states = {
+            "sgd": [any_sign] * (first != 0),
+            "adam": [any_sign, square] + [square] * bool(flags & AMSGRAD),
+            "rmsprop": [square] + [any_sign] * (second != 0) + [mean] * bool(flags & CENTERED),
+            "adagrad": [square],
+        }[rule]
+        self.counts = rule != "sgd"
+
+    def __call__(self, params, grads, states, steps, lr_tensor=None, grad_scale=None, found_inf=None):
+        torch.ops.absgd_fast.step_(
+            params, grads, [t for kind in states for t in kind], steps, lr_tensor, grad_scale, found_inf,
+            self.lr if lr_tensor is None else -1.0, self.weight_decay, self.first, self.second, self.eps,
+            ops.RULES.index(self.rule), self.flags,
+        )  # fmt: skip
+
+    def exact(self, params, grads, states, steps):
+        flags, absent = self.flags, [None] * len(params)
+        options = dict(lr=self.lr, weight_decay=self.weight_decay, maximize=bool(flags & MAXIMIZE))
+        states = list(states)
+        if self.rule == "sgd":
+            options |= dict(momentum=self.first, dampening=self.second, nesterov=bool(flags & NESTEROV))
+            options |= dict(heavy_ball=bool(flags & HEAVY_BALL))
+            reference.momentum_step_(params, grads, states[0] if states else absent, **options)
+        elif self.rule == "adam":
+            options |= dict(betas=(self.first, self.second), eps=self.eps, paper_form=bool(flags & PAPER))
+            options |= dict(decoupled_weight_decay=bool(flags & DECOUPLED))
+            reference.adam_step_(params, grads, *states, *[absent] * (3 - len(states)), steps, **options)
+        elif self.rule == "rmsprop":
+            buffers = states.pop(1) if self.second else absent
+            means = states.pop(1) if flags & CENTERED else absent
+            options |= dict(alpha=self.first, momentum=self.second, eps=self.eps)
+            reference.rmsprop_step_(params, grads, *states, buffers, means, steps, **options)
+        else:
+            reference.adagrad_step_(params, grads, *states, steps, lr_decay=self.first, eps=self.eps, **options)
+
+    def tensors(self, sizes, dtype=torch.float32, offsets=(0, 0, 0)):
+        """Parameters, gradients, states and counts of steps of both types. offsets: of the first three, in elements."""
+
+        def make(draw, offset, dtype):
+            return [draw(n + offset, dtype=dtype)[offset:] for n in sizes]
+
+        params, grads = (make(torch.randn, offset, dtype) for offset in offsets[:2])
+        states = [make(draw, offsets[2], reference.real_dtype(dtype)) for draw in self.states]
+        kinds = (torch.float32, torch.float64)
+        return params, grads, states, [torch.tensor(j % 5, dtype=kinds[j % 2]) for j in range(len(sizes))] if self.counts else []
 
 
-# one 16-byte access and a chunk of 2048 or 1024 numbers, each with one more and one less
-SIZES = [0, 1, 3, 4, 5, 1023, 1024, 1025, 2047, 2048, 2049, 7000]
-FORMS = [dict(momentum=0.0), {}, dict(nesterov=True), dict(heavy_ball=True), dict(dampening=0.3, maximize=True)]
+FORMS = {
+    "sgd": Form("sgd", 0.0),
+    "momentum": Form("sgd", 0.9, 0.3, MAXIMIZE),
+    "nesterov": Form("sgd", 0.9, 0.0, NESTEROV, weight_decay=0.0),
+    "heavy ball": Form("sgd", 0.9, 0.0, HEAVY_BALL),
+    "adam": Form("adam", 0.9, 0.999),
+    "adam, betas 0": Form("adam", 0.0, 0.0, eps=0.1, weight_decay=0.0),
+    "amsgrad": Form("adam", 0.9, 0.99, AMSGRAD | MAXIMIZE),
+    "adamw": Form("adam", 0.9, 0.999, DECOUPLED),
+    "adamw, amsgrad": Form("adam", 0.8, 0.99, DECOUPLED | AMSGRAD | MAXIMIZE),
+    "paper's adam": Form("adam", 0.9, 0.999, DECOUPLED | PAPER),
+    "rmsprop": Form("rmsprop", 0.99),
+    "rmsprop, momentum": Form("rmsprop", 0.99, 0.9, MAXIMIZE),
+    "centered": Form("rmsprop", 0.99, 0.0, CENTERED),
+    "centered, momentum": Form("rmsprop", 0.9, 0.9, CENTERED, weight_decay=0.0),
+    "adagrad": Form("adagrad", 0.0),
+    "adagrad, lr_decay": Form("adagrad", 0.1, 0.0, MAXIMIZE, weight_decay=0.0),
+}
+ONE_OF_EACH = ["sgd", "momentum", "amsgrad", "centered, momentum", "adagrad, lr_decay"]  # 0 to 3 states, with and without counts
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("real", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("offset", [0, 1])
-def test_steps_of_every_size_and_alignment(form, real, offset):
-    params, grads, buffers = (tensors(SIZES, real, offset) for _ in range(3))
-    exact = [[t.double() for t in group] for group in (params, grads, buffers)]
-    options = step(params, grads, buffers if form.get("momentum", 1) else [], **form)
-    wanted = reference.momentum_step_(*exact, **options)
-    near = dict(rtol=1e-6, atol=1e-6) if real == torch.float32 else dict(rtol=1e-14, atol=1e-14)
-    for j in range(len(SIZES)):
-        torch.testing.assert_close(params[j].double(), exact[0][j], **near)
-        if wanted[j] is not None:
-            torch.testing.assert_close(buffers[j].double(), wanted[j], **near)
+def map_tensors(f, tensors):
+    return [map_tensors(f, t) if isinstance(t, (list, tuple)) else f(t) for t in tensors]
 
 
-def test_more_tensors_than_one_launch_holds():
-    sizes = [j % 7 for j in range(2003)]
-    params, grads, buffers = (tensors(sizes) for _ in range(3))
-    exact = [[t.double() for t in group] for group in (params, grads, buffers)]
-    reference.momentum_step_(*exact, **step(params, grads, buffers))
-    torch.testing.assert_close(torch.cat(params).double(), torch.cat(exact[0]), rtol=1e-6, atol=1e-6)
+def flat(tensors):
+    return [t for part in tensors for t in (flat(part) if isinstance(part, (list, tuple)) else [part])]
 
 
-def test_numbers_in_device_memory():
-    """lr, grad_scale and found_inf are read by the kernel; unscaled gradients are written back, as torch's fused SGD does."""
-    for lr in (torch.tensor(0.3), torch.tensor(0.3, dtype=torch.float64)):
-        params, grads, buffers = (tensors([5, 2050]) for _ in range(3))
-        exact = [[t.double() for t in group] for group in (params, grads, buffers)]
-        scale = torch.tensor(8.0)
-        for g in exact[1]:
-            g /= 8
-        options = step(params, grads, buffers, lr, scale, torch.tensor(0.0), lr=-1.0)
-        reference.momentum_step_(*exact, **(options | {"lr": 0.3}))
-        for ours, wanted in zip((params, grads, buffers), exact):
-            torch.testing.assert_close(torch.cat(ours).double(), torch.cat(wanted), rtol=1e-6, atol=1e-6)
-        before = [torch.cat(group) for group in (params, grads, buffers)]
-        step(params, grads, buffers, lr, scale, torch.tensor(1.0))
-        assert all(torch.equal(torch.cat(group), b) for group, b in zip((params, grads, buffers), before))
+def copies(tensors):
+    return map_tensors(torch.clone, tensors)
 
 
-def test_groups_of_one_plan():
-    """More groups than a launch holds, of both dtypes, through StepPlan."""
-    torch.manual_seed(2)
-    params = [torch.nn.Parameter(torch.randn(j + 1, dtype=(torch.float32, torch.float64)[j % 2])) for j in range(40)]
-    copies = [torch.nn.Parameter(p.detach().double()) for p in params]
-    ours = ab.ABSGD([dict(params=[p], lr=0.01 * (j + 1), weight_decay=0.1 * j) for j, p in enumerate(params)])
-    theirs = torch.optim.SGD(
-        [dict(params=[p], lr=0.01 * (j + 1), weight_decay=0.1 * j) for j, p in enumerate(copies)], momentum=0.9
-    )
+def in_double(tensors):
+    return map_tensors(lambda t: t.to(torch.float64, copy=True), tensors)
+
+
+def assert_near(ours, exact):
+    for tensors, wanted in zip(ours, exact):
+        for t, w in zip(flat(tensors), flat(wanted)):
+            torch.testing.assert_close(t.double(), w, **NEAR[t.dtype])
+
+
+def assert_same(ours, wanted):
+    assert all(torch.equal(t, w) for t, w in zip(flat(ours), flat(wanted)))
+
+
+# one 16-byte access (2, 4 or 8 numbers) and what a block takes (1024 or 2048), each with one more and one less
+SIZES = [0, 1, 2, 3, 4, 5, 7, 8, 9, 1023, 1024, 1025, 2047, 2048, 2049, 5000, 0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("offsets", [(0, 0, 0), (1, 1, 1), (0, 0, 1), (0, 1, 0)], ids=str)
+def test_steps_of_every_size_and_alignment(form, dtype, offsets):
+    form = FORMS[form]
+    ours = form.tensors(SIZES, dtype, offsets)
+    gradients = copies(ours[1])
+    for _ in range(2):
+        exact = in_double(ours)
+        form(*ours)
+        form.exact(*exact)
+        assert_near(ours, exact)
+    assert_same(ours[1], gradients)
+    assert [t.item() for t in ours[3]] == [j % 5 + 2 for j in range(len(ours[3]))]
+
+
+@pytest.mark.parametrize("form", ONE_OF_EACH)
+def test_more_tensors_than_one_launch_holds(form):
+    """959 to 546 with their states; 3600 counts."""
+    form = FORMS[form]
+    ours = form.tensors([j % 7 for j in range(3701 if form.counts else 2003)])
+    exact = in_double(ours)
+    form(*ours)
+    form.exact(*exact)
+    for tensors, wanted in zip(ours, exact):
+        if tensors:
+            near = dict(rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(torch.cat([t.view(-1).double() for t in flat(tensors)]),
+                                       torch.cat([t.view(-1) for t in flat(wanted)]), **near)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ONE_OF_EACH)
+def test_numbers_in_device_memory(form, dtype):
+    """lr, grad_scale and found_inf are read by the kernel; unscaled gradients are written back, as torch's fused steps do."""
+    form = FORMS[form]
+    for lr in (torch.tensor(form.lr), torch.tensor(form.lr, dtype=torch.float64)):
+        for scale in (torch.tensor(8.0), torch.tensor(3.0)):
+            ours = form.tensors([5, 0, 2051], dtype, (0, 0, 0))
+            exact = in_double(ours)
+            for g in exact[1]:
+                g /= scale.double()
+            gradients = map_tensors(lambda g: g.to(reference.real_dtype(dtype)).to(dtype), exact[1])
+            form(*ours, lr, scale, torch.tensor(0.0))
+            form.exact(*exact)
+            assert_near(ours, exact)
+            assert_same(ours[1], gradients)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_skipped_step_never_was(form, dtype):
+    """The first and a later one; the step after it counts as if it had not been."""
+    form = FORMS[form]
+    ours = form.tensors([5, 0, 2051], dtype)
+    for t in flat(ours[2:]):
+        t.zero_()
+    expected = copies(ours)
+    for _ in range(2):
+        form(*ours, None, torch.tensor(8.0), torch.tensor(1.0))
+        assert_same(ours, expected)
+        form(*ours, None, None, torch.tensor(0.0))
+        form(*expected)
+        assert_same(ours, expected)
+    assert all(t == 2 for t in ours[3])
+
+
+def test_empty_tensors_take_steps():
+    form = FORMS["adam"]
+    ours = form.tensors([0, 0])
+    form(*ours)
+    assert [t.item() for t in ours[3]] == [1, 2]
+
+
+@pytest.mark.parametrize("form", ONE_OF_EACH)
+def test_a_tensor_listed_twice_takes_two_steps(form):
+    form = FORMS[form]
+    params, grads, states, steps = form.tensors([3000])
+    ours = params * 2, grads * 2, [kind * 2 for kind in states], steps * 2
+    exact = in_double((params, grads, states, steps))
+    form(*ours)
+    form.exact(*exact)
+    form.exact(*exact)
+    assert_near((params, grads, states, steps), exact)
+
+
+def test_a_count_of_two_tensors_counts_twice():
+    form = FORMS["adamw"]
+    params, grads, states, steps = form.tensors([5, 3000])
+    ours = params, grads, states, steps[:1] * 2
+    exact = in_double((params, grads, states, steps))
+    exact[3][1] = exact[3][0]
+    form(*ours)
+    form.exact(*exact)
+    assert_near(ours, exact)
+
+
+def sgd_group(j):
+    return dict(lr=0.01 * (j + 1), weight_decay=0.1 * j, nesterov=j % 3 == 0)
+
+
+def adam_group(j):
+    return dict(lr=0.001 * (j + 1), betas=(0.9 - 0.01 * j, 0.99), amsgrad=j % 3 == 0)
+
+
+def rmsprop_group(j):
+    return dict(lr=0.001 * (j + 1), momentum=0.1 * (j % 2), centered=j % 3 == 0)
+
+
+@pytest.mark.parametrize(
+    "name, options, group",
+    [
+        ("SGD", dict(momentum=0.9), sgd_group),
+        ("AdamW", {}, adam_group),
+        ("RMSprop", {}, rmsprop_group),
+        ("Adagrad", {}, sgd_group),
+    ],
+    ids=["sgd", "adamw", "rmsprop", "adagrad"],
+)
+def test_groups_of_one_plan(name, options, group):
+    """More groups than a launch holds, of several kernels in turns, through StepPlan."""
+    kinds = (torch.float32, torch.float64, torch.bfloat16)
+    params = [torch.nn.Parameter(torch.randn(j + 1).to(kinds[j % 2 if j < 40 else 2])) for j in range(42)]
+    copied = [torch.nn.Parameter(p.detach().double()) for p in params]
+    options = options | (dict(eps=1e-3) if name != "SGD" else {})
+
+    def groups(params):
+        some = [dict(params=[p], **group(j)) for j, p in enumerate(params)]
+        return [{k: v for k, v in g.items() if k != "nesterov" or name == "SGD"} for g in some]
+
+    ours = getattr(ab, f"AB{name}")(groups(params), **options)
+    theirs = getattr(torch.optim, name)(groups(copied), **options)
     for _ in range(3):
-        for p, q in zip(params, copies):
+        for p, q in zip(params, copied):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.double()
         ours.step()
         theirs.step()
-    for p, q in zip(params, copies):
-        torch.testing.assert_close(p.double(), q, rtol=2e-6, atol=2e-6)
+        for p, q in zip(params, copied):
+            torch.testing.assert_close(p.double(), q, rtol=NEAR[p.dtype]["rtol"], atol=2e-6 if p.dtype == torch.float32 else 1e-6)
+            q.data.copy_(p)  # a rounding of this step is not the next one's
+    if name != "SGD":
+        assert all(state["step"] == 3 for state in ours.state.values())
 
 
 def test_memory_shared_by_two_parameters():
