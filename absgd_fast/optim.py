@@ -175,15 +175,16 @@ class _FusedStep(torch.optim.Optimizer):
             if grad_scale is not None:
                 self._unscale_grads(p for group in self.param_groups for p in group["params"])
             grad_scale = found_inf = None
-        if self._plan is None or torch.compiler.is_compiling():
+        plan = self._plan
+        if plan is None or torch.compiler.is_compiling():
             updated, others = [], self.param_groups
         else:
             # `grads` keeps the gradients alive until the kernel is done
-            updated, grads, on, others = self._plan.refresh(self.param_groups, self.state, grad_scale, found_inf, _sharded())
+            updated, grads, on, others = plan.refresh(self.param_groups, self.state, grad_scale, found_inf, _sharded())
             others = [{**group, "params": params} for group, params in others]
         numbers = [self._checked(group) for group in others]  # what is wrong is said before anything is written
         if updated:
-            _planned_step(self._plan.table, on)
+            _planned_step(plan.table, on)
             torch.autograd.graph.increment_version(updated)
         for group, values in zip(others, numbers):
             self._step_group(group, values, grad_scale, found_inf)
@@ -206,6 +207,8 @@ class _FusedStep(torch.optim.Optimizer):
             grad = p.grad
             if grad is None:
                 continue
+            if p.device not in self._operators:  # moved there since
+                self._make_plan()
             if grad.is_sparse:
                 self._check_sparse(group)
             states = self.state[p] if p in self.state else {}
@@ -333,10 +336,8 @@ def _part(t: Tensor | None) -> Tensor | None:
         return None
     if t.is_complex() and t.layout == torch.strided:
         t = torch.view_as_real(t.resolve_conj())
-    if (
-        t.layout == torch.strided and not torch.compiler.is_compiling() and t.is_neg()
-    ):  # an operator takes no pending sign in a list it may write
-        t = t.resolve_neg()
+    if t.layout == torch.strided and not torch.compiler.is_compiling() and t.is_neg():
+        t = t.resolve_neg()  # an operator takes no pending sign in a list it may write
     return t
 
 

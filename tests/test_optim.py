@@ -1444,6 +1444,20 @@ def test_operator_has_a_right_fake(rule, kinds, numbers, counts, dtype):
 
 
 @pytest.mark.skipif(not _backend.available("cpu"), reason="the native library is not built here")
+def test_parameters_on_another_device():
+    """Parameters that come to a device after the optimizer was made find the kernels there."""
+    p = torch.nn.Parameter(torch.empty(3, device="meta"))
+    optimizer = ab.ABSGD([p], lr=0.5)
+    optimizer.param_groups[0]["params"][0] = p = torch.nn.Parameter(torch.ones(3))
+    for _ in range(2):
+        p.grad = torch.ones(3)
+        optimizer.step()
+    assert optimizer._operators[p.device].backend == "cpu" and optimizer._plan is not None
+    assert optimizer._plan.refresh(optimizer.param_groups, optimizer.state)[3] == []
+    torch.testing.assert_close(p.detach(), torch.full((3,), 1 - 0.5 - 0.5 * 1.9))
+
+
+@pytest.mark.skipif(not _backend.available("cpu"), reason="the native library is not built here")
 @pytest.mark.parametrize("rule, kinds, numbers, counts", RULE_ROWS)
 def test_operator_refuses_what_does_not_fit(rule, kinds, numbers, counts):
     params, grads, kept, steps = range(4)

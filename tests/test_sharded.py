@@ -34,10 +34,13 @@ def _process(rank, body, args, folder):
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
         dist.barrier()  # one that is done early would take the meeting place away
         body(rank, *args)
+        dist.barrier()  # nor does one leave while the other still talks
         dist.destroy_process_group()
     except Exception:
         (folder / f"error-{rank}").write_text(traceback.format_exc())
         os._exit(1)  # the other rank may wait for this one for ever
+    # Not through the end of the interpreter, where torch's threads may still run: seen once, "terminate called".
+    os._exit(0)
 
 
 def run(body, tmp_path, *args):
@@ -53,7 +56,8 @@ def run(body, tmp_path, *args):
         process.kill()
     errors = [path.read_text() for path in sorted(tmp_path.glob("error-*"))]
     assert not errors, "\n".join(errors)
-    assert not alive and all(process.exitcode == 0 for process in ranks)
+    assert not alive, f"still running after two minutes: {alive}"
+    assert [process.exitcode for process in ranks] == [0] * RANKS
 
 
 # ---- bodies ----------------------------------------------------------------------------------------------------------

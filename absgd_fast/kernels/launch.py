@@ -51,8 +51,13 @@ def parts(*numbers: float) -> tuple[float, ...]:
     return tuple(out)
 
 
+# Triton 3.10 will no longer contract a * b + c by itself, and 3.9 warns of that; the kernels are tested with it.
+OPTIONS = {"enable_fp_fusion": True}
+
+
 def launch(kernel, programs: int, like: Tensor, *args, **options) -> None:
     """Start `programs` programs on the device of `like` (Triton starts them on the current one)."""
+    options = OPTIONS | options
     index = like.get_device()  # -1: the CPU, in Triton's interpreter
     if index < 0 or index == torch.accelerator.current_device_index():
         kernel[(programs,)](*args, **options)
