@@ -152,7 +152,7 @@ RULES = {
         _counted_steps(reference.rmsprop_step_, (True, False, False)), lr=0.1,
     ),
     "AdaGrad": Rule(
-        ab.ABAdagrad, torch.optim.Adagrad, {"fused": True}, _counted_steps(reference.adagrad_step_, (True,)), lr=1e-2
+        ab.ABAdagrad, torch.optim.Adagrad, {"fused": True}, _counted_steps(reference.adagrad_step_, (True,)), lr=0.1
     ),
 }  # fmt: skip
 

@@ -705,7 +705,7 @@ def test_what_is_collected_without_pytest():
     on_gpu = test_gpu.collect("cuda", {"cuda", "triton", "reference"}, [])
     assert "test_launches[cuda]" in on_gpu and "test_launches[reference]" not in on_gpu
     assert len(on_gpu) > 400 and list(on_gpu)[0].split("[")[1].startswith("cuda")
-    some = test_gpu.collect("cpu", {"cpu"}, ["test_tour", "scaler[cpu-0.5"])
-    assert list(some) == ["test_grad_scaler[cpu-0.5]", "test_tour[cpu]"]
+    some = test_gpu.collect("cpu", {"cpu"}, ["test_tour", "scaler[cpu-sgd, dampening 0.5"])
+    assert list(some) == ["test_grad_scaler[cpu-sgd, dampening 0.5]", "test_tour[cpu]"]
     if not torch.cuda.is_available():
         assert test_gpu.main([]) == 2

@@ -8,6 +8,7 @@ A body is a function of `where`, a device and a backend on it, and of the names 
 """
 
 import argparse
+import copy
 import gc
 import importlib
 import itertools
@@ -343,7 +344,7 @@ def test_certain_rows(where):
         close(grad, grads, dtype, "gradient of +-80", stored=True)
 
 
-@over(dtype=[torch.bfloat16, torch.float16])
+@over(dtype={"bf16": torch.bfloat16, "fp16": torch.float16})
 def test_half_precision_is_no_worse_than_eager(where, dtype):
     """Largest error of losses and of gradients, next to torch's on the same logits."""
     p = problem((16, 1000), dtype, seed=5)
@@ -667,6 +668,30 @@ def momenta(optimizer):
     return [optimizer.state.get(p, {}).get("momentum_buffer") for group in optimizer.param_groups for p in group["params"]]
 
 
+RULES = {
+    "adam": (ab.ABAdam, torch.optim.Adam, dict(lr=2**-6, weight_decay=0.01)),
+    "adam, amsgrad": (ab.ABAdam, torch.optim.Adam, dict(lr=2**-6, amsgrad=True, maximize=True)),
+    "adamw": (ab.ABAdamW, torch.optim.AdamW, dict(lr=2**-6, betas=(0.5, 0.75))),
+    "rmsprop": (ab.ABRMSprop, torch.optim.RMSprop, dict(lr=2**-6)),
+    "rmsprop, all": (ab.ABRMSprop, torch.optim.RMSprop, dict(lr=2**-6, momentum=0.5, centered=True, weight_decay=0.01)),
+    "adagrad": (ab.ABAdagrad, torch.optim.Adagrad, dict(lr=2**-6, lr_decay=0.1, weight_decay=0.01)),
+}
+
+
+def same_states(ours, theirs, tolerance):
+    """Parameters and all states of two optimizers."""
+    pairs = zip(*([p for group in optimizer.param_groups for p in group["params"]] for optimizer in (ours, theirs)))
+    for p, q in pairs:
+        torch.testing.assert_close(p.double(), q.double(), rtol=tolerance, atol=tolerance)
+        kept = {name: value for name, value in theirs.state[q].items() if value is not None}
+        assert ours.state[p].keys() == kept.keys()
+        for name, value in kept.items():
+            given = ours.state[p][name].to(value.device, value.dtype)
+            torch.testing.assert_close(
+                given, value, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
 def same(ours, theirs, tolerance):
     """Parameters and momenta of two optimizers."""
     params = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in (ours, theirs)]
@@ -713,6 +738,57 @@ def test_step(where, options, dtype, offset):
                 ours.step()
                 theirs.step()
             same(ours, theirs, 1e-5 if dtype == torch.float32 else 1e-13)
+
+
+@over(rule=RULES, dtype={"fp32": torch.float32, "fp64": torch.float64}, offset=[0, 1])
+def test_rules(where, rule, dtype, offset):
+    """20 steps, gradients missing now and then, a checkpoint on the way; the lr in a tensor on the device, which changes."""
+    make, torch_make, options = rule
+    for path in paths(where):
+        with path():
+            params, expected = parameters(where, dtype=dtype, offset=offset), parameters(where)
+            lr = torch.tensor(options["lr"], device=where.device)
+            ours = make(params, **options | {"lr": lr}, backend=where.backend)
+            theirs = torch_make(expected, **options, foreach=False)
+            for step in range(20 if where.gpu else 6):
+                if step == 3:
+                    saved = copy.deepcopy(ours.state_dict())
+                    ours = make(params, lr=99.0, backend=where.backend)
+                    ours.load_state_dict(saved)
+                    ours.param_groups[0]["lr"] = lr
+                lr.fill_(options["lr"] * 2.0**-step)
+                theirs.param_groups[0]["lr"] = options["lr"] * 2.0**-step
+                set_grads(params, expected, seed=step, skip=0.2)
+                ours.step()
+                theirs.step()
+            same_states(ours, theirs, 1e-5 if dtype == torch.float32 else 1e-12)
+
+
+@over(
+    rule=RULES | {"sgd": (ab.ABSGD, torch.optim.SGD, dict(lr=2**-6, momentum=0.5))},
+    dtype={"bf16": torch.bfloat16, "fp16": torch.float16},
+)
+def test_rules_in_half_precision(where, rule, dtype):
+    """States in float32 as exact as such, and each step's parameters correctly rounded: torch's, from the same ones, in float64."""
+    make, torch_make, options = rule
+    params, expected = parameters(where, dtype=dtype), parameters(where)
+    ours = make(params, **options, backend=where.backend)
+    theirs = torch_make(expected, **options, foreach=False)
+    for step in range(4):
+        with torch.no_grad():
+            for p, q in zip(params, expected):
+                q.copy_(p)
+        set_grads(params, expected, seed=step)
+        for p, q in zip(params, expected):
+            q.grad.copy_(p.grad)
+        ours.step()
+        theirs.step()
+        for p, q in zip(params, expected):
+            torch.testing.assert_close(p.double(), q, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-7)
+            for name, value in theirs.state[q].items():
+                if value is not None and name != "step":
+                    assert ours.state[p][name].dtype == torch.float32
+                    torch.testing.assert_close(ours.state[p][name].double(), value, rtol=1e-5, atol=1e-5)  # sums of terms near 1
 
 
 def test_heavy_ball_is_equation_2(where):
@@ -780,14 +856,16 @@ def test_memory_shared_by_two_parameters(where):
     torch.testing.assert_close(*memory, rtol=1e-12, atol=1e-12)
 
 
-@over(dampening=[0.0, 0.5])
-def test_grad_scaler(where, dampening):
+@over(
+    rule=RULES | {f"sgd, dampening {d}": (ab.ABSGD, torch.optim.SGD, dict(lr=0.1, momentum=0.9, dampening=d)) for d in (0.0, 0.5)}
+)
+def test_grad_scaler(where, rule):
     """The first step skipped, another one later, gradients unscaled by hand in between: as torch's unfused loop."""
-    options = dict(lr=0.1, momentum=0.9, dampening=dampening)
+    make, torch_make, options = rule
     for path in paths(where):
         with path():
             params, expected = (parameters(where, dtype=torch.float32) for _ in range(2))
-            ours, theirs = ab.ABSGD(params, **options, backend=where.backend), torch_sgd(expected, **options, foreach=False)
+            ours, theirs = make(params, **options, backend=where.backend), torch_make(expected, **options, foreach=False)
             scalers = [torch.amp.GradScaler(where.device.type, init_scale=4.0, growth_interval=2) for _ in range(2)]
             for step in range(8):
                 for ps, optimizer, scaler in ((params, ours, scalers[0]), (expected, theirs, scalers[1])):
@@ -811,7 +889,7 @@ def test_grad_scaler(where, dampening):
 class Loop:
     """A training whose model has no matrix product, so that every bit of it is ours or elementwise: logits = x w + b."""
 
-    def __init__(self, where, shape, backend="same", lr=0.1):
+    def __init__(self, where, shape, optimizer=ab.ABSGD, lr=0.1):
         self.shape, device = shape, where.device
         generator = torch.Generator().manual_seed(0)
         draw = lambda *size: torch.randn(size, generator=generator).to(device)  # noqa: E731
@@ -820,7 +898,7 @@ class Loop:
         self.x, self.y = (t.clone() for t in self.batches[0])
         self.lr = torch.tensor(lr, device=device)
         self.criterion = where.criterion(lam=-0.75)
-        self.optimizer = ab.ABSGD([self.w, self.b], lr=self.lr, weight_decay=0.01, backend=where.backend)
+        self.optimizer = optimizer([self.w, self.b], lr=self.lr, weight_decay=0.01, backend=where.backend)
 
     def step(self):
         self.optimizer.zero_grad()
@@ -834,20 +912,22 @@ class Loop:
             static.copy_(new)
 
     def state(self):
-        return [self.w, self.b, self.criterion.log_s, *momenta(self.optimizer)]
+        """{name: tensor}"""
+        states = {f"{name} of {p}": t for p, q in (("w", self.w), ("b", self.b)) for name, t in self.optimizer.state[q].items()}
+        return {"w": self.w, "b": self.b, "log s": self.criterion.log_s} | states
 
 
 # one block; statistics and one launch; more rows than one launch weighs
 LOOPS = [(64, 10), (300, 100), (ONE_LAUNCH + 617, 3)]
 
 
-@over(shape=LOOPS)
-def test_graph_replay(where, shape):
+@over(shape=LOOPS, optimizer={"ABSGD": ab.ABSGD, "ABAdamW": ab.ABAdamW})
+def test_graph_replay(where, shape, optimizer):
     """Forward, backward and step captured once; lr, lambda and the batch change between replays: the bits of eager training."""
     if where.backend == "reference" and where.gpu:
         raise SkipTest("plain torch promises nothing about graphs")
     with unpoisoned():
-        eager, replayed = Loop(where, shape), Loop(where, shape)
+        eager, replayed = (Loop(where, shape, optimizer) for _ in range(2))
         for _ in range(3):
             eager.step()
         replay, loss = device_tools.captured(where.device, replayed.step, warm_up=3)
@@ -859,8 +939,9 @@ def test_graph_replay(where, shape):
             wanted = eager.step()
             again = replay()
             assert torch.equal(wanted, loss if where.gpu else again), f"loss of replay {k}"
-            for name, a, b in zip(("w", "b", "log s", "momentum of w", "momentum of b"), eager.state(), replayed.state()):
-                assert torch.equal(a, b), f"{name} after replay {k}"
+            given = replayed.state()
+            for name, t in eager.state().items():
+                assert torch.equal(t, given[name]), f"{name} after replay {k}"
 
 
 @over(shape=LOOPS)
@@ -872,7 +953,7 @@ def test_same_bits_again(where, shape):
         for k in range(5):
             loop.feed(k)
             losses.append(loop.step().detach())
-        runs.append([torch.stack(losses), *(t.detach() for t in loop.state())])
+        runs.append([torch.stack(losses), *(t.detach() for t in loop.state().values())])
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other))
 
@@ -898,7 +979,7 @@ def test_streams_at_once(where, shape):
         where.synchronize()
         for loop, out in zip(loops, found):
             assert torch.equal(torch.stack(out), torch.stack(losses))
-            assert all(torch.equal(a, b) for a, b in zip(loop.state(), alone.state()))
+            assert all(torch.equal(a, b) for a, b in zip(loop.state().values(), alone.state().values()))
 
 
 @gpu
@@ -984,8 +1065,8 @@ def test_another_device_than_the_current_one(where):
         for k in range(4):
             loop.feed(k)
             loop.step()
-        assert all(t.device.index == index for t in loop.state())
-        results.append([t.detach().cpu() for t in loop.state()])
+        assert all(t.device.index == index for t in loop.state().values())
+        results.append([t.detach().cpu() for t in loop.state().values()])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b)
 
