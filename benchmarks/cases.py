@@ -110,10 +110,12 @@ class Logits:
 
 
 class Rule:
-    """An optimizer of ours, torch's, torch's fastest way to step (`fused` where it has that), and the options of both."""
+    """An optimizer of ours, torch's, torch's fastest way to step (`fused` where it has that), how many arrays of states it
+    keeps, and the options of both."""
 
-    def __init__(self, ours, theirs, fastest, step, **options):
-        self.ours, self.theirs, self.fastest, self._step, self.options = ours, theirs, fastest, step, options
+    def __init__(self, ours, theirs, fastest, states, step, **options):
+        self.ours, self.theirs, self.fastest, self.states = ours, theirs, fastest, states
+        self._step, self.options = step, options
 
     def stepped(self, w, grad):
         """w after STEPS steps, by reference.py."""
@@ -139,20 +141,20 @@ def _counted_steps(step_, states, **more):
 
 
 RULES = {
-    "SGD": Rule(ab.ABSGD, torch.optim.SGD, {"fused": True}, _sgd_steps, **SGD),
+    "SGD": Rule(ab.ABSGD, torch.optim.SGD, {"fused": True}, 1, _sgd_steps, **SGD),
     "Adam": Rule(
-        ab.ABAdam, torch.optim.Adam, {"fused": True}, _counted_steps(reference.adam_step_, (True, True, False)), lr=0.1
+        ab.ABAdam, torch.optim.Adam, {"fused": True}, 2, _counted_steps(reference.adam_step_, (True, True, False)), lr=0.1
     ),
     "AdamW": Rule(
-        ab.ABAdamW, torch.optim.AdamW, {"fused": True},
+        ab.ABAdamW, torch.optim.AdamW, {"fused": True}, 2,
         _counted_steps(reference.adam_step_, (True, True, False), decoupled_weight_decay=True), lr=0.1, weight_decay=1e-2,
     ),
     "RMSprop": Rule(
-        ab.ABRMSprop, torch.optim.RMSprop, {"foreach": True},
+        ab.ABRMSprop, torch.optim.RMSprop, {"foreach": True}, 1,
         _counted_steps(reference.rmsprop_step_, (True, False, False)), lr=0.1,
     ),
     "AdaGrad": Rule(
-        ab.ABAdagrad, torch.optim.Adagrad, {"fused": True}, _counted_steps(reference.adagrad_step_, (True,)), lr=0.1
+        ab.ABAdagrad, torch.optim.Adagrad, {"fused": True}, 1, _counted_steps(reference.adagrad_step_, (True,)), lr=0.1
     ),
 }  # fmt: skip
 
@@ -167,7 +169,7 @@ class Tensors:
         draw = torch.Generator(self.device).manual_seed(0)
         self.start, self.grads = ([torch.randn(s, generator=draw, device=self.device) for s in shapes] for _ in range(2))
         self.bytes = 4 * sum(map(math.prod, shapes))
-        self.moved = 5 * self.bytes  # of SGD: parameter, gradient and momentum read, parameter and momentum written
+        self.moved = (3 + 2 * self.rule.states) * self.bytes  # parameter and states read and written, gradient read
 
     def parameters(self):
         params = [torch.nn.Parameter(w.clone()) for w in self.start]
@@ -359,10 +361,13 @@ def gpu_cases(device="cuda", tiny=False):
         _gpu_step("ResNet-152, 467 tensors", resnet152(), device),
         _gpu_step("1 B parameters, 300 tensors", [(2048, 1628)] * 300, device, **{"share of copy": (0.9, ANY)}),
     ]
+    rules = [("ResNet-50, 161 tensors", resnet50(), rule) for rule in RULES if rule != "SGD"]
     shapes, elements, classes = SHAPES, (1024, 2048, 4096, 8192, 16384), (10, 128, 1000)
     if tiny:
         bounds = {"host us": (0, 20), "share of copy": (0.9, ANY)}
         steps = [_gpu_step("three tensors", [(3, 4), (5,), (70,)], device, 0.9, **bounds)]
+        rules = [("three tensors", [(3, 4), (5,), (70,)], "AdamW")]
         shapes, elements, classes = [(16, 5), (64, 300)], (64,), (8,)
     losses = [_gpu_loss(*shape, dtype, device) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
-    return [*steps, *losses, *(_gpu_limit(e, c, device) for c in classes for e in elements)]
+    rules = [Case("gpu rules", f"{rule}, {name}", partial(Tensors, tensors, device, rule)) for name, tensors, rule in rules]
+    return [*steps, *losses, *rules, *(_gpu_limit(e, c, device) for c in classes for e in elements)]

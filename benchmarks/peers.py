@@ -215,6 +215,10 @@ def _step(data, optimizer=None, **options):
     return Peer(run, lambda _: data.error(params), parts={"step": lambda: run})
 
 
+def _torch_step(data):
+    return _step(data, data.rule.theirs, **data.rule.fastest)
+
+
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
 
@@ -329,7 +333,8 @@ PEERS = {
         "SGD foreach": partial(_step, optimizer=torch.optim.SGD, foreach=True),
         "SGD default": partial(_step, optimizer=torch.optim.SGD),
     },
-    "rules": {OURS: _step, "torch's fastest": lambda data: _step(data, data.rule.theirs, **data.rule.fastest)},
+    "rules": {OURS: _step, "torch's fastest": _torch_step},
+    "gpu rules": {OURS: _step, OURS_ON_TRITON: _triton(_step), "torch's fastest": _torch_step},
     "train": {
         OURS: partial(_train, criterion=_ours, optimizer=partial(ab.ABSGD, **SGD)),
         "cross_entropy, SGD fused": partial(

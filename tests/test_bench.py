@@ -31,6 +31,7 @@ DATA = {
     "train": [partial(cases.Training, "mlp"), partial(cases.Training, "cnn")],
     "gpu loss": [partial(cases.Logits, 32, 10, dtype, copies=2) for dtype in (torch.float32, torch.bfloat16)],
     "gpu step": [partial(cases.Tensors, [(3, 4), (5,)])],
+    "gpu rules": [partial(cases.Tensors, [(3, 4), (5,)], rule="AdamW")],
 }
 NEED_MORE = {"absgd_fast, triton", "Liger"}  # than a CPU has, or tests install
 EVERYBODY = [(suite, make, name) for suite in DATA for make in DATA[suite] for name in peers.PEERS[suite]]
@@ -436,7 +437,7 @@ def test_the_report_of_a_gpu(quick, tmp_path, capsys):
     report = json.loads(out.read_text(encoding="utf-8"))
     assert {"gpu", "copy", "results", "figures", "not_measured", "seconds_per_case", "versions", "date"} <= report.keys()
     assert {"triton", "liger-kernel", "torch"} <= report["versions"].keys() and report["not_measured"] == []
-    assert [result["suite"] for result in report["results"]] == ["gpu step", *["gpu loss"] * 4, "gpu limit"]
+    assert [result["suite"] for result in report["results"]] == ["gpu step", *["gpu loss"] * 4, "gpu rules", "gpu limit"]
     step, loss, limit = report["results"][0], report["results"][1], report["results"][-1]
     assert set(step["peers"]) == {"absgd_fast", "SGD fused", "SGD foreach"} and "absgd_fast, triton" in step["absent"]
     assert set(loss["peers"]) == {"absgd_fast", "cross_entropy", "absgd package", "torch.compile"}
@@ -470,7 +471,7 @@ def test_one_wrong_result_on_a_gpu_leaves_the_others(quick, monkeypatch, tmp_pat
     out = tmp_path / "bench.json"
     assert run.main([*REHEARSAL, "--out", str(out)]) == 1
     results = json.loads(out.read_text(encoding="utf-8"))["results"]
-    assert ["wrong" in result for result in results] == [False, False, True, False, True, False]
+    assert ["wrong" in result for result in results] == [False, False, True, False, True, False, False]
     assert "off by" in results[2]["wrong"]
     assert results[1]["absent"]["cross_entropy"] == "RuntimeError: a kernel that does not compile and more"
     assert "WRONG" in capsys.readouterr().out

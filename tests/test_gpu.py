@@ -1151,15 +1151,17 @@ def test_tour(where):
         (weights.square().sum() + log_s).backward()
         assert losses.grad.isfinite().all()
         where.robust(lambda x: x, lam=0.75)(losses).backward()
-    for options, dtype, offset in itertools.product(OPTIONS.values(), (torch.float32, torch.float64), (0, 1)):
-        options = {k: v for k, v in options.items() if v is not None}
+    sgd = [(ab.ABSGD, torch.optim.SGD, {"lr": 0.1} | {k: v for k, v in o.items() if v is not None}) for o in OPTIONS.values()]
+    for rule, dtype, offset in itertools.product([*sgd, *RULES.values()], (torch.float32, torch.float64), (0, 1)):
+        make, torch_make, options = rule
         params, expected = parameters(where, dtype=dtype, offset=offset), parameters(where)
-        ours, theirs = ab.ABSGD(params, lr=0.1, **options, backend=where.backend), torch_sgd(expected, lr=0.1, **options)
+        ours = make(params, **options, backend=where.backend)
+        theirs = torch_make(expected, **options, foreach=False)
         for step in range(2):
             set_grads(params, expected, seed=step)
             ours.step()
             theirs.step()
-        same(ours, theirs, 1e-5 if dtype == torch.float32 else 1e-13)
+        same_states(ours, theirs, 1e-5 if dtype == torch.float32 else 1e-12)
 
 
 # ---- without pytest --------------------------------------------------------------------------------------------------
