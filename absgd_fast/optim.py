@@ -225,7 +225,9 @@ class _FusedStep(torch.optim.Optimizer):
         return [self._number(group, *self._numbers.get(name, (None, -1))) for name in ("weight_decay", "first", "second", "eps")]
 
     def _check_sparse(self, group: dict) -> None:
-        """RuntimeError in torch's words where the rule takes no sparse gradients."""
+        """RuntimeError where the rule takes no sparse gradients, in torch's words, or not with weight decay."""
+        if group["weight_decay"] != 0:
+            raise RuntimeError("weight_decay option is not compatible with sparse gradients")
 
     @staticmethod
     def _number(group: dict, key: str | None, index: int) -> float:
@@ -318,6 +320,10 @@ class _FusedStep(torch.optim.Optimizer):
 
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
+
+
+def _state_dtype(p: Tensor) -> torch.dtype:
+    return torch.float32 if p.dtype in _HALF else p.dtype
 
 
 def _allocate_table(words: int) -> Tensor:
@@ -420,10 +426,6 @@ class ABSGD(_FusedStep, torch.optim.SGD):
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
         self._set_up(robust, backend, heavy_ball=heavy_ball)
 
-    def _check_sparse(self, group):
-        if group["weight_decay"] != 0:
-            raise RuntimeError("weight_decay option is not compatible with sparse gradients")
-
     def _kept(self, group):
         return [group["momentum"] != 0]
 
@@ -435,9 +437,7 @@ class ABSGD(_FusedStep, torch.optim.SGD):
             if p.grad is None or p.grad.is_sparse or group["momentum"] == 0 or group["dampening"] != 0:
                 continue
             if self.state[p].get("momentum_buffer") is None:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(
-                    p, dtype=real_dtype(p.dtype) if p.dtype in _HALF else p.dtype, memory_format=torch.preserve_format
-                )
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=_state_dtype(p), memory_format=torch.preserve_format)
 
     def _plain(self, group, params, grads, buffers):
         names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "heavy_ball")
@@ -555,10 +555,10 @@ class ABAdamW(ABAdam, torch.optim.AdamW):
         robust=None,
         backend: str | None = None,
     ):
-        if paper_form and amsgrad:
-            raise ValueError("paper_form is Eq. 9 of the paper, which has no amsgrad (got True); use paper_form=False with it")
-        torch.optim.AdamW.__init__(self, params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
-        self._set_up(robust, backend, paper_form=paper_form)
+        super().__init__(
+            params, lr, betas, eps, weight_decay,
+            amsgrad=amsgrad, maximize=maximize, paper_form=paper_form, robust=robust, backend=backend,
+        )  # fmt: skip
 
 
 class ABRMSprop(_FusedStep, torch.optim.RMSprop):
@@ -680,13 +680,9 @@ class ABAdagrad(_FusedStep, torch.optim.Adagrad):
         return torch.full_like(
             p,
             complex(start, start) if p.is_complex() else start,
-            dtype=torch.float32 if p.dtype in _HALF else p.dtype,
+            dtype=_state_dtype(p),
             memory_format=torch.preserve_format,
         )
-
-    def _check_sparse(self, group):
-        if group["weight_decay"] != 0:
-            raise RuntimeError("weight_decay option is not compatible with sparse gradients")
 
     def _kept(self, group):
         return [True]
