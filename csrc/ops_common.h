@@ -420,7 +420,17 @@ std::string signature(R (*)(A...)) {
   return Name<std::tuple<std::decay_t<A>...>>::get() + " -> " + Name<R>::get();
 }
 
-// OPS: a macro that applies its argument to the name of every operator
+// OP applied to the operators that every device has
+#define ABSGD_OPS(OP)         \
+  OP(logit_loss)              \
+  OP(robust_logit_loss)       \
+  OP(robust_loss)             \
+  OP(robust_weights)          \
+  OP(robust_weights_backward) \
+  OP(scale)                   \
+  OP(scale_)                  \
+  OP(planned_step)            \
+  OP(step_)
 #define ABSGD_SIGNATURE_LINE(op) out += std::string(#op ": ") + signature(op) + "\n";
 #define ABSGD_IMPL(op) m.impl(#op, TORCH_BOX(&op));
 

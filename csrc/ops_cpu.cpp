@@ -412,16 +412,6 @@ bool use_isa(std::string name) { return use_cpu_isa(name.c_str()); }
 
 std::string native_signatures();
 
-#define ABSGD_OPS(OP)         \
-  OP(logit_loss)              \
-  OP(robust_logit_loss)       \
-  OP(robust_loss)             \
-  OP(robust_weights)          \
-  OP(robust_weights_backward) \
-  OP(scale)                   \
-  OP(scale_)                  \
-  OP(planned_step)            \
-  OP(step_)
 #define ABSGD_TOOLS(OP) \
   OP(isas)              \
   OP(use_isa)           \

@@ -299,27 +299,17 @@ void step_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, 
   lists.restore(grad_scale.has_value());
 }
 
-#define ABSGD_OPS(OP)         \
-  OP(logit_loss)              \
-  OP(logit_loss_backward)     \
-  OP(robust_logit_loss)       \
-  OP(robust_loss)             \
-  OP(robust_weights)          \
-  OP(robust_weights_backward) \
-  OP(scale)                   \
-  OP(scale_)                  \
-  OP(planned_step)            \
-  OP(step_)
-
 std::string cuda_signatures() {
   std::string out;
   ABSGD_OPS(ABSGD_SIGNATURE_LINE)
+  ABSGD_SIGNATURE_LINE(logit_loss_backward)
   return out;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(absgd_fast, ABSGD_DISPATCH_KEY, m){
-    ABSGD_OPS(ABSGD_IMPL)} STABLE_TORCH_LIBRARY_IMPL(absgd_fast, CompositeExplicitAutograd, m) {
+    ABSGD_OPS(ABSGD_IMPL)
+        ABSGD_IMPL(logit_loss_backward)} STABLE_TORCH_LIBRARY_IMPL(absgd_fast, CompositeExplicitAutograd, m) {
   ABSGD_IMPL(cuda_signatures)
 }
