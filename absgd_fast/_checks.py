@@ -17,6 +17,13 @@ def share(value: float, name: str) -> float:
     return float(value)
 
 
+def positive(value: float, name: str) -> float:
+    """A finite number > 0, or ValueError."""
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0 < value < math.inf):
+        raise ValueError(f"{name}: got {value!r}, expected a finite number > 0")
+    return float(value)
+
+
 def choice(value: str, name: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")

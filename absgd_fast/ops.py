@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _backend
+from . import _backend, reference
 from .reference import NORMALIZERS, real_dtype
 
 _libs = tuple(torch.library.Library(name, "DEF") for name in ("absgd_fast", "absgd_fast_triton"))
@@ -103,6 +103,29 @@ def _(losses, score, sample_weight, mask, log_s, nonfinite, lam, gamma, alpha, m
     return losses.new_empty(()), losses.new_empty((3, *losses.shape)), _made(losses, losses.shape, flags)
 
 
+# The three stages of robust_loss, for rows of several processes, micro-batches or chunks (reference.py totals, settle, apply).
+# settled: what robust_settle returns; in robust_totals it bounds z, as in robust_apply where `bounded`
+@_define("robust_totals(Tensor losses, Tensor? score, Tensor? mask, Tensor log_s, Tensor lam, Tensor? settled) -> Tensor")
+def _(losses, score, mask, log_s, lam, settled):
+    return losses.new_empty((3,), dtype=torch.float64)
+
+
+@_define(
+    "robust_settle(Tensor totals, Tensor(a!) log_s, Tensor(b!) nonfinite, Tensor lam, Tensor? reference, float gamma,"
+    " float alpha, float share, int flags) -> Tensor"
+)
+def _(totals, log_s, nonfinite, lam, reference, gamma, alpha, share, flags):
+    return totals.new_empty((6,))
+
+
+@_define(
+    f"robust_apply(Tensor losses, {_ROWS}, Tensor settled, Tensor log_s, Tensor lam, bool bounded, float mix,"
+    " float max_weight, int flags) -> (Tensor loss, Tensor rows, Tensor grad)"
+)
+def _(losses, score, sample_weight, mask, settled, log_s, lam, bounded, mix, max_weight, flags):
+    return losses.new_empty(()), losses.new_empty((3, *losses.shape)), _made(losses, losses.shape, flags)
+
+
 @_define(
     "robust_weights(Tensor losses, Tensor log_s, Tensor lam, Tensor? mask, float gamma, float alpha, int flags)"
     " -> (Tensor weights, Tensor log_s_new, Tensor shares)"
@@ -132,14 +155,15 @@ RULES = ("sgd", "adam", "rmsprop", "adagrad")
 
 # One step of `rule` (csrc/math.h for_step) on all parameters. states: those the rule keeps, of all parameters, one kind after the
 # other; steps: how many steps each parameter took, where the rule counts them. lr_tensor, grad_scale, found_inf: one number each,
-# read where the parameters are (the last two on GPUs only); grads are written where grad_scale divides them. first, second: the
-# rule's numbers; flags: StepFlag.
+# read where the parameters are (the last two on GPUs only); grads are written where grad_scale divides them. robust: of
+# robust_settle: its second number multiplies the gradients, and with bad rows nothing is written. first, second: the rule's
+# numbers; flags: StepFlag.
 @_define(
     "step_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] states, Tensor(d!)[] steps, Tensor? lr_tensor,"
-    " Tensor? grad_scale, Tensor? found_inf, float lr, float weight_decay, float first, float second, float eps, int rule,"
-    " int flags) -> ()"
+    " Tensor? grad_scale, Tensor? found_inf, Tensor? robust, float lr, float weight_decay, float first, float second,"
+    " float eps, int rule, int flags) -> ()"
 )
-def _(params, grads, states, steps, lr_tensor, grad_scale, found_inf, lr, weight_decay, first, second, eps, rule, flags):
+def _(params, grads, states, steps, lr_tensor, grad_scale, found_inf, robust, lr, weight_decay, first, second, eps, rule, flags):
     return None
 
 
@@ -157,8 +181,8 @@ _backend.load()  # registers the kernels, if they are there
 
 # ---- who serves ----------------------------------------------------------------------------------------------------
 
-_OPERATORS = ("logit_loss", "robust_logit_loss", "logit_loss_backward", "robust_loss", "robust_weights", "robust_weights_backward",
-              "scale", "scale_", "step_", "planned_step")  # fmt: skip
+_OPERATORS = ("logit_loss", "robust_logit_loss", "logit_loss_backward", "robust_loss", "robust_totals", "robust_settle",
+              "robust_apply", "robust_weights", "robust_weights_backward", "scale", "scale_", "step_", "planned_step")  # fmt: skip
 
 
 _TRITON_MODULE = {
@@ -166,6 +190,44 @@ _TRITON_MODULE = {
     "weights": ("robust_loss", "robust_weights", "robust_weights_backward", "scale", "scale_"),
     "step": ("step_",),
 }
+
+
+# Of these there is no Triton twin: a few launches of torch's on one number per row.
+
+
+def _robust_totals(losses, score, mask, log_s, lam, settled):
+    return reference.totals(losses, log_s, lam, score=score, mask=mask, top=None if settled is None else settled[2])
+
+
+def _robust_settle(totals, log_s, nonfinite, lam, reference_point, gamma, alpha, share, bits):
+    settled, new_log_s = reference.settle(
+        totals, log_s, lam, gamma=gamma, alpha=alpha, init="first" if bits & INIT_FIRST else "zero",
+        normalizer=NORMALIZERS[bits & 3], share=share, reference=reference_point,
+    )  # fmt: skip
+    if bits & UPDATE:
+        log_s.copy_(new_log_s)
+        nonfinite += settled[5] > 0
+    return settled
+
+
+def _robust_apply(losses, score, sample_weight, mask, settled, log_s, lam, bounded, mix, max_weight, bits):
+    with torch.enable_grad() if bits & WITH_GRAD else torch.no_grad():
+        x = losses.detach().requires_grad_(bits & WITH_GRAD != 0)
+        loss, weights = reference.apply(
+            x, settled, log_s, lam, mix=mix, max_weight=max_weight, sample_weight=sample_weight, score=score, mask=mask,
+            bounded=bounded,
+        )  # fmt: skip
+    grad = torch.autograd.grad(loss, x)[0] if bits & WITH_GRAD else losses.new_empty(0)
+    return loss.detach(), stacked_rows(losses, weights, mask), grad
+
+
+def stacked_rows(losses: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
+    """(3, ...): losses (0 where ignored), weights, 1 or 0 = ignored."""
+    valid = torch.ones_like(losses) if mask is None else mask.to(losses.dtype)
+    return torch.stack([losses.where(valid > 0, 0.0), weights, valid])
+
+
+_IN_TORCH = {"robust_totals": _robust_totals, "robust_settle": _robust_settle, "robust_apply": _robust_apply}
 
 
 def _triton(module: str, name: str):
@@ -231,7 +293,7 @@ def _operators() -> dict[str, Operators]:
     for backend, lib, limit in (("cpu", 0, ANY), ("cuda", 0, ONE_BLOCK), ("triton", 1, -1)):
         overloads = {name: getattr(getattr(torch.ops, _libs[lib].ns), name).default for name in _OPERATORS}
         if backend == "triton":
-            now = {name: _triton(module, name) for module, names in _TRITON_MODULE.items() for name in names}
+            now = {name: _triton(module, name) for module, names in _TRITON_MODULE.items() for name in names} | _IN_TORCH
             for name, function in now.items():
                 _libs[1].impl(name, function, "CompositeExplicitAutograd")
         else:
@@ -242,6 +304,7 @@ def _operators() -> dict[str, Operators]:
 
 
 OPERATORS = _operators()
+IN_TORCH = Operators("reference", _IN_TORCH, ANY)  # the stages on any device, where no kernels serve
 
 
 def _find(backend: str, compiled: bool) -> Operators:

@@ -14,6 +14,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from . import _backend, ops, reference
 from .reference import real_dtype
+from .robust import ABLoss
 
 _planned_step = torch.ops.absgd_fast.planned_step.default._op  # without the Python frame of OpOverload.__call__
 
@@ -41,10 +42,14 @@ class _FusedStep(torch.optim.Optimizer):
 
     def _set_up(self, robust, backend: str | None, **own_flags) -> None:
         """What is left to do after torch's __init__."""
-        if robust is not None:
-            raise NotImplementedError(
-                "robust: the step cannot finish the normaliser of a deferred ABLoss yet; use ABLoss without deferred and robust=None"
+        if robust is not None and not (isinstance(robust, ABLoss) and robust.deferred):
+            got = "an ABLoss that is not deferred" if isinstance(robust, ABLoss) else type(robust).__name__
+            raise TypeError(
+                f"robust: got {got}, expected ABLoss(..., deferred=True), whose normaliser the step finishes, or None"
             )
+        self.robust = robust
+        for group in self.param_groups:
+            self._check_deferrable(group)
         if backend is not None:
             _backend.why_not(backend)  # raises for an unknown name
         self.backend = backend
@@ -53,6 +58,13 @@ class _FusedStep(torch.optim.Optimizer):
                 group.setdefault(name, value)
         self.defaults |= own_flags
         self._make_plan()
+
+    def _check_deferrable(self, group: dict) -> None:
+        """ValueError for parameters whose gradients cannot hold sums that are not normalised."""
+        if self.robust is not None and any(p.dtype == torch.float16 for p in group["params"]):
+            raise ValueError(
+                "robust: got a float16 parameter, whose gradient cannot hold deferred sums; expected float32 or bfloat16"
+            )
 
     def _make_plan(self) -> None:
         devices = {p.device for group in self.param_groups for p in group["params"]} or {torch.device("cpu")}
@@ -75,7 +87,7 @@ class _FusedStep(torch.optim.Optimizer):
     # ---- state ----
 
     def __getstate__(self):
-        return super().__getstate__() | {"backend": self.backend}
+        return super().__getstate__() | {"backend": self.backend, "robust": self.robust}
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -88,6 +100,7 @@ class _FusedStep(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
         if hasattr(self, "backend"):
+            self._check_deferrable(self.param_groups[-1])
             self._make_plan()
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -168,6 +181,9 @@ class _FusedStep(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        robust = None if self.robust is None else self.robust.settle()
+        if robust is not None and robust.device.type == "cpu" and not torch.compiler.is_compiling() and robust[5] > 0:
+            return loss  # a row without a finite loss: a step that never was
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and not (self._on_gpu and found_inf.device.type != "cpu"):
             if found_inf:
@@ -180,14 +196,14 @@ class _FusedStep(torch.optim.Optimizer):
             updated, others = [], self.param_groups
         else:
             # `grads` keeps the gradients alive until the kernel is done
-            updated, grads, on, others = plan.refresh(self.param_groups, self.state, grad_scale, found_inf, _sharded())
+            updated, grads, on, others = plan.refresh(self.param_groups, self.state, grad_scale, found_inf, _sharded(), robust)
             others = [{**group, "params": params} for group, params in others]
         numbers = [self._checked(group) for group in others]  # what is wrong is said before anything is written
         if updated:
             _planned_step(plan.table, on)
             torch.autograd.graph.increment_version(updated)
         for group, values in zip(others, numbers):
-            self._step_group(group, values, grad_scale, found_inf)
+            self._step_group(group, values, grad_scale, found_inf, robust)
         return loss
 
     @torch.no_grad()
@@ -237,7 +253,9 @@ class _FusedStep(torch.optim.Optimizer):
         return float(value)
 
     @torch.no_grad()
-    def _step_group(self, group: dict, numbers: list[float], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _step_group(
+        self, group: dict, numbers: list[float], grad_scale: Tensor | None, found_inf: Tensor | None, robust: Tensor | None
+    ) -> None:
         """One step of a group without the plan: the operator on lists, or plain torch for what it cannot take."""
         params, grads, *rest = lists = [[] for _ in range(self._list_count())]
         self._init_group(group, *lists)
@@ -253,7 +271,7 @@ class _FusedStep(torch.optim.Optimizer):
         for device, chosen in native.items():
             picked = [[values[i] for i in chosen] for values in parts]
             counts = [steps[i] for i in chosen] if steps else []
-            self._native(group, numbers, device, *picked[:2], picked[2:], counts, grad_scale, found_inf)
+            self._native(group, numbers, device, *picked[:2], picked[2:], counts, grad_scale, found_inf, robust)
             if not torch.compiler.is_compiling():
                 torch.autograd.graph.increment_version([params[i] for i in chosen])
         if not plain:
@@ -263,6 +281,10 @@ class _FusedStep(torch.optim.Optimizer):
                 return
             if grad_scale is not None:
                 self._unscale_grads(params[i] for i in plain)
+        if robust is not None:
+            if robust[5] > 0:
+                return
+            grads = [g * robust[1].to(g.device, real_dtype(g.dtype)) for g in grads]
         if isinstance(group["lr"], Tensor):
             group = {**group, "lr": group["lr"].reshape(())}  # may have one dimension more than a parameter
         self._plain(group, [params[i] for i in plain], [grads[i] for i in plain],
@@ -272,7 +294,7 @@ class _FusedStep(torch.optim.Optimizer):
         """Which of `_states` this group's options keep (csrc/math.h StepNumbers::states)."""
         raise NotImplementedError
 
-    def _native(self, group, numbers, device, params, grads, states, steps, grad_scale, found_inf) -> None:
+    def _native(self, group, numbers, device, params, grads, states, steps, grad_scale, found_inf, robust) -> None:
         operators = self._operators[device]
         operators = operators.compiled if torch.compiler.is_compiling() else operators
         lr = group["lr"]
@@ -280,12 +302,12 @@ class _FusedStep(torch.optim.Optimizer):
         if torch.compiler.is_compiling() and lr_tensor is None:
             # a number would become part of the code: compiled anew for each lr, and so with torch.full
             lr_tensor = torch.ones((), dtype=torch.float64, device=device) * lr
-        of_scaler = [None if number is None else number.to(device, non_blocking=True) for number in (grad_scale, found_inf)]
+        there = [None if x is None else x.to(device, non_blocking=True) for x in (grad_scale, found_inf, robust)]
         bits = 0
         for name, bit in self._flags.items():
             bits |= bit if group[name] else 0
         operators.step_(
-            params, grads, [t for values in states for t in values], steps, lr_tensor, *of_scaler,
+            params, grads, [t for values in states for t in values], steps, lr_tensor, *there,
             0.0 if lr_tensor is not None else self._number(group, "lr", -1), *numbers, ops.RULES.index(self._rule), bits,
         )  # fmt: skip
 
@@ -377,12 +399,15 @@ class ABSGD(_FusedStep, torch.optim.SGD):
         nesterov: needs momentum > 0 and dampening = 0.
         maximize: ascend instead of descend.
         heavy_ball: Eq. 2 of the paper; with neither nesterov nor dampening.
-        robust: reserved for an ABLoss whose normaliser this step would finish; raises NotImplementedError.
+        robust: an ABLoss with deferred=True, whose log s' this step settles for all micro-batches (and processes) since the
+            last, and whose gradients it brings to their size in its kernel, from device memory; ``.grad`` stays as it is. After a
+            loss that is not finite nothing is written. Not with clipping, which needs ``criterion.finish_(params)``.
         backend: None (the fastest that runs), "cuda", "triton", "cpu" or "reference".
 
     Raises:
         ValueError: a number out of its range, options that exclude each other, an unknown backend.
-        RuntimeError: a backend that cannot run, with the reason.
+        RuntimeError: a backend that cannot run, with the reason; a step whose gradients ``finish_`` has finished.
+        TypeError: robust is no deferred ABLoss.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)

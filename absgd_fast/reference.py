@@ -162,6 +162,19 @@ def _split(losses: Tensor, score: Tensor, lam: Tensor, log_s: Tensor, mask: Tens
     return z, valid & finite, valid & ~finite
 
 
+def _next_log_s(log_g: Tensor, log_s: Tensor, gamma: float, alpha: float, init: str, normalizer: str) -> Tensor:
+    """Step 5 of Algorithm 1: what the weights are divided by, in logarithms, from the log of the batch's mean."""
+    alone = math.log(alpha) + log_g
+    if normalizer == "none":
+        return torch.zeros_like(log_g)
+    if normalizer == "batch":
+        return alone
+    past = (math.log1p(-gamma) if gamma < 1 else -math.inf) + log_s.to(log_g.dtype)
+    start = torch.isneginf(log_s)
+    moving = torch.where(start, math.log(gamma) + alone, torch.logaddexp(past, math.log(gamma) + alone))
+    return torch.where(start, alone, moving) if init == "first" else moving
+
+
 def robust_weights(
     losses: Tensor,
     log_s: float | Tensor,
@@ -214,16 +227,7 @@ def robust_weights(
     kept = torch.where(good, z, torch.full_like(z, -math.inf)).flatten()
     kept = torch.where(n > 0, kept, torch.zeros_like(kept))  # nothing to sum: keeps NaN out of a gradient nobody uses
     log_g = kept.logsumexp(0) - n.clamp(min=1).to(z.dtype).log()
-    alone = math.log(alpha) + log_g
-    if normalizer == "none":
-        next_log_s = torch.zeros_like(log_g)
-    elif normalizer == "batch":
-        next_log_s = alone
-    else:
-        past = (math.log1p(-gamma) if gamma < 1 else -math.inf) + log_s.to(z.dtype)
-        start = torch.isneginf(log_s)
-        moving = torch.where(start, math.log(gamma) + alone, torch.logaddexp(past, math.log(gamma) + alone))
-        next_log_s = torch.where(start, alone, moving) if init == "first" else moving
+    next_log_s = _next_log_s(log_g, log_s, gamma, alpha, init, normalizer)
     plain = lam.isinf()
     weights = torch.where(good, z - torch.where(plain, 0.0, next_log_s), torch.zeros_like(z)).exp()
     weights = torch.where(plain, weights, weights.clamp(max=max_weight))
@@ -234,25 +238,146 @@ def robust_weights(
     return weights, torch.where(moves, next_log_s.to(state), log_s)
 
 
+# The robust loss in three stages, which rows of several processes, micro-batches or chunks go through together:
+# totals of each, settle on them all, apply to each.
+
+REACH = 60.0  # csrc/math.h kReach
+
+
+def totals(
+    losses: Tensor,
+    log_s: float | Tensor,
+    lam: float | Tensor,
+    *,
+    score: Tensor | None = None,
+    mask: Tensor | None = None,
+    top: float | Tensor | None = None,
+) -> Tensor:
+    """What rows come to: (3) float64, log sum exp(z) over the n usable ones, n, and how many valid rows are not usable.
+
+    Args:
+        losses, lam, score, mask: as for `robust_weights`. log_s: only its dtype counts, which bounds |z|.
+        top: a larger z is not usable either.
+
+    >>> totals(torch.tensor([0.0, 0.0, math.nan]), -math.inf, 1.0)  # log 2
+    tensor([0.6931, 2.0000, 1.0000], dtype=torch.float64)
+    """
+    losses, lam, log_s = _state(losses, lam, log_s)
+    z, good, bad = _split(losses, losses if score is None else score.to(losses.dtype), lam, log_s, mask)
+    if top is not None:
+        good, bad = good & (z <= top), bad | (good & (z > top))
+    kept = torch.where(good, z, -math.inf).double().flatten()
+    return torch.stack([kept.logsumexp(0), good.sum().double(), bad.sum().double()])
+
+
+def settle(
+    rows: Tensor,
+    log_s: float | Tensor,
+    lam: float | Tensor,
+    *,
+    gamma: float = 0.9,
+    alpha: float = 1.0,
+    init: str = "first",
+    normalizer: str = "moving",
+    share: float = 1.0,
+    reference: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """log s' from the `totals` of all rows together.
+
+    Args:
+        rows: (K, 3 or more) float64, the totals of K parts in the first three columns.
+        share: how many processes average their gradients, times what a framework divides the loss by.
+        reference: (1 or more) float64, the m of deferred normalisation: gradients are sums of exp(z_i - m) dL_i so far.
+
+    Returns:
+        (6) float64: log s' (0 at |lam| = inf); what turns sums into the mean over all, share / n, times exp(m - log s') with
+        a reference; the largest z that may come later, log s' + 60; the totals of all. And the next state (0-d).
+
+    >>> settled, log_s = settle(torch.tensor([[0.0, 1.0, 0.0], [2.0, 1.0, 0.0]], dtype=torch.float64), -math.inf, 1.0)
+    >>> log_s  # log mean(e^0, e^2)
+    tensor(1.4338, dtype=torch.float64)
+    """
+    lam = _scalar(lam, torch.float64, rows.device)
+    log_s = _scalar(log_s, log_s.dtype if isinstance(log_s, Tensor) else torch.float64, rows.device)
+    n, bad = rows[:, 1].sum(), rows[:, 2].sum()
+    log_sum = torch.where(rows[:, 1] > 0, rows[:, 0], -math.inf).logsumexp(0)
+    some = n > 0
+    log_g = torch.where(some, log_sum - n.clamp(min=1).log(), 0.0)
+    next_log_s = _next_log_s(log_g, log_s, gamma, alpha, init, normalizer)
+    used = torch.where(some & ~lam.isinf(), next_log_s, 0.0)
+    scale = torch.where(some, share / n.clamp(min=1), 0.0)
+    if reference is not None:
+        scale = torch.where(some, scale * (reference.flatten()[0] - used).exp(), scale)
+    moves = some & (bad == 0) & ~lam.isinf()
+    return torch.stack([used, scale, used + REACH, log_sum, n, bad]), torch.where(moves, next_log_s.to(log_s.dtype), log_s)
+
+
+def apply(
+    losses: Tensor,
+    settled: Tensor,
+    log_s: float | Tensor,
+    lam: float | Tensor,
+    *,
+    mix: float = 0.0,
+    max_weight: float = math.inf,
+    sample_weight: Tensor | None = None,
+    score: Tensor | None = None,
+    mask: Tensor | None = None,
+    bounded: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Step 6 of Algorithm 1 with a normaliser that is known: W_i = exp(z_i - log s'), scale sum_i t_i (W_i + mix) L_i.
+
+    At |lam| = inf it is scale sum_i t_i L_i. Only the L_i are differentiated.
+
+    Args:
+        settled: of `settle`. bounded: rows whose z is beyond its third number count as non-finite.
+        sample_weight: like losses, t_i, default 1. mix: weight of a plain mean term; 1 reproduces the authors' code for
+            noisy labels. The rest as for `robust_weights`.
+
+    Returns:
+        loss (0-d), weights (like losses; 0 for rows that do not count, NaN for rows that are not usable).
+
+    >>> settled, _ = settle(totals(torch.tensor([1.0, 3.0]), 0.0, math.inf)[None], 0.0, math.inf)
+    >>> apply(torch.tensor([1.0, 3.0]), settled, 0.0, math.inf)
+    (tensor(2.), tensor([1., 1.]))
+    """
+    losses, lam, log_s = _state(losses, lam, log_s)
+    with torch.no_grad():  # and detached, because no_grad does not stop a tangent of forward-mode AD
+        fixed = losses.detach()
+        z, good, bad = _split(fixed, fixed if score is None else score.detach().to(losses.dtype), lam, log_s, mask)
+        if bounded:
+            good, bad = good & (z <= settled[2]), bad | (good & (z > settled[2]))
+        weights = torch.where(good, z.double() - settled[0], 0.0).exp()
+        weights = torch.where(lam.isinf(), weights, weights.clamp(max=max_weight)).to(losses.dtype)
+        weights = torch.where(good, weights, 0.0).masked_fill(bad, math.nan)
+        factor = torch.where(lam.isinf(), weights, weights + mix)
+        if sample_weight is not None:
+            factor = factor * sample_weight.to(losses.dtype)
+        factor = (factor * settled[1].to(losses.dtype)).masked_fill(bad, math.nan)
+    return torch.where(good | bad, factor * losses, 0.0).sum(), weights
+
+
+def _state(losses: Tensor, lam: float | Tensor, log_s: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    losses = losses.to(real_dtype(losses.dtype))
+    dtype = log_s.dtype if isinstance(log_s, Tensor) else losses.dtype
+    return losses, _scalar(lam, losses.dtype, losses.device), _scalar(log_s, dtype, losses.device)
+
+
 def robust_loss(
     losses: Tensor,
     log_s: float | Tensor,
     lam: float | Tensor,
     *,
-    mix: float = 0.0,
-    sample_weight: Tensor | None = None,
     score: Tensor | None = None,
     mask: Tensor | None = None,
+    mix: float = 0.0,
+    max_weight: float = math.inf,
+    sample_weight: Tensor | None = None,
     **options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss whose gradient is the paper's weighted gradient: (1/n) sum_i t_i (W_i + mix) L_i, W detached (Eq. 2).
 
-    At |lambda| = inf it is the plain mean (1/n) sum_i t_i L_i. `options` go to `robust_weights`.
-
-    Args:
-        losses: any shape.
-        sample_weight: like losses, t_i, default 1.
-        mix: weight of a plain mean term; 1 reproduces the authors' code for noisy labels.
+    The three stages on one batch by itself. `options` go to `settle`, the others to the stages that have them.
 
     Returns:
         loss (0-d), weights (like losses), new log s (0-d), bad (0-d bool: a valid row had no finite loss).
@@ -261,20 +386,13 @@ def robust_loss(
     >>> loss
     tensor(2.)
     """
-    losses = losses.to(real_dtype(losses.dtype))
-    with torch.no_grad():  # and detached, because no_grad does not stop a tangent of forward-mode AD
-        score = score if score is None else score.detach()
-        weights, new_log_s = robust_weights(losses.detach(), log_s, lam, score=score, mask=mask, **options)
-        valid = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
-        bad = weights.isnan() & valid
-        n = (valid & ~bad).sum().clamp(min=1)
-        plain = _scalar(lam, losses.dtype, losses.device).isinf()
-        factor = torch.where(plain, weights, weights + mix)
-        if sample_weight is not None:
-            factor = factor * sample_weight.to(losses.dtype)
-        factor = factor.masked_fill(bad, math.nan) / n
-    loss = torch.where(valid, factor * losses, torch.zeros_like(losses)).sum()
-    return loss, weights, new_log_s, bad.any()
+    with torch.no_grad():
+        rows = dict(score=None if score is None else score.detach(), mask=mask)
+        settled, new_log_s = settle(totals(losses.detach(), log_s, lam, **rows)[None], log_s, lam, **options)
+    loss, weights = apply(
+        losses, settled, log_s, lam, mix=mix, max_weight=max_weight, sample_weight=sample_weight, **rows
+    )  # fmt: skip
+    return loss, weights, new_log_s, settled[5] > 0
 
 
 # ---- steps (Algorithm 1, step 6; Sec. 3.4) ------------------------------------------------------------------------

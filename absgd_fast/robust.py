@@ -8,13 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import _backend, _checks, ops, reference
+from . import _backend, _checks, distributed, ops, reference
 from . import functional as F
 from .losses import CrossEntropy, fused_spec
 from .reference import NORMALIZERS, real_dtype
 
-_transformed = ops.transformed
-_distributed = torch.distributed.is_initialized if torch.distributed.is_available() else lambda: False
+_is_distributed = torch.distributed.is_initialized if torch.distributed.is_available() else lambda: False
 
 
 class RelativeLam:
@@ -51,8 +50,9 @@ class LastForward:
     (tensor(1.3863), tensor(2.))
     """
 
-    def __init__(self, rows: Tensor):
+    def __init__(self, rows: Tensor, moved: tuple[Tensor, Tensor] | None = None):
         self._rows = rows  # (3, ...): losses, weights, valid
+        self._moved = moved  # the weights are relative to the first log s'; here is the second
 
     @property
     def losses(self) -> Tensor:
@@ -61,8 +61,14 @@ class LastForward:
 
     @property
     def weights(self) -> Tensor:
-        """W_i, without sample_weight and mix (0 for ignored rows, NaN for rows with a non-finite loss)."""
-        return self._rows[1]
+        """W_i, without sample_weight and mix (0 for ignored rows, NaN for rows with a non-finite loss).
+
+        In deferred mode they are relative to the step's reference point until the step, or `finish_`, settles log s.
+        """
+        if self._moved is None:
+            return self._rows[1]
+        reference, settled = self._moved
+        return self._rows[1] * (reference[0] - settled[0]).exp().to(self._rows.dtype)
 
     @property
     def _counted(self) -> Tensor:
@@ -103,7 +109,11 @@ class ABLoss(nn.Module):
             is 1 / (gamma alpha) too large.
         normalizer: "moving"; "batch": this batch alone (TERM, EG); "none": W = exp(L / lam), log s = 0.
         max_weight: upper bound of W_i; None = none.
-        process_group, deferred, loss_divisor, rule: not available yet beyond their defaults on one process.
+        process_group: whose batches are normalised as one. "auto": the default group of torch.distributed, where that is
+            initialised; None: this process alone; or a group.
+        deferred: normalise once for all micro-batches of an optimizer step (see below).
+        loss_divisor: what a framework divides the loss by before backward (its accumulation steps); undone exactly.
+        rule: not available yet.
         backend: None (the fastest that can run), "cuda", "triton", "cpu" or "reference".
 
     forward(*args, sample_weight=None, mask=None, score=None, update=True): args go to the criterion. sample_weight,
@@ -112,6 +122,19 @@ class ABLoss(nn.Module):
     gradients enabled and update=True. A NaN or infinite loss makes the returned loss NaN, counts in
     `nonfinite_batches` and leaves log s alone.
 
+    Several processes (DDP, FSDP2): s is of all rows of all processes. A training forward makes one all-gather of
+    (log sum exp z, n, bad rows), and its value is scaled by R / n_total, so that the average over the R processes that DDP
+    and FSDP make of gradients is the gradient of one big batch, however many rows each process has (0 too: then call it
+    with an empty batch). A bad row anywhere leaves log s alone everywhere. There is no exchange in eval mode and under
+    no_grad: each process then uses its own batch.
+
+    Accumulation, `deferred=True`: each forward returns sum_i exp(z_i - m) L_i, with one reference point m for the whole
+    optimizer step, and adds (log sum exp z, n) to what the step has. At the end log s' is that of all rows together and
+    exp(m - log s') / n brings the gradient to its size: in the optimizer's kernel (`ABSGD(..., robust=criterion)`), or by
+    `criterion.finish_(params)` for any optimizer, and before any clipping. K micro-batches then give the gradient of one
+    big batch. The value of the forward is for backward alone; log `last.mean_loss`. With update=False, in eval mode and
+    under no_grad the whole loss is returned at once and nothing is deferred.
+
     Attributes:
         log_s, lam: 0-d buffers, float32 (float64 after .double()), in state_dict.
         last: `LastForward` of the latest forward. objective: lam log s, the running DRO objective (Eq. 7).
@@ -119,7 +142,9 @@ class ABLoss(nn.Module):
 
     Raises:
         ValueError: lam = 0 or NaN, gamma or alpha outside (0, 1], a criterion that returns a scalar, a batch on another
-        device than the state. TypeError, IndexError: labels of a float dtype, out of range. The state is then unchanged.
+        device than the state; deferred with mix, or with max_weight (they need log s' at once); processes that disagree
+        on lam, gamma, the number of classes, ... TypeError, IndexError: labels of a float dtype, out of range.
+        RuntimeError: a process group that is gone. The state is then unchanged.
 
     >>> criterion = ABLoss(lam=-0.5)
     >>> logits = torch.tensor([[4.0, 0.0], [0.0, 4.0]], requires_grad=True)
@@ -148,8 +173,6 @@ class ABLoss(nn.Module):
     ):
         super().__init__()
         _not_yet("rule", rule is not None, "pass lam")
-        _not_yet("deferred", bool(deferred), "call backward once per optimizer step")
-        _not_yet("loss_divisor", loss_divisor != 1, "scale the loss yourself")
         if lam is None:
             raise ValueError("lam: got None, expected a number other than 0 or RelativeLam(r); math.inf is the plain mean")
         if criterion is not None and not callable(criterion):
@@ -165,7 +188,16 @@ class ABLoss(nn.Module):
         self.init = _checks.choice(init, "init", ("first", "zero"))
         self.normalizer = _checks.choice(normalizer, "normalizer", NORMALIZERS)
         self._flags = ops.flags(self.normalizer, self.init)
+        distributed.check(process_group)
         self.process_group = process_group
+        self.loss_divisor = _checks.positive(loss_divisor, "loss_divisor")
+        self.deferred = bool(deferred)
+        if self.deferred:
+            self._check_deferrable("deferred=True")
+        self._ranks_before = 1
+        self._agreed: tuple | None = None  # what the processes were last seen to agree on
+        self._configured: Tensor | None = None
+        self._step = _Deferred()
         self.criterion = CrossEntropy() if criterion is None else criterion
         self.backend = backend
         self.register_buffer("lam", torch.tensor(math.inf))
@@ -197,6 +229,8 @@ class ABLoss(nn.Module):
             _checks.lam(value)
             self._relative, self._lam_is_open = None, False
             self.lam.copy_(value) if isinstance(value, Tensor) else self.lam.fill_(value)
+        self._agreed = None
+        self._step.forget()
         if reset:
             self.log_s.fill_(0.0 if self.normalizer == "none" else -math.inf)
 
@@ -210,7 +244,7 @@ class ABLoss(nn.Module):
     def last(self) -> LastForward:
         if self._rows is None:
             raise RuntimeError("last: there was no forward yet; call the criterion first")
-        return LastForward(self._rows)
+        return LastForward(self._rows, self._step.moved)
 
     def _apply(self, fn, recurse=True):
         """Moves and casts with the module, but the state stays float32 or float64: in bfloat16 the average would not move."""
@@ -230,6 +264,8 @@ class ABLoss(nn.Module):
             error_msgs.append(f"{prefix}lam: the saved RelativeLam was not fixed yet; construct ABLoss with lam=RelativeLam(r)")
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._agreed = None
+        self._step.forget()
         if loaded is not None:
             self._lam_is_open = still_open
 
@@ -248,19 +284,21 @@ class ABLoss(nn.Module):
         if groups is not None:
             raise ValueError("groups: only a rule uses groups; leave it out")
         grad_mode = torch.is_grad_enabled()
-        learns = update and grad_mode and self.training
-        if learns and _distributed() and self.process_group is not None:
-            self._check_one_process()
+        trains = grad_mode and self.training
+        learns = update and trains
+        staged = trains and self._is_staged()
+        if trains and self.deferred:
+            self._step.settled, self._step.finished = None, False  # they belong to the gradients of the step before
         if len(args) != 2:
-            return self._any_loss(args, sample_weight, mask, score, learns)
+            return self._any_loss(args, sample_weight, mask, score, learns, staged)
         logits, target = args
         tensors = isinstance(logits, Tensor) and isinstance(target, Tensor)
         spec = fused_spec(self._modules.get("criterion"), logits) if tensors else None
         if spec is None:
-            return self._any_loss(args, sample_weight, mask, score, learns)
+            return self._any_loss(args, sample_weight, mask, score, learns, staged)
         operators = self._operators(logits)
-        if operators is None:
-            return self._any_loss(args, sample_weight, mask, score, learns, spec)
+        if operators is None or staged:
+            return self._any_loss(args, sample_weight, mask, score, learns, staged, spec)
         weight, adjust, first, second, ignore_index, bits = spec
         if weight is not None:
             weight = _checks.class_weight(weight, logits)
@@ -286,7 +324,7 @@ class ABLoss(nn.Module):
         except RuntimeError as error:
             _checks.target(logits, target, soft=spec.soft)  # the usual mistakes, said in Python's words
             raise ops.translated(error) from None
-        self.__dict__["_rows"] = rows  # nn.Module.__setattr__ costs 0.5 us
+        self._remember(rows)
         if not saves:
             return loss
         plain = lambda x: self._plain(spec, x, target, rows, sample_weight)  # noqa: E731
@@ -314,7 +352,7 @@ class ABLoss(nn.Module):
         flags = self._flags + (ops.UPDATE if learns else 0) + saves
         return state["log_s"], state["nonfinite_batches"], lam, self.gamma, self.alpha, self.mix, self.max_weight, flags
 
-    def _any_loss(self, args, sample_weight, mask, score, learns, spec=None) -> Tensor:
+    def _any_loss(self, args, sample_weight, mask, score, learns, staged, spec=None) -> Tensor:
         """Losses of any kind first, then the weights in one operator, or all by reference.py."""
         valid = None
         if spec is not None:
@@ -337,16 +375,23 @@ class ABLoss(nn.Module):
         mask = _checks.per_sample(mask, "mask", losses, torch.bool) if valid is None else valid
         score = _checks.per_sample(score, "score", losses, real)
         operators = self._operators(losses)
+        if staged:
+            classes = args[0].shape[1] if spec is not None else 0
+            return self._in_stages(operators or ops.IN_TORCH, losses, sample_weight, mask, score, learns, classes)
         if self._lam_is_open and learns:
             self._fix_lam(losses.detach(), mask)
         if operators is None:
             return self._reference(losses, sample_weight, mask, score, learns)
         saves = ops.WITH_GRAD if losses.requires_grad and torch.is_grad_enabled() else 0
         loss, rows, grad = operators.robust_loss(losses, score, sample_weight, mask, *self._state(learns, saves))
-        self.__dict__["_rows"] = rows
+        self._remember(rows)
         if not saves:
             return loss
         return ops.attach(operators, losses, loss, grad, lambda x: (grad * x).sum())
+
+    def _remember(self, rows: Tensor) -> None:
+        self.__dict__["_rows"] = rows  # nn.Module.__setattr__ costs 0.5 us
+        self._step.moved = None
 
     def _reference(self, losses, sample_weight, mask, score, learns) -> Tensor:
         lam = self._state(False, 0)[2]
@@ -355,12 +400,171 @@ class ABLoss(nn.Module):
             gamma=self.gamma, alpha=self.alpha, init=self.init, normalizer=self.normalizer, max_weight=self.max_weight,
         )  # fmt: skip
         with torch.no_grad():
-            valid = torch.ones_like(losses) if mask is None else mask.to(losses.dtype)
-            self._rows = torch.stack([losses.detach().where(valid > 0, 0), weights, valid])
+            self._remember(ops.stacked_rows(losses.detach(), weights, mask))
             if learns:
                 self.log_s.copy_(log_s)
                 self.nonfinite_batches += bad
         return loss
+
+    # ---- rows of several processes or micro-batches ----
+
+    def _is_staged(self) -> bool:
+        """Whether a training forward goes through the stages totals, settle and apply, because other rows belong to it."""
+        return (
+            self.deferred
+            or self.loss_divisor != 1
+            or (self.process_group is not None and (self._ranks_before > 1 or _is_distributed()) and self._ranks() > 1)
+        )
+
+    def _ranks(self) -> int:
+        count = distributed.ranks(self.process_group, self._ranks_before)
+        self.__dict__["_ranks_before"] = count
+        return count
+
+    def _in_stages(self, operators, losses, sample_weight, mask, score, learns, classes) -> Tensor:
+        """The robust loss of rows whose normaliser other processes or micro-batches have a part in."""
+        if ops.transformed():
+            raise RuntimeError(
+                "ABLoss: deferred, loss_divisor and a process group do not go through torch.func transforms; expected a plain"
+                " forward, or ABLoss(process_group=None), or functional.robust_weights"
+            )
+        ranks, step, plain = self._ranks(), self._step, losses.detach()
+        if self._lam_is_open and learns:
+            self._fix_lam(plain, mask, lambda row: self._gather(row, ranks, classes))
+        log_s, nonfinite, lam, gamma, alpha, mix, max_weight, flags = self._state(False, 0)
+        defers, bounded = self.deferred and learns, False
+        if defers:
+            bounded = step.has_reference()
+            totals = operators.robust_totals(plain, score, mask, log_s, lam, step.reference if bounded else None)
+            if not bounded:
+                rows = self._gather(totals, ranks, classes)
+                step.begin(operators.robust_settle(rows, log_s, nonfinite, lam, None, gamma, alpha, 1.0, flags), operators)
+            step.pending.append(totals)
+            settled = step.reference
+        else:
+            rows = self._gather(operators.robust_totals(plain, score, mask, log_s, lam, None), ranks, classes)
+            share = ranks * self.loss_divisor
+            update = ops.UPDATE if learns else 0
+            settled = operators.robust_settle(rows, log_s, nonfinite, lam, None, gamma, alpha, share, flags | update)
+        saves = ops.WITH_GRAD if losses.requires_grad else 0
+        loss, rows, grad = operators.robust_apply(
+            plain, score, sample_weight, mask, settled, log_s, lam, bounded, mix, max_weight, saves
+        )  # fmt: skip
+        self._remember(rows)
+        return ops.attach(operators, losses, loss, grad, lambda x: (grad * x).sum()) if saves else loss
+
+    def _gather(self, totals: Tensor, ranks: int, classes: int = 0) -> Tensor:
+        """(ranks, 3 or more): the totals of all processes, which are seen to be set up alike."""
+        if ranks == 1:
+            return totals.unsqueeze(0)
+        fixed = (self.gamma, self.alpha, self.mix, self.max_weight, self._flags, self.deferred, self.loss_divisor, classes)
+        key = (fixed, totals.device)
+        if self._configured is None or self._configured[0] != key:
+            numbers = torch.tensor([float(x) for x in fixed], dtype=torch.float64).to(totals.device, non_blocking=True)
+            self.__dict__["_configured"] = (key, numbers)
+        lam = self._buffers["lam"].detach().double().reshape(1)
+        rows = distributed.exchange(torch.cat([totals, lam, self._configured[1]]), self.process_group, ranks)
+        # On a GPU looking would wait for it, so there it is done once for each setting.
+        if not torch.compiler.is_compiling() and (totals.device.type == "cpu" or self._agreed != key):
+            distributed.check_agreement(rows[:, 3:].cpu(), _CONFIGURATION, _shown)
+            self.__dict__["_agreed"] = key
+        return rows
+
+    def finish_(self, params) -> Tensor:
+        """Settle log s for all micro-batches since the last step, and bring the gradients to their size, in place.
+
+            log s' of all their rows, on all processes;    grad <- exp(m - log s') / n  grad  (times the R processes that average)
+
+        For ``deferred=True`` with any optimizer: after the last backward (and after GradScaler.unscale_), before clipping.
+
+        Args:
+            params: the parameters of the step, all of them (a tensor or an iterable of tensors).
+
+        Returns:
+            0-d bool, whether the step counts. It does not after a NaN or infinite loss, or one whose z is 60 beyond the
+            reference point: the state stays as it was, and there is no gradient left on the CPU (an optimizer then passes over
+            the parameters), nothing but NaN on a GPU, where nobody can know without waiting for it.
+
+        Raises:
+            RuntimeError: not deferred, nothing to finish, or finished already. ValueError: a float16 gradient, which cannot
+            hold sums that are not normalised.
+
+        >>> weight = torch.zeros(10, 4, requires_grad=True)
+        >>> criterion = ABLoss(lam=0.5, deferred=True)
+        >>> for x, y in [(torch.ones(2, 4), torch.tensor([0, 1])), (torch.ones(1, 4), torch.tensor([2]))]:
+        ...     criterion(x @ weight.T, y).backward()
+        >>> criterion.finish_(weight)
+        tensor(True)
+
+        Source: MATH: s' divides every gradient alike, so it may be applied last (Alg. 1, steps 5 and 6).
+        """
+        if not self.deferred:
+            raise RuntimeError("finish_: got an ABLoss that is not deferred, whose gradients have their size already")
+        if self._step.finished:
+            raise RuntimeError(
+                "finish_: the gradients have been finished already; expected one call per step, with the parameters of all"
+                " optimizers, or a forward before it"
+            )
+        if not self._step.pending:
+            raise RuntimeError("finish_: got no forward in training mode since the last step, expected at least one micro-batch")
+        params = [params] if isinstance(params, Tensor) else list(params)
+        grads = [p.grad for p in params if p.grad is not None]
+        if any(grad.dtype == torch.float16 for grad in grads):
+            raise ValueError("finish_: got a float16 gradient, which cannot hold deferred sums; expected float32 or bfloat16")
+        settled = self.settle()
+        self._step.finished = True
+        counts = settled[5] == 0
+        if settled.device.type == "cpu" and not counts:
+            for p in params:
+                p.grad = None
+            return counts
+        scale = settled[1].where(counts, math.nan)
+        by_kind: dict[tuple, list[Tensor]] = {}
+        for grad in grads:
+            grad = getattr(grad, "_local_tensor", grad)  # of a DTensor: its share
+            by_kind.setdefault((grad.device, grad.dtype, grad.layout), []).append(grad)
+        with torch.no_grad():
+            for (device, _, layout), some in by_kind.items():
+                factor = float(scale) if scale.device.type == "cpu" else scale.to(device, non_blocking=True)
+                if layout == torch.strided:
+                    torch._foreach_mul_(some, factor)
+                else:
+                    for grad in some:
+                        grad.mul_(factor)
+        return counts
+
+    def settle(self) -> Tensor | None:
+        """Deferred mode: log s' of all micro-batches since the last step, written to the state; what finishes the gradients.
+
+        Called by `finish_` and by an optimizer with ``robust=``; the gradients are not touched.
+
+        Returns:
+            (6) float64, reference.settle: the second number multiplies the gradients, the last counts rows that are not finite;
+            or None: no micro-batch since gradients were last computed.
+
+        Raises:
+            RuntimeError: `finish_` was called: the gradients have their size.
+        """
+        step = self._step
+        if step.finished:
+            raise RuntimeError(
+                "step: the gradients were finished by criterion.finish_ already; expected an optimizer without robust= beside"
+                " finish_ (which clipping needs), or robust= without finish_"
+            )
+        if not step.pending:
+            return step.settled
+        log_s, nonfinite, lam, gamma, alpha, _, _, flags = self._state(False, 0)
+        operators = self._operators(log_s) or ops.IN_TORCH
+        ranks, rows = self._ranks(), torch.stack(step.pending)
+        if ranks > 1:
+            own = operators.robust_settle(rows, log_s, nonfinite, lam, None, gamma, alpha, 1.0, flags)[3:]
+            rows = self._gather(own, ranks)
+        share = ranks * self.loss_divisor
+        settled = operators.robust_settle(
+            rows, log_s, nonfinite, lam, step.reference, gamma, alpha, share, flags | ops.UPDATE
+        )  # fmt: skip
+        step.end(settled)
+        return settled
 
     # ---- helpers ----
 
@@ -369,7 +573,7 @@ class ABLoss(nn.Module):
 
     def _operators(self, x: Tensor) -> ops.Operators | None:
         """The operators that serve this batch (None: reference.py); ValueError if the state is on another device."""
-        if _transformed():
+        if ops.transformed():
             return None
         device = x.device if isinstance(x, Tensor) else None
         served = self._served
@@ -388,24 +592,84 @@ class ABLoss(nn.Module):
             self.__dict__["_served"] = (device, operators)
         return operators
 
-    def _fix_lam(self, losses: Tensor, mask: Tensor | None) -> None:
-        """RelativeLam: lambda from the first batch whose plain mean is a finite number other than 0."""
-        lam = self._relative * (losses if mask is None else losses[mask]).mean()
+    def _fix_lam(self, losses: Tensor, mask: Tensor | None, gather=None) -> None:
+        """RelativeLam: lambda from the first batch whose plain mean, over all processes, is a finite number other than 0."""
+        kept = losses if mask is None else losses[mask]
+        row = torch.stack([kept.double().sum(), kept.new_tensor(kept.numel(), dtype=torch.float64), kept.new_zeros(()).double()])
+        rows = row.unsqueeze(0) if gather is None else gather(row)
+        lam = self._relative * rows[:, 0].sum() / rows[:, 1].sum()
         if bool(lam.isfinite() & (lam != 0)):
             self.lam.copy_(lam)
             self._lam_is_open = False
 
-    def _check_one_process(self) -> None:
-        processes = torch.distributed.get_world_size(None if self.process_group == "auto" else self.process_group)
-        if processes > 1:
-            raise NotImplementedError(
-                f"process_group: got {self.process_group!r} on {processes} processes, which is not available yet; "
-                "process_group=None normalises each process by itself"
+    def _check_deferrable(self, what: str) -> None:
+        """ValueError for what needs log s' before the rows are all known."""
+        if self.mix != 0:
+            raise ValueError(f"mix: got {self.mix:g} with {what}, expected 0: two sums of other sizes cannot share one gradient")
+        if self.max_weight != math.inf and self.normalizer != "none":
+            raise ValueError(
+                f"max_weight: got {self.max_weight:g} with {what}, expected None: the weights are known only after the gradient"
             )
 
     def extra_repr(self) -> str:
         lam = f"RelativeLam({self._relative})" if self._lam_is_open else f"{float(self.lam):g}"
         return f"lam={lam}, gamma={self.gamma:g}, alpha={self.alpha:g}, mix={self.mix:g}, normalizer={self.normalizer!r}"
+
+
+# What processes must have in common to share one normaliser; lam first, the others as in ABLoss._gather.
+_CONFIGURATION = (
+    "lam", "gamma", "alpha", "mix", "max_weight", "normalizer and init", "deferred", "loss_divisor", "the number of classes",
+)  # fmt: skip
+
+
+def _shown(name: str, value: float) -> str:
+    if name == "normalizer and init":
+        return f"{NORMALIZERS[int(value) & 3]!r} and {'first' if int(value) & ops.INIT_FIRST else 'zero'!r}"
+    return str(bool(value)) if name == "deferred" else f"{value:g}" if value == value else "a RelativeLam that is still open"
+
+
+class _Deferred:
+    """The optimizer step that a deferred ABLoss is in: what its micro-batches so far came to. Plain attributes, which DDP does
+    not hand from one process to the others as it does with buffers, and no part of a checkpoint: nor are gradients."""
+
+    def __init__(self):
+        self.forget()
+
+    def forget(self) -> None:
+        self.pending: list[Tensor] = []  # the totals of each micro-batch
+        self.reference: Tensor | None = None  # (6), reference.settle of the first; its scale is 1
+        self.settled: Tensor | None = None  # what finishes the gradients, once the step is settled
+        self.moved: tuple[Tensor, Tensor] | None = None  # for `last`
+        self.finished = False  # by finish_
+        self._n: tuple | None = None
+
+    def begin(self, settled: Tensor, operators) -> None:
+        """The first micro-batch, or another after nothing but empty ones."""
+        settled[1] = 1.0
+        self.reference, self._n = settled, None
+        if settled.is_cuda and not (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()):
+            host = torch.empty(1, dtype=settled.dtype, pin_memory=True)
+            host.copy_(settled[4:5], non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._n = (host, event)
+
+    def has_reference(self) -> bool:
+        """Whether a micro-batch of this step had a row on any process. On a GPU this waits for the first forward, behind
+        which a backward and the next forward are queued by now; a captured graph takes it for granted."""
+        if self.reference is None:
+            return False
+        if self._n is not None:
+            host, event = self._n
+            event.synchronize()
+            return bool(host > 0)
+        if self.reference.is_cuda or torch.compiler.is_compiling():
+            return True
+        return bool(self.reference[4] > 0)
+
+    def end(self, settled: Tensor) -> None:
+        self.settled, self.moved = settled, (self.reference, settled)
+        self.pending, self.reference = [], None
 
 
 def _checked(losses: object) -> Tensor:

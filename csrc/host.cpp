@@ -209,7 +209,9 @@ class StepPlan {
   // yet, another dtype, device, layout or tensor type), which is left to the caller. A tensor lr on the GPU, grad_scale
   // and found_inf (one-element float32 tensors on the GPU, or None) are not read here: the table has their addresses.
   // sharded: the class whose tensors hold a plain one in `_local_tensor` (torch's DTensor); or None.
-  py::tuple refresh(py::list groups, py::dict state, py::object grad_scale, py::object found_inf, py::object sharded) {
+  // robust: math.h Settled in six float64 numbers on the device of the tensors, or None.
+  py::tuple refresh(py::list groups, py::dict state, py::object grad_scale, py::object found_inf, py::object sharded,
+                    py::object robust) {
     if (!same_state(state)) remember(groups, state);
     groups_.clear();
     std::swap(tensors_, before_);
@@ -221,6 +223,14 @@ class StepPlan {
     sharded_ = sharded.is_none() ? nullptr : sharded.ptr();
     found_inf_ = device_float(found_inf);
     grad_scale_ = device_float(grad_scale);
+    robust_ = nullptr;
+    if (!robust.is_none()) {
+      DLTensor t;
+      if (!read(robust.ptr(), &t) || t.dtype.bits != 64 || t.ndim != 1 || t.shape[0] != 6)
+        throw py::value_error("robust: expected six float64 numbers");
+      robust_ = reinterpret_cast<const absgd::Settled*>(data(t));
+      robust_device_ = {t.device.type, t.device.id};
+    }
     py::list others;
     size_t slot = 0;
     for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.ptr()); ++g) {
@@ -373,7 +383,10 @@ class StepPlan {
     const auto here = [&](const DLTensor& t) { return t.device.type == device_.type && t.device.id == device_.id; };
     const int32_t where = p.device.type;
     if (!(where == kDLCPU && cpu_) && !(where == kDLCUDA && cuda_)) return false;
-    if (tensors_.empty() && ((grad_scale_ == nullptr && found_inf_ == nullptr) || amp_device_ == p.device.id))
+    const bool near_robust =
+        robust_ == nullptr || (robust_device_.type == p.device.type && robust_device_.id == p.device.id);
+    if (tensors_.empty() && ((grad_scale_ == nullptr && found_inf_ == nullptr) || amp_device_ == p.device.id) &&
+        near_robust)
       device_ = {where, p.device.id};
     const auto layout = [](const DLTensor& t) { return absgd::Layout{t.ndim, t.shape, t.strides}; };
     const auto like_p = [&](const DLTensor& t) { return here(t) && layout(t).same(layout(p)); };
@@ -449,7 +462,8 @@ class StepPlan {
                                  last != nullptr && last->checked,
                                  last != nullptr && last->overlap,
                                  grad_scale_,
-                                 found_inf_};
+                                 found_inf_,
+                                 robust_};
     std::memcpy(memory_, &table, sizeof(table));
     std::copy(groups_.begin(), groups_.end(), reinterpret_cast<absgd::StepGroup*>(memory_ + groups));
     std::copy(tensors_.begin(), tensors_.end(), reinterpret_cast<absgd::StepTensor*>(memory_ + tensors));
@@ -475,11 +489,13 @@ class StepPlan {
   std::vector<absgd::StepGroup> groups_;
   std::vector<absgd::StepTensor> tensors_, before_;  // of this step and of the last
   int64_t elements_ = 0;
-  struct {
+  struct Place {
     int32_t type, id;
-  } device_{0, 0};                                            // of this step's tensors
+  };
+  Place device_{0, 0}, robust_device_{0, 0};                  // of this step's tensors, of robust
   int32_t amp_device_ = 0;                                    // where grad_scale and found_inf are
   const float *grad_scale_ = nullptr, *found_inf_ = nullptr;  // of this step
+  const absgd::Settled* robust_ = nullptr;                    // likewise
   char* memory_ = nullptr;
   size_t capacity_ = 0;
 };
@@ -493,6 +509,6 @@ PYBIND11_MODULE(_host, m) {
            py::arg("tensor_type"), py::arg("parameter_type"), py::arg("allocate"), py::arg("cpu"), py::arg("cuda"),
            py::arg("rule"), py::arg("numbers"), py::arg("flags"), py::arg("states"))
       .def("refresh", &StepPlan::refresh, py::arg("param_groups"), py::arg("state"), py::arg("grad_scale") = py::none(),
-           py::arg("found_inf") = py::none(), py::arg("sharded") = py::none())
+           py::arg("found_inf") = py::none(), py::arg("sharded") = py::none(), py::arg("robust") = py::none())
       .def_property_readonly("table", &StepPlan::table);
 }

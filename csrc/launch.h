@@ -97,6 +97,7 @@ struct RobustArgs : RobustRule {
   const uint8_t* valid;       // (count); or null = all
   double mix, max_weight;
   double z_limit;  // a larger |z| counts as non-finite
+  double z_top;    // and so does a larger z
 
   void* weights;  // (count) real
   void* factor;   // (count) real: d loss / d losses; or null
@@ -190,9 +191,13 @@ struct StepTable {
   const StepGroup* groups;
   bool checked;  // `overlap` is known for these tensors
   bool overlap;  // some of the tensors written share memory: one after the other, then
-  // GPU: float32 numbers in device memory, or null
-  const float* grad_scale;  // the gradients are divided by it, and written back so
-  const float* found_inf;   // not 0: nothing is written
+  // In the memory of the tensors' device, or null
+  const float* grad_scale;  // GPU: the gradients are divided by it, and written back so
+  const float* found_inf;   // GPU: not 0: nothing is written
+  const Settled* robust;    // the gradients are multiplied by its scale, not written back; bad rows: nothing is written
+
+  // Both on the host, of memory that is the host's.
+  ABSGD_INLINE bool skips() const { return robust != nullptr && robust->bad > 0; }
 };
 
 constexpr int64_t kStepBlock = 64;  // a share of the flat index ends at a multiple of this within a tensor
@@ -209,6 +214,10 @@ struct CpuKernels {
   void (*robust_partials)(const RobustArgs&, Partial* partials, int64_t begin, int64_t end);
   // all partials -> log s', state, share
   Outcome (*robust_finish)(const RobustArgs&, const Partial* partials, double log_s);
+  // all partials -> one; `count` rows of totals -> log s', state (math.h settled_of)
+  Totals (*robust_totals)(const RobustArgs&, const Partial* partials);
+  Settled (*robust_settle)(const RobustArgs&, const double* totals, int64_t count, int64_t stride, double log_s,
+                           double share, const double* reference, double* new_log_s);
   // blocks [begin, end): weights and factors; loss_partials[block] = sum of factor_i * loss_i
   void (*robust_apply)(const RobustArgs&, const Outcome&, double* loss_partials, int64_t begin, int64_t end);
   // blocks [begin, end): dot_partials[block] = sum of W_i d_i
@@ -272,6 +281,10 @@ struct Robust : RobustArgs {
   void* loss;            // one real; or null
   DeviceNumber new_log_s;
   double* shares;  // Outcome::share and share_state; or null
+  // The stages by themselves: only the totals are made; or what is settled is taken from elsewhere.
+  double* totals;          // 3: Totals; or null
+  const Settled* settled;  // or null
+  bool bounded;            // RobustArgs::z_top is settled->top
   // beyond kOneLaunch losses
   Partial* partials;      // blocks()
   double* loss_partials;  // blocks()
@@ -286,6 +299,15 @@ const char* robust_logit_loss_fwd(const LogitForward&, const Robust&, void* stre
 // contiguous, of the logits' dtype but f32 for f16. Needs both stats.
 const char* robust_logit_loss_block(const LogitForward&, const Robust&, void* grad, void* stream);
 const char* robust_fwd(const Robust&, void* stream);
+// Robust::lam_on_device, log_s, nonfinite and update are used; out: one Settled.
+struct Settle : Robust {
+  const double* rows;  // (rows_count, rows_stride) of which the first three are Totals
+  int64_t rows_count, rows_stride;
+  double share;
+  const double* reference;  // or null
+  Settled* out;
+};
+const char* robust_settle(const Settle&, void* stream);
 // dot_partials: (blocks() + 1) doubles. One launch up to kOneLaunch losses.
 const char* robust_weights_bwd(const RobustArgs&, DeviceNumber lam, const void* upstream, DeviceNumber upstream_log_s,
                                const double* shares, double* dot_partials, void* out, void* stream);

@@ -244,6 +244,45 @@ ABSGD_FN Outcome next_outcome(const RobustRule& rule, double log_s, double max, 
   return out;
 }
 
+// What rows come to, of one process, one micro-batch or one chunk, and how several such are added.
+struct Totals {
+  double log_sum;    // log sum exp(z) over the good rows; -inf without
+  double good, bad;  // valid rows with a finite loss and z; valid rows without
+};
+// rows: `count` of them, each at the start of `stride` doubles
+template <class L>
+ABSGD_FN Totals add_totals(const double* rows, int64_t count, int64_t stride) {
+  double max = -kLargest, sum = 0;
+  Totals out{max - kLargest /* -inf */, 0, 0};
+  for (int64_t k = 0; k < count; ++k) {
+    const double* row = rows + k * stride;
+    out.good += row[1];
+    out.bad += row[2];
+    if (row[1] > 0 && row[0] > max) max = row[0];
+  }
+  for (int64_t k = 0; k < count; ++k)
+    if (rows[k * stride + 1] > 0) sum += L::exp(rows[k * stride] - max);
+  if (out.good > 0) out.log_sum = max + L::log(sum);
+  return out;
+}
+
+// log s' settled for rows that were added up in Totals: W_i = exp(z_i - log_s), the loss `scale` sum_i W_i L_i.
+struct Settled {
+  double log_s, scale;
+  double top;  // a later z beyond it counts as non-finite: exp(z - log_s) might leave the range of a gradient
+  double log_sum, good, bad;
+};
+constexpr double kReach = 60;
+
+// share: how many processes average their gradients, times what a framework divides the loss by. reference: the m of
+// deferred normalisation (W_i = exp(z_i - m) until the step): scale then turns sums of those into the mean of the
+// W_i, exp(m - log s') / n; or null.
+template <class L>
+ABSGD_FN Settled settled_of(const Outcome& o, const Totals& t, double share, const double* reference) {
+  const double moved = reference == nullptr || t.good == 0 ? 1 : L::exp(*reference - o.log_s);
+  return {o.log_s, moved * o.inverse_n * share, o.log_s + kReach, t.log_sum, t.good, t.bad};
+}
+
 // Whether a row counts: its loss, its score and z = score / lambda are finite. A NaN makes every comparison false; the
 // score itself must be finite also where |lambda| = inf makes z = 0. `limit` is the largest z that the state can hold.
 template <class L>
@@ -326,8 +365,9 @@ struct StepNumbers {
 
 // What the t-th step (t = 1, 2, ...) owes to t. adam: 1 - beta_1^t and sqrt(1 - beta_2^t), both 1 in paper_form;
 // adagrad: 1 + (t - 1) lr_decay. L: one double.
+// gain: what the gradient is multiplied by first (deferred normalisation: Settled::scale).
 struct Corrections {
-  double first, second;
+  double first, second, gain = 1;
 
   template <class L>
   static ABSGD_FN Corrections of(const StepNumbers& n, double t) {
@@ -337,7 +377,8 @@ struct Corrections {
   }
 };
 
-// The gradient as a rule sees it: G = sign grad + weight_decay w; sign is -1 where the objective is maximized.
+// The gradient as a rule sees it: G = sign grad + weight_decay w; sign is Corrections::gain, negative where the
+// objective is maximized.
 template <class L>
 struct Slope {
   using V = typename L::V;
@@ -345,9 +386,9 @@ struct Slope {
   bool decays;  // weight_decay != 0: 0 * w is not 0 where w is infinite
 
   template <class T>
-  static ABSGD_FN Slope of(const StepNumbers& n) {
+  static ABSGD_FN Slope of(const StepNumbers& n, const Corrections& c) {
     const double decay = n.has(kDecoupled) ? 0 : n.weight_decay;
-    return {L::set(T(n.has(kMaximize) ? -1 : 1)), L::set(T(decay)), decay != 0};
+    return {L::set(T(n.has(kMaximize) ? -c.gain : c.gain)), L::set(T(decay)), decay != 0};
   }
   ABSGD_FN V operator()(V grad, V w) const { return decays ? sign * grad + weight_decay * w : sign * grad; }
 };
@@ -369,8 +410,8 @@ struct SgdStep {
   V momentum, keep /* 1 - dampening */, lr;
 
   template <class T>
-  static ABSGD_FN SgdStep of(const StepNumbers& n, double lr, const Corrections&) {
-    return {Slope<L>::template of<T>(n), L::set(T(n.first)), L::set(T(1 - n.second)), L::set(T(lr))};
+  static ABSGD_FN SgdStep of(const StepNumbers& n, double lr, const Corrections& c) {
+    return {Slope<L>::template of<T>(n, c), L::set(T(n.first)), L::set(T(1 - n.second)), L::set(T(lr))};
   }
   ABSGD_FN void operator()(V& w, V* s, V grad) const {
     const V g = slope(grad, w);
@@ -402,7 +443,7 @@ struct AdamStep {
   template <class T>
   static ABSGD_FN AdamStep of(const StepNumbers& n, double lr, const Corrections& c) {
     const bool shrinks = n.has(kDecoupled) && n.weight_decay != 0;
-    return {Slope<L>::template of<T>(n),
+    return {Slope<L>::template of<T>(n, c),
             L::set(T(1 - n.first)),
             L::set(T(n.second)),
             L::set(T(1 - n.second)),
@@ -434,9 +475,13 @@ struct RmsPropStep {
   V alpha, fresh, mu, eps, lr;
 
   template <class T>
-  static ABSGD_FN RmsPropStep of(const StepNumbers& n, double lr, const Corrections&) {
-    return {Slope<L>::template of<T>(n), L::set(T(n.first)), L::set(T(1 - n.first)),
-            L::set(T(n.second)),         L::set(T(n.eps)),   L::set(T(lr))};
+  static ABSGD_FN RmsPropStep of(const StepNumbers& n, double lr, const Corrections& c) {
+    return {Slope<L>::template of<T>(n, c),
+            L::set(T(n.first)),
+            L::set(T(1 - n.first)),
+            L::set(T(n.second)),
+            L::set(T(n.eps)),
+            L::set(T(lr))};
   }
   ABSGD_FN void operator()(V& w, V* s, V grad) const {
     const V g = slope(grad, w);
@@ -462,7 +507,7 @@ struct AdagradStep {
 
   template <class T>
   static ABSGD_FN AdagradStep of(const StepNumbers& n, double lr, const Corrections& c) {
-    return {Slope<L>::template of<T>(n), L::set(T(n.eps)), L::set(T(lr / c.first))};
+    return {Slope<L>::template of<T>(n, c), L::set(T(n.eps)), L::set(T(lr / c.first))};
   }
   ABSGD_FN void operator()(V& w, V* s, V grad) const {
     const V g = slope(grad, w);

@@ -236,6 +236,26 @@ void fill_robust(RobustArgs& a, Dtype dtype, int64_t count, bool state_is_double
   a.normalizer = Normalizer(flags & kNormalizer);
   a.init_first = (flags & kInitFirst) != 0;
   a.z_limit = dtype == Dtype::f64 && state_is_double ? DBL_MAX : FLT_MAX;
+  a.z_top = HUGE_VAL;
+}
+
+// Doubles on the device of the losses: rows of totals, or one Settled.
+const double* doubles_on(Device device, const Tensor& t, int64_t at_least, const char* name) {
+  STD_TORCH_CHECK(is_on(t, device) && code_of(t) == kDouble && t.is_contiguous() && t.numel() >= at_least, name,
+                  ": expected contiguous float64 numbers on the device of the losses, at least ", at_least);
+  return static_cast<const double*>(t.data_ptr());
+}
+constexpr int64_t kTotals = sizeof(Totals) / sizeof(double), kSettled = sizeof(Settled) / sizeof(double);
+const Settled* settled_on(Device device, const Tensor& t) {
+  return reinterpret_cast<const Settled*>(doubles_on(device, t, kSettled, "settled"));
+}
+// (K, columns), of which the first three are Totals
+const double* totals_on(Device device, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(1) >= kTotals, "totals: expected rows of at least three numbers");
+  return doubles_on(device, t, 0, "totals");
+}
+const double* reference_on(Device device, const std::optional<Tensor>& t) {
+  return t.has_value() ? doubles_on(device, *t, 1, "reference") : nullptr;
 }
 
 // ---- gradient scaling ----------------------------------------------------------------------------------------------
@@ -425,6 +445,9 @@ std::string signature(R (*)(A...)) {
   OP(logit_loss)              \
   OP(robust_logit_loss)       \
   OP(robust_loss)             \
+  OP(robust_totals)           \
+  OP(robust_settle)           \
+  OP(robust_apply)            \
   OP(robust_weights)          \
   OP(robust_weights_backward) \
   OP(scale)                   \

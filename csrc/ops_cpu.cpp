@@ -168,21 +168,34 @@ RobustArgs robust_args(Dtype dtype, int64_t count, const Scalar& log_s, const Te
   return a;
 }
 
-// The weights and, where a.factor is set, the factors; *loss is the robust loss.
-Outcome run_robust(const RobustArgs& a, double log_s, double* loss) {
-  constexpr int64_t kFew = 4;
+// One number or partial sum for each block of losses.
+struct Blocks {
+  static constexpr int64_t kFew = 4;
   Partial few[kFew];
-  std::unique_ptr<Partial[]> many(a.blocks() > kFew ? new Partial[size_t(a.blocks())] : nullptr);
-  Partial* partials = many ? many.get() : few;
+  std::unique_ptr<Partial[]> many;
+
+  explicit Blocks(const RobustArgs& a) : many(a.blocks() > kFew ? new Partial[size_t(a.blocks())] : nullptr) {}
+  Partial* partials() { return many ? many.get() : few; }
+};
+
+void run_partials(const RobustArgs& a, Partial* partials) {
   parallel(a.blocks(), kBlock,
            [&](int64_t begin, int64_t end) { cpu_kernels().robust_partials(a, partials, begin, end); });
-  const Outcome outcome = cpu_kernels().robust_finish(a, partials, log_s);
-  double* sums = reinterpret_cast<double*>(partials);  // the partials have served
+}
+// The weights and, where a.factor is set, the factors; returns the robust loss.
+double run_apply(const RobustArgs& a, const Outcome& outcome, Blocks& blocks) {
+  double* const sums = reinterpret_cast<double*>(blocks.partials());  // the partials have served
   parallel(a.blocks(), kBlock,
            [&](int64_t begin, int64_t end) { cpu_kernels().robust_apply(a, outcome, sums, begin, end); });
   double total = 0;
   for (int64_t b = 0; b < a.blocks(); ++b) total += sums[b];
-  *loss = total;
+  return total;
+}
+Outcome run_robust(const RobustArgs& a, double log_s, double* loss) {
+  Blocks blocks(a);
+  run_partials(a, blocks.partials());
+  const Outcome outcome = cpu_kernels().robust_finish(a, blocks.partials(), log_s);
+  *loss = run_apply(a, outcome, blocks);
   return outcome;
 }
 
@@ -252,33 +265,100 @@ std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(const Tensor& logits, const
   return {loss, out.tensor, grad};
 }
 
+// The input and the results of an operator on a vector of losses.
+struct Losses {
+  RobustArgs args;
+  Rows rows;
+  Tensor loss, grad;
+
+  Losses(const RobustArgs& a, const Tensor& losses, const std::optional<Tensor>& score,
+         const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& mask, double mix, double max_weight,
+         int64_t flags)
+      : args(a),
+        rows(empty_rows(kHere, 3, losses, a.dtype), a.count, a.dtype),
+        loss(empty_scalar(kHere, a.dtype)),
+        grad((flags & kWithGrad) != 0 ? empty_on(kHere, losses.sizes().data(), losses.dim(), a.dtype)
+                                      : empty_none(kHere, a.dtype)) {
+    args.mix = mix;
+    args.max_weight = max_weight;
+    args.losses = per_row(losses, kHere, a.count, code_of(real_of(a.dtype)), "losses");
+    args.scores = per_row(score, kHere, a.count, code_of(a.dtype), "score");
+    args.sample_weight = per_row(sample_weight, kHere, a.count, code_of(a.dtype), "sample_weight");
+    args.valid = per_row_mask(mask, kHere, a.count);
+    args.weights = rows.row(1);
+    args.factor = (flags & kWithGrad) != 0 ? grad.data_ptr() : nullptr;
+  }
+  std::tuple<Tensor, Tensor, Tensor> done(double value) const {
+    rows.fill(args);
+    Scalar(loss, "loss").set(value);
+    return {loss, rows.tensor, grad};
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor> robust_loss(const Tensor& losses, const std::optional<Tensor>& score,
                                                const std::optional<Tensor>& sample_weight,
                                                const std::optional<Tensor>& mask, const Tensor& log_s,
                                                const Tensor& nonfinite, const Tensor& lam, double gamma, double alpha,
                                                double mix, double max_weight, int64_t flags) {
-  const Dtype real = dtype_of(losses);
-  const int64_t count = losses.numel();
   const Scalar state(log_s, "log_s");
-  RobustArgs a = robust_args(real, count, state, lam, gamma, alpha, flags);
-  a.mix = mix;
-  a.max_weight = max_weight;
-  a.losses = per_row(losses, kHere, count, code_of(real_of(real)), "losses");
-  a.scores = per_row(score, kHere, count, code_of(real), "score");
-  a.sample_weight = per_row(sample_weight, kHere, count, code_of(real), "sample_weight");
-  a.valid = per_row_mask(mask, kHere, count);
-  const Rows out(empty_rows(kHere, 3, losses, real), count, real);
-  Tensor loss = empty_scalar(kHere, real);
-  Tensor grad =
-      (flags & kWithGrad) != 0 ? empty_on(kHere, losses.sizes().data(), losses.dim(), real) : empty_none(kHere, real);
-  a.weights = out.row(1);
-  a.factor = (flags & kWithGrad) != 0 ? grad.data_ptr() : nullptr;
+  const Losses op(robust_args(dtype_of(losses), losses.numel(), state, lam, gamma, alpha, flags), losses, score,
+                  sample_weight, mask, mix, max_weight, flags);
   double value;
-  const Outcome outcome = run_robust(a, state.get(), &value);
-  out.fill(a);
-  Scalar(loss, "loss").set(value);
+  const Outcome outcome = run_robust(op.args, state.get(), &value);
   commit(outcome, flags, state, nonfinite);
-  return {loss, out.tensor, grad};
+  return op.done(value);
+}
+
+// The stages of robust_loss by themselves, for rows that are spread over processes, micro-batches or chunks.
+
+// settled: bounds z
+Tensor robust_totals(const Tensor& losses, const std::optional<Tensor>& score, const std::optional<Tensor>& mask,
+                     const Tensor& log_s, const Tensor& lam, const std::optional<Tensor>& settled) {
+  const int64_t size = kTotals;
+  RobustArgs a = robust_args(dtype_of(losses), losses.numel(), Scalar(log_s, "log_s"), lam, 1, 1, 0);
+  a.losses = per_row(losses, kHere, a.count, code_of(real_of(a.dtype)), "losses");
+  a.scores = per_row(score, kHere, a.count, code_of(a.dtype), "score");
+  a.valid = per_row_mask(mask, kHere, a.count);
+  if (settled.has_value()) a.z_top = settled_on(kHere, *settled)->top;
+  Blocks blocks(a);
+  run_partials(a, blocks.partials());
+  Tensor out = empty_on(kHere, &size, 1, Dtype::f64);
+  *static_cast<Totals*>(out.data_ptr()) = cpu_kernels().robust_totals(a, blocks.partials());
+  return out;
+}
+
+Tensor robust_settle(const Tensor& totals, const Tensor& log_s, const Tensor& nonfinite, const Tensor& lam,
+                     const std::optional<Tensor>& reference, double gamma, double alpha, double share, int64_t flags) {
+  const Scalar state(log_s, "log_s");
+  const int64_t size = kSettled;
+  const double* const rows = totals_on(kHere, totals);
+  const RobustArgs a = robust_args(Dtype::f64, 0, state, lam, gamma, alpha, flags);
+  Tensor out = empty_on(kHere, &size, 1, Dtype::f64);
+  double new_log_s;
+  const Settled settled = cpu_kernels().robust_settle(a, rows, totals.size(0), totals.size(1), state.get(), share,
+                                                      reference_on(kHere, reference), &new_log_s);
+  *static_cast<Settled*>(out.data_ptr()) = settled;
+  Outcome outcome{};
+  outcome.new_log_s = new_log_s;
+  outcome.bad = int64_t(settled.bad);
+  commit(outcome, flags, state, nonfinite);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> robust_apply(const Tensor& losses, const std::optional<Tensor>& score,
+                                                const std::optional<Tensor>& sample_weight,
+                                                const std::optional<Tensor>& mask, const Tensor& settled_tensor,
+                                                const Tensor& log_s, const Tensor& lam, bool bounded, double mix,
+                                                double max_weight, int64_t flags) {
+  Losses op(robust_args(dtype_of(losses), losses.numel(), Scalar(log_s, "log_s"), lam, 1, 1, 0), losses, score,
+            sample_weight, mask, mix, max_weight, flags);
+  const Settled& settled = *settled_on(kHere, settled_tensor);
+  if (bounded) op.args.z_top = settled.top;
+  Outcome outcome{};
+  outcome.log_s = settled.log_s;
+  outcome.inverse_n = settled.scale;
+  Blocks blocks(op.args);
+  return op.done(run_apply(op.args, outcome, blocks));
 }
 
 std::tuple<Tensor, Tensor, Tensor> robust_weights(const Tensor& losses, const Tensor& log_s, const Tensor& lam,
@@ -369,6 +449,7 @@ void count(const DeviceNumber& steps) {
 }
 
 void run_step(StepTable& table) {
+  if (table.skips()) return;
   check_overlap(table);
   if (table.overlap) {
     for (const StepTensor* t = table.tensors; t != table.tensors + table.tensor_count; ++t) {
@@ -387,8 +468,9 @@ void planned_step(const Tensor& table, const Tensor&) { run_step(planned_table(t
 
 void step_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& states,
            const std::vector<Tensor>& steps, const std::optional<Tensor>& lr_tensor,
-           const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf, double lr,
-           double weight_decay, double first, double second, double eps, int64_t rule, int64_t flags) {
+           const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+           const std::optional<Tensor>& robust, double lr, double weight_decay, double first, double second, double eps,
+           int64_t rule, int64_t flags) {
   STD_TORCH_CHECK(!grad_scale.has_value() && !found_inf.has_value(),
                   "step_: grad_scale and found_inf are for GPUs; on the CPU unscale before");
   StepGroup group = step_group(lr, weight_decay, first, second, eps, rule, flags);
@@ -397,6 +479,7 @@ void step_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, 
     group.lr = number.is_double ? *static_cast<const double*>(number.data) : *static_cast<const float*>(number.data);
   }
   StepLists lists(params, grads, states, steps, group);
+  if (robust.has_value()) lists.table.robust = settled_on(kHere, *robust);
   run_step(lists.table);
   lists.restore(false);
 }

@@ -126,6 +126,10 @@ struct RobustOp {
     args.scores = per_row(score, device, args.count, real(), "score");
     args.sample_weight = per_row(sample_weight, device, args.count, real(), "sample_weight");
   }
+  void vector(const Tensor& losses, const std::optional<Tensor>& mask) {
+    args.losses = per_row(losses, device, args.count, code_of(real_of(args.dtype)), "losses");
+    args.valid = per_row_mask(mask, device, args.count);
+  }
   void numbers(const Tensor& nonfinite, double mix, double max_weight, int64_t flags, const Tensor& loss) {
     STD_TORCH_CHECK(is_on(nonfinite, device) && code_of(nonfinite) == kLong, "nonfinite: expected an int64 number");
     args.nonfinite = static_cast<long long*>(nonfinite.data_ptr());
@@ -187,30 +191,94 @@ std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(const Tensor& logits, const
   return {loss, out.tensor, made};
 }
 
+// The results of an operator on a vector of losses.
+struct Losses {
+  Rows rows;
+  Tensor loss, grad;
+
+  Losses(RobustOp& op, const Tensor& losses, const std::optional<Tensor>& score,
+         const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& mask, int64_t flags)
+      : rows(empty_rows(op.device, 3, losses, op.args.dtype), op.args.dtype),
+        loss(empty_scalar(op.device, op.args.dtype)),
+        grad((flags & kWithGrad) != 0 ? empty_on(op.device, losses.sizes().data(), losses.dim(), op.args.dtype)
+                                      : empty_none(op.device, op.args.dtype)) {
+    op.optional_rows(score, sample_weight);
+    op.vector(losses, mask);
+    op.args.losses_out = rows.row(0);
+    op.args.weights = rows.row(1);
+    op.args.valid_out = rows.row(2);
+    op.args.factor = (flags & kWithGrad) != 0 ? grad.data_ptr() : nullptr;
+    op.args.loss = loss.data_ptr();
+  }
+  std::tuple<Tensor, Tensor, Tensor> done() const { return {loss, rows.tensor, grad}; }
+};
+
 std::tuple<Tensor, Tensor, Tensor> robust_loss(const Tensor& losses, const std::optional<Tensor>& score,
                                                const std::optional<Tensor>& sample_weight,
                                                const std::optional<Tensor>& mask, const Tensor& log_s,
                                                const Tensor& nonfinite, const Tensor& lam, double gamma, double alpha,
                                                double mix, double max_weight, int64_t flags) {
   const OnDevice here(losses);
-  const Dtype real = dtype_of(losses);
-  RobustOp op(here, real, losses.numel(), log_s, lam, gamma, alpha, flags);
-  Tensor loss = empty_scalar(here.device, real);
-  op.numbers(nonfinite, mix, max_weight, flags, loss);
-  op.optional_rows(score, sample_weight);
-  op.args.losses = per_row(losses, here.device, op.args.count, code_of(real_of(real)), "losses");
-  op.args.valid = per_row_mask(mask, here.device, op.args.count);
-  const Rows out(empty_rows(here.device, 3, losses, real), real);
-  op.args.losses_out = out.row(0);
-  op.args.weights = out.row(1);
-  op.args.valid_out = out.row(2);
-  Tensor grad = empty_none(here.device, real);
-  if ((flags & kWithGrad) != 0) {
-    grad = empty_on(here.device, losses.sizes().data(), losses.dim(), real);
-    op.args.factor = grad.data_ptr();
-  }
+  RobustOp op(here, dtype_of(losses), losses.numel(), log_s, lam, gamma, alpha, flags);
+  const Losses out(op, losses, score, sample_weight, mask, flags);
+  op.numbers(nonfinite, mix, max_weight, flags, out.loss);
   check(gpu::robust_fwd(op.args, here.stream));
-  return {loss, out.tensor, grad};
+  return out.done();
+}
+
+// The stages of robust_loss by themselves, for rows that are spread over processes, micro-batches or chunks.
+
+// settled: bounds z
+Tensor robust_totals(const Tensor& losses, const std::optional<Tensor>& score, const std::optional<Tensor>& mask,
+                     const Tensor& log_s, const Tensor& lam, const std::optional<Tensor>& settled) {
+  const OnDevice here(losses);
+  const int64_t size = kTotals;
+  RobustOp op(here, dtype_of(losses), losses.numel(), log_s, lam, 1, 1, 0);
+  op.optional_rows(score, std::nullopt);
+  op.vector(losses, mask);
+  Tensor out = empty_on(here.device, &size, 1, Dtype::f64);
+  op.args.totals = static_cast<double*>(out.data_ptr());
+  op.args.bounded = settled.has_value();
+  if (op.args.bounded) op.args.settled = settled_on(here.device, *settled);
+  check(gpu::robust_fwd(op.args, here.stream));
+  return out;
+}
+
+Tensor robust_settle(const Tensor& totals, const Tensor& log_s, const Tensor& nonfinite, const Tensor& lam,
+                     const std::optional<Tensor>& reference, double gamma, double alpha, double share, int64_t flags) {
+  const OnDevice here(log_s);
+  const int64_t size = kSettled;
+  gpu::Settle a{};
+  const RobustOp op(here, Dtype::f64, 0, log_s, lam, gamma, alpha, flags);
+  static_cast<gpu::Robust&>(a) = op.args;
+  STD_TORCH_CHECK(is_on(nonfinite, here.device) && code_of(nonfinite) == kLong, "nonfinite: expected an int64 number");
+  a.nonfinite = static_cast<long long*>(nonfinite.data_ptr());
+  a.update = (flags & kUpdate) != 0;
+  a.rows = totals_on(here.device, totals);
+  a.rows_count = totals.size(0);
+  a.rows_stride = totals.size(1);
+  a.share = share;
+  a.reference = reference_on(here.device, reference);
+  Tensor out = empty_on(here.device, &size, 1, Dtype::f64);
+  a.out = static_cast<Settled*>(out.data_ptr());
+  check(gpu::robust_settle(a, here.stream));
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> robust_apply(const Tensor& losses, const std::optional<Tensor>& score,
+                                                const std::optional<Tensor>& sample_weight,
+                                                const std::optional<Tensor>& mask, const Tensor& settled,
+                                                const Tensor& log_s, const Tensor& lam, bool bounded, double mix,
+                                                double max_weight, int64_t flags) {
+  const OnDevice here(losses);
+  RobustOp op(here, dtype_of(losses), losses.numel(), log_s, lam, 1, 1, 0);
+  const Losses out(op, losses, score, sample_weight, mask, flags);
+  op.args.mix = mix;
+  op.args.max_weight = max_weight;
+  op.args.settled = settled_on(here.device, settled);
+  op.args.bounded = bounded;
+  check(gpu::robust_fwd(op.args, here.stream));
+  return out.done();
 }
 
 std::tuple<Tensor, Tensor, Tensor> robust_weights(const Tensor& losses, const Tensor& log_s, const Tensor& lam,
@@ -220,8 +288,7 @@ std::tuple<Tensor, Tensor, Tensor> robust_weights(const Tensor& losses, const Te
   const Dtype real = dtype_of(losses);
   const int64_t two = 2;
   RobustOp op(here, real, losses.numel(), log_s, lam, gamma, alpha, flags);
-  op.args.losses = per_row(losses, here.device, op.args.count, code_of(real_of(real)), "losses");
-  op.args.valid = per_row_mask(mask, here.device, op.args.count);
+  op.vector(losses, mask);
   Tensor weights = empty_on(here.device, losses.sizes().data(), losses.dim(), real);
   Tensor new_log_s = empty_scalar(here.device, op.args.log_s.is_double ? Dtype::f64 : Dtype::f32);
   Tensor shares = empty_on(here.device, &two, 1, Dtype::f64);
@@ -279,8 +346,9 @@ void planned_step(const Tensor& table_tensor, const Tensor& on) {
 
 void step_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& states,
            const std::vector<Tensor>& steps, const std::optional<Tensor>& lr_tensor,
-           const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf, double lr,
-           double weight_decay, double first, double second, double eps, int64_t rule, int64_t flags) {
+           const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+           const std::optional<Tensor>& robust, double lr, double weight_decay, double first, double second, double eps,
+           int64_t rule, int64_t flags) {
   if (params.empty()) return;
   const OnDevice here(params[0]);
   for (const Tensor& p : params) STD_TORCH_CHECK(is_on(p, here.device), "step_: expected parameters on one device");
@@ -294,6 +362,7 @@ void step_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, 
   STD_TORCH_CHECK(!scale.is_double && !found.is_double, "grad_scale, found_inf: expected float32");
   lists.table.grad_scale = static_cast<const float*>(scale.data);
   lists.table.found_inf = static_cast<const float*>(found.data);
+  if (robust.has_value()) lists.table.robust = settled_on(here.device, *robust);
   check_overlap(lists.table);
   check(gpu::step(lists.table, here.stream));
   lists.restore(grad_scale.has_value());

@@ -108,19 +108,20 @@ F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 
 
 def optimizer_step(rule, dtype=F32, shift=0, numbers=(), flags=0, weight_decay=1e-4, first=0.9, second=0.0, count=F32):
-    """numbers: which of lr, grad_scale, found_inf come in tensors. Arrays begin at element `shift` of their memory."""
+    """numbers: which of lr, grad_scale, found_inf, robust come in tensors. Arrays begin at element `shift` of their memory."""
     real = launch.real_dtype(dtype)
     arrays = [dtype] * 2 + [real] * len(step._slots(rule, flags, {"sgd": first, "rmsprop": second}.get(rule, 0) != 0))
     params, grads, *states = ([torch.zeros(5000 + shift, dtype=d)[shift:] for _ in range(2)] for d in arrays)
     given = [torch.zeros(1) if name in numbers else None for name in ("lr", "grad_scale", "found_inf")]
+    robust = torch.zeros(6, dtype=F64) if "robust" in numbers else None
     steps = [] if rule == "sgd" else [torch.zeros((), dtype=count) for _ in range(2)]
     step.step_(
-        params, grads, [t for ts in states for t in ts], steps, *given, 0.1, weight_decay, first, second, 1e-8, RULES.index(rule),
+        params, grads, [t for ts in states for t in ts], steps, *given, robust, 0.1, weight_decay, first, second, 1e-8, RULES.index(rule),
         flags,
     )  # fmt: skip
 
 
-ALL_NUMBERS = ("lr", "grad_scale", "found_inf")
+ALL_NUMBERS = ("lr", "grad_scale", "found_inf", "robust")
 STEPS = {
     "plain": (("sgd", F32), dict(first=0.0, weight_decay=0.0, flags=1)),
     "momentum": (("sgd", F32), dict()),
@@ -392,7 +393,7 @@ def test_another_step_is_no_new_kernel():
         lists = [[torch.zeros(elements) for _ in range(n * tensors)] for n in (1, 1, 2)]
         with recording("sm_90") as made:
             step.step_(
-                *lists, [log_s() for _ in range(tensors)], *[None] * 3, lr, 0.1, lr / 2, 0.99, 1e-8, RULES.index("adam"), 0
+                *lists, [log_s() for _ in range(tensors)], *[None] * 4, lr, 0.1, lr / 2, 0.99, 1e-8, RULES.index("adam"), 0
             )
         compiled.append([one.compile("sm_90") for one in made])
     assert all(one is first for others in compiled[1:] for one, first in zip(others, compiled[0], strict=True))

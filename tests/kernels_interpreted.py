@@ -688,7 +688,7 @@ class Step:
     def copy(self):
         return [[t.clone() for t in ts] for ts in self.lists()]
 
-    def run(self, lr_tensor=None, grad_scale=None, found_inf=None, **options):
+    def run(self, lr_tensor=None, grad_scale=None, found_inf=None, robust=None, **options):
         o = dict(weight_decay=0.0, eps=0.0) | self.options | options
         first, second = {
             "sgd": lambda: (o["momentum"], o["dampening"]),
@@ -698,7 +698,7 @@ class Step:
         }[self.rule]()
         step.step_(
             self.params, self.grads, [t for ts in self.states if ts is not None for t in ts], self.steps, lr_tensor, grad_scale,
-            found_inf, o["lr"], o["weight_decay"], first, second, o["eps"], RULES.index(self.rule),
+            found_inf, robust, o["lr"], o["weight_decay"], first, second, o["eps"], RULES.index(self.rule),
             sum(bit for name, bit in FLAGS.items() if o.get(name)),
         )  # fmt: skip
 
@@ -818,6 +818,20 @@ def test_step_with_device_numbers(form, dtype):
             assert all(map(torch.equal, ts, kept))
         made.run(**given, found_inf=torch.tensor(0.0))
         made.compare(wanted, scaled=True)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("sgd decay", "adam without memory")])
+def test_step_with_a_settled_normaliser(form, dtype):
+    """What reference.settle returns: gradients count so many times as much and stay as they are; a bad row stops everything."""
+    made = Step(form, [(5, 3), (step._BLOCK[wide(dtype)] + 2,)], dtype)
+    made.steps = [torch.zeros_like(t) for t in made.steps]
+    before, wanted = made.copy(), made.wanted(scale=4.0)
+    made.run(robust=torch.tensor([0.0, 0.25, 60.0, 0.0, 2.0, 1.0], dtype=torch.float64))
+    for ts, kept in zip(made.lists(), before, strict=True):
+        assert all(map(torch.equal, ts, kept))
+    made.run(robust=torch.tensor([0.0, 0.25, 60.0, 0.0, 2.0, 0.0], dtype=torch.float64))
+    wanted[1] = [g.double() for g in before[1]]
+    made.compare(wanted, scaled=True)
 
 
 @pytest.mark.parametrize("form", ["sgd momentum", "amsgrad", "rmsprop centered momentum"])

@@ -19,9 +19,9 @@ LAYERS = [
     {"_checks"},
     {"ops"},
     {"functional"},
-    {"losses", "weights"},
+    {"losses", "weights", "distributed"},
     {"robust"},
-    {"optim", "schedule", "meta", "distributed"},
+    {"optim", "schedule", "meta", "linear"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TOP = {"compat", "experiments", "__main__"}  # may import anything; nothing else imports them

@@ -96,6 +96,10 @@ def use_everything():
             value.backward(retain_graph=True)
             (value * 3).backward()
             criterion(*args, update=False, **keywords)
+    deferred = ab.ABLoss(lambda x: x * 1, lam=0.7, deferred=True, loss_divisor=2)
+    for keywords in (arguments, {}, arguments):
+        deferred(three.clone().requires_grad_(), **keywords).backward()
+    deferred.settle()
     parameters = [torch.nn.Parameter(torch.randn(n)) for n in (3, 20)]
     for make, options in (
         (ab.ABSGD, {}),
@@ -111,9 +115,11 @@ def use_everything():
                 p.grad = torch.rand_like(p)
             optimizer.step()
     p, g, b, c = ([torch.rand(n) for n in (3, 20)] for _ in range(4))
-    torch.ops.absgd_fast.step_(p, g, b, [], None, None, None, 0.1, 0.01, 0.9, 0.0, 0.0, ops.RULES.index("sgd"), 0)
+    torch.ops.absgd_fast.step_(p, g, b, [], None, None, None, None, 0.1, 0.01, 0.9, 0.0, 0.0, ops.RULES.index("sgd"), 0)
     steps, lr = [torch.zeros(()) for _ in p], torch.tensor(0.1)
-    torch.ops.absgd_fast.step_(p, g, [*b, *c], steps, lr, None, None, 0.0, 0.01, 0.9, 0.99, 1e-8, ops.RULES.index("adam"), 0)
+    torch.ops.absgd_fast.step_(
+        p, g, [*b, *c], steps, lr, None, None, None, 0.0, 0.01, 0.9, 0.99, 1e-8, ops.RULES.index("adam"), 0
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1254,6 +1254,65 @@ def test_grad_scale_and_found_inf(case, one_way, dtype):
     assert_identical([p.data for p in params], [p.data for p in expected])
 
 
+class Settles:
+    """In place of a deferred ABLoss: what its settle() returns (reference.settle)."""
+
+    def __init__(self, scale, bad=0.0):
+        self.settled = torch.tensor([3.0, scale, 63.0, 2.0, 5.0, bad], dtype=torch.float64)
+
+    def settle(self):
+        return self.settled
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_robust(case, one_way, dtype):
+    """The gradients are multiplied by a scale that costs no bit, and stay as they are; with a bad row nothing happens, be it in
+    the first step or a later one."""
+    params, expected = make(dtype=dtype), make(dtype=dtype)
+    ours, plain = case.own(params, one_way), case.own(expected, one_way)
+    for step in range(5):
+        set_grads(params, expected, seed=step)
+        for p in params:
+            p.grad.mul_(4)
+        given = [p.grad.clone() for p in params]
+        bad = step in (0, 3)
+        ours.robust = Settles(0.25, float(bad))
+        before = snapshot(params, ours)
+        ours.step()
+        assert_identical([p.grad for p in params], given)
+        if bad:
+            assert_identical(snapshot(params, ours), before)
+        else:
+            plain.step()
+            assert_identical([p.data for p in params], [p.data for p in expected])
+            assert_identical(states(ours), states(plain))
+
+
+@each_optimizer
+@pytest.mark.parametrize("kind", ["sparse", "complex", "float16", "strided"])
+def test_robust_of_other_gradients(one_way, case, kind):
+    if kind == "sparse" and not issubclass(case.torch, torch.optim.SGD):
+        pytest.skip("takes no sparse gradients, or not with decay")
+    kinds = {"complex": torch.complex64, "float16": torch.float16}
+    params, expected = ([torch.nn.Parameter(torch.ones(4, 6, dtype=kinds.get(kind, torch.float32)))] for _ in range(2))
+    options = {"weight_decay": 0.0} if kind == "sparse" else {}  # which torch refuses together
+    ours, plain = case.own(params, one_way, **options), case.own(expected, one_way, **options)
+    for step in range(3):
+        for model, scale in ((params, 4), (expected, 1)):
+            draw = torch.Generator().manual_seed(step)
+            grad = (scale * torch.randn(4, 6, generator=draw)).to(params[0].dtype)
+            grad = grad.to_sparse() if kind == "sparse" else grad.t().contiguous().t() if kind == "strided" else grad
+            model[0].grad = grad
+        ours.robust = Settles(0.25)
+        ours.step()
+        plain.step()
+        assert_identical(params, expected)
+    ours.robust, before = Settles(0.25, bad=1.0), snapshot(params, ours)
+    ours.step()
+    assert_identical(snapshot(params, ours), before)
+
+
 @each_optimizer
 @pytest.mark.parametrize("kind", ["sparse", "complex", "float16", "strided"])
 def test_grad_scale_of_other_gradients(one_way, case, kind):
@@ -1429,7 +1488,7 @@ def arguments(rule, kinds, numbers, counts, dtype=torch.float32):
     kept = [t for _ in range(kinds) for t in tensors(torch.float32 if dtype in HALF else dtype)]
     given = {"first": 0.0, "second": 0.0, "eps": 0.0} | {k: v for k, v in numbers.items() if k != "flags"}
     steps = [torch.zeros(()), torch.ones(())] if counts else []
-    return [tensors(), tensors(), kept, steps, None, None, None, 0.1, 0.01, *given.values(), ops.RULES.index(rule),
+    return [tensors(), tensors(), kept, steps, None, None, None, None, 0.1, 0.01, *given.values(), ops.RULES.index(rule),
             numbers.get("flags", 0)]  # fmt: skip
 
 
@@ -1476,7 +1535,7 @@ def test_operator_refuses_what_does_not_fit(rule, kinds, numbers, counts):
     refused("steps", _3=lambda steps: [*steps, torch.zeros(())])
     refused("one dtype", _1=lambda grads: [g.double() for g in grads])
     refused("another shape", _1=lambda grads: [grads[0], torch.ones(6)])
-    refused("unknown rule", _12=lambda rule: 4)
+    refused("unknown rule", _13=lambda rule: 4)
     if kinds:
         refused("another shape", _2=lambda kept: [*kept[:-1], torch.ones(6)])
         refused("states of", _2=lambda kept: [*kept[:-1], torch.ones(5, dtype=torch.bfloat16)])
@@ -1567,7 +1626,7 @@ def test_what_is_no_list_of_parameters(name, params):
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        (dict(robust=ab.ABLoss(lam=1.0)), NotImplementedError, "robust"),
+        (dict(robust=ab.ABLoss(lam=1.0)), TypeError, "robust: got an ABLoss that is not deferred, expected ABLoss"),
         (dict(backend="gpu"), ValueError, "backend: got 'gpu', expected one of None"),
         (dict(backend="cuda"), RuntimeError, "backend 'cuda' cannot run: "),
     ],

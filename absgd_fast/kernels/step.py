@@ -44,8 +44,19 @@ def rate_of(lr, lr_low, lr_tensor, T: tl.constexpr):
 
 
 @triton.jit
+def goes(found_inf, robust):
+    """Whether the step is taken: no infinite gradient, no row without a finite loss."""
+    go = tl.full([], 1, tl.int1)
+    if found_inf is not None:
+        go &= tl.load(found_inf) == 0
+    if robust is not None:
+        go &= tl.load(robust + 5) == 0
+    return go
+
+
+@triton.jit
 def step_block(
-    param, grad, state_0, state_1, state_2, i, inside, grad_scale, numbers,
+    param, grad, state_0, state_1, state_2, i, inside, grad_scale, gain, numbers,
     T: tl.constexpr, RULE: tl.constexpr, FORM: tl.constexpr, STATES: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr,
 ):  # fmt: skip
     """Elements i of one tensor; `inside` masks them, or is None."""
@@ -57,6 +68,8 @@ def step_block(
     if grad_scale is not None:
         g = divide(g, grad_scale)
         tl.store(grad + i, g.to(grad.dtype.element_ty), mask=inside)
+    if gain is not None:
+        g *= gain
     g = slope(g, w, weight_decay, DECAY == "gradient", MAXIMIZE)
     if RULE == "sgd":
         w, s_0 = sgd_step(w, s_0, g, lr, first, new_second, FORM)
@@ -86,14 +99,14 @@ def step_kernel(
     owner,  # (programs) int32: the tensor of each program
     corrected,  # (tensors, 2) real: lr / c_1 and 1 / c_2, or None: lr and 1
     lr_tensor, grad_scale, found_inf,  # one number each, or None
+    robust,  # math.h Settled, or None
     lr, lr_low, weight_decay, weight_decay_low, first, first_low, new_first, new_first_low, second, second_low,
     new_second, new_second_low, eps, eps_low,  # new: 1 - the number
     S: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr, FORM: tl.constexpr, STATES: tl.constexpr, DECAY: tl.constexpr,
     MAXIMIZE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """S: how parameters and gradients are stored. STATES: the states that are kept, as bits. FORM: of sgd_step."""
-    go = True if found_inf is None else tl.load(found_inf) == 0
-    if go:
+    if goes(found_inf, robust):
         program = tl.program_id(0)
         tensor = tl.load(owner + program)
         table += tensor * 8
@@ -110,6 +123,7 @@ def step_kernel(
             tl.full([], 1, T) if corrected is None else tl.load(corrected + 2 * tensor + 1),
         )
         scale = None if grad_scale is None else tl.load(grad_scale).to(T)
+        gain = None if robust is None else tl.load(robust + 1).to(T)
         param, grad = address(table, 0, S, ALIGNED), address(table, 1, S, ALIGNED)
         state_0, state_1 = address(table, 5, T, ALIGNED), address(table, 6, T, ALIGNED)
         state_2 = address(table, 7, T, ALIGNED)
@@ -119,24 +133,23 @@ def step_kernel(
         # a whole block needs no mask, which would stand in the way of loads of 16 bytes
         if start + BLOCK <= count:
             step_block(
-                param, grad, state_0, state_1, state_2, i, None, scale, numbers, T, RULE, FORM, STATES, DECAY, MAXIMIZE
+                param, grad, state_0, state_1, state_2, i, None, scale, gain, numbers, T, RULE, FORM, STATES, DECAY, MAXIMIZE
             )  # fmt: skip
         else:
             step_block(
-                param, grad, state_0, state_1, state_2, i, i < count, scale, numbers, T, RULE, FORM, STATES, DECAY, MAXIMIZE
+                param, grad, state_0, state_1, state_2, i, i < count, scale, gain, numbers, T, RULE, FORM, STATES, DECAY, MAXIMIZE
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tensors"])
 def count_steps_kernel(
-    table, corrected, lr_tensor, found_inf,  # as above
+    table, corrected, lr_tensor, found_inf, robust,  # as above
     tensors, lr, lr_low, first, first_low, second, second_low,  # first, second: of `corrections`
     C: tl.constexpr, RULE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One more step for every tensor, and what this one owes to its count. C: how counts are stored."""
     tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if found_inf is not None:
-        tensors = tl.where(tl.load(found_inf) == 0, tensors, 0)
+    tensors = tl.where(goes(found_inf, robust), tensors, 0)
     inside = tensor < tensors
     count = tl.load(table + 8 * tensor + 4, mask=inside, other=0).to(tl.pointer_type(C))
     steps = tl.load(count, mask=inside, other=0.0) + 1
@@ -274,6 +287,7 @@ def step_(
     lr_tensor: Tensor | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    robust: Tensor | None,
     lr: float,
     weight_decay: float,
     first: float,
@@ -291,6 +305,8 @@ def step_(
         steps: float32 or float64, one number each, how many steps the parameter took; one more afterwards. None for sgd.
         lr_tensor: one number, used instead of lr. grad_scale: one number; gradients are divided by it, in place.
         found_inf: one number; where it is not 0 nothing is written. All on the device of the parameters.
+        robust: (6) float64, of reference.settle: its second number multiplies the gradients, which are not written; nothing is
+            where its last is not 0.
         first, second: sgd momentum, dampening; adam the betas; rmsprop alpha, momentum; adagrad lr_decay.
         flags: bits of csrc/math.h StepFlag.
     """
@@ -309,7 +325,7 @@ def step_(
     def step_some(chosen: list[int]) -> None:
         p, g, *kept = ([ts[i] for i in chosen] for ts in lists)
         step_(
-            p, g, [t for ts in kept for t in ts], [steps[i] for i in chosen] if steps else [], lr_tensor, grad_scale, found_inf,
+            p, g, [t for ts in kept for t in ts], [steps[i] for i in chosen] if steps else [], lr_tensor, grad_scale, found_inf, robust,
             lr, weight_decay, first, second, eps, rule, flags,
         )  # fmt: skip
 
@@ -342,13 +358,13 @@ def step_(
     numbers = _numbers(lr, weight_decay, first, second, eps)
     if steps:
         launch.launch(
-            count_steps_kernel, -(-size // _COUNT_BLOCK), params[0], table, corrected, lr_tensor, found_inf, size, *numbers[:2],
+            count_steps_kernel, -(-size // _COUNT_BLOCK), params[0], table, corrected, lr_tensor, found_inf, robust, size, *numbers[:2],
             *_correction_numbers(name, first, second), C=_DTYPES[count_dtype], RULE=name, BLOCK=_COUNT_BLOCK,
         )  # fmt: skip
     form = "plain" if not momentum else "heavy_ball" if flags & _HEAVY_BALL else "nesterov" if flags & _NESTEROV else "momentum"
     if owner.numel():
         launch.launch(
-            step_kernel, owner.numel(), params[0], table, owner, corrected, lr_tensor, grad_scale, found_inf, *numbers,
+            step_kernel, owner.numel(), params[0], table, owner, corrected, lr_tensor, grad_scale, found_inf, robust, *numbers,
             S=_DTYPES[dtype], T=_DTYPES[real], RULE=name, FORM=form if name == "sgd" else "plain",
             STATES=sum(1 << slot for slot in slots),
             DECAY="none" if weight_decay == 0 else "decoupled" if flags & _DECOUPLED else "gradient",

@@ -561,7 +561,7 @@ struct Scores {
     z = score / L::set(T(a.lam));
     valid = load_valid<L>(a.valid, i, end);
     const typename L::V limit = L::set(T(a.z_limit));
-    good = valid & is_usable<L>(loss, score, z, limit);
+    good = valid & is_usable<L>(loss, score, z, limit) & (z <= L::set(T(a.z_top)));
   }
 };
 
@@ -597,18 +597,37 @@ void robust_partials_typed(const RobustArgs& a, Partial* partials, int64_t begin
   }
 }
 
-Outcome robust_finish(const RobustArgs& a, const Partial* partials, double log_s) {
+// max and sum of all blocks: log sum exp(z) = max + log(sum)
+Partial all_of(const RobustArgs& a, const Partial* partials) {
   using L = StateLane;
-  int64_t good = 0, bad = 0;
-  double max = -__builtin_inf(), sum = 0;
+  Partial out{-__builtin_inf(), 0, 0, 0};
   for (int64_t b = 0; b < a.blocks(); ++b) {
-    good += partials[b].good;
-    bad += partials[b].bad;
-    if (partials[b].good > 0 && partials[b].max > max) max = partials[b].max;
+    out.good += partials[b].good;
+    out.bad += partials[b].bad;
+    if (partials[b].good > 0 && partials[b].max > out.max) out.max = partials[b].max;
   }
   for (int64_t b = 0; b < a.blocks(); ++b)
-    if (partials[b].good > 0) sum += partials[b].sum * L::exp(partials[b].max - max);
-  return next_outcome<L>(a, log_s, max, sum, good, bad);
+    if (partials[b].good > 0) out.sum += partials[b].sum * L::exp(partials[b].max - out.max);
+  return out;
+}
+
+Outcome robust_finish(const RobustArgs& a, const Partial* partials, double log_s) {
+  const Partial p = all_of(a, partials);
+  return next_outcome<StateLane>(a, log_s, p.max, p.sum, p.good, p.bad);
+}
+
+Totals robust_totals(const RobustArgs& a, const Partial* partials) {
+  const Partial p = all_of(a, partials);
+  return {p.good > 0 ? p.max + StateLane::log(p.sum) : p.max, double(p.good), double(p.bad)};
+}
+
+Settled robust_settle(const RobustArgs& a, const double* rows, int64_t count, int64_t stride, double log_s,
+                      double share, const double* reference, double* new_log_s) {
+  using L = StateLane;
+  const Totals t = add_totals<L>(rows, count, stride);
+  const Outcome o = next_outcome<L>(a, log_s, t.log_sum, 1, int64_t(t.good), int64_t(t.bad));
+  *new_log_s = o.new_log_s;
+  return settled_of<L>(o, t, share, reference);
 }
 
 template <class T>
@@ -766,6 +785,8 @@ const CpuKernels kernels = {&ABSGD_NAME(ABSGD_ISA_NAMESPACE)[4],  // the name wi
                             logit_grads,
                             robust_partials,
                             robust_finish,
+                            robust_totals,
+                            robust_settle,
                             robust_apply,
                             robust_dot,
                             robust_vjp,

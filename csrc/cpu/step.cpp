@@ -97,6 +97,7 @@ void step(const StepTable& table, int64_t begin, int64_t end) {
     const double steps = steps_of(t);
     if (t.group != group_before || steps != steps_before) {  // rarely: two logarithms and exponentials
       corrections = Corrections::of<StateLane>(group, steps);
+      if (table.robust != nullptr) corrections.gain = table.robust->scale;
       group_before = t.group;
       steps_before = steps;
     }

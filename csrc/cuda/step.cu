@@ -50,6 +50,7 @@ struct Launch {
   bool step_is_double[kReadsCount<F> ? kTensors : 1];
   StepGroup groups[kGroups];
   const float *grad_scale, *found_inf;
+  const Settled* robust;
   int tensors;
 };
 // As many tensors as an argument holds: 959 with momentum SGD, 633 with Adam, 546 with amsgrad.
@@ -57,7 +58,9 @@ template <class F>
 constexpr int kMany =
     (kArgumentLimit - int(sizeof(StepGroup)) * kGroups - 64) / (8 * (2 + kRows<F>)+(kReadsCount<F> ? 18 : 9));
 
-__device__ __forceinline__ bool is_skipped(const float* found_inf) { return found_inf != nullptr && *found_inf != 0; }
+__device__ __forceinline__ bool is_skipped(const float* found_inf, const Settled* robust) {
+  return (found_inf != nullptr && *found_inf != 0) || (robust != nullptr && robust->bad > 0);
+}
 
 template <class F, class S>
 __device__ __forceinline__ void update(const F& rule, S& param, S& grad, typename F::V* states, typename F::V divisor,
@@ -116,7 +119,7 @@ template <class F, class S, int kTensors>
 __global__ void __launch_bounds__(kThreads, Chunk<F, S>::kBlocks)
     step_kernel(const Launch<F, kTensors> __grid_constant__ a) {
   using T = typename F::V;
-  if (is_skipped(a.found_inf)) return;
+  if (is_skipped(a.found_inf, a.robust)) return;
   int low = 0, high = a.tensors - 1;  // the last tensor that starts at or before this block
   while (low < high) {
     const int middle = (low + high + 1) / 2;
@@ -156,6 +159,7 @@ __global__ void __launch_bounds__(kThreads, Chunk<F, S>::kBlocks)
     Corrections corrections{1, 1};
     if constexpr (kReadsCount<F>)
       corrections = Corrections::of<Lane<double>>(group, read({a.step[low], a.step_is_double[low], 0}) + 1);
+    if (a.robust != nullptr) corrections.gain = a.robust->scale;
     shared_rule[0] = F::template of<T>(group, lr, corrections);
   }
   const bool divides = a.grad_scale != nullptr;
@@ -205,6 +209,7 @@ struct Filler {
   Filler(const StepTable& table, cudaStream_t stream) : table(table), stream(stream) {
     now.grad_scale = table.grad_scale;
     now.found_inf = table.found_inf;
+    now.robust = table.robust;
     now.tensors = 0;
   }
   void add(const StepTensor& t) {
@@ -285,6 +290,7 @@ struct Counts {
   void* step[kTensors];
   bool is_double[kTensors];
   const float* found_inf;
+  const Settled* robust;
   int tensors;
 };
 constexpr int kManyCounts = 3600;
@@ -294,7 +300,7 @@ static_assert(sizeof(Counts<kManyCounts>) <= kArgumentLimit, "the limit of a ker
 template <int kTensors>
 __global__ void __launch_bounds__(kThreads) advance_kernel(const Counts<kTensors> __grid_constant__ a) {
   const int j = int(blockIdx.x) * kThreads + int(threadIdx.x);
-  if (j >= a.tensors || is_skipped(a.found_inf)) return;
+  if (j >= a.tensors || is_skipped(a.found_inf, a.robust)) return;
   const DeviceNumber step{a.step[j], a.is_double[j], 0};
   write(step, read(step) + 1);
 }
@@ -303,6 +309,7 @@ template <int kTensors>
 void advance(const StepTable& table, int64_t begin, int64_t end, cudaStream_t stream) {
   Counts<kTensors> now;
   now.found_inf = table.found_inf;
+  now.robust = table.robust;
   now.tensors = 0;
   for (int64_t j = begin; j < end; ++j) {
     const DeviceNumber& step = table.tensors[j].step;

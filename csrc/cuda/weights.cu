@@ -44,13 +44,16 @@ __global__ void __launch_bounds__(kThreads, 4) robust_sums_kernel(const Robust _
   }
   const double top = team.max(max);
   const Partial total{top, team.sum(sum * L::exp(max - top)), team.sum(good), team.sum(bad)};
-  if (threadIdx.x == 0) *a.outcome = settle(a, lam, total);
+  if (threadIdx.x != 0) return;
+  const Outcome o = settle(a, lam, total);
+  if (a.totals == nullptr) *a.outcome = o;
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) robust_apply_kernel(const Robust __grid_constant__ a, unsigned* ticket) {
   const int64_t begin = int64_t(blockIdx.x) * kBlock, end = begin + kBlock < a.count ? begin + kBlock : a.count;
-  const double own = apply<T>(a, read(a.lam_on_device), *a.outcome, begin, end);
+  const Outcome outcome = a.settled != nullptr ? known(*a.settled) : *a.outcome;
+  const double own = apply<T>(a, read(a.lam_on_device), outcome, begin, end);
   if (threadIdx.x == 0) a.loss_partials[blockIdx.x] = own;
   if (!is_last_block(ticket)) return;
   const BlockTeam team = BlockTeam::here();
@@ -58,6 +61,15 @@ __global__ void __launch_bounds__(kThreads, 4) robust_apply_kernel(const Robust 
   for (int64_t b = team.lane; b < gridDim.x; b += team.width) sum += load_shared_between_blocks(a.loss_partials + b);
   sum = team.sum(sum);
   if (threadIdx.x == 0 && a.loss != nullptr) *static_cast<T*>(a.loss) = T(sum);
+}
+
+// One thread: there are as many rows as processes or micro-batches.
+__global__ void __launch_bounds__(32, 1) robust_settle_kernel(const Settle __grid_constant__ a) {
+  using L = Lane<double>;
+  if (threadIdx.x != 0) return;
+  const Totals t = add_totals<L>(a.rows, a.rows_count, a.rows_stride);
+  const Outcome o = settle(a, read(a.lam_on_device), {t.log_sum, 1, int64_t(t.good), int64_t(t.bad)});
+  *a.out = settled_of<L>(o, t, a.share, a.reference);
 }
 
 // ---- vjp (math.h robust_weight_vjp) --------------------------------------------------------------------------------
@@ -165,10 +177,16 @@ const char* robust_fwd(const Robust& a, void* stream) {
     }
     unsigned* const ticket = ticket_for(s);
     if (ticket == nullptr) return;  // failure() has the reason
-    LAUNCH((robust_sums_kernel<T>), unsigned(a.blocks()), kThreads, 0, s, a, ticket);
-    LAUNCH((robust_apply_kernel<T>), unsigned(a.blocks()), kThreads, 0, s, a, ticket);
+    if (a.settled == nullptr || a.totals != nullptr)
+      LAUNCH((robust_sums_kernel<T>), unsigned(a.blocks()), kThreads, 0, s, a, ticket);
+    if (a.totals == nullptr) LAUNCH((robust_apply_kernel<T>), unsigned(a.blocks()), kThreads, 0, s, a, ticket);
   };
   a.dtype == Dtype::f64 ? go(Tag<double>{}) : go(Tag<float>{});
+  return failure();
+}
+
+const char* robust_settle(const Settle& a, void* stream) {
+  LAUNCH((robust_settle_kernel), 1, 32, 0, static_cast<cudaStream_t>(stream), a);
   return failure();
 }
 

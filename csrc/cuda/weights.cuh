@@ -13,25 +13,32 @@ struct Sample {
   T loss, z;
   bool valid, good;
 
-  __device__ __forceinline__ Sample(const Robust& a, T lam, int64_t i) {
+  // top: the largest z that counts
+  __device__ __forceinline__ Sample(const Robust& a, T lam, T top, int64_t i) {
     loss = load_shared_between_blocks(static_cast<const T*>(a.losses) + i);
     const T score = a.scores == nullptr ? loss : static_cast<const T*>(a.scores)[i];
     z = score / lam;
     valid = a.valid_rows != nullptr ? load_shared_between_blocks(static_cast<const T*>(a.valid_rows) + i) != 0
                                     : a.valid == nullptr || a.valid[i] != 0;
-    good = valid & is_usable<Lane<T>>(loss, score, z, T(a.z_limit));
+    good = valid & is_usable<Lane<T>>(loss, score, z, T(a.z_limit)) & (z <= top);
   }
 };
+
+template <class T>
+__device__ __forceinline__ T top_of(const Robust& a) {
+  return a.bounded ? T(a.settled->top) : T(INFINITY);
+}
 
 // Losses [begin, end), by a whole block.
 template <class T>
 __device__ Partial partial_sum(const Robust& a, T lam, int64_t begin, int64_t end) {
   using L = Lane<T>;
   const BlockTeam team = BlockTeam::here();
+  const T bound = top_of<T>(a);
   T max = lowest(T()), sum = 0;
   int good = 0, bad = 0;  // end - begin is at most kOneLaunch
   for (int64_t i = begin + team.lane; i < end; i += team.width) {
-    const Sample<T> s(a, lam, i);
+    const Sample<T> s(a, lam, bound, i);
     good += s.good;
     bad += s.valid && !s.good;
     if (!s.good) continue;
@@ -50,9 +57,10 @@ template <class T>
 __device__ double apply(const Robust& a, double lam, const Outcome& o, int64_t begin, int64_t end) {
   const BlockTeam team = BlockTeam::here();
   const auto numbers = RobustNumbers<Lane<T>>::template of<T>(lam, a.mix, a.max_weight, o);
+  const T bound = top_of<T>(a);
   T sum = 0;
   for (int64_t i = begin + team.lane; i < end; i += team.width) {
-    const Sample<T> s(a, T(lam), i);
+    const Sample<T> s(a, T(lam), bound, i);
     const T otherwise = s.valid ? T(NAN) : T(0);
     const T w = s.good ? numbers.weight(s.z) : otherwise;
     const T t = a.sample_weight == nullptr ? T(1) : static_cast<const T*>(a.sample_weight)[i];
@@ -71,8 +79,14 @@ __device__ double apply(const Robust& a, double lam, const Outcome& o, int64_t b
   return double(team.sum(sum));
 }
 
-// By one thread: the outcome of the sums, and the state after it.
+// By one thread: the outcome of the sums, and the state after it. Or the sums alone, where those are asked for.
 __device__ inline Outcome settle(const Robust& a, double lam, const Partial& p) {
+  if (a.totals != nullptr) {
+    a.totals[0] = p.good > 0 ? p.max + Lane<double>::log(p.sum) : -INFINITY;
+    a.totals[1] = double(p.good);
+    a.totals[2] = double(p.bad);
+    return {};
+  }
   RobustRule rule = a;
   rule.lam = lam;
   const Outcome o = next_outcome<Lane<double>>(rule, read(a.log_s), p.max, p.sum, p.good, p.bad);
@@ -90,13 +104,21 @@ __device__ inline Outcome settle(const Robust& a, double lam, const Partial& p) 
   return o;
 }
 
-// All of it by one block.
+// What was settled elsewhere, as far as weights need it.
+__device__ inline Outcome known(const Settled& s) { return {s.log_s, 0, 0, 0, s.scale, 0, 0}; }
+
+// All of it by one block, or one of the stages.
 template <class T>
 __device__ void robust_in_block(const Robust& a) {
   SHARED(Outcome[1], outcome);
   const double lam = read(a.lam_on_device);
-  const Partial p = partial_sum<T>(a, T(lam), 0, a.count);
-  if (threadIdx.x == 0) outcome[0] = settle(a, lam, p);
+  if (a.settled == nullptr || a.totals != nullptr) {
+    const Partial p = partial_sum<T>(a, T(lam), 0, a.count);
+    if (threadIdx.x == 0) outcome[0] = settle(a, lam, p);
+    if (a.totals != nullptr) return;
+  } else if (threadIdx.x == 0) {
+    outcome[0] = known(*a.settled);
+  }
   __syncthreads();
   const double loss = apply<T>(a, lam, outcome[0], 0, a.count);
   if (threadIdx.x == 0 && a.loss != nullptr) *static_cast<T*>(a.loss) = T(loss);
