@@ -11,7 +11,7 @@ bin    := $(VENV)/bin
 native := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py pyproject.toml
 train   = $(bin)/absgd-fast train --dataset digits --methods sgd,absgd,reference --seeds 8
 
-.PHONY: demo test bench sanitize clean
+.PHONY: demo test bench bench-linear sanitize clean
 demo: $(VENV)/.installed
 	$(train) --noise symmetric --noise-rate 0.4 --model mlp --lam -0.5 --warmup 0.3 --weight-decay 1e-4 --out demo/noise
 	$(train) --imbalance lt --rho 100 --model linear --lam 0.5 --warmup 0.5 --weight-decay 5e-4 --out demo/longtail
@@ -21,6 +21,10 @@ test: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(bin)/pytest benchmarks
+
+# LinearABLoss at the size of a language model's head: ten minutes, 20 GB of memory.
+bench-linear: $(VENV)/.installed
+	$(bin)/python -m benchmarks.linear
 
 # The kernels' tests once more, on a copy of the package whose kernels carry the address and undefined-behaviour sanitizers
 # (which keep freed memory for a while, so not the tests of memory growth).
@@ -32,7 +36,7 @@ sanitize: $(VENV)/.installed
 	$(bin)/cmake --install build/sanitize --prefix build/sanitized/absgd_fast
 	PYTHONPATH=build/sanitized ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	    $(bin)/pytest -k "not growth" $(addprefix tests/test_,ops.py losses.py functional.py robust.py optim.py)
+	    $(bin)/pytest -k "not growth" $(addprefix tests/test_,ops.py losses.py functional.py robust.py linear.py optim.py)
 
 clean:
 	rm -rf build demo dist *.egg-info absgd_fast/_*.so absgd_fast/_build_info.json $(VENV)/.installed

@@ -9,6 +9,7 @@ Robust weights W_i = exp(L_i / lambda) / s for training on imbalanced (lambda > 
 """
 
 from . import functional, reference
+from .linear import LinearABLoss
 from .losses import (
     CDT,
     GCE,
@@ -27,7 +28,7 @@ from .robust import DFT, ABLoss, RelativeLam
 from .schedule import DRW, TLA, TwoStage, vs_tla_adrw
 
 __all__ = [
-    "ABAdagrad", "ABAdam", "ABAdamW", "ABLoss", "ABRMSprop", "ABSGD", "CDT", "CosineClassifier", "CrossEntropy", "DFT", "DRW", "Focal", "GCE", "LDAM", "LogitAdjusted",
+    "ABAdagrad", "ABAdam", "ABAdamW", "ABLoss", "ABRMSprop", "ABSGD", "CDT", "CosineClassifier", "CrossEntropy", "DFT", "DRW", "Focal", "GCE", "LDAM", "LinearABLoss", "LogitAdjusted",
     "RelativeLam", "SCE", "TLA", "TwoStage", "VS", "adrw_weights", "class_balanced_weights", "functional", "reference",
     "vs_tla_adrw",
 ]  # fmt: skip

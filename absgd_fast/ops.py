@@ -89,6 +89,13 @@ def _(logits, target, class_weight, adjust, first, second, ignore_index, score, 
     return logits.new_empty((), dtype=real), logits.new_empty((3, *rows), dtype=real), _made(logits, rows, flags)
 
 
+# The same on the CPU, and the gradient takes the place of the logits
+@_define(f"robust_logit_loss_({_LOSS.replace('Tensor logits', 'Tensor(c!) logits')}, {_ROWS}, {_STATE}) -> (Tensor loss, Tensor rows)")
+def _(logits, target, class_weight, adjust, first, second, ignore_index, score, sample_weight, mask, log_s, nonfinite, lam,
+      gamma, alpha, mix, max_weight, flags):  # fmt: skip
+    return logits.new_empty((), dtype=real_dtype(logits.dtype)), logits.new_empty((3, *_rows(logits)), dtype=real_dtype(logits.dtype))
+
+
 # stats (4, B, ...): max, scale, at_label, spread of each row (csrc/math.h RowGradient); smoothing: of soft targets
 @_define(
     "logit_loss_backward(Tensor logits, Tensor target, Tensor? class_weight, Tensor? adjust, float smoothing, Tensor stats,"
@@ -181,7 +188,7 @@ _backend.load()  # registers the kernels, if they are there
 
 # ---- who serves ----------------------------------------------------------------------------------------------------
 
-_OPERATORS = ("logit_loss", "robust_logit_loss", "logit_loss_backward", "robust_loss", "robust_totals", "robust_settle",
+_OPERATORS = ("logit_loss", "robust_logit_loss", "robust_logit_loss_", "logit_loss_backward", "robust_loss", "robust_totals", "robust_settle",
               "robust_apply", "robust_weights", "robust_weights_backward", "scale", "scale_", "step_", "planned_step")  # fmt: skip
 
 
@@ -330,7 +337,7 @@ def serving(device: torch.device, backend: str | None) -> Operators | None:
 # ---- autograd ------------------------------------------------------------------------------------------------------
 
 # True while the graph of the running backward is kept (retain_graph=True). Without this torch the gradient is copied.
-_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def _differentiable(again, x: Tensor, upstream: Tensor) -> Tensor:
@@ -355,7 +362,7 @@ class _Attach(torch.autograd.Function):
         grad, x = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _differentiable(ctx.again, x, upstream), None
-        if ctx.to_half or _graph_is_kept():
+        if ctx.to_half or graph_is_kept():
             return ctx.operators.scale(grad, upstream, ctx.to_half), None
         ctx.operators.scale_(grad, upstream)
         return grad, None

@@ -428,30 +428,39 @@ class ABLoss(nn.Module):
                 "ABLoss: deferred, loss_divisor and a process group do not go through torch.func transforms; expected a plain"
                 " forward, or ABLoss(process_group=None), or functional.robust_weights"
             )
-        ranks, step, plain = self._ranks(), self._step, losses.detach()
+        ranks, plain = self._ranks(), losses.detach()
         if self._lam_is_open and learns:
             self._fix_lam(plain, mask, lambda row: self._gather(row, ranks, classes))
-        log_s, nonfinite, lam, gamma, alpha, mix, max_weight, flags = self._state(False, 0)
-        defers, bounded = self.deferred and learns, False
-        if defers:
-            bounded = step.has_reference()
-            totals = operators.robust_totals(plain, score, mask, log_s, lam, step.reference if bounded else None)
-            if not bounded:
-                rows = self._gather(totals, ranks, classes)
-                step.begin(operators.robust_settle(rows, log_s, nonfinite, lam, None, gamma, alpha, 1.0, flags), operators)
-            step.pending.append(totals)
-            settled = step.reference
-        else:
-            rows = self._gather(operators.robust_totals(plain, score, mask, log_s, lam, None), ranks, classes)
-            share = ranks * self.loss_divisor
-            update = ops.UPDATE if learns else 0
-            settled = operators.robust_settle(rows, log_s, nonfinite, lam, None, gamma, alpha, share, flags | update)
+        log_s, _, lam, _, _, mix, max_weight, _ = self._state(False, 0)
+        settled, bounded = self._settle_rows(
+            operators, lambda bound: operators.robust_totals(plain, score, mask, log_s, lam, bound), ranks, classes, learns
+        )
         saves = ops.WITH_GRAD if losses.requires_grad else 0
         loss, rows, grad = operators.robust_apply(
             plain, score, sample_weight, mask, settled, log_s, lam, bounded, mix, max_weight, saves
         )  # fmt: skip
         self._remember(rows)
         return ops.attach(operators, losses, loss, grad, lambda x: (grad * x).sum()) if saves else loss
+
+    def _settle_rows(self, operators, totals_of, ranks, classes, learns, trains=True) -> tuple[Tensor, bool]:
+        """What the rows of a forward are weighed by (reference.settle), and whether their z is bounded.
+
+        totals_of(bound): the totals of these rows, whose z is bounded by a settled normaliser, or None.
+        """
+        log_s, nonfinite, lam, gamma, alpha, _, _, flags = self._state(False, 0)
+        step = self._step
+        if not (self.deferred and learns):
+            rows = self._gather(totals_of(None), ranks, classes)
+            share = ranks * self.loss_divisor if trains else 1.0
+            flags |= ops.UPDATE if learns else 0
+            return operators.robust_settle(rows, log_s, nonfinite, lam, None, gamma, alpha, share, flags), False
+        bounded = step.has_reference()
+        totals = totals_of(step.reference if bounded else None)
+        if not bounded:
+            rows = self._gather(totals, ranks, classes)
+            step.begin(operators.robust_settle(rows, log_s, nonfinite, lam, None, gamma, alpha, 1.0, flags))
+        step.pending.append(totals)
+        return step.reference, bounded
 
     def _gather(self, totals: Tensor, ranks: int, classes: int = 0) -> Tensor:
         """(ranks, 3 or more): the totals of all processes, which are seen to be set up alike."""
@@ -643,7 +652,7 @@ class _Deferred:
         self.finished = False  # by finish_
         self._n: tuple | None = None
 
-    def begin(self, settled: Tensor, operators) -> None:
+    def begin(self, settled: Tensor) -> None:
         """The first micro-batch, or another after nothing but empty ones."""
         settled[1] = 1.0
         self.reference, self._n = settled, None

@@ -164,15 +164,20 @@ def _resident(field):
     return int(line.split()[1]) * 1024
 
 
-def peak(peer, **options):
-    """Most memory in use during forward and backward beyond what was before, in gradients; scratch of kernels included."""
-    peer.leaf.grad = None
+def peak_bytes(run):
+    """Most memory in use during a call beyond what was before; scratch of kernels included."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # freed memory that stays resident would be used again unseen
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # lowers the highest value to the present one
-    peer.run(**options)
-    return (_resident("VmHWM") - before) / (peer.leaf.numel() * peer.leaf.element_size())
+    run()
+    return _resident("VmHWM") - before
+
+
+def peak(peer, **options):
+    """The same of forward and backward, in gradients."""
+    peer.leaf.grad = None
+    return peak_bytes(partial(peer.run, **options)) / (peer.leaf.numel() * peer.leaf.element_size())
 
 
 def retained(peer):

@@ -137,6 +137,13 @@ struct Logits {
     return grad;
   }
 
+  // The gradient takes the place of the logits: every element is read once more just before it is written.
+  void grad_in_place() {
+    STD_TORCH_CHECK(tensors.logits.is_contiguous() && made_as(args.dtype) == args.dtype,
+                    "robust_logit_loss_: expected contiguous logits that are not float16");
+    args.grad = const_cast<void*>(args.logits);
+  }
+
   void grads(const void* factors) {
     if (args.grad == nullptr) return;
     args.factor = factors;
@@ -231,15 +238,11 @@ struct Rows {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(const Tensor& logits, const Tensor& target,
-                                                     const std::optional<Tensor>& class_weight,
-                                                     const std::optional<Tensor>& adjust, double first, double second,
-                                                     int64_t ignore_index, const std::optional<Tensor>& score,
-                                                     const std::optional<Tensor>& sample_weight,
-                                                     const std::optional<Tensor>& mask, const Tensor& log_s,
-                                                     const Tensor& nonfinite, const Tensor& lam, double gamma,
-                                                     double alpha, double mix, double max_weight, int64_t flags) {
-  Logits rows(logits, target, class_weight, adjust, loss_numbers(first, second, flags), ignore_index, mask);
+// The losses of `rows`, their weights, and the gradient where there is room for it.
+std::tuple<Tensor, Tensor> run_robust_logits(Logits& rows, const std::optional<Tensor>& score,
+                                             const std::optional<Tensor>& sample_weight, const Tensor& log_s,
+                                             const Tensor& nonfinite, const Tensor& lam, double gamma, double alpha,
+                                             double mix, double max_weight, int64_t flags) {
   const int64_t count = rows.args.rows();
   const Scalar state(log_s, "log_s");
   RobustArgs a = robust_args(rows.real(), count, state, lam, gamma, alpha, flags);
@@ -247,7 +250,6 @@ std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(const Tensor& logits, const
   a.max_weight = max_weight;
   a.scores = per_row(score, kHere, count, code_of(a.dtype), "score");
   a.sample_weight = per_row(sample_weight, kHere, count, code_of(a.dtype), "sample_weight");
-  Tensor grad = rows.make_grad((flags & kWithGrad) != 0);
   rows.stats();  // raises on a bad label, before anything is written
 
   const Rows out(rows.tensors.per_row_results(3, a.dtype), count, a.dtype);
@@ -262,7 +264,35 @@ std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(const Tensor& logits, const
   Scalar(loss, "loss").set(value);
   rows.grads(rows.factor);
   commit(outcome, flags, state, nonfinite);
-  return {loss, out.tensor, grad};
+  return {loss, out.tensor};
+}
+
+std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(const Tensor& logits, const Tensor& target,
+                                                     const std::optional<Tensor>& class_weight,
+                                                     const std::optional<Tensor>& adjust, double first, double second,
+                                                     int64_t ignore_index, const std::optional<Tensor>& score,
+                                                     const std::optional<Tensor>& sample_weight,
+                                                     const std::optional<Tensor>& mask, const Tensor& log_s,
+                                                     const Tensor& nonfinite, const Tensor& lam, double gamma,
+                                                     double alpha, double mix, double max_weight, int64_t flags) {
+  Logits rows(logits, target, class_weight, adjust, loss_numbers(first, second, flags), ignore_index, mask);
+  Tensor grad = rows.make_grad((flags & kWithGrad) != 0);
+  const auto [loss, out] =
+      run_robust_logits(rows, score, sample_weight, log_s, nonfinite, lam, gamma, alpha, mix, max_weight, flags);
+  return {loss, out, grad};
+}
+
+std::tuple<Tensor, Tensor> robust_logit_loss_(const Tensor& logits, const Tensor& target,
+                                              const std::optional<Tensor>& class_weight,
+                                              const std::optional<Tensor>& adjust, double first, double second,
+                                              int64_t ignore_index, const std::optional<Tensor>& score,
+                                              const std::optional<Tensor>& sample_weight,
+                                              const std::optional<Tensor>& mask, const Tensor& log_s,
+                                              const Tensor& nonfinite, const Tensor& lam, double gamma, double alpha,
+                                              double mix, double max_weight, int64_t flags) {
+  Logits rows(logits, target, class_weight, adjust, loss_numbers(first, second, flags), ignore_index, mask);
+  rows.grad_in_place();
+  return run_robust_logits(rows, score, sample_weight, log_s, nonfinite, lam, gamma, alpha, mix, max_weight, flags);
 }
 
 // The input and the results of an operator on a vector of losses.
@@ -503,6 +533,7 @@ std::string native_signatures();
 std::string native_signatures() {
   std::string out;
   ABSGD_OPS(ABSGD_SIGNATURE_LINE)
+  ABSGD_SIGNATURE_LINE(robust_logit_loss_)
   ABSGD_TOOLS(ABSGD_SIGNATURE_LINE)
   return out;
 }
@@ -510,6 +541,8 @@ std::string native_signatures() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(absgd_fast, CPU, m){
-    ABSGD_OPS(ABSGD_IMPL)} STABLE_TORCH_LIBRARY_IMPL(absgd_fast, CompositeExplicitAutograd, m) {
+    ABSGD_OPS(ABSGD_IMPL)
+
+        ABSGD_IMPL(robust_logit_loss_)} STABLE_TORCH_LIBRARY_IMPL(absgd_fast, CompositeExplicitAutograd, m) {
   ABSGD_TOOLS(ABSGD_IMPL)
 }

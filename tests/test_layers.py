@@ -113,7 +113,7 @@ def test_no_machine_paths():
     assert {str(p.relative_to(ROOT)) for p in files if absolute.search(p.read_text())} == set()
 
 
-@pytest.mark.parametrize("name", ["functional", "losses", "robust", "schedule", "optim", "reference"])
+@pytest.mark.parametrize("name", ["functional", "losses", "robust", "linear", "schedule", "optim", "reference"])
 def test_docstring_examples(name):
     """Each public module shows how it is used, and the examples run."""
     result = doctest.testmod(importlib.import_module(f"absgd_fast.{name}"))
