@@ -169,7 +169,7 @@ class _Head:
             spec = spec._replace(adjust=_checks.adjust(spec.adjust, empty))
         self.spec = spec
         # the CPU's gradient takes the place of the logits; on a GPU it stands beside them
-        self.in_place = operators.backend == "cpu"
+        self.in_place = operators.in_place
         self.chunk = criterion.chunk or max(256, math.ceil(len(hidden) / (25 if self.in_place else 50)))
 
     def parts(self):

@@ -90,10 +90,14 @@ def _(logits, target, class_weight, adjust, first, second, ignore_index, score, 
 
 
 # The same on the CPU, and the gradient takes the place of the logits
-@_define(f"robust_logit_loss_({_LOSS.replace('Tensor logits', 'Tensor(c!) logits')}, {_ROWS}, {_STATE}) -> (Tensor loss, Tensor rows)")
+@_define(
+    f"robust_logit_loss_({_LOSS.replace('Tensor logits', 'Tensor(c!) logits')}, {_ROWS}, {_STATE}) -> (Tensor loss, Tensor rows)"
+)
 def _(logits, target, class_weight, adjust, first, second, ignore_index, score, sample_weight, mask, log_s, nonfinite, lam,
       gamma, alpha, mix, max_weight, flags):  # fmt: skip
-    return logits.new_empty((), dtype=real_dtype(logits.dtype)), logits.new_empty((3, *_rows(logits)), dtype=real_dtype(logits.dtype))
+    return logits.new_empty((), dtype=real_dtype(logits.dtype)), logits.new_empty(
+        (3, *_rows(logits)), dtype=real_dtype(logits.dtype)
+    )
 
 
 # stats (4, B, ...): max, scale, at_label, spread of each row (csrc/math.h RowGradient); smoothing: of soft targets
@@ -270,6 +274,7 @@ class Operators:
 
     def __init__(self, backend: str, functions: dict, gradient_limit: int, compiled: Operators | None = None):
         self.backend, self.gradient_limit, self.compiled = backend, gradient_limit, compiled or self
+        self.in_place = backend == "cpu"  # robust_logit_loss_ is there
         vars(self).update(functions)
 
     def __reduce__(self):  # a module that is copied or pickled finds the same ones again

@@ -17,7 +17,7 @@ from absgd_fast import _backend
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-FILES = ("losses", "functional", "robust", "state", "optim", "ops")
+FILES = ("losses", "functional", "robust", "deferred", "linear", "state", "optim", "ops")
 
 pytestmark = pytest.mark.skipif(simt.why_not() is not None, reason=simt.why_not() or "")
 

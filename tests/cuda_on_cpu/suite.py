@@ -86,6 +86,32 @@ def test_vectors_of_every_length(count, masked):
     torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [0, 1, 257, 4097, ONE_LAUNCH, ONE_LAUNCH + 1, 70_001])
+@pytest.mark.parametrize("bounded", [False, True])
+def test_stages_of_every_length(count, bounded):
+    """Totals of a part, log s' of several parts, and weights by it; a NaN, and a z beyond the bound."""
+    operators, lam, log_s, bad = ops.OPERATORS["cpu"], torch.tensor(0.5), torch.tensor(0.4), torch.tensor(0)
+    losses, mask, score, t = torch.randn(count), torch.rand(count) > 0.3, torch.randn(count), torch.rand(count)
+    if count > 200:
+        losses[100], score[150], mask[100], mask[150] = math.nan, 40.0, True, True  # z = 80
+    bound = torch.tensor([4.0, 1.0, 64.0, 0.0, 1.0, 0.0], dtype=torch.float64) if bounded else None
+    own = operators.robust_totals(losses, score, mask, log_s, lam, bound)
+    wanted = reference.totals(losses.double(), log_s, lam, score=score, mask=mask, top=64.0 if bounded else None)
+    torch.testing.assert_close(own, wanted, rtol=1e-6, atol=1e-6)
+    assert own[2] == (0 if count < 200 else 1 + bounded)
+    rows = torch.stack([own, torch.tensor([1.0, 7.0, 0.0]).double()])
+    for update in (0, ops.UPDATE):
+        before, counted = log_s.clone(), int(bad)
+        settled = operators.robust_settle(rows, log_s, bad, lam, bound, 0.9, 0.8, 3.0, ops.INIT_FIRST | update)
+        exact, state = reference.settle(rows, before, lam, gamma=0.9, alpha=0.8, share=3.0, reference=bound)
+        torch.testing.assert_close(settled, exact, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(log_s, state if update else before)
+        assert bad == counted + (update > 0 and count > 200)
+    given = (losses, score, t, mask, settled, log_s, lam, bounded, 0.5, 2.0, ops.WITH_GRAD)
+    for got, exact in zip(operators.robust_apply(*given), ops.IN_TORCH.robust_apply(*given)):
+        torch.testing.assert_close(got, exact, rtol=2e-6, atol=1e-5 if got.dim() == 0 else 1e-6, equal_nan=True)
+
+
 def test_the_two_ways_to_the_gradient_agree():
     """One block that makes it at once, and statistics from which backward makes it."""
     operators = ops.OPERATORS["cuda"]
