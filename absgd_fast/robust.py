@@ -132,7 +132,8 @@ class ABLoss(nn.Module):
     optimizer step, and adds (log sum exp z, n) to what the step has. At the end log s' is that of all rows together and
     exp(m - log s') / n brings the gradient to its size: in the optimizer's kernel (`ABSGD(..., robust=criterion)`), or by
     `criterion.finish_(params)` for any optimizer, and before any clipping. K micro-batches then give the gradient of one
-    big batch. The value of the forward is for backward alone; log `last.mean_loss`. With update=False, in eval mode and
+    big batch. A step that is given up half-way is forgotten by `discard()`. The value of the forward is for backward alone; log
+    `last.mean_loss`. With update=False, in eval mode and
     under no_grad the whole loss is returned at once and nothing is deferred.
 
     Attributes:
@@ -222,6 +223,11 @@ class ABLoss(nn.Module):
         >>> criterion.lam
         tensor(-0.5000)
         """
+        if self._step.pending:
+            raise RuntimeError(
+                "set_lam: got another lambda in the middle of a deferred step, expected it after the optimizer's step (or finish_);"
+                " where the step is given up, call criterion.discard() first"
+            )
         if isinstance(value, RelativeLam):
             self._relative, self._lam_is_open = value.r, True
             self.lam.fill_(math.nan)
@@ -233,6 +239,15 @@ class ABLoss(nn.Module):
         self._step.forget()
         if reset:
             self.log_s.fill_(0.0 if self.normalizer == "none" else -math.inf)
+
+    def discard(self) -> None:
+        """Deferred mode: forget the micro-batches since the last step, whose gradients were thrown away (zero_grad).
+
+        >>> criterion = ABLoss(lam=0.5, deferred=True)
+        >>> criterion(torch.zeros(2, 4, requires_grad=True), torch.tensor([0, 3])).backward()
+        >>> criterion.discard()
+        """
+        self._step.forget()
 
     @property
     def objective(self) -> Tensor:
@@ -505,7 +520,7 @@ class ABLoss(nn.Module):
         >>> criterion.finish_(weight)
         tensor(True)
 
-        Source: MATH: s' divides every gradient alike, so it may be applied last (Alg. 1, steps 5 and 6).
+        Source: ABSGD paper, Alg. 1, steps 5 and 6: s' divides every gradient alike, so it may be applied last.
         """
         if not self.deferred:
             raise RuntimeError("finish_: got an ABLoss that is not deferred, whose gradients have their size already")
