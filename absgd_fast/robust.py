@@ -481,7 +481,8 @@ class ABLoss(nn.Module):
         """(ranks, 3 or more): the totals of all processes, which are seen to be set up alike."""
         if ranks == 1:
             return totals.unsqueeze(0)
-        fixed = (self.gamma, self.alpha, self.mix, self.max_weight, self._flags, self.deferred, self.loss_divisor, classes)
+        fixed = (self.gamma, self.alpha, self.mix, self.max_weight, self._flags, self.deferred, self.loss_divisor, classes,
+                 self._relative if self._lam_is_open else 0.0)  # fmt: skip
         key = (fixed, totals.device)
         if self._configured is None or self._configured[0] != key:
             numbers = torch.tensor([float(x) for x in fixed], dtype=torch.float64).to(totals.device, non_blocking=True)
@@ -643,6 +644,7 @@ class ABLoss(nn.Module):
 # What processes must have in common to share one normaliser; lam first, the others as in ABLoss._gather.
 _CONFIGURATION = (
     "lam", "gamma", "alpha", "mix", "max_weight", "normalizer and init", "deferred", "loss_divisor", "the number of classes",
+    "the r of RelativeLam",
 )  # fmt: skip
 
 

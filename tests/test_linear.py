@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import absgd_fast as ab
 from absgd_fast import _backend
+from two_processes import RANKS, needs_gloo, run
 
 native = pytest.mark.skipif(not _backend.available("cpu"), reason="the native library is not built here")
 BACKENDS = ["reference", pytest.param("cpu", marks=native)]
@@ -291,6 +292,32 @@ def test_logits_are_not_stored():
         criterion(hidden, weight, torch.arange(n) % classes).backward()
     largest = max(event.cpu_memory_usage for event in seen.events())
     assert 0 < largest <= 128 * classes * 4 < n * classes * 4 / 10
+
+
+def shared_normaliser(rank, deferred):
+    """Uneven ranks (the second has one row in the last step) and two micro-batches: the gradient of one batch of all rows."""
+    one = ab.LinearABLoss(lam=0.5, chunk=CHUNK, deferred=deferred).double()
+    two = ab.ABLoss(lam=0.5, process_group=None).double()
+    for step in range(3):
+        hidden, weight, bias, target = inputs(seed=step)
+        end = 149 if step == 2 else 100
+        for part in [[slice(0, 70), slice(70, end)], [slice(end, end + 1), slice(end + 1, 150)]][rank][: 2 if deferred else 1]:
+            part = part if deferred else [slice(0, end), slice(end, 150)][rank]
+            one(hidden[part], weight, target[part], bias).backward()
+        if deferred:
+            assert one.finish_([weight, bias])
+        for t in (weight, bias):
+            torch.distributed.all_reduce(t.grad)
+        wanted = gradients(two(F.linear(hidden, weight, bias), target), (weight, bias))
+        assert_close([weight.grad / RANKS, bias.grad / RANKS], wanted, 1e-12)
+        torch.testing.assert_close(one.log_s, two.log_s, rtol=1e-12, atol=0)
+
+
+@native
+@needs_gloo
+@pytest.mark.parametrize("deferred", [False, True])
+def test_two_processes(tmp_path, deferred):
+    run(shared_normaliser, tmp_path, deferred)
 
 
 BAD = {
