@@ -156,3 +156,88 @@ def smoothing(label_smoothing: float) -> float:
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: got {label_smoothing!r}, expected a number in [0, 1]")
     return float(label_smoothing)
+
+
+def momentum_sgd(momentum: float, dampening: float, weight_decay: float, nesterov: bool, heavy_ball: bool) -> None:
+    """Numbers of a momentum step and options that exclude each other, as for ABSGD."""
+    within(momentum, "momentum", 0, math.inf)
+    within(weight_decay, "weight_decay", 0, math.inf)
+    within(dampening, "dampening", -math.inf, math.inf, open_below=True, open_above=True)
+    if nesterov and (momentum == 0 or dampening != 0):
+        raise ValueError(f"nesterov: got momentum {momentum} and dampening {dampening}, expected a momentum > 0 and no dampening")
+    if heavy_ball and (nesterov or dampening != 0):
+        raise ValueError(
+            f"heavy_ball is Eq. 2 of the paper, which has no nesterov (got {nesterov}) and no dampening (got {dampening});"
+            " use heavy_ball=False with these"
+        )
+
+
+def rate(lr: float | Tensor) -> None:
+    """A learning rate: a number >= 0, or a one-element tensor, which is not looked into."""
+    if not isinstance(lr, Tensor):
+        within(lr, "lr", 0, math.inf)
+    elif lr.numel() != 1:
+        raise ValueError(f"lr: got a tensor of shape {tuple(lr.shape)}, expected a number or a one-element tensor")
+
+
+def weighted_step(params: list, buffers: list | None, grads: list, losses: Tensor) -> None:
+    """Shapes, dtypes and devices of a weighted step, and that nothing it writes shares memory. buffers: None without momentum."""
+    lists = {"params": params, "per_sample_grads": grads} | ({} if buffers is None else {"momentum_buffers": buffers})
+    for name, tensors in lists.items():
+        if len(tensors) != len(params):
+            hint = ", zeros at first" if name == "momentum_buffers" else ""
+            raise ValueError(f"{name}: got {len(tensors)} tensors, expected one{hint} for each of the {len(params)} params")
+        for i, t in enumerate(tensors):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{name}[{i}]: got {type(t).__name__}, expected a tensor")
+            if t.layout != torch.strided:
+                raise TypeError(f"{name}[{i}]: got a tensor of layout {t.layout}, expected {torch.strided}")
+    buffers = buffers or []
+    if losses.dim() != 1:
+        raise ValueError(f"losses: got shape {tuple(losses.shape)}, expected (B,), one loss per sample")
+    written = [(f"params[{i}]", p) for i, p in enumerate(params)] + [(f"momentum_buffers[{i}]", b) for i, b in enumerate(buffers)]
+    for i, (p, g) in enumerate(zip(params, grads)):
+        if p.dtype not in _STEPPED:
+            raise TypeError(f"params[{i}]: got {p.dtype}, expected float32, float64, bfloat16 or float16")
+        real = real_dtype(p.dtype)
+        if losses.dtype != real:
+            raise TypeError(f"losses: got {losses.dtype} with params[{i}] of {p.dtype}, expected {real}: use losses.to({real})")
+        beside = [(f"per_sample_grads[{i}]", g, (len(losses), *p.shape), p.dtype)]
+        if buffers:
+            beside.append((f"momentum_buffers[{i}]", buffers[i], tuple(p.shape), real))
+        for name, t, shape, dtype in beside:
+            if tuple(t.shape) != shape:
+                raise ValueError(
+                    f"{name}: got shape {tuple(t.shape)} with params[{i}] of shape {tuple(p.shape)} and {len(losses)} losses,"
+                    f" expected {shape}"
+                )
+            if t.dtype != dtype:
+                raise TypeError(f"{name}: got {t.dtype} with params[{i}] of {p.dtype}, expected {dtype}")
+        for name, t in ((f"params[{i}]", p), *((name, t) for name, t, *_ in beside)):
+            if t.device != losses.device:
+                raise ValueError(f"{name}: got a tensor on {t.device}, expected {losses.device} as the losses")
+    for name, t in written:
+        if torch._debug_has_internal_overlap(t) == 1:
+            raise ValueError(
+                f"{name}: several of its elements share one place in memory, expected a tensor of its own: clone() it"
+            )
+    if torch.compiler.is_compiling():  # nothing lies anywhere yet
+        return
+    read = [("losses", losses), *((f"per_sample_grads[{i}]", g) for i, g in enumerate(grads))]
+    spans = [(*_span(t, t.is_contiguous()), name, True) for name, t in written if t.numel()]
+    spans = sorted(spans + [(*_span(t, True), name, False) for name, t in read if t.numel()])
+    for i, (_, end, name, writes) in enumerate(spans):
+        for start, _, other, writes_too in spans[i + 1 :]:
+            if start >= end:
+                break
+            if writes or writes_too:
+                raise ValueError(f"{name}, {other}: share memory, expected tensors of their own: clone() one of them")
+
+
+_STEPPED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _span(t: Tensor, whole: bool) -> tuple[int, int]:
+    """Where a tensor begins and ends in memory; not `whole`: its first element (with gaps, others' elements may lie in them)."""
+    last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride())) if whole else 0
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()

@@ -1,8 +1,11 @@
-"""Pure functions: nothing is mutated, the new state is returned."""
+"""Pure functions: nothing is mutated, the new state is returned. Only weighted_momentum_step_ writes, as its name says: parameters
+and momentum buffers."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -223,6 +226,145 @@ def robust_weights(
     return ops.robust_weights(
         losses.to(real).contiguous(), log_s, lam, mask, float(gamma), float(alpha), flags, operators.backend
     )
+
+
+@lru_cache(256)
+def _weighted_options(gamma, alpha, init, normalizer, mix, max_weight, momentum, dampening, weight_decay, nesterov, maximize,
+                      heavy_ball) -> tuple[float, int, int]:  # fmt: skip
+    """Checks them: once, because they stay the same from step to step (4 us). max_weight as a number, and the operator's bits."""
+    _checks.share(gamma, "gamma")
+    _checks.share(alpha, "alpha")
+    _checks.choice(init, "init", ("first", "zero"))
+    _checks.choice(normalizer, "normalizer", reference.NORMALIZERS)
+    _checks.within(mix, "mix", -math.inf, math.inf, open_below=True, open_above=True)
+    if max_weight is not None and not max_weight > 0:
+        raise ValueError(f"max_weight: got {max_weight!r}, expected a positive number or None")
+    _checks.momentum_sgd(momentum, dampening, weight_decay, nesterov, heavy_ball)
+    form = bool(maximize) | bool(nesterov) << 1 | bool(heavy_ball) << 2  # csrc/math.h StepFlag
+    return math.inf if max_weight is None else float(max_weight), form, ops.flags(normalizer, init)
+
+
+def weighted_momentum_step_(
+    params: Iterable[Tensor],
+    momentum_buffers: Iterable[Tensor] | None,
+    per_sample_grads: Iterable[Tensor],
+    losses: Tensor,
+    log_s: float | Tensor,
+    *,
+    lam: float | Tensor,
+    lr: float | Tensor,
+    gamma: float = 0.9,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    heavy_ball: bool = False,
+    alpha: float = 1.0,
+    mix: float = 0.0,
+    init: str = "first",
+    normalizer: str = "moving",
+    max_weight: float | None = None,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """One step of Algorithm 1 from per-sample gradients g_i, in one pass over them and in place: what `ABLoss`, backward and
+    `ABSGD` do together, where the gradients of the samples are there already (torch.func.vmap, a linear head).
+
+        z_i    = L_i / lam
+        log s' = logaddexp(log(1 - gamma) + log s, log(gamma alpha) + log mean exp(z))
+        W_i    = exp(z_i - log s')                                     (at most max_weight; 1 at |lam| = inf)
+        G      = (1/n) sum_i sample_weight_i (W_i + mix) g_i           (n valid rows; negated with maximize)
+        b      = momentum b + (1 - dampening) (G + weight_decay w)
+        w      = w - lr b          (nesterov: w - lr (G + weight_decay w + momentum b); heavy_ball, Eq. 2: see `ABSGD`)
+
+    (ABSGD paper, Alg. 1, in the log domain.) The gradients are read once, and no mean of them is written.
+
+    Args:
+        params: tensors of any shape, float32, float64, bfloat16 or float16, all stepped alike; written.
+        momentum_buffers: per parameter b (with heavy_ball the last change of w), zeros before the first step: of its shape,
+            float64 for float64, else float32; written. Neither read nor written with momentum=0, where None serves.
+        per_sample_grads: per parameter (B, *its shape), of its dtype. Rows may lie any way apart (views of one block); a row
+            that does not lie as its parameter does, nor contiguous, is copied first.
+        losses: (B,) L_i, float64 for float64 parameters, else float32 (a half-precision loss is widened).
+        log_s: number or 0-d tensor; -inf before the first batch.
+        lam: number or 0-d tensor, not 0; > 0 attends to large losses, < 0 to small ones, +-inf is the plain mean.
+        lr: >= 0; a number or a one-element tensor, which a GPU reads by itself.
+        gamma, alpha: in (0, 1]. mix: weight of a plain mean term. init, normalizer, max_weight: as for `ABLoss`.
+        momentum, weight_decay: >= 0. dampening: also of a first step, which torch.optim.SGD takes without.
+        nesterov: with momentum > 0 and no dampening. maximize: ascend. heavy_ball: Eq. 2, neither nesterov nor dampening.
+        mask: (B,) bool, False = ignored. sample_weight: (B,) t_i.
+        backend: None, "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        new log s (0-d, a new tensor; dtype of log_s if a tensor, else of the losses).
+
+        A bad row (a NaN or infinite loss that is not masked): nothing is written, and log s stays: one bad batch never
+        poisons the state. No valid row at all: G = 0, so that momentum and decay go on, and log s stays. A row that weighs 0 (masked, or
+        of sample weight 0) takes no part, whatever its gradient holds; any other gradient that is not finite is not looked
+        for.
+
+    Raises:
+        ValueError: shapes, lists of unequal length, devices, tensors that share memory with one that is written, numbers out
+        of range. TypeError: dtypes. Nothing is written then.
+
+    >>> w, b = torch.zeros(2), torch.zeros(2)
+    >>> grads, losses = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0.0, 9.0])
+    >>> log_s = weighted_momentum_step_([w], [b], [grads], losses, -math.inf, lam=-1.0, lr=0.1)
+    >>> w, b  # the second sample looks mislabelled
+    (tensor([-9.9988e-02, -1.2339e-05]), tensor([9.9988e-01, 1.2339e-04]))
+
+    Source: Qi et al., *Attentional-Biased Stochastic Gradient Descent* (TMLR 2023), Algorithm 1.
+    """
+    # Written for few Python calls: what is wrong with a tensor is said after an operator refused it.
+    params, grads = list(params), list(per_sample_grads)
+    _checks.lam(lam)
+    _checks.scalar(log_s, "log_s")
+    _checks.rate(lr)
+    options = _weighted_options.__wrapped__ if torch.compiler.is_compiling() else _weighted_options
+    max_weight, form, flags = options(
+        gamma, alpha, init, normalizer, mix, max_weight, momentum, dampening, weight_decay, nesterov, maximize, heavy_ball
+    )
+    if not isinstance(losses, Tensor) or not losses.is_floating_point():
+        got = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
+        raise TypeError(f"losses: got {got}, expected a floating tensor (B,), one loss per sample")
+    buffers = None if not momentum else [] if momentum_buffers is None else list(momentum_buffers)
+    real = real_dtype(getattr(params[0], "dtype", torch.float32) if params else losses.dtype)
+    if losses.dtype.itemsize == 2:
+        losses = losses.to(real)
+    if mask is not None:
+        mask = _checks.per_sample(mask, "mask", losses, torch.bool)
+    if sample_weight is not None:
+        sample_weight = _checks.per_sample(sample_weight, "sample_weight", losses, real)
+    operators = ops.serving(losses.device, backend)
+    if operators is None and ops.transformed():
+        raise RuntimeError("weighted_momentum_step_: got a call inside a torch.func transform; call it on what that returns")
+    if operators is None or operators.backend == "triton":  # the others check by themselves
+        _checks.weighted_step(params, buffers, grads, losses)
+    if operators is None:
+        return reference.weighted_momentum_step_(
+            params, [None] * len(params) if buffers is None else buffers, grads, losses, log_s, lam, mix=mix,
+            sample_weight=sample_weight, mask=mask, gamma=gamma, alpha=alpha, init=init, normalizer=normalizer,
+            max_weight=max_weight, lr=lr.reshape(()) if isinstance(lr, Tensor) else lr, momentum=momentum, dampening=dampening,
+            weight_decay=weight_decay, nesterov=nesterov, maximize=maximize, heavy_ball=heavy_ball,
+        )  # fmt: skip
+    if not isinstance(log_s, Tensor) or log_s.device != losses.device:
+        log_s = _number(log_s, log_s.dtype if isinstance(log_s, Tensor) else real, losses.device)
+    lam_tensor = _number(lam, real, losses.device) if isinstance(lam, Tensor) else None
+    lr_tensor = lr if isinstance(lr, Tensor) and lr.device == losses.device else None
+    try:
+        new_log_s = operators.weighted_step_(
+            params, buffers or [], grads, losses if losses.is_contiguous() else losses.contiguous(), sample_weight, mask, log_s,
+            lam_tensor, lr_tensor, 0.0 if lam_tensor is not None else lam, gamma, alpha, mix, max_weight,
+            0.0 if lr_tensor is not None else float(lr), weight_decay, momentum, dampening, form, flags,
+        )  # fmt: skip
+    except RuntimeError:
+        _checks.weighted_step(params, buffers, grads, losses)  # the usual mistakes, said in Python's words
+        raise
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(params if buffers is None else params + buffers)
+    return new_log_s
 
 
 def _number(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

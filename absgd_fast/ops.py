@@ -184,6 +184,21 @@ def _(table, on):
     return None
 
 
+# Robust weights of the losses (B), their weighted mean of the rows of each gradient (B, *shape of the parameter), and one step of
+# sgd with it: nothing but the new log s, which is returned, where a row is bad. buffers: none without momentum. lam_tensor,
+# lr_tensor: used instead of lam and lr. form: StepFlag; flags: normalizer and INIT_FIRST.
+@_define(
+    "weighted_step_(Tensor(a!)[] params, Tensor(b!)[] buffers, Tensor[] grads, Tensor losses, Tensor? sample_weight, Tensor? mask,"
+    " Tensor log_s, Tensor? lam_tensor, Tensor? lr_tensor, float lam, float gamma, float alpha, float mix, float max_weight,"
+    " float lr, float weight_decay, float momentum, float dampening, int form, int flags) -> Tensor log_s_new"
+)
+def _(params, buffers, grads, losses, sample_weight, mask, log_s, lam_tensor, lr_tensor, lam, gamma, alpha, mix, max_weight, lr,
+      weight_decay, momentum, dampening, form, flags):  # fmt: skip
+    if any(t.device != losses.device for t in (*params, *buffers, *grads)):  # one on "meta" brings them all here
+        raise RuntimeError(f"weighted_step_: expected all tensors on {losses.device} as the losses")
+    return log_s.new_empty(())
+
+
 for _tool in ("isas() -> str", "use_isa(str name) -> bool", "native_signatures() -> str", "cuda_signatures() -> str"):
     _libs[0].define(_tool)
 
@@ -193,13 +208,15 @@ _backend.load()  # registers the kernels, if they are there
 # ---- who serves ----------------------------------------------------------------------------------------------------
 
 _OPERATORS = ("logit_loss", "robust_logit_loss", "robust_logit_loss_", "logit_loss_backward", "robust_loss", "robust_totals", "robust_settle",
-              "robust_apply", "robust_weights", "robust_weights_backward", "scale", "scale_", "step_", "planned_step")  # fmt: skip
+              "robust_apply", "robust_weights", "robust_weights_backward", "scale", "scale_", "step_", "planned_step",
+              "weighted_step_")  # fmt: skip
 
 
 _TRITON_MODULE = {
     "losses": ("logit_loss", "robust_logit_loss", "logit_loss_backward"),
     "weights": ("robust_loss", "robust_weights", "robust_weights_backward", "scale", "scale_"),
     "step": ("step_",),
+    "weighted": ("weighted_step_",),
 }
 
 
@@ -246,7 +263,7 @@ def _triton(module: str, name: str):
 
     def call(*args):
         function = getattr(import_module(f"absgd_fast.kernels.{module}"), name)
-        if name in ("logit_loss", "robust_logit_loss", "robust_loss", "robust_weights"):
+        if name in ("logit_loss", "robust_logit_loss", "robust_loss", "robust_weights", "weighted_step_"):
             *args, bits = args
             return function(*args, **_decoded(name, bits))
         return function(*args)
@@ -256,7 +273,7 @@ def _triton(module: str, name: str):
 
 def _decoded(name: str, bits: int) -> dict:
     rule = dict(normalizer=bits & 3, init_first=bool(bits & INIT_FIRST))
-    if name == "robust_weights":
+    if name in ("robust_weights", "weighted_step_"):
         return rule
     if name == "robust_loss":
         return rule | dict(update=bool(bits & UPDATE), with_grad=bool(bits & WITH_GRAD))

@@ -342,19 +342,31 @@ def apply(
     (tensor(2.), tensor([1., 1.]))
     """
     losses, lam, log_s = _state(losses, lam, log_s)
-    with torch.no_grad():  # and detached, because no_grad does not stop a tangent of forward-mode AD
-        fixed = losses.detach()
-        z, good, bad = _split(fixed, fixed if score is None else score.detach().to(losses.dtype), lam, log_s, mask)
-        if bounded:
-            good, bad = good & (z <= settled[2]), bad | (good & (z > settled[2]))
-        weights = torch.where(good, z.double() - settled[0], 0.0).exp()
-        weights = torch.where(lam.isinf(), weights, weights.clamp(max=max_weight)).to(losses.dtype)
-        weights = torch.where(good, weights, 0.0).masked_fill(bad, math.nan)
-        factor = torch.where(lam.isinf(), weights, weights + mix)
-        if sample_weight is not None:
-            factor = factor * sample_weight.to(losses.dtype)
-        factor = (factor * settled[1].to(losses.dtype)).masked_fill(bad, math.nan)
-    return torch.where(good | bad, factor * losses, 0.0).sum(), weights
+    # detached, because no_grad does not stop a tangent of forward-mode AD
+    score = score if score is None else score.detach()
+    factor, weights, valid = _factors(
+        losses.detach(), settled, log_s, lam, mix=mix, max_weight=max_weight, sample_weight=sample_weight, score=score,
+        mask=mask, bounded=bounded,
+    )  # fmt: skip
+    return torch.where(valid, factor * losses, 0.0).sum(), weights
+
+
+@torch.no_grad()
+def _factors(
+    losses, settled, log_s, lam, *, mix=0.0, max_weight=math.inf, sample_weight=None, score=None, mask=None, bounded=False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d loss / d L_i = scale t_i (W_i + mix) of `apply`, 0 where ignored, NaN for a bad row; the weights; which rows are valid."""
+    z, good, bad = _split(losses, losses if score is None else score.to(losses.dtype), lam, log_s, mask)
+    if bounded:
+        good, bad = good & (z <= settled[2]), bad | (good & (z > settled[2]))
+    weights = torch.where(good, z.double() - settled[0], 0.0).exp()
+    weights = torch.where(lam.isinf(), weights, weights.clamp(max=max_weight)).to(losses.dtype)
+    weights = torch.where(good, weights, 0.0).masked_fill(bad, math.nan)
+    factor = torch.where(lam.isinf(), weights, weights + mix)
+    if sample_weight is not None:
+        factor = factor * sample_weight.to(losses.dtype)
+    factor = torch.where(good, factor * settled[1].to(losses.dtype), 0.0).masked_fill(bad, math.nan)
+    return factor, weights, good | bad
 
 
 def _state(losses: Tensor, lam: float | Tensor, log_s: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -471,6 +483,68 @@ def momentum_step_(
             buffer = torch.view_as_complex(b) if w.is_complex() else b
         out.append(buffer if momentum else None)
     return out
+
+
+@torch.no_grad()
+def weighted_momentum_step_(
+    params: list[Tensor],
+    momentum_buffers: list[Tensor | None],
+    per_sample_grads: list[Tensor],
+    losses: Tensor,
+    log_s: float | Tensor,
+    lam: float | Tensor,
+    *,
+    lr: float | Tensor,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    heavy_ball: bool = False,
+    mix: float = 0.0,
+    max_weight: float = math.inf,
+    sample_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    **options,
+) -> Tensor:
+    """Steps 3-6 of Algorithm 1 from per-sample gradients, in place: the weights, their weighted mean of the gradients (the
+    gradient of `robust_loss`), and `momentum_step_` with it.
+
+        G = (1/n) sum_i t_i (W_i + mix) g_i
+
+    A row whose factor is 0 (masked, say) takes no part, whatever its gradient holds. Where a row is bad (a NaN or infinite
+    loss) nothing is written.
+
+    Args:
+        per_sample_grads: per parameter (B, *shape).
+        momentum_buffers: per parameter b (or d, with `heavy_ball`), zeros before the first step; None where momentum = 0.
+        losses: (B).
+        options: of `settle`.
+
+    Returns:
+        new log s (0-d).
+
+    >>> w, grads = torch.tensor([1.0]), torch.tensor([[2.0], [4.0]])
+    >>> log_s = weighted_momentum_step_([w], [None], [grads], torch.tensor([1.0, 3.0]), -math.inf, math.inf, lr=0.1)
+    >>> w  # the plain mean
+    tensor([0.7000])
+    """
+    losses, lam, log_s = _state(losses, lam, log_s)
+    settled, new_log_s = settle(totals(losses, log_s, lam, mask=mask)[None], log_s, lam, **options)
+    if settled[5] > 0:
+        return new_log_s
+    factor, *_ = _factors(
+        losses, settled, log_s, lam, mix=mix, max_weight=max_weight, sample_weight=sample_weight, mask=mask
+    )  # fmt: skip
+    means = []
+    for g in per_sample_grads:
+        f = factor.view(-1, *[1] * (g.dim() - 1))
+        means.append(torch.where(f == 0, 0.0, f * g.to(f.dtype)).sum(0))
+    momentum_step_(
+        params, means, momentum_buffers, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+        nesterov=nesterov, maximize=maximize, heavy_ball=heavy_ball,
+    )  # fmt: skip
+    return new_log_s
 
 
 def adam_step_(

@@ -190,6 +190,43 @@ class Tensors:
         return _way_off(self.start, params, self._exact)
 
 
+class Samples:
+    """Parameters of given shapes, each with the gradients of `rows` samples, and their losses: the same in every step."""
+
+    tolerance = 1e-5
+
+    def __init__(self, rows, shapes, device="cpu"):
+        self.device = torch.device(device)
+        draw = torch.Generator(self.device).manual_seed(0)
+        self.start = [torch.randn(s, generator=draw, device=self.device) for s in shapes]
+        self.grads = [torch.randn(rows, *s, generator=draw, device=self.device) for s in shapes]
+        self.losses = 3 * torch.rand(rows, generator=draw, device=self.device)
+        numbers = sum(map(math.prod, shapes))
+        self.bytes = 4 * rows * numbers
+        self.moved = 4 * (rows + 4) * numbers  # the gradients read, parameter and momentum read and written
+        self._part = max(1, 2**22 // rows)  # columns at a time in float64
+
+    @cached_property
+    def _exact(self):
+        exact = [w.double() for w in self.start]
+        for w, grads in zip(exact, self.grads):
+            for w, g in zip(w.view(-1).split(self._part), grads.flatten(1).split(self._part, 1)):
+                log_s, buffer, g = -math.inf, torch.zeros_like(w), g.double()
+                for _ in range(STEPS):
+                    log_s = reference.weighted_momentum_step_(
+                        [w], [buffer], [g], self.losses.double(), log_s, LAM, gamma=GAMMA, init="zero", **SGD
+                    )
+        return exact
+
+    def forget(self):
+        """Lets go of the right answer."""
+        vars(self).pop("_exact", None)
+
+    def error(self, params):
+        """Of the way that STEPS steps have gone, which start from s = 0."""
+        return _way_off(self.start, params, self._exact)
+
+
 class Training:
     """A network of absgd_fast.experiments.models on batches of images, by default 64 of 8 x 8 pixels as of scikit-learn's digits.
 
@@ -270,6 +307,9 @@ def resnet152():
 # ---- the cases -------------------------------------------------------------------------------------------------------
 
 
+COPY = "copy of as many bytes"
+
+
 def _size(rows, classes, dtype):
     return f"{rows} × {classes} {'bf16' if dtype == torch.bfloat16 else 'fp32'}"
 
@@ -313,6 +353,10 @@ CASES = [
         for rule in RULES
         if rule != "SGD"
     ),
+    # 80 % of the bandwidth of a copy: 1.25 times its time
+    Case("weighted", "64 × 10⁶", partial(Samples, 64, [(1000, 1000)]), {"torch": 1.0, COPY: 1.25}),
+    Case("weighted", "128 × ResNet-32, 94 tensors", partial(Samples, 128, resnet32()), {"torch": 1.0, COPY: 1.25}),
+    Case("weighted", "64 × 650, a linear head", partial(Samples, 64, [(10, 64), (10,)]), {"torch": 1.0}),
     Case("train", "mlp 64-128-128-10", partial(Training, "mlp")),
     Case("train", "cnn", partial(Training, "cnn")),
     # 31 layers with kinks: in three steps float32 goes a way that differs from float64's by 0.26, with plain torch
@@ -362,12 +406,18 @@ def gpu_cases(device="cuda", tiny=False):
         _gpu_step("1 B parameters, 300 tensors", [(2048, 1628)] * 300, device, **{"share of copy": (0.9, ANY)}),
     ]
     rules = [("ResNet-50, 161 tensors", resnet50(), rule) for rule in RULES if rule != "SGD"]
+    weighted = [("64 × 4 M", 64, [(2048, 2048)], {"share of copy": (0.8, ANY)})]
     shapes, elements, classes = SHAPES, (1024, 2048, 4096, 8192, 16384), (10, 128, 1000)
     if tiny:
         bounds = {"host us": (0, 20), "share of copy": (0.9, ANY)}
         steps = [_gpu_step("three tensors", [(3, 4), (5,), (70,)], device, 0.9, **bounds)]
         rules = [("three tensors", [(3, 4), (5,), (70,)], "AdamW")]
+        weighted = [("8 × 87", 8, [(3, 4), (5,), (70,)], {})]
         shapes, elements, classes = [(16, 5), (64, 300)], (64,), (8,)
     losses = [_gpu_loss(*shape, dtype, device) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
     rules = [Case("gpu rules", f"{rule}, {name}", partial(Tensors, tensors, device, rule)) for name, tensors, rule in rules]
-    return [*steps, *losses, *rules, *(_gpu_limit(e, c, device) for c in classes for e in elements)]
+    weighted = [
+        Case("gpu weighted", name, partial(Samples, rows, tensors, device), {"torch": 1.0}, {"step launches": (1, 1)} | bounds)
+        for name, rows, tensors, bounds in weighted
+    ]
+    return [*steps, *losses, *rules, *weighted, *(_gpu_limit(e, c, device) for c in classes for e in elements)]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import absgd_fast as ab
 from absgd_fast import _backend, ops
 
-from .cases import GAMMA, LAM, LOSSES, SGD, STEPS
+from .cases import COPY, GAMMA, LAM, LOSSES, SGD, STEPS
 
 OURS, OURS_ON_TRITON = "absgd_fast", "absgd_fast, triton"
 
@@ -219,6 +219,48 @@ def _torch_step(data):
     return _step(data, data.rule.theirs, **data.rule.fastest)
 
 
+# ---- the weighted step ------------------------------------------------------------------------------------------------
+
+
+def _weighted(data, backend=None):
+    params = [w.clone() for w in data.start]
+    buffers, log_s = [torch.zeros_like(w) for w in params], torch.tensor(-math.inf, device=data.device)
+
+    def run():
+        nonlocal log_s
+        log_s = ab.functional.weighted_momentum_step_(
+            params, buffers, data.grads, data.losses, log_s, lam=LAM, gamma=GAMMA, init="zero", backend=backend, **SGD
+        )
+
+    return Peer(run, lambda _: data.error(params), parts={"step": lambda: run})
+
+
+def _weighted_torch(data):
+    """The weights in plain torch, a matrix product for each parameter, and torch's fused step."""
+    params = [torch.nn.Parameter(w.clone()) for w in data.start]
+    optimizer, log_s = torch.optim.SGD(params, **SGD, fused=True), torch.tensor(-math.inf, device=data.device)
+
+    @torch.no_grad()
+    def run():
+        nonlocal log_s
+        z = data.losses / LAM
+        log_g = z.logsumexp(0) - math.log(len(z))
+        log_s = torch.logaddexp(log_s + math.log(1 - GAMMA), log_g + math.log(GAMMA))
+        factors = (z - log_s).exp() / len(z)
+        for p, g in zip(params, data.grads):
+            p.grad = (factors @ g.flatten(1)).view_as(p)
+        optimizer.step()
+
+    return Peer(run, lambda _: data.error(params), parts={"step": lambda: run})
+
+
+def _copy(data):
+    """torch's copy_ that reads and writes as many bytes as the step has to."""
+    source = torch.rand(data.moved // 8, device=data.device)
+    target = torch.zeros_like(source)
+    return Peer(lambda: target.copy_(source), lambda _: 0.0 if torch.equal(source, target) else math.inf)
+
+
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
 
@@ -334,6 +376,8 @@ PEERS = {
         "SGD default": partial(_step, optimizer=torch.optim.SGD),
     },
     "rules": {OURS: _step, "torch's fastest": _torch_step},
+    "weighted": {OURS: _weighted, "torch": _weighted_torch, COPY: _copy},
+    "gpu weighted": {OURS: _weighted, OURS_ON_TRITON: _triton(_weighted), "torch": _weighted_torch},
     "gpu rules": {OURS: _step, OURS_ON_TRITON: _triton(_step), "torch's fastest": _torch_step},
     "train": {
         OURS: partial(_train, criterion=_ours, optimizer=partial(ab.ABSGD, **SGD)),

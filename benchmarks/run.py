@@ -1,4 +1,4 @@
-"""How it is timed: `absgd-fast bench [--suite loss|family|step|train|all|gpu] [--out FILE.json]`.
+"""How it is timed: `absgd-fast bench [--suite loss|family|step|weighted|train|all|gpu] [--out FILE.json]`.
 
 Every competitor's result is checked against the float64 oracle before it is timed; who is wrong is left out with the
 reason, and if ours is wrong nothing is reported. Then come rounds: in each, every competitor runs one block of calls,
@@ -59,7 +59,8 @@ SUITES = {
     "step": ("step", "rules"),
     "train": ("train",),
     "family": ("family",),
-    "all": ("loss", "family", "memory", "step", "rules", "train"),
+    "weighted": ("weighted",),
+    "all": ("loss", "family", "memory", "step", "rules", "weighted", "train"),
 }
 CPU = torch.device("cpu")
 BLOCK = 5e6  # ns: long against the clock and a cold start, short against what changes on a machine

@@ -202,6 +202,20 @@ struct StepTable {
 
 constexpr int64_t kStepBlock = 64;  // a share of the flat index ends at a multiple of this within a tensor
 
+// ---- weighted step -------------------------------------------------------------------------------------------------
+//
+// G = sum_r factor_r g_r over the rows of a block of per-sample gradients, and a step of momentum SGD with it.
+// StepTensor::grad is the block: row r of the batch at r * row_stride, its elements placed as the parameter's. Rows
+// whose factor is 0 take no part, whatever they hold.
+struct WeightedTable : StepTable {
+  int64_t batch;
+  const int64_t* row_stride;  // of each tensor, in elements
+  // CPU: the rows that take part, in order, and what they weigh
+  int64_t rows;
+  const int64_t* row;   // (rows)
+  const void* factors;  // (rows) real
+};
+
 // ---- CPU: one row per operation; a set per instruction set, chosen at run time (cpu/dispatch.cpp) -------------------
 
 struct CpuKernels {
@@ -228,6 +242,8 @@ struct CpuKernels {
   void (*scale)(const ScaleArgs&, int64_t begin, int64_t end);
   // elements [begin, end) of the flat index; the counts of steps already include this one
   void (*step)(const StepTable&, int64_t begin, int64_t end);
+  // elements [begin, end) of the flat index
+  void (*weighted_step)(const WeightedTable&, int64_t begin, int64_t end);
 };
 
 const CpuKernels& cpu_kernels();
@@ -269,7 +285,7 @@ struct LogitBackward : LogitInput {
   void* grad;  // (batch, classes, inner) contiguous, of the logits' dtype
 };
 
-// RobustArgs with its numbers in device memory.
+// RobustArgs with its numbers in device memory (without lam_on_device RobustRule::lam serves).
 struct Robust : RobustArgs {
   const void* valid_rows;  // (count) real, instead of RobustArgs::valid; or null
   DeviceNumber lam_on_device, log_s;
@@ -314,6 +330,9 @@ const char* robust_weights_bwd(const RobustArgs&, DeviceNumber lam, const void* 
 // ScaleArgs::upstream is in device memory, `constant`: one number
 const char* scale(const ScaleArgs&, bool constant, void* stream);
 const char* step(const StepTable&, void* stream);
+// One launch up to kOneLaunch rows and as many tensors as it holds. Where a row is bad nothing but robust.new_log_s is
+// written. Beyond kOneLaunch rows, or without elements, robust needs weights and factor.
+const char* weighted_step(const WeightedTable&, const Robust&, void* stream);
 
 }  // namespace gpu
 

@@ -516,6 +516,15 @@ struct AdagradStep {
   }
 };
 
+// f(functor) for momentum SGD, with T and lr as below.
+template <class L, class T, class F>
+ABSGD_FN void for_sgd(const StepNumbers& n, double lr, const Corrections& c, F f) {
+  if (n.first == 0) return f(SgdStep<L, SgdForm::plain>::template of<T>(n, lr, c));
+  if (n.has(kHeavyBall)) return f(SgdStep<L, SgdForm::heavy_ball>::template of<T>(n, lr, c));
+  if (n.has(kNesterov)) return f(SgdStep<L, SgdForm::nesterov>::template of<T>(n, lr, c));
+  return f(SgdStep<L, SgdForm::momentum>::template of<T>(n, lr, c));
+}
+
 // f(functor). T: what the elements are computed in; lr: the group's, or what stands in its tensor.
 template <class L, class T, class F>
 ABSGD_FN void for_step(const StepNumbers& n, double lr, const Corrections& c, F f) {
@@ -533,10 +542,7 @@ ABSGD_FN void for_step(const StepNumbers& n, double lr, const Corrections& c, F 
     case Rule::adagrad:
       return f(AdagradStep<L>::template of<T>(n, lr, c));
     default:
-      if (n.first == 0) return f(SgdStep<L, SgdForm::plain>::template of<T>(n, lr, c));
-      if (n.has(kHeavyBall)) return f(SgdStep<L, SgdForm::heavy_ball>::template of<T>(n, lr, c));
-      if (n.has(kNesterov)) return f(SgdStep<L, SgdForm::nesterov>::template of<T>(n, lr, c));
-      return f(SgdStep<L, SgdForm::momentum>::template of<T>(n, lr, c));
+      return for_sgd<L, T>(n, lr, c, f);
   }
 }
 

@@ -288,28 +288,42 @@ Tensor fill_scale(ScaleArgs& a, bool& constant, const Tensor& source, const Tens
 
 // ---- step ----------------------------------------------------------------------------------------------------------
 
+// Ranges of memory: whether one that is written shares a byte with another.
+struct Ranges {
+  struct Range {
+    const char *begin, *end;
+    bool written;
+  };
+  std::vector<Range> all;
+
+  void add(const void* start, size_t bytes, bool written = true) {
+    const char* const begin = static_cast<const char*>(start);
+    if (start != nullptr && bytes > 0) all.push_back({begin, begin + bytes, written});
+  }
+  bool clash() {
+    std::sort(all.begin(), all.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+    const char *end = nullptr, *end_written = nullptr;
+    for (const Range& r : all) {
+      if (r.begin < (r.written ? end : end_written)) return true;
+      end = std::max(end, r.end);
+      if (r.written) end_written = std::max(end_written, r.end);
+    }
+    return false;
+  }
+};
+
 // Whether two of the tensors that a step writes share memory (a parameter listed twice, `a.data = b.data`): then the
 // tensors must be updated one after the other.
 bool step_overlaps(const StepTensor* tensors, int64_t count) {
-  struct Range {
-    const char *begin, *end;
-  };
-  std::vector<Range> ranges;
-  ranges.reserve(size_t((2 + kStates) * count));
-  auto add = [&](const void* start, size_t bytes) {
-    if (start != nullptr && bytes > 0)
-      ranges.push_back({static_cast<const char*>(start), static_cast<const char*>(start) + bytes});
-  };
+  Ranges ranges;
+  ranges.all.reserve(size_t((2 + kStates) * count));
   for (int64_t j = 0; j < count; ++j) {
     const StepTensor& t = tensors[j];
-    add(t.param, size_t(t.count) * size_of(t.dtype));
-    for (const void* state : t.state) add(state, size_t(t.count) * size_of(real_of(t.dtype)));
-    add(t.step.data, t.step.is_double ? sizeof(double) : sizeof(float));
+    ranges.add(t.param, size_t(t.count) * size_of(t.dtype));
+    for (const void* state : t.state) ranges.add(state, size_t(t.count) * size_of(real_of(t.dtype)));
+    ranges.add(t.step.data, t.step.is_double ? sizeof(double) : sizeof(float));
   }
-  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  for (size_t j = 1; j < ranges.size(); ++j)
-    if (ranges[j].begin < ranges[j - 1].end) return true;
-  return false;
+  return ranges.clash();
 }
 void check_overlap(StepTable& table) {
   if (table.checked) return;
@@ -401,6 +415,91 @@ StepGroup step_group(double lr, double weight_decay, double first, double second
   return out;
 }
 
+// ---- weighted step -------------------------------------------------------------------------------------------------
+
+// The tensors of one weighted step, checked; lives as long as the step.
+struct WeightedLists {
+  StepGroup group;
+  WeightedTable table{};
+  Dtype real;
+  std::vector<Fitted> written;
+  std::vector<Tensor> blocks;
+  std::vector<StepTensor> tensors;
+  std::vector<int64_t> row_strides;
+
+  WeightedLists(const std::vector<Tensor>& params, const std::vector<Tensor>& buffers,
+                const std::vector<Tensor>& blocks_in, const Tensor& losses, const StepGroup& options)
+      : group(options), real(dtype_of(losses)) {
+    const size_t n = params.size();
+    const bool keeps = group.states() != 0;
+    STD_TORCH_CHECK(
+        blocks_in.size() == n && buffers.size() == (keeps ? n : 0),
+        "weighted_step_: expected for each parameter one block of gradients and, with momentum, one buffer");
+    STD_TORCH_CHECK(losses.dim() == 1 && real == real_of(real), "weighted_step_: expected losses (B,)");
+    const Device device = device_of(losses);
+    table.batch = losses.size(0);
+    Ranges ranges;
+    ranges.add(losses.data_ptr(), size_t(table.batch) * size_of(real), false);
+    for (size_t i = 0; i < n; ++i) {
+      const Tensor& given = params[i];
+      const Dtype dtype = dtype_of(given);
+      Tensor like = given, block = blocks_in[i];
+      STD_TORCH_CHECK(is_on(given, device) && is_on(block, device) && code_of(block) == code_of(dtype) &&
+                          real_of(dtype) == real && block.dim() == given.dim() + 1 && block.size(0) == table.batch,
+                      "weighted_step_: expected parameters, gradients (B, ...) of their dtype and losses (B,) of the "
+                      "dtype those are computed in, on one device");
+      for (int64_t d = 0; d < given.dim(); ++d)
+        STD_TORCH_CHECK(block.size(d + 1) == given.size(d),
+                        "weighted_step_: expected gradients (B, ...) of the shape of a parameter");
+      // A row of the block and the parameter lie alike, or both are contiguous; what is not is copied.
+      if (!row_of(block).same(layout_of(given)) || !layout_of(given).dense()) {
+        like = torch::stable::contiguous(given);
+        if (!row_of(block).same(layout_of(like))) block = torch::stable::contiguous(block);
+      }
+      StepTensor t{};
+      t.param = write(given, like, dtype, ranges);
+      if (keeps) t.state[0] = write(buffers[i], like, real, ranges);
+      t.grad = blocks.emplace_back(block).data_ptr();
+      t.begin = table.elements;
+      t.count = given.numel();
+      t.dtype = dtype;
+      const int64_t stride = block.stride(0);
+      if (table.batch > 0) ranges.add(t.grad, size_t((table.batch - 1) * stride + t.count) * size_of(dtype), false);
+      tensors.push_back(t);
+      row_strides.push_back(stride);
+      table.elements += t.count;
+    }
+    STD_TORCH_CHECK(!ranges.clash(),
+                    "weighted_step_: a parameter or momentum buffer shares memory with another tensor");
+    table.tensor_count = int64_t(n);
+    table.tensors = tensors.data();
+    table.row_stride = row_strides.data();
+    table.groups = &group;
+  }
+  void restore() {
+    for (Fitted& t : written) t.restore();
+  }
+
+ private:
+  static Layout row_of(const Tensor& block) {
+    return {block.dim() - 1, block.sizes().data() + 1, block.strides().data() + 1};
+  }
+  // `ranges` has the memory that is written in the end; of a tensor that is copied, where it begins.
+  void* write(const Tensor& t, const Tensor& like, Dtype dtype, Ranges& ranges) {
+    for (int64_t d = 0; d < t.dim(); ++d)
+      STD_TORCH_CHECK(t.size(d) < 2 || t.strides()[size_t(d)] != 0,
+                      "weighted_step_: several elements of a parameter or momentum buffer share one place in memory");
+    ranges.add(t.data_ptr(), size_of(dtype) * size_t(layout_of(t).dense() ? t.numel() : t.numel() > 0));
+    return written.emplace_back(t, like, dtype).fitted.data_ptr();
+  }
+};
+
+StepGroup sgd_group(double lr, double weight_decay, double momentum, double dampening, int64_t flags) {
+  return step_group(lr, weight_decay, momentum, dampening, 0, int64_t(Rule::sgd), flags);
+}
+
+// ---- the plan's table ----------------------------------------------------------------------------------------------
+
 StepTable& planned_table(const Tensor& table) {
   STD_TORCH_CHECK(table.is_cpu() && table.is_contiguous() && table.scalar_type() == ScalarType::Long &&
                       size_t(table.numel()) * sizeof(int64_t) >= sizeof(StepTable),
@@ -453,7 +552,8 @@ std::string signature(R (*)(A...)) {
   OP(scale)                   \
   OP(scale_)                  \
   OP(planned_step)            \
-  OP(step_)
+  OP(step_)                   \
+  OP(weighted_step_)
 #define ABSGD_SIGNATURE_LINE(op) out += std::string(#op ": ") + signature(op) + "\n";
 #define ABSGD_IMPL(op) m.impl(#op, TORCH_BOX(&op));
 

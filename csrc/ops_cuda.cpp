@@ -107,11 +107,11 @@ struct RobustOp {
   std::optional<Tensor> scratch;
   Device device;
 
-  RobustOp(const OnDevice& here, Dtype real, int64_t count, const Tensor& log_s, const Tensor& lam, double gamma,
-           double alpha, int64_t flags)
+  RobustOp(const OnDevice& here, Dtype real, int64_t count, const Tensor& log_s, const std::optional<Tensor>& lam,
+           double gamma, double alpha, int64_t flags)
       : device(here.device) {
     args.log_s = number_on(device, log_s, "log_s");
-    args.lam_on_device = number_on(device, lam, "lam");
+    if (lam.has_value()) args.lam_on_device = number_on(device, *lam, "lam");
     fill_robust(args, real, count, args.log_s.is_double, gamma, alpha, flags);
     if (count <= gpu::kOneLaunch) return;
     const size_t bytes = size_t(args.blocks()) * (sizeof(Partial) + sizeof(double)) + sizeof(Outcome);
@@ -366,6 +366,40 @@ void step_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, 
   check_overlap(lists.table);
   check(gpu::step(lists.table, here.stream));
   lists.restore(grad_scale.has_value());
+}
+
+// ---- weighted step -------------------------------------------------------------------------------------------------
+
+Tensor weighted_step_(const std::vector<Tensor>& params, const std::vector<Tensor>& buffers,
+                      const std::vector<Tensor>& grads, const Tensor& losses,
+                      const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& mask,
+                      const Tensor& log_s, const std::optional<Tensor>& lam_tensor,
+                      const std::optional<Tensor>& lr_tensor, double lam, double gamma, double alpha, double mix,
+                      double max_weight, double lr, double weight_decay, double momentum, double dampening,
+                      int64_t form, int64_t flags) {
+  const OnDevice here(losses);
+  WeightedLists lists(params, buffers, grads, losses, sgd_group(lr, weight_decay, momentum, dampening, form));
+  if (lr_tensor.has_value()) lists.group.lr_tensor = number_on(here.device, *lr_tensor, "lr");
+  const int64_t batch = lists.table.batch;
+  RobustOp op(here, lists.real, batch, log_s, lam_tensor, gamma, alpha, flags);
+  op.args.lam = lam;
+  op.args.mix = mix;
+  op.args.max_weight = max_weight;
+  op.args.losses = per_row(losses, here.device, batch, op.real(), "losses");
+  op.args.valid = per_row_mask(mask, here.device, batch);
+  op.optional_rows(std::nullopt, sample_weight);
+  Tensor new_log_s = empty_scalar(here.device, op.args.log_s.is_double ? Dtype::f64 : Dtype::f32);
+  op.args.new_log_s = number_on(here.device, new_log_s, "log_s");
+  std::optional<Tensor> weights;
+  if (batch > gpu::kOneLaunch || lists.table.elements == 0) {
+    const int64_t numbers = 2 * batch;
+    weights = empty_on(here.device, &numbers, 1, lists.real);
+    op.args.weights = weights->data_ptr();
+    op.args.factor = static_cast<char*>(op.args.weights) + size_t(batch) * size_of(lists.real);
+  }
+  check(gpu::weighted_step(lists.table, op.args, here.stream));
+  lists.restore();
+  return new_log_s;
 }
 
 std::string cuda_signatures() {

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from absgd_fast.kernels import launch, losses, step, weights
+from absgd_fast.kernels import launch, losses, step, weighted, weights
 from absgd_fast.ops import RULES
 
 TARGETS = {
@@ -32,7 +32,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-MODULES = (losses, weights, step)
+MODULES = (losses, weights, step, weighted)
 
 
 # ---- recorded launches -----------------------------------------------------------------------------------------------
@@ -121,6 +121,16 @@ def optimizer_step(rule, dtype=F32, shift=0, numbers=(), flags=0, weight_decay=1
     )  # fmt: skip
 
 
+def weighted_step(dtype=F32, momentum=0.9, form=0, lr_tensor=None, shift=0, weight_decay=1e-4, elements=5000, batch=64):
+    real = launch.real_dtype(dtype)
+    params, buffers = ([torch.zeros(elements + shift, dtype=d)[shift:]] * 2 for d in (dtype, real))
+    weighted.weighted_step_(
+        params, buffers if momentum else [], [torch.zeros(batch, elements, dtype=dtype)] * 2, torch.zeros(batch, dtype=real), None, None,
+        log_s(real), None, lr_tensor, 0.5, 0.9, 1.0, 0.0, math.inf, 0.1, weight_decay, momentum, 0.0, form, normalizer=0,
+        init_first=True,
+    )  # fmt: skip
+
+
 ALL_NUMBERS = ("lr", "grad_scale", "found_inf", "robust")
 STEPS = {
     "plain": (("sgd", F32), dict(first=0.0, weight_decay=0.0, flags=1)),
@@ -171,6 +181,13 @@ CALLS = {
     "900 weights fp32": lambda: robust_weights(torch.zeros(900)),
     "90000 weights fp64": lambda: robust_weights(torch.zeros(90000, dtype=F64)),
     "scale": scale,
+    "weighted": weighted_step,
+    "weighted, nesterov, maximize, lr": partial(weighted_step, form=3, lr_tensor=torch.zeros(1), weight_decay=0.0),
+    "weighted, heavy ball bf16": partial(weighted_step, BF16, form=4),
+    "weighted, plain fp16": partial(weighted_step, F16, momentum=0.0),
+    "weighted fp64": partial(weighted_step, F64, batch=9000),
+    "weighted, odd addresses": partial(weighted_step, shift=1),
+    "weighted, odd rows": partial(weighted_step, elements=5001),
     **{f"step, {name}": partial(optimizer_step, *args, **options) for name, (args, options) in STEPS.items()},
 }
 
@@ -229,6 +246,7 @@ ELSEWHERE = [
     "robust 128 x 1000 fp64", "9000 losses fp64", "90000 losses fp32", "900 weights fp32", "90000 weights fp64", "scale",
     "step, nesterov", "step, heavy ball fp64", "step, amsgrad", "step, amsgrad fp64", "step, adamw fp16", "step, paper form bf16",
     "step, rmsprop, centered, momentum", "step, rmsprop, centered, momentum fp64", "step, adagrad fp64", "step, adagrad fp16",
+    "weighted", "weighted, heavy ball bf16", "weighted, plain fp16", "weighted fp64",
 ]  # fmt: skip
 
 
@@ -278,6 +296,7 @@ LAUNCHES = {
     "step, paper form bf16": "count_steps step",
     "step, rmsprop": "count_steps step",
     "step, adagrad": "count_steps step",
+    "weighted": "robust_loss_fwd weighted_step",
 }
 
 
@@ -351,6 +370,9 @@ WIDE = {
     "step, adagrad": {"step_kernel": (12, 8)},
     "step, adagrad fp64": {"step_kernel": (12, 12)},
     "step, adagrad fp16": {"step_kernel": (8, 6)},
+    "weighted": {"weighted_step_kernel": (10, 2)},
+    "weighted, heavy ball bf16": {"weighted_step_kernel": (11, 3)},
+    "weighted fp64": {"weighted_step_kernel": (10, 2)},
 }
 
 
@@ -365,8 +387,8 @@ def test_loads_of_16_bytes(call):
 
 def test_no_wide_access_at_odd_addresses():
     """An address that is no multiple of 16 would stop the GPU."""
-    for call in ("step, odd addresses", "step, adam, odd addresses bf16"):
-        ptx = ptx_of(call)["step_kernel"]
+    for call in ("step, odd addresses", "step, adam, odd addresses bf16", "weighted, odd addresses"):
+        *_, ptx = ptx_of(call).values()
         assert not count(WIDE_LOAD, ptx) and not count(WIDE_STORE, ptx)
     _, backward = ptx_of("64 x 2:100 fp32").values()
     assert not count(WIDE_LOAD, backward)
@@ -378,10 +400,10 @@ def test_scores_are_divided_exactly(call):
     assert all(count(r"div\.rn(\.ftz)?\.f32", ptx) for ptx in ptx_of(call).values())
 
 
-@pytest.mark.parametrize("call", [call for call in CALLS if call.startswith("step,")])
+@pytest.mark.parametrize("call", [call for call in CALLS if call.startswith(("step,", "weighted"))])
 def test_steps_are_rounded_correctly(call):
     """Quotients, square roots (the approximate one takes subnormal numbers for 0) and half precision (the interpreter cuts off)."""
-    ptx = ptx_of(call)["step_kernel"]
+    *_, ptx = ptx_of(call).values()
     assert not count(r"\b(?:div|sqrt)\.(?:approx|full)|\.ftz|\bcvt\.r[^n]", ptx)
     assert bool(count(r"\bcvt\.rn\.b?f16", ptx)) == call.endswith(("bf16", "fp16"))
 

@@ -20,7 +20,8 @@ import absgd_fast as ab
 from absgd_fast import reference
 from absgd_fast.compat.repository import Focal as Repository
 from absgd_fast.functional import logit_loss as public_logit_loss
-from absgd_fast.kernels import launch, losses, step, weights
+from absgd_fast.functional import weighted_momentum_step_
+from absgd_fast.kernels import launch, losses, step, weighted, weights
 
 INF, NAN = math.inf, math.nan
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -987,6 +988,84 @@ def test_steps_of_the_optimizers(name):
             optimizer.step()
     for p, q in zip(ours, exact):
         torch.testing.assert_close(p.double(), q, rtol=1e-5, atol=1e-6)
+
+
+# ---- the weighted step, through the public function ------------------------------------------------------------------------
+
+
+def weighted_twice(params, buffers, grads, losses, log_s=-INF, **options):
+    """Two steps, each against plain torch in float64 from the same place; the last log s."""
+    options = dict(lam=-0.75, lr=0.125, weight_decay=0.25) | options
+    near = {
+        torch.float64: 1e-13,
+        torch.float32: 2e-6,
+        torch.bfloat16: 2**-7,
+        torch.float16: 2**-9,
+    }  # twice a rounding: it cuts off
+    for _ in range(2):
+        exact = [[t.double() for t in ts] for ts in (params, buffers, grads, [losses])]
+        wanted = weighted_momentum_step_(*exact[:3], exact[3][0], log_s, **options, backend="reference")
+        log_s = weighted_momentum_step_(params, buffers, grads, losses, log_s, **options, backend="triton")
+        close(log_s, wanted.double(), near[log_s.dtype], near[log_s.dtype])
+        for t, e in zip([*params, *buffers], exact[0] + exact[1]):
+            close(t, e, near[t.dtype], min(near[t.dtype], 2e-6))
+    return log_s
+
+
+def weighted_lists(dtype, batch, shapes=((0,), (5, 3), (), (8,))):
+    shapes = [*shapes, (weighted._BYTES // dtype.itemsize + 1,)]
+    params, buffers = ([torch.randn(s).to(d) for s in shapes] for d in (dtype, wide(dtype)))
+    return params, buffers, [torch.randn(batch, *s).to(dtype) for s in shapes], torch.rand(batch, dtype=wide(dtype))
+
+
+WEIGHTED = {
+    "momentum": {},
+    "plain": dict(momentum=0.0, weight_decay=0.0),
+    "nesterov": dict(nesterov=True, mix=0.5),
+    "heavy ball": dict(heavy_ball=True, maximize=True),
+    "dampening": dict(dampening=0.5, normalizer="batch"),
+    "inf": dict(lam=INF, max_weight=0.5),
+    "in tensors": dict(lam=torch.tensor(0.75), lr=torch.tensor([0.125]), init="zero", max_weight=1.5),
+}
+
+
+@pytest.mark.parametrize("options", WEIGHTED)
+def test_weighted_step(options, dtype, launches):
+    """11 rows, 8 at a time: one masked and one without weight, both of NaN."""
+    torch.manual_seed(0)
+    lists = weighted_lists(dtype, 11)
+    mask, weight = torch.arange(11) != 4, torch.linspace(0, 2, 11, dtype=wide(dtype))
+    for g in lists[2]:
+        g[4] = g[0] = NAN
+    weighted_twice(*lists, mask=mask, sample_weight=weight, **WEIGHTED[options])
+
+
+def test_weighted_step_of_a_bad_row_writes_nothing(launches):
+    params, buffers, grads, losses = weighted_lists(torch.float32, 5)
+    log_s = weighted_twice(params, buffers, grads, losses)
+    before = [t.clone() for t in params + buffers]
+    losses[2] = NAN
+    assert torch.equal(weighted_momentum_step_(params, buffers, grads, losses, log_s, lam=0.5, lr=0.1, backend="triton"), log_s)
+    assert all(torch.equal(a, b) for a, b in zip(before, params + buffers))
+
+
+def test_weighted_step_of_no_rows():
+    assert weighted_twice(*weighted_lists(torch.float32, 0), torch.tensor(0.5)) == 0.5
+
+
+def test_weighted_step_layouts():
+    """Gaps, rows of a wider block, an odd address, several dtypes at once; a tensor listed twice is refused."""
+    torch.manual_seed(0)
+    params, buffers, grads, losses = weighted_lists(torch.float32, 5)
+    more = weighted_lists(torch.bfloat16, 5)
+    params += [p.clone() for p in more[0]] + [torch.randn(6, 2)[:, 0], torch.randn(8)[1:]]
+    buffers += more[1] + [torch.randn(6), torch.randn(14)[::2]]
+    grads += more[2] + [torch.randn(6, 5).t(), torch.randn(5, 9)[:, 1:8]]
+    weighted_twice(params, buffers, grads, losses)
+    with pytest.raises(ValueError, match=r"params\[0\], params\[1\]: share memory"):
+        weighted_momentum_step_(
+            [params[1]] * 2, [buffers[1], buffers[1].clone()], [grads[1]] * 2, losses, 0.0, lam=1.0, lr=0.1, backend="triton"
+        )
 
 
 # ---- against what the package does elsewhere -----------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 import test_gpu
 import torch
 
+import absgd_fast as ab
 from absgd_fast import __main__ as cli
 
 with pytest.MonkeyPatch.context() as patch:  # benchmarks are no part of the package
@@ -28,10 +29,12 @@ DATA = {
     "family": [partial(cases.Logits, 32, 10, loss=name) for name in cases.LOSSES if name != "cross-entropy"],
     "step": [partial(cases.Tensors, [(3, 4), (5,)])],
     "rules": [partial(cases.Tensors, [(3, 4), (5,)], rule=rule) for rule in cases.RULES],
+    "weighted": [partial(cases.Samples, 9, [(3, 4), (5,)])],
     "train": [partial(cases.Training, "mlp"), partial(cases.Training, "cnn")],
     "gpu loss": [partial(cases.Logits, 32, 10, dtype, copies=2) for dtype in (torch.float32, torch.bfloat16)],
     "gpu step": [partial(cases.Tensors, [(3, 4), (5,)])],
     "gpu rules": [partial(cases.Tensors, [(3, 4), (5,)], rule="AdamW")],
+    "gpu weighted": [partial(cases.Samples, 9, [(3, 4), (5,)])],
 }
 NEED_MORE = {"absgd_fast, triton", "Liger"}  # than a CPU has, or tests install
 EVERYBODY = [(suite, make, name) for suite in DATA for make in DATA[suite] for name in peers.PEERS[suite]]
@@ -58,6 +61,7 @@ def tiny(monkeypatch, no_compiler):
         cases.Case("memory", "8 × 5", partial(cases.Logits, 8, 5), {"growth": 1e9, "peak": 1e9, "retained": -1e9}),
         cases.Case("step", "two tensors", partial(cases.Tensors, [(3, 4), (5,)]), {"SGD fused": 1e9}),
         cases.Case("rules", "AdamW", partial(cases.Tensors, [(3, 4), (5,)], rule="AdamW"), {"torch's fastest": 1e9}),
+        cases.Case("weighted", "9 × 17", partial(cases.Samples, 9, [(3, 4), (5,)]), {cases.COPY: 1e9}),
         cases.Case("train", "mlp", partial(cases.Training, "mlp")),
     ]
     for name, value in dict(CASES=small, ROUNDS=(3, 3), BLOCK=1e5, GROWTH_STEPS=10).items():
@@ -119,6 +123,14 @@ def test_a_wrong_step_is_stopped(wrong):
 
     with pytest.raises(peers.LeftOut, match="off by"):
         peers.ready(factory, cases.Tensors([(3, 4), (5,)]))
+
+
+@pytest.mark.parametrize("wrong", [{"weight_decay": 0.0}, {"momentum": 0.89}, {"mix": 1e-3}, {"init": "first"}], ids=str)
+def test_a_wrong_weighted_step_is_stopped(monkeypatch, wrong):
+    right = ab.functional.weighted_momentum_step_
+    monkeypatch.setattr(ab.functional, "weighted_momentum_step_", lambda *args, **options: right(*args, **options | wrong))
+    with pytest.raises(peers.LeftOut, match="off by"):
+        peers.ready(peers.PEERS["weighted"]["absgd_fast"], cases.Samples(9, [(3, 4), (5,)]))
 
 
 def test_a_wrong_training_is_stopped():
@@ -208,8 +220,8 @@ def test_the_report(tiny, tmp_path, capsys):
     assert " ".join(report) == "date hardware versions compiler threads load_at_start seconds_per_case results"
     assert report["hardware"].keys() == {"cpu", "cores", "backend", "instruction_set"} and report["threads"] == 1
     assert report["versions"].keys() == {"python", "torch", "absgd_fast", "absgd"}
-    loss, family, memory, step, rules, train = report["results"]
-    for result in (loss, family, step, rules, train):
+    loss, family, memory, step, rules, weighted, train = report["results"]
+    for result in (loss, family, step, rules, weighted, train):
         assert result.keys() == {"suite", "case", "rounds", "tolerance", "peers", "absent"}
         assert result["rounds"] == 3 and result["absent"] == {}
         assert result["peers"].keys() == peers.PEERS[result["suite"]].keys()
@@ -437,7 +449,13 @@ def test_the_report_of_a_gpu(quick, tmp_path, capsys):
     report = json.loads(out.read_text(encoding="utf-8"))
     assert {"gpu", "copy", "results", "figures", "not_measured", "seconds_per_case", "versions", "date"} <= report.keys()
     assert {"triton", "liger-kernel", "torch"} <= report["versions"].keys() and report["not_measured"] == []
-    assert [result["suite"] for result in report["results"]] == ["gpu step", *["gpu loss"] * 4, "gpu rules", "gpu limit"]
+    assert [result["suite"] for result in report["results"]] == [
+        "gpu step",
+        *["gpu loss"] * 4,
+        "gpu rules",
+        "gpu weighted",
+        "gpu limit",
+    ]
     step, loss, limit = report["results"][0], report["results"][1], report["results"][-1]
     assert set(step["peers"]) == {"absgd_fast", "SGD fused", "SGD foreach"} and "absgd_fast, triton" in step["absent"]
     assert set(loss["peers"]) == {"absgd_fast", "cross_entropy", "absgd package", "torch.compile"}
@@ -471,7 +489,7 @@ def test_one_wrong_result_on_a_gpu_leaves_the_others(quick, monkeypatch, tmp_pat
     out = tmp_path / "bench.json"
     assert run.main([*REHEARSAL, "--out", str(out)]) == 1
     results = json.loads(out.read_text(encoding="utf-8"))["results"]
-    assert ["wrong" in result for result in results] == [False, False, True, False, True, False, False]
+    assert ["wrong" in result for result in results] == [False, False, True, False, True, False, False, False]
     assert "off by" in results[2]["wrong"]
     assert results[1]["absent"]["cross_entropy"] == "RuntimeError: a kernel that does not compile and more"
     assert "WRONG" in capsys.readouterr().out

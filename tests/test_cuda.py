@@ -17,13 +17,13 @@ from absgd_fast import _backend
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-FILES = ("losses", "functional", "robust", "deferred", "linear", "state", "optim", "ops")
+FILES = ("losses", "functional", "robust", "deferred", "linear", "state", "optim", "weighted_step", "ops")
 
 pytestmark = pytest.mark.skipif(simt.why_not() is not None, reason=simt.why_not() or "")
 
 # name: (kind of build, order, limit of the one-block kernel, what to run)
 EVERYTHING = [TESTS / "cuda_on_cpu" / "suite.py", *(TESTS / f"test_{name}.py" for name in FILES)]
-LOSSES = [path for path in EVERYTHING if path.stem != "test_optim"]  # the step knows no limit
+LOSSES = [path for path in EVERYTHING if path.stem not in ("test_optim", "test_weighted_step")]  # steps know no limit
 SUITE = [TESTS / "cuda_on_cpu" / "suite.py"]
 RUNS = {
     "statistics": ("plain", "forward", 0, LOSSES),
@@ -43,7 +43,7 @@ def package(folder, kind):
     shutil.copytree(Path(_backend.__file__).parent, target, ignore=ignore)
     torch_root = Path(torch.__path__[0])
     simt.build(
-        [ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("losses", "weights", "step")],
+        [ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("losses", "weights", "step", "weighted")],
         target / "_ops_cpu.so",
         kind,
         include_dirs=[ROOT / "csrc"],

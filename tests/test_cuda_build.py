@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("losses", "weights", "step")
+FILES = ("losses", "weights", "step", "weighted")
 ARCHITECTURES = (80, 90, 100)
 TABLE = Path(__file__).with_name("cuda_resources.json")
 NVCC = shutil.which("nvcc")
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc, from a CUDA toolkit")
+pytestmark = [
+    pytest.mark.skipif(NVCC is None, reason="needs nvcc, from a CUDA toolkit"),
+    pytest.mark.timeout(900),  # two cores compile for two minutes, a busy machine for five
+]
 
 
 def version() -> str:
@@ -87,19 +90,19 @@ def test_resources_are_those_of_the_table(builds):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_accesses_are_16_bytes_wide(builds, architecture):
-    """Of the kernels that walk over adjacent classes or over parameters."""
-    text = "".join((builds[0] / f"{file}-{architecture}.ptx").read_text() for file in ("losses", "step"))
+    """Of the kernels that walk over adjacent classes, over parameters or over their per-sample gradients."""
+    text = "".join((builds[0] / f"{file}-{architecture}.ptx").read_text() for file in ("losses", "step", "weighted"))
     wide = [rf"\b{access}[.\w]*\.(v4\.[buf]32|v2\.[buf]64)" for access in ("ld", "st")]
     seen = set()
     for name, body in re.findall(r"\.entry (\w+)\(.*?\n\{(.*?)\n\}", text, re.S):
         kernel = short(name)
-        adjacent = re.match(r"(robust_)?logit_loss_(fwd|bwd)_kernel<.*, [01], (true|false)>|step_kernel", kernel)
+        adjacent = re.match(r"(robust_)?logit_loss_(fwd|bwd)_kernel<.*, [01], (true|false)>|(weighted_)?step_kernel", kernel)
         if adjacent:
             seen.add(kernel)
             assert re.search(wide[0], body), kernel
             if "_fwd_" not in kernel:
                 assert re.search(wide[1], body), kernel
-    assert len(seen) == 4 * 2 * 3 * 2 + 11 * 4 * 2
+    assert len(seen) == 4 * 2 * 3 * 2 + 11 * 4 * 2 + 4 * 2
 
 
 def test_float_kernels_compute_in_float(builds):

@@ -1,6 +1,7 @@
 """The registered operators: opcheck on arguments that the public functions pass, C++ signatures against schemas, instruction sets."""
 
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 import absgd_fast as ab
 from absgd_fast import _backend, ops
-from absgd_fast.functional import logit_loss, robust_weights
+from absgd_fast.functional import logit_loss, robust_weights, weighted_momentum_step_
 
 # the planned step reads a table of addresses, which cannot be copied, faked or traced: its tests are those of the optimizer
 ADDRESSES = {"planned_step"}
@@ -136,6 +137,10 @@ def use_everything():
     torch.ops.absgd_fast.step_(
         p, g, [*b, *c], steps, lr, None, None, None, 0.0, 0.01, 0.9, 0.99, 1e-8, ops.RULES.index("adam"), 0
     )
+
+    weighted = partial(weighted_momentum_step_, p, b, [torch.rand(4, *t.shape) for t in p], three, lam=0.7)
+    log_s = weighted(-1.0, lr=0.1, weight_decay=0.1)
+    weighted(log_s, lam=torch.tensor(0.7), lr=lr, momentum=0.0, mask=target > 0, sample_weight=three)
 
 
 @pytest.fixture(scope="module")

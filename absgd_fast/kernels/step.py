@@ -198,18 +198,21 @@ def _overlaps(ranges: list[tuple[int, int]]) -> bool:
     return any(end > start for (_, end), (start, _) in zip(ranges, ranges[1:]))
 
 
-def _table(tensors: list[Sequence[Tensor]], counts: tuple[int, ...], steps: list[Tensor], slots: tuple[int, ...]) -> _Table:
-    """The table of parameters, gradients and states (`slots`: which of the three) of so many elements, and counts of steps."""
+def _table(
+    tensors: list[Sequence[Tensor]], counts: tuple[int, ...], steps: list[Tensor], slots: tuple[int, ...], block: int
+) -> _Table:
+    """The table of parameters, gradients and states (`slots`: which of the three) of so many elements, and counts of steps.
+    block: elements of a program."""
     like = tensors[0][0]
     pointers = tuple([t.data_ptr() for ts in (*tensors, steps) for t in ts])
     index = like.get_device()
     stream = 0 if index < 0 else driver.active.get_current_stream(index)
-    key = pointers, counts, slots, like.dtype, index, stream
+    key = pointers, counts, slots, block, like.dtype, index, stream
     captures = like.is_cuda and torch.cuda.is_current_stream_capturing()
     made = _tables.get(key)
     if made is None:
         real = real_dtype(like.dtype)
-        programs = [-(-count // _BLOCK[real]) for count in counts]
+        programs = [-(-count // block) for count in counts]
         first = accumulate(programs, initial=0)
         params, grads, *states, counters = ([t.data_ptr() for t in ts] for ts in (*tensors, steps))
         none = [0] * len(counts)
@@ -348,7 +351,7 @@ def step_(
     if not all([t.is_contiguous() for ts in lists for t in ts]) or any([[t.numel() for t in ts] != counts for ts in lists[1:]]):
         like = [p if _dense(p) else p.contiguous() for p in params]
         fitted = [like, *([_fitted(t, p) for t, p in zip(ts, like)] for ts in lists[1:])]
-    table, owner, corrected, aligned, shared = _table(fitted, tuple(counts), steps, slots)
+    table, owner, corrected, aligned, shared = _table(fitted, tuple(counts), steps, slots, _BLOCK[real])
     if shared and size > 1:  # one after the other, as without a kernel
         for i in range(size):
             step_some([i])

@@ -9,7 +9,8 @@
 namespace absgd {
 namespace ABSGD_ISA_NAMESPACE {
 
-void step(const StepTable&, int64_t begin, int64_t end);  // step.cpp
+void step(const StepTable&, int64_t begin, int64_t end);               // step.cpp
+void weighted_step(const WeightedTable&, int64_t begin, int64_t end);  // weighted.cpp
 
 namespace {
 
@@ -791,7 +792,8 @@ const CpuKernels kernels = {&ABSGD_NAME(ABSGD_ISA_NAMESPACE)[4],  // the name wi
                             robust_dot,
                             robust_vjp,
                             scale,
-                            step};
+                            step,
+                            weighted_step};
 
 }  // namespace ABSGD_ISA_NAMESPACE
 }  // namespace absgd

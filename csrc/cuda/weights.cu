@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kOneBlock, 1) robust_fwd_kernel(const Robust _
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) robust_sums_kernel(const Robust __grid_constant__ a, unsigned* ticket) {
   const int64_t begin = int64_t(blockIdx.x) * kBlock, end = begin + kBlock < a.count ? begin + kBlock : a.count;
-  const double lam = read(a.lam_on_device);
+  const double lam = lam_of(a);
   const Partial own = partial_sum<T>(a, T(lam), begin, end);
   if (threadIdx.x == 0) a.partials[blockIdx.x] = own;
   if (!is_last_block(ticket)) return;
@@ -53,7 +53,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 4) robust_apply_kernel(const Robust __grid_constant__ a, unsigned* ticket) {
   const int64_t begin = int64_t(blockIdx.x) * kBlock, end = begin + kBlock < a.count ? begin + kBlock : a.count;
   const Outcome outcome = a.settled != nullptr ? known(*a.settled) : *a.outcome;
-  const double own = apply<T>(a, read(a.lam_on_device), outcome, begin, end);
+  const double own = apply<T>(a, lam_of(a), outcome, begin, end);
   if (threadIdx.x == 0) a.loss_partials[blockIdx.x] = own;
   if (!is_last_block(ticket)) return;
   const BlockTeam team = BlockTeam::here();

@@ -52,6 +52,24 @@ __device__ Partial partial_sum(const Robust& a, T lam, int64_t begin, int64_t en
   return {double(top), double(team.sum(sum * L::exp(max - top))), team.sum(good), team.sum(bad)};
 }
 
+__device__ __forceinline__ double lam_of(const Robust& a) {
+  return a.lam_on_device.data != nullptr ? read(a.lam_on_device) : a.lam;
+}
+
+// Weight and factor of loss i: 0 where it is ignored, NaN where it is bad.
+template <class T>
+struct Weighed {
+  T weight, factor;
+
+  __device__ __forceinline__ Weighed(const Robust& a, const RobustNumbers<Lane<T>>& numbers, const Sample<T>& s,
+                                     int64_t i) {
+    const T otherwise = s.valid ? T(NAN) : T(0);
+    weight = s.good ? numbers.weight(s.z) : otherwise;
+    const T t = a.sample_weight == nullptr ? T(1) : static_cast<const T*>(a.sample_weight)[i];
+    factor = s.good ? numbers.factor(weight, t) : otherwise;
+  }
+};
+
 // Weights and factors of losses [begin, end), by a whole block; the sum of factor_i * loss_i.
 template <class T>
 __device__ double apply(const Robust& a, double lam, const Outcome& o, int64_t begin, int64_t end) {
@@ -61,12 +79,10 @@ __device__ double apply(const Robust& a, double lam, const Outcome& o, int64_t b
   T sum = 0;
   for (int64_t i = begin + team.lane; i < end; i += team.width) {
     const Sample<T> s(a, T(lam), bound, i);
-    const T otherwise = s.valid ? T(NAN) : T(0);
-    const T w = s.good ? numbers.weight(s.z) : otherwise;
-    const T t = a.sample_weight == nullptr ? T(1) : static_cast<const T*>(a.sample_weight)[i];
-    const T factor = s.good ? numbers.factor(w, t) : otherwise;
+    const Weighed<T> own(a, numbers, s, i);
+    const T factor = own.factor;
     if (s.valid) sum += factor * s.loss;
-    static_cast<T*>(a.weights)[i] = w;
+    static_cast<T*>(a.weights)[i] = own.weight;
     if (a.factor != nullptr) static_cast<T*>(a.factor)[i] = factor;
     if (a.losses_out != nullptr) static_cast<T*>(a.losses_out)[i] = s.valid ? s.loss : T(0);
     if (a.valid_out != nullptr) static_cast<T*>(a.valid_out)[i] = T(s.valid);
@@ -79,7 +95,14 @@ __device__ double apply(const Robust& a, double lam, const Outcome& o, int64_t b
   return double(team.sum(sum));
 }
 
-// By one thread: the outcome of the sums, and the state after it. Or the sums alone, where those are asked for.
+// By one thread: the outcome of the sums.
+__device__ inline Outcome outcome_of(const Robust& a, double lam, const Partial& p) {
+  RobustRule rule = a;
+  rule.lam = lam;
+  return next_outcome<Lane<double>>(rule, read(a.log_s), p.max, p.sum, p.good, p.bad);
+}
+
+// By one thread of the launch: the same, and the state after it. Or the sums alone, where those are asked for.
 __device__ inline Outcome settle(const Robust& a, double lam, const Partial& p) {
   if (a.totals != nullptr) {
     a.totals[0] = p.good > 0 ? p.max + Lane<double>::log(p.sum) : -INFINITY;
@@ -87,9 +110,7 @@ __device__ inline Outcome settle(const Robust& a, double lam, const Partial& p) 
     a.totals[2] = double(p.bad);
     return {};
   }
-  RobustRule rule = a;
-  rule.lam = lam;
-  const Outcome o = next_outcome<Lane<double>>(rule, read(a.log_s), p.max, p.sum, p.good, p.bad);
+  const Outcome o = outcome_of(a, lam, p);
   if (a.new_log_s.data != nullptr) write(a.new_log_s, o.new_log_s);
   if (a.shares != nullptr) {
     a.shares[0] = o.share;
@@ -111,7 +132,7 @@ __device__ inline Outcome known(const Settled& s) { return {s.log_s, 0, 0, 0, s.
 template <class T>
 __device__ void robust_in_block(const Robust& a) {
   SHARED(Outcome[1], outcome);
-  const double lam = read(a.lam_on_device);
+  const double lam = lam_of(a);
   if (a.settled == nullptr || a.totals != nullptr) {
     const Partial p = partial_sum<T>(a, T(lam), 0, a.count);
     if (threadIdx.x == 0) outcome[0] = settle(a, lam, p);

@@ -11,7 +11,7 @@ from conftest import DTYPES, LOSSES
 
 import absgd_fast as ab
 from absgd_fast import ops, reference
-from absgd_fast.functional import logit_loss, robust_weights
+from absgd_fast.functional import logit_loss, robust_weights, weighted_momentum_step_
 
 INF = math.inf
 ONE_LAUNCH = 16384
@@ -416,6 +416,81 @@ def test_memory_shared_by_two_parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
     torch.testing.assert_close(memory, torch.tensor([0.9, 0.9, 0.8, 0.8, 0.8, 0.8, 0.9, 0.9]))
+
+
+# ---- weighted step --------------------------------------------------------------------------------------------------
+
+
+def check_weighted_step(params, buffers, grads, losses, log_s=-INF, **options):
+    """Two steps against plain torch in float64, each from where the last one ended; the last log s."""
+    options = dict(lam=-0.7, lr=0.125, weight_decay=0.1) | options
+    for _ in range(2):
+        exact = in_double([params, buffers, grads, [losses]])
+        exact_options = {k: v.double() if k == "sample_weight" and v is not None else v for k, v in options.items()}
+        wanted = weighted_momentum_step_(*exact[:3], exact[3][0], log_s, **exact_options, backend="reference")
+        log_s = weighted_momentum_step_(params, buffers, grads, losses, log_s, **options)
+        torch.testing.assert_close(log_s.double(), wanted.double(), **REAL_NEAR[log_s.dtype])
+        assert_near([params, buffers], exact[:2])
+    return log_s
+
+
+# one 16-byte access of 2, 4 or 8 numbers, and what a block takes (8 teams of 32 threads), each with one more and one less
+COLUMNS = [0, 1, 2, 3, 4, 5, 7, 8, 9, 31, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000]
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("gap", [0, 1, 16])
+def test_weighted_columns_of_every_number_and_alignment(offset, gap, dtype):
+    """offset: of parameters and buffers within their memory, in elements; gap: between the rows of a block. 37 rows: 4 teams
+    have one row more than 4 at a time, or not."""
+    real = reference.real_dtype(dtype)
+    params, buffers = ([torch.randn(n + offset).to(d)[offset:] for n in COLUMNS] for d in (dtype, real))
+    grads = [torch.randn(37, n + gap).to(dtype)[:, :n] for n in COLUMNS]
+    check_weighted_step(params, buffers, grads, torch.rand(37, dtype=real))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 32, 33, 1023, 1024, 1025, 2100])
+def test_weighted_rows(rows):
+    """Around the rows of a team and of a piece; every fourth row masked or without weight, holding NaN."""
+    mask, weight = torch.arange(rows) % 4 != 3, torch.rand(rows)
+    weight[::5] = 0
+    grads = [torch.randn(rows, n) for n in (8, 5)]
+    for g in grads:
+        g[~mask | (weight == 0)] = math.nan
+    for momentum in (0.9, 0.0):
+        params, buffers = ([torch.randn(n) for n in (8, 5)] for _ in range(2))
+        check_weighted_step(params, buffers, grads, torch.rand(rows), mask=mask, sample_weight=weight, momentum=momentum)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_more_rows_than_a_block_weighs(dtype):
+    """Then the weights take launches of their own."""
+    rows = ONE_LAUNCH + 5
+    losses, mask = torch.rand(rows, dtype=dtype), torch.rand(rows) < 0.7
+    params, buffers, grads = [torch.randn(3, dtype=dtype)], [torch.zeros(3, dtype=dtype)], [torch.randn(rows, 3, dtype=dtype)]
+    lam = torch.tensor(-0.75, dtype=dtype)
+    log_s = check_weighted_step(params, buffers, grads, losses, mask=mask, lam=lam, mix=0.5)
+    losses[mask.nonzero()[-1]] = INF
+    before = copies([params, buffers])
+    assert torch.equal(weighted_momentum_step_(params, buffers, grads, losses, log_s, mask=mask, lam=-0.75, lr=0.1), log_s)
+    assert_same([params, buffers], before)
+
+
+def test_more_columns_than_teams_share():
+    """256 blocks of 1024 columns: there a thread has all of a column's rows."""
+    sizes = [1024 * 255 + 3, 1000, 7]
+    params, buffers, grads = [torch.randn(n) for n in sizes], [torch.randn(n) for n in sizes], [torch.randn(6, n) for n in sizes]
+    check_weighted_step(params, buffers, grads, torch.rand(6))
+
+
+def test_more_tensors_than_a_weighted_launch_holds():
+    """800; of two dtypes, whose launches are apart. lr in device memory."""
+    dtypes = [torch.float32 if j < 1700 else torch.bfloat16 for j in range(1900)]
+    params = [torch.randn(j % 7).to(d) for j, d in enumerate(dtypes)]
+    buffers, grads = [torch.zeros(p.shape) for p in params], [torch.randn(3, *p.shape).to(p.dtype) for p in params]
+    log_s = torch.tensor(0.3)
+    check_weighted_step(params, buffers, grads, torch.rand(3), log_s, lr=torch.tensor([0.125]), momentum=0.5)
+    assert log_s == torch.tensor(0.3)
 
 
 def test_scaling_a_gradient():

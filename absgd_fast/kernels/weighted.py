@@ -1,0 +1,150 @@
+"""The weighted step: the weighted mean of per-sample gradients and one step of momentum SGD with it, for many tensors in one
+launch; the twin of csrc/cpu/weighted.cpp. The weights take launches of their own, before it (weights.py).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .math import multiple, number, sgd_step, slope
+from .step import _DTYPES, _HEAVY_BALL, _MAXIMIZE, _NESTEROV, _numbers, _table, address, rate_of
+from .weights import robust_loss
+
+# ---- device --------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def weighted_mean(block, factors, i, inside, batch, count, T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """sum_r factor_r block[r, i] over the rows; those of factor 0 take no part, whatever they hold."""
+    mean = tl.zeros([BLOCK], T)
+    for first in range(0, batch, ROWS):
+        r = first + tl.arange(0, ROWS)
+        factor = tl.load(factors + r, mask=r < batch, other=0.0)[:, None]
+        some = factor != 0 if inside is None else (factor != 0) & inside[None, :]
+        g = tl.load(block + r.to(tl.int64)[:, None] * count + i[None, :], mask=some, other=0.0).to(T)
+        mean += tl.sum(factor * g, 0)
+    return mean
+
+
+@triton.jit
+def weighted_block(
+    param, block, buffer, factors, i, inside, batch, count, numbers,
+    T: tl.constexpr, FORM: tl.constexpr, DECAYS: tl.constexpr, MAXIMIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Elements i of one tensor; `inside` masks them, or is None."""
+    lr, weight_decay, momentum, keep = numbers
+    mean = weighted_mean(block, factors, i, inside, batch, count, T, ROWS, BLOCK)
+    w = tl.load(param + i, mask=inside).to(T)
+    b = w if FORM == "plain" else tl.load(buffer + i, mask=inside)
+    w, b = sgd_step(w, b, slope(mean, w, weight_decay, DECAYS, MAXIMIZE), lr, momentum, keep, FORM)
+    if FORM != "plain":
+        tl.store(buffer + i, b, mask=inside)
+    tl.store(param + i, w.to(param.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def weighted_step_kernel(
+    table,  # (tensors, 8) int64, as of step_kernel; in the gradient's place (batch, elements)
+    owner,  # (programs) int32: the tensor of each program
+    factors,  # (batch) real
+    nonfinite,  # (1) int64: not 0: nothing is written
+    lr_tensor,  # one number, or None
+    batch, lr, lr_low, weight_decay, weight_decay_low, momentum, momentum_low, keep, keep_low,  # keep: 1 - dampening
+    S: tl.constexpr, T: tl.constexpr, FORM: tl.constexpr, DECAYS: tl.constexpr, MAXIMIZE: tl.constexpr, ALIGNED: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """S: how parameters and gradients are stored. UNIT: elements of a load that divide every tensor's number of them."""
+    if tl.load(nonfinite) == 0:
+        program = tl.program_id(0)
+        table += tl.load(owner + program) * 8
+        numbers = (
+            rate_of(lr, lr_low, lr_tensor, T),
+            number(weight_decay, weight_decay_low, T),
+            number(momentum, momentum_low, T),
+            number(keep, keep_low, T),
+        )
+        param, block = address(table, 0, S, ALIGNED), address(table, 1, S, ALIGNED)
+        buffer = address(table, 5, T, ALIGNED)
+        count = multiple(tl.load(table + 2), UNIT)
+        start = (program - tl.load(table + 3)) * BLOCK
+        i = start + tl.arange(0, BLOCK)
+        # a whole block needs no mask, which would stand in the way of loads of 16 bytes
+        if start + BLOCK <= count:
+            weighted_block(
+                param, block, buffer, factors, i, None, batch, count, numbers, T, FORM, DECAYS, MAXIMIZE, ROWS, BLOCK
+            )  # fmt: skip
+        else:
+            weighted_block(
+                param, block, buffer, factors, i, i < count, batch, count, numbers, T, FORM, DECAYS, MAXIMIZE, ROWS, BLOCK
+            )  # fmt: skip
+
+
+KERNELS = (weighted_step_kernel,)
+
+
+# ---- launcher ------------------------------------------------------------------------------------------------------------
+
+# bytes of a row that a program takes, 16 a thread of 4 warps, and rows at a time: 8 loads of 16 bytes under way in a thread (with
+# fewer threads beside each other the sum over rows would go through shared memory)
+_BYTES, _ROWS = 2048, 8
+
+
+def weighted_step_(
+    params: list[Tensor],
+    buffers: list[Tensor],
+    grads: list[Tensor],
+    losses: Tensor,
+    sample_weight: Tensor | None,
+    mask: Tensor | None,
+    log_s: Tensor,
+    lam_tensor: Tensor | None,
+    lr_tensor: Tensor | None,
+    lam: float,
+    gamma: float,
+    alpha: float,
+    mix: float,
+    max_weight: float,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    dampening: float,
+    form: int,
+    *,
+    normalizer: int,
+    init_first: bool,
+) -> Tensor:
+    """functional.weighted_momentum_step_, which has checked these arguments (_checks.weighted_step).
+
+    buffers: none where momentum = 0. lam_tensor, lr_tensor: one number, used instead of lam, lr. form: bits of csrc/math.h StepFlag.
+    """
+    new_log_s, nonfinite = log_s.clone(), torch.zeros(1, dtype=torch.int64, device=losses.device)
+    if lam_tensor is None:
+        lam_tensor = torch.full((), lam, dtype=losses.dtype, device=losses.device)
+    _, _, factors = robust_loss(
+        losses, None, sample_weight, mask, new_log_s, nonfinite, lam_tensor, gamma, alpha, mix, max_weight,
+        normalizer=normalizer, init_first=init_first, update=True, with_grad=True,
+    )  # fmt: skip
+    numbers = _numbers(lr, weight_decay, momentum, dampening, 0.0)
+    name = "plain" if not buffers else "heavy_ball" if form & _HEAVY_BALL else "nesterov" if form & _NESTEROV else "momentum"
+    for dtype in sorted({p.dtype for p in params}, key=str):
+        chosen = [i for i, p in enumerate(params) if p.dtype == dtype]
+        lists = [[ts[i] for i in chosen] for ts in (params, grads, buffers) if ts]
+        fitted = [[t.contiguous() for t in ts] for ts in lists]
+        counts, block = tuple([p.numel() for p in fitted[0]]), _BYTES // dtype.itemsize
+        made = _table(fitted, counts, [], (0,) if buffers else (), block)
+        if made.owner.numel():
+            launch.launch(
+                weighted_step_kernel, made.owner.numel(), losses, made.table, made.owner, factors, nonfinite, lr_tensor,
+                len(losses), *numbers[:6], *numbers[10:12], S=_DTYPES[dtype], T=_DTYPES[losses.dtype], FORM=name, DECAYS=weight_decay != 0,
+                MAXIMIZE=bool(form & _MAXIMIZE), ALIGNED=made.aligned, UNIT=launch.unit(dtype.itemsize, *counts), ROWS=_ROWS,
+                BLOCK=block,
+            )  # fmt: skip
+        for originals, copies in zip(lists[::2], fitted[::2]):
+            for original, copy in zip(originals, copies):
+                if copy is not original:
+                    original.copy_(copy)
+    return new_log_s
