@@ -13,6 +13,7 @@ train   = $(bin)/absgd-fast train --dataset digits --methods sgd,absgd,reference
 
 .PHONY: demo test bench bench-linear sanitize clean
 demo: $(VENV)/.installed
+	@rm -f demo/*/checkpoint.pt  # of a demo that was stopped: `train` would not begin another in its place
 	$(train) --noise symmetric --noise-rate 0.4 --model mlp --lam -0.5 --warmup 0.3 --weight-decay 1e-4 --out demo/noise
 	$(train) --imbalance lt --rho 100 --model linear --lam 0.5 --warmup 0.5 --weight-decay 5e-4 --out demo/longtail
 

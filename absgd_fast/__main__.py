@@ -9,11 +9,13 @@ import importlib
 import importlib.util
 import json
 import os
+import shlex
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 PROGRAM = "absgd-fast"
+OUT, CHECKPOINT = "absgd-results", "checkpoint.pt"
 
 
 class Refused(Exception):
@@ -74,14 +76,14 @@ def _parser():
     train = commands.add_parser(
         "train",
         help="compare SGD, ABSGD and the reference package on imbalanced or wrongly labelled data",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # only what was given is there: --resume compares it with the checkpoint
         allow_abbrev=False,
     )
     defaults = Config()
 
     def add(name, text):
         value = getattr(defaults, name.replace("-", "_"))
-        train.add_argument(f"--{name}", type=type(value), default=value, help=text)
+        train.add_argument(f"--{name}", type=type(value), help=f"{text} (default: {value})")
 
     add("dataset", "digits (scikit-learn's), cifar10 or cifar100")
     train.add_argument("--data-root", metavar="DIR", help="where CIFAR's python files lie (cifar10 and cifar100 only)")
@@ -90,7 +92,8 @@ def _parser():
     add("noise", "none, symmetric, asymmetric or background")
     add("noise-rate", "share of the training labels that are flipped")
     add("loss", "ce")
-    train.add_argument("--methods", type=_names, default=",".join(defaults.methods), help="one or more, with commas")
+    methods = _shown(defaults.methods)
+    train.add_argument("--methods", type=_names, help=f"one or more, with commas (default: {methods})")
     add("lam", "λ: > 0 against imbalance, < 0 against wrong labels")
     add("gamma", "share of the current batch in the moving average")
     add("mix", "how much of the plain mean loss is added")
@@ -101,8 +104,17 @@ def _parser():
     add("batch-size", "images per step")
     add("weight-decay", "as in torch.optim.SGD")
     add("seeds", "runs per method, each on its own split")
-    train.add_argument("--out", metavar="DIR", default="absgd-results", help="where results.json and report.html go")
-    train.add_argument("--threads", type=int, help="CPU threads; by default 1 for digits, torch's choice for CIFAR")
+    train.add_argument("--out", metavar="DIR", help=f"where results.json and report.html go (default: {OUT})")
+    train.add_argument("--threads", type=int, help="CPU threads (default: 1 for digits, torch's choice for CIFAR)")
+    train.add_argument(
+        "--checkpoint-every", type=int, metavar="STEPS",
+        help=f"write DIR/{CHECKPOINT} after every so many steps; 0 = every 30 seconds (default: 0)",
+    )  # fmt: skip
+    train.add_argument(
+        "--resume",
+        metavar="DIR",
+        help=f"go on with the training of DIR/{CHECKPOINT}, with its options, as if it had never stopped",
+    )
     train.set_defaults(run=_train)
 
     commands.add_parser("bench", help="time the kernels against their peers (from a source checkout)")
@@ -167,37 +179,116 @@ def _doctor(arguments, argv):
 
 
 def _train(arguments, argv):
-    _require(["rich", "jinja2", "matplotlib", "scipy"] + ["sklearn"] * (arguments.dataset == "digits"))
     import torch
 
     from absgd_fast.experiments import data
     from absgd_fast.experiments.train import Config
 
-    config = Config(**{field.name: getattr(arguments, field.name) for field in fields(Config)})
+    given, before = vars(arguments), torch.get_num_threads()
+    out = Path(given.get("resume", given.get("out", OUT)))
+    file, saved = out / CHECKPOINT, {}
     try:
+        if "resume" in given:
+            if not file.is_file():
+                return _already_complete(out, given)
+            saved = _read(file, given)
+        config = Config(**saved.get("config", {}) | _settings(given))
+        _require(["rich", "jinja2", "matplotlib", "scipy"] + ["sklearn"] * (config.dataset == "digits"))
         config.check()
-        if arguments.threads is not None and arguments.threads < 1:
-            raise ValueError(f"threads: got {arguments.threads}, expected at least 1")
-        out = _writable(arguments.out)
+        for name, least in (("threads", 1), ("checkpoint_every", 0)):
+            if name in given and given[name] < least:
+                raise ValueError(f"{name.replace('_', '-')}: got {given[name]}, expected at least {least}")
+        _check_writable(out)
+        if not saved and file.exists():
+            raise ValueError(
+                f"out: {file} is of a training that is not finished; go on with it by --resume {out}, give another folder, "
+                "or delete it"
+            )
         source = data.load_source(config.dataset, config.data_root)
+        fingerprint = source.fingerprint
+        if saved and saved["source"] != fingerprint:
+            raise ValueError(f"data: {file} was made with {saved['source']}; found {fingerprint}")
     except (ValueError, FileNotFoundError) as error:
         raise Refused(error) from error
-    before = torch.get_num_threads()
-    # On digits' small networks a second thread hardly gains (0.57 s per run against 0.60), and on a busy machine, where
-    # the two wait for each other, it loses everything (13 s).
-    torch.set_num_threads(arguments.threads or (1 if config.dataset == "digits" else before))
+    about = {
+        "config": asdict(config),
+        "source": fingerprint,
+        # On digits' small networks a second thread hardly gains (0.57 s per run against 0.60), and on a busy machine, where
+        # the two wait for each other, it loses everything (13 s).
+        "threads": given.get("threads", saved.get("threads", 1 if config.dataset == "digits" else before)),
+        "every": given.get("checkpoint_every", saved.get("every", 0)),
+        "command": saved.get("command", [PROGRAM, *argv]),
+        "environments": saved.get("environments", []),
+    }
+    torch.set_num_threads(about["threads"])
     try:
-        return _train_and_report(config, source, out, [PROGRAM, *argv])
+        return _train_and_report(config, source, out, about, saved.get("state"))
     finally:
         torch.set_num_threads(before)
 
 
-def _train_and_report(config, source, out, command):
+def _settings(options):
+    from absgd_fast.experiments.train import Config
+
+    return {field.name: options[field.name] for field in fields(Config) if field.name in options}
+
+
+def _read(file, given):
+    """The checkpoint, whose options must be those given beside --resume."""
+    from absgd_fast.experiments.checkpoint import load
+
+    saved = load(file)
+    if missing := [name for name in ("config", "source", "threads", "state") if name not in saved]:
+        raise ValueError(f"{file} is of a script's training, not of this command's: there is no {', '.join(missing)} in it")
+    if unknown := saved["config"].keys() - _settings(saved["config"]).keys():
+        raise ValueError(f"{file} was made with {', '.join(sorted(unknown))}, which this absgd_fast does not know")
+    _must_agree(file, saved["config"] | {"threads": saved["threads"]}, given)
+    return saved
+
+
+def _already_complete(out, given):
+    """Says that the training in `out` has nothing left to do; ValueError where that is not so."""
+    file = out / "results.json"
+    try:
+        results = json.loads(file.read_text())
+        complete, was = results["partial"] is False, results["config"] | {"threads": results["environment"]["threads"]}
+        was |= {"lam": float(was["lam"]), "methods": tuple(was["methods"])}
+    except (OSError, ValueError, KeyError, TypeError):  # no results, or another program's
+        complete = False
+    if not complete:
+        raise ValueError(
+            f"resume: there is no {CHECKPOINT} in {out}; a training with --out {out} writes the first after 30 seconds "
+            "(see --checkpoint-every)"
+        )
+    _must_agree(file, was, given)
+    print(f"{out}: this training is complete, see {file}; nothing was written")
+    return 0
+
+
+def _must_agree(file, made_with, given):
+    """ValueError, one line with both sides, unless every option given beside --resume is what `file` was made with."""
+    wrong = []
+    if "out" in given and Path(given["out"]).resolve() != file.parent.resolve():
+        wrong.append(f"out: --resume {given['resume']} goes on in that folder, got {given['out']}")
+    for name, value in made_with.items():
+        # data_root says where the files lie; whether they are the same is told by their digest
+        if name != "data_root" and given.get(name, value) != value:
+            wrong.append(f"{name.replace('_', '-')}: {file} was made with {_shown(value)}, got {_shown(given[name])}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def _shown(value):
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _train_and_report(config, source, out, about, state):
     import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from absgd_fast.experiments import report
+    from absgd_fast.experiments.checkpoint import Keeper
     from absgd_fast.experiments.train import runs
 
     console, finished, partial = Console(), [], False
@@ -205,32 +296,53 @@ def _train_and_report(config, source, out, command):
         TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"),
         TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(),
     )  # fmt: skip
+    earlier, here = about["environments"], report.environment(config, about["threads"])
+    keeper = Keeper(out / CHECKPOINT, about | {"environments": earlier + [here] * (here not in earlier)}, about["every"])
+    go_on, trained, total = f"{PROGRAM} train --resume {shlex.quote(str(out))}", 0, config.seeds * len(config.methods)
+    before = state["finished"] if state else []
+    if state:
+        running, trained = state["running"], len(before) * config.epochs
+        where = f"resumed: {len(before)} of {total} runs are finished"
+        if running:
+            trained += running["epoch"]
+            where += f", seed {running['seed']} {running['method']} is in epoch {running['epoch'] + 1} of {config.epochs}"
+        console.print(where, highlight=False)
+        if changed := report.changes([*earlier, here]):
+            console.print(report.changes_note(changed), highlight=False)
     try:
         with Progress(*columns, console=console, transient=True) as progress:
-            bar = progress.add_task("starting", total=config.seeds * len(config.methods) * config.epochs)
+            bar = progress.add_task("starting", total=total * config.epochs, completed=trained)
 
             def on_epoch(method, seed):
                 progress.update(bar, advance=1, description=f"seed {seed} {method}")
 
-            for run in runs(config, source, on_epoch):
+            for run in runs(config, source, on_epoch, keeper, state):
                 finished.append(run)
-                if not console.is_terminal:  # a log has no bar to watch
+                if not console.is_terminal and run not in before:  # a log has no bar to watch
                     console.print(
                         f"seed {run['seed']} {run['method']}: balanced accuracy "
                         f"{run['balanced_accuracy']:.1f} %, {run['seconds']:.2f} s",
                         highlight=False,
                     )
     except KeyboardInterrupt:
+        kept = keeper.interrupted()
         if not finished:
-            return _fail(1, "interrupted before the first run was finished; nothing was written")
+            wrote = f"go on with {go_on}" if kept else "nothing was written"
+            return _fail(1, f"interrupted before the first run was finished; {wrote}")
         partial = True
-    results = report.collect(config, finished, command=command, threads=torch.get_num_threads(), partial=partial)
+    results = report.collect(
+        config, finished, command=about["command"], threads=torch.get_num_threads(), partial=partial, earlier=earlier
+    )
     paths = report.write(results, out)
     console.print(report.table(results))
     console.print(report.answers(results)["help"], highlight=False)
     for note in report.notes(results):
         console.print(note, highlight=False)
     console.print("written: " + ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
+    if partial and kept:
+        console.print(f"go on with: {go_on}", highlight=False, soft_wrap=True)
+    if not partial:
+        keeper.done()
     return 1 if partial else 0
 
 
@@ -239,15 +351,13 @@ def _require(modules):
         raise Refused(f'train needs {", ".join(missing)}: pip install "absgd_fast[experiments]"')
 
 
-def _writable(out):
-    """The folder for the results, checked before an hour of training, made after it."""
-    out = Path(out)
+def _check_writable(out):
+    """The folder for the results is checked before an hour of training, and made when there is something to write."""
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"out: {existing} is a file; give a folder, new or existing")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"out: {existing} cannot be written to; give another folder")
-    return out
 
 
 # ------------------------------------------------------------------------------------------------ bench

@@ -405,7 +405,7 @@ def test_cifar_trains(tmp_path):
     config = replace(SHORT, dataset="cifar10", data_root=str(tmp_path), model="resnet32", epochs=1, noise="asymmetric")
     first, again = ([run for run in train.runs(replace(config, methods=("absgd",)))] for _ in range(2))
     assert first[0]["train_counts"] == [10] * 10 and 0 <= first[0]["accuracy"] <= 100
-    assert first[0]["train_loss"] == again[0]["train_loss"]
+    assert first[0]["parameters"] == again[0]["parameters"]
 
 
 def test_progress_is_told_after_each_epoch(digits):
@@ -446,6 +446,7 @@ def made_up(gains, *, methods=("absgd",), sgd_seeds=None, slower=2.0, train_loss
                     "seconds": 1.0 if method == "sgd" else slower,
                     "train_loss": train_loss,
                     "train_counts": [100, 10, 1],
+                    "parameters": 64 * "0",
                     "epochs": {
                         "accuracy": [average] * 3,
                         "balanced_accuracy": [average] * 3,
@@ -553,10 +554,10 @@ def test_results_json_is_strict_and_complete(tmp_path, digits):
 
     read = json.loads(paths[0].read_text(), parse_constant=refuse)
     assert read == results
-    assert {"config", "runs", "summary", "paired", "partial", "command", "environment"} <= set(read)
+    assert {"config", "runs", "summary", "paired", "partial", "command", "environment", "changes"} <= set(read)
     assert read["config"]["lam"] == "inf" and read["config"]["methods"] == ["sgd", "absgd"] and read["partial"] is False
     for run in read["runs"]:
-        assert {"method", "seed", "accuracy", "balanced_accuracy", "per_class_recall", "seconds"} <= set(run)
+        assert {"method", "seed", "accuracy", "balanced_accuracy", "per_class_recall", "seconds", "parameters"} <= set(run)
         assert len(run["per_class_recall"]) == 10 and len(run["epochs"]["class_weight"]) == 2
     for metrics in read["summary"].values():
         assert set(metrics) == {"accuracy", "balanced_accuracy", "seconds"}

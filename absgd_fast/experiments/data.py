@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from .checkpoint import digest
+
 IMBALANCES = ("lt", "step")
 NOISES = ("symmetric", "uniform", "asymmetric", "background")
 
@@ -161,6 +163,14 @@ class Source:
     def shape(self):
         """(channels, height, width) of an image."""
         return tuple(self.images.shape[1:])
+
+    @property
+    def fingerprint(self):
+        """Its name, size and digest in a line: equal for equal images and labels only. Half a second for CIFAR."""
+        parts = {"images": self.images, "labels": self.labels}
+        parts |= dict(zip(("test images", "test labels"), self.test or ()))
+        size = "×".join(map(str, self.shape))
+        return f"{self.name}, {len(self.labels)} labels, images of {size}, sha256 {digest(parts)[:16]}"
 
 
 @dataclass(frozen=True)

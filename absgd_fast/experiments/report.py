@@ -30,8 +30,13 @@ from rich.table import Table
 
 from absgd_fast import _backend
 
+from .checkpoint import write_whole
+
 BASELINE = "sgd"
 METRICS = ("accuracy", "balanced_accuracy", "seconds")
+
+# what may change the last bits of a result; --resume keeps the number of threads itself
+BITS = ("torch", "absgd_fast", "absgd", "backend", "instruction set", "machine")
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, and a line style each: not by colour alone
 STYLES = {
@@ -44,7 +49,7 @@ STYLES = {
 # ------------------------------------------------------------------------------------------------ numbers
 
 
-def collect(config, runs, *, command=(), threads=None, partial=False):
+def collect(config, runs, *, command=(), threads=None, partial=False, earlier=()):
     """The results as one dict, ready for JSON.
 
     Args:
@@ -53,22 +58,13 @@ def collect(config, runs, *, command=(), threads=None, partial=False):
         command: the command line, for the report.
         threads: CPU threads that torch used.
         partial: True when training was cut short.
+        earlier: where training was resumed, environment() of each part before this one.
 
     Returns:
         {"config": {...}, "runs": [...], "summary": summarise(runs), "paired": pair(runs), "partial", "command",
-        "environment", "created"}
+        "environment", "changes": changes([*earlier, environment(...)]), "created"}
     """
-    here = _backend.report()
-    environment = {name: here[name] for name in ("python", "torch")} | {"absgd_fast": here["version"]}
-    if "reference" in config.methods:
-        environment["absgd"] = importlib.metadata.version("absgd")
-    environment |= {
-        "backend": here["selected for CPU tensors"],
-        "instruction set": here["cpu"]["instruction set"],
-        "machine": here["cpu"]["machine"],
-        "cpus": os.cpu_count(),
-        "threads": threads,
-    }
+    here = environment(config, threads)
     settings = asdict(config) | {"methods": list(config.methods)}
     if math.isinf(config.lam):
         settings["lam"] = str(config.lam)  # JSON has no infinity
@@ -79,9 +75,37 @@ def collect(config, runs, *, command=(), threads=None, partial=False):
         "paired": pair(runs),
         "partial": partial,
         "command": shlex.join(command),
-        "environment": environment,
+        "environment": here,
+        "changes": changes([*earlier, here]),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def environment(config, threads):
+    """What the results were made with, name by name: versions, kernels, machine."""
+    here = _backend.report()
+    found = {name: str(here[name]) for name in ("python", "torch")} | {"absgd_fast": here["version"]}  # torch's is no plain str
+    if "reference" in config.methods:
+        found["absgd"] = importlib.metadata.version("absgd")
+    return found | {
+        "backend": here["selected for CPU tensors"],
+        "instruction set": here["cpu"]["instruction set"],
+        "machine": here["cpu"]["machine"],
+        "cpus": os.cpu_count(),
+        "threads": threads,
+    }
+
+
+def changes(environments):
+    """{name: [value, …]} of what the parts of a resumed training had different and what may change their bits.
+
+    Example:
+        >>> from absgd_fast.experiments.report import changes
+        >>> changes([{"torch": "2.12.0", "cpus": 2}, {"torch": "2.13.0", "cpus": 4}])
+        {'torch': ['2.12.0', '2.13.0']}
+    """
+    values = {name: list(dict.fromkeys(e[name] for e in environments if name in e)) for name in BITS}
+    return {name: several for name, several in values.items() if len(several) > 1}
 
 
 def summarise(runs):
@@ -240,9 +264,17 @@ def _time_ratios(mine, base):
     return [mine[s]["seconds"] / base[s]["seconds"] for s in sorted(mine.keys() & base.keys())]
 
 
+def changes_note(changed):
+    """A sentence about changes() that are not empty."""
+    parts = [f"{name} ({', then '.join(map(str, values))})" for name, values in changed.items()]
+    return f"Training was resumed with another {', '.join(parts)}: its last bits need not be those of one never stopped."
+
+
 def notes(results):
     """Things a reader must know before trusting the numbers, as sentences; often none."""
     by_method, found = _by_method(results["runs"]), []
+    if results["changes"]:
+        found.append(changes_note(results["changes"]))
     if results["partial"]:
         found.append(
             f"Training was interrupted: {len(results['runs'])} of "
@@ -349,12 +381,7 @@ def write(results, folder):
     texts = {"results.json": json.dumps(results, indent=1, allow_nan=False) + "\n", "report.html": html(results)}
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        unfinished = folder / f".{name}.{os.getpid()}"
-        try:
-            unfinished.write_text(text, encoding="utf-8")
-            os.replace(unfinished, folder / name)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_whole(folder / name, text.encode())
     return [folder / name for name in texts]
 
 

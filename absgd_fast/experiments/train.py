@@ -1,6 +1,8 @@
 """The training loop: every method on the same splits, seed by seed, with its time and the weights it gave.
 
     for run in runs(Config(imbalance="lt", lam=0.5)): ...          one dict per method and seed, as soon as it is done
+    runs(config, keep=Keeper(path, {}))                            with its state in a file (checkpoint.py) now and then
+    runs(config, state=load(path)["state"])                        going on from there, to the same bits
 
 Within one seed all methods see the same samples, wrong labels, initial weights and order of batches, so their
 differences may be taken seed by seed.
@@ -18,6 +20,7 @@ from torch import nn
 import absgd_fast as ab
 
 from . import data
+from .checkpoint import digest, random_state, restore_random_state
 from .models import check_model, make_model
 
 MOMENTUM = 0.9  # the reference package has it built in, so it is everybody's
@@ -110,26 +113,35 @@ class Config:
 
 @dataclass
 class Method:
-    """What one way of training needs: loss(logits, labels), an optimizer, what to call after each epoch, and
-    weights() → (B,), the robust weights of the batch just trained on."""
+    """What one way of training needs: loss(logits, labels), an optimizer, what to call after each epoch, weights() → (B,),
+    the robust weights of the batch just trained on, and by name whatever has a state that a checkpoint must hold."""
 
     loss: Callable
     optimizer: Any
     after_epoch: Callable
     weights: Callable
+    stateful: dict
+
+    def state_dict(self):
+        return {name: part.state_dict() for name, part in self.stateful.items()}
+
+    def load_state_dict(self, state):
+        for name, part in self.stateful.items():
+            part.load_state_dict(state[name])
 
 
 def _sgd(parameters, config):
     # fused=True is the fastest step torch has: the cost of ABSGD is measured against that
     optimizer = torch.optim.SGD(parameters, config.lr, MOMENTUM, weight_decay=config.weight_decay, fused=True)
-    return Method(LOSSES[config.loss][1](), optimizer, lambda: None, lambda: None)
+    return Method(LOSSES[config.loss][1](), optimizer, lambda: None, lambda: None, {"optimizer": optimizer})
 
 
 def _absgd(parameters, config):
     loss = ab.ABLoss(LOSSES[config.loss][0](), lam=config.lam, gamma=config.gamma, mix=config.mix)
     stages = ab.TwoStage(loss, config.lam, start=config.switch)
     optimizer = ab.ABSGD(parameters, config.lr, MOMENTUM, weight_decay=config.weight_decay)
-    return Method(loss, optimizer, stages.step, lambda: loss.last.weights)
+    stateful = {"optimizer": optimizer, "loss": loss, "stages": stages}
+    return Method(loss, optimizer, stages.step, lambda: loss.last.weights, stateful)
 
 
 def _reference(parameters, config):
@@ -143,6 +155,18 @@ def _reference(parameters, config):
             self.last = super().forward(logits, labels)
             return self.last
 
+    class State:
+        """That of the package's loss, whose own state_dict() is empty: plain attributes, of which u drags the graph of every
+        step so far along. The graph is never walked, so without it the numbers are the same."""
+
+        def state_dict(self):
+            u = loss.u.detach() if isinstance(loss.u, torch.Tensor) else loss.u
+            return {"u": u, "ablambda": loss.ablambda, "step": loss.step}
+
+        def load_state_dict(self, state):
+            for name, value in state.items():
+                setattr(loss, name, value)
+
     criterion = Kept(reduction="none")
     # updateLambda counts its calls from 0 and switches on at number milestone − 1. It is called before the first epoch
     # and after each, so that λ starts in the same epoch as in _absgd.
@@ -152,7 +176,8 @@ def _reference(parameters, config):
     def weights():
         return None if loss.ablambda is None else torch.exp(criterion.last.detach() / loss.ablambda) / loss.u.detach()
 
-    return Method(loss, ABSGD(parameters, config.lr, weight_decay=config.weight_decay), loss.updateLambda, weights)
+    optimizer = ABSGD(parameters, config.lr, weight_decay=config.weight_decay)
+    return Method(loss, optimizer, loss.updateLambda, weights, {"optimizer": optimizer, "loss": State()})
 
 
 METHODS = {"sgd": _sgd, "absgd": _absgd, "reference": _reference}
@@ -161,13 +186,17 @@ METHODS = {"sgd": _sgd, "absgd": _absgd, "reference": _reference}
 # ------------------------------------------------------------------------------------------------ the loop
 
 
-def runs(config, source=None, on_epoch=lambda method, seed: None):
+def runs(config, source=None, on_epoch=lambda method, seed: None, keep=lambda take, finished: None, state=None):
     """Trains every method of `config` on every seed and yields each run's result when it is done.
 
     Args:
         config: a Config.
         source: its data set, where load_source has been called before.
         on_epoch: called as on_epoch(method, seed) after each epoch.
+        keep: called as keep(take, False) after each optimizer step and keep(take, True) between two runs; take() is the
+            state of the whole at that moment, to be written (checkpoint.Keeper does) or copied before keep returns.
+        state: what take() gave; training goes on from there, with the same results bit for bit on the same machine. The
+            runs that were finished are yielded again, first.
 
     Yields:
         dict per run, ready for JSON (numbers that are not finite are None):
@@ -177,6 +206,7 @@ def runs(config, source=None, on_epoch=lambda method, seed: None):
             seconds                        training alone: no evaluation, no bookkeeping
             train_loss                     mean plain loss over the training set after the last epoch
             train_counts                   training samples of each class, by their true label
+            parameters                     sha256 of the trained model's state_dict, in its order (checkpoint.digest)
             epochs                         per epoch: accuracy, balanced_accuracy; class_weight (C each), the mean
                                            robust weight that the steps of the epoch gave to the samples labelled so;
                                            clean_weight, flipped_weight, the same by whether the label is right
@@ -194,14 +224,33 @@ def runs(config, source=None, on_epoch=lambda method, seed: None):
     """
     config.check()
     source = source or data.load_source(config.dataset, config.data_root)
+    finished, running = (list(state["finished"]), state["running"]) if state else ([], None)
+    yield from tuple(finished)
+    done, split = {(run["method"], run["seed"]) for run in finished}, None
     for seed in range(config.seeds):
-        split = data.draw(source, seed, imbalance=config.imbalance, rho=config.rho, noise=config.noise, rate=config.noise_rate)
-        if seed == 0:
-            _warm_up(config, source, split)
         # a different method goes first each time, so that none always meets the cold or the warm machine
         turn = seed % len(config.methods)
-        for method in config.methods[turn:] + config.methods[:turn]:
-            yield _run(method, config, source, split, seed, lambda: on_epoch(method, seed))
+        methods = [m for m in config.methods[turn:] + config.methods[:turn] if (m, seed) not in done]
+        if not methods:
+            continue
+        cold = split is None
+        split = data.draw(source, seed, imbalance=config.imbalance, rho=config.rho, noise=config.noise, rate=config.noise_rate)
+        if cold:
+            _warm_up(config, source, split)
+            if state:
+                restore_random_state(state["random"])  # after the warm-up, which may have drawn from them
+        for method in methods:
+            training = _Training(method, config, source, split, seed)
+            if running:  # the first run that is not finished
+                training.load_state_dict(running)
+                running = None
+
+            def take():
+                return {"finished": list(finished), "running": training.state_dict(), "random": random_state()}
+
+            finished.append(training.run(lambda: on_epoch(method, seed), lambda: keep(take, False)))
+            yield finished[-1]
+            keep(lambda: {"finished": list(finished), "running": None, "random": random_state()}, True)
 
 
 def _warm_up(config, source, split):
@@ -209,51 +258,94 @@ def _warm_up(config, source, split):
     few = slice(2 * config.batch_size)
     small = data.Split(split.x[few], split.y[few], split.y_true[few], split.x_test[:1], split.y_test[:1])
     for method in config.methods:
-        _run(method, replace(config, epochs=2), source, small, 0, lambda: None)
+        _Training(method, replace(config, epochs=2), source, small, 0).run(lambda: None, lambda: None)
 
 
-def _run(name, config, source, split, seed, on_epoch):
-    """Trains and tests one method on one split → the dict described in runs()."""
-    model = make_model(config.model, source.shape, source.classes, seed)
-    method = METHODS[name](model.parameters(), config)
-    decay = torch.optim.lr_scheduler.MultiStepLR(
-        method.optimizer, [round(0.6 * config.epochs), round(0.8 * config.epochs)], gamma=0.1
-    )
-    order = data.generator(seed, data.ORDER)
-    history = {key: [] for key in ("accuracy", "balanced_accuracy", "class_weight", "clean_weight", "flipped_weight")}
-    seconds = 0.0
-    for _ in range(config.epochs):
-        samples, weights = torch.randperm(len(split.y), generator=order), []
-        model.train()
-        for batch in samples.split(config.batch_size):
-            x, y = split.x[batch], split.y[batch]
-            if source.augment:
-                x = data.augment(x, order)
-            begun = time.perf_counter()
-            loss = method.loss(model(x), y)
-            method.optimizer.zero_grad()
-            loss.backward()
-            method.optimizer.step()
-            seconds += time.perf_counter() - begun
-            given = method.weights()
-            weights.append(torch.ones(len(batch)) if given is None else given)
-        decay.step()
-        method.after_epoch()
-        accuracy, balanced, recall = _test(model, split, source.classes)
-        for key, value in zip(history, (accuracy, balanced, *_mean_weights(torch.cat(weights), samples, split, source))):
-            history[key].append(value)
-        on_epoch()
-    return {
-        "method": name,
-        "seed": seed,
-        "accuracy": accuracy,
-        "balanced_accuracy": balanced,
-        "per_class_recall": recall,
-        "seconds": seconds,
-        "train_loss": _number(nn.functional.cross_entropy(_logits(model, split.x), split.y)),
-        "train_counts": torch.bincount(split.y_true, minlength=source.classes).tolist(),
-        "epochs": history,
-    }
+class _Training:
+    """One method on one split. Whatever changes while it trains is in state_dict(), which may be taken after any step."""
+
+    def __init__(self, name, config, source, split, seed):
+        self.name, self.config, self.source, self.split, self.seed = name, config, source, split, seed
+        self.model = make_model(config.model, source.shape, source.classes, seed)
+        self.method = METHODS[name](self.model.parameters(), config)
+        self.decay = torch.optim.lr_scheduler.MultiStepLR(
+            self.method.optimizer, [round(0.6 * config.epochs), round(0.8 * config.epochs)], gamma=0.1
+        )
+        self.order = data.generator(seed, data.ORDER)
+        self.history = {key: [] for key in ("accuracy", "balanced_accuracy", "class_weight", "clean_weight", "flipped_weight")}
+        self.seconds = 0.0
+        # of the epoch under way: the order of its samples, how many steps are done, the weights they gave
+        self.epoch, self.samples, self.step, self.weights = 0, None, 0, []
+
+    def state_dict(self):
+        return {
+            "method": self.name,
+            "seed": self.seed,
+            "model": self.model.state_dict(),
+            "parts": self.method.state_dict(),
+            "decay": self.decay.state_dict(),
+            "order": self.order.get_state(),
+            "history": self.history,
+            "seconds": self.seconds,
+            "epoch": self.epoch,
+            "samples": self.samples,
+            "step": self.step,
+            "weights": torch.cat(self.weights),
+        }
+
+    def load_state_dict(self, state):
+        if (state["method"], state["seed"]) != (self.name, self.seed):
+            raise ValueError(f"the state is {state['method']}'s on seed {state['seed']}, not {self.name}'s on seed {self.seed}")
+        self.model.load_state_dict(state["model"])
+        self.method.load_state_dict(state["parts"])
+        self.method.optimizer._opt_called = True  # it was; torch warns where the schedule is stepped before it
+        self.decay.load_state_dict(state["decay"])
+        self.order.set_state(state["order"])
+        self.history = {key: list(values) for key, values in state["history"].items()}
+        self.seconds, self.epoch, self.samples, self.step = (state[key] for key in ("seconds", "epoch", "samples", "step"))
+        self.weights = [state["weights"]]
+
+    def run(self, on_epoch, after_step):
+        """Trains from where it stands to the end and tests → the dict described in runs()."""
+        model, method, config, split = self.model, self.method, self.config, self.split
+        while self.epoch < config.epochs:
+            if self.samples is None:
+                self.samples, self.step, self.weights = torch.randperm(len(split.y), generator=self.order), 0, []
+            model.train()
+            for batch in self.samples.split(config.batch_size)[self.step :]:
+                x, y = split.x[batch], split.y[batch]
+                if self.source.augment:
+                    x = data.augment(x, self.order)
+                begun = time.perf_counter()
+                loss = method.loss(model(x), y)
+                method.optimizer.zero_grad()
+                loss.backward()
+                method.optimizer.step()
+                self.seconds += time.perf_counter() - begun
+                given = method.weights()
+                self.weights.append(torch.ones(len(batch)) if given is None else given)
+                self.step += 1
+                after_step()
+            self.decay.step()
+            method.after_epoch()
+            accuracy, balanced, recall = _test(model, split, self.source.classes)
+            weights = _mean_weights(torch.cat(self.weights), self.samples, split, self.source)
+            for key, value in zip(self.history, (accuracy, balanced, *weights)):
+                self.history[key].append(value)
+            self.epoch, self.samples = self.epoch + 1, None
+            on_epoch()
+        return {
+            "method": self.name,
+            "seed": self.seed,
+            "accuracy": accuracy,
+            "balanced_accuracy": balanced,
+            "per_class_recall": recall,
+            "seconds": self.seconds,
+            "train_loss": _number(nn.functional.cross_entropy(_logits(model, split.x), split.y)),
+            "train_counts": torch.bincount(split.y_true, minlength=self.source.classes).tolist(),
+            "parameters": digest(model.state_dict()),
+            "epochs": self.history,
+        }
 
 
 def _mean_weights(weights, samples, split, source):
