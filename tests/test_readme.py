@@ -22,11 +22,12 @@ def names():
     return {
         "torch": torch, "ab": ab, "model": model, "loader": [batch()], "groups": [[batch(), batch()]], "counts": [40, 20, 10, 5],
         "hidden": torch.randn(6, 8, requires_grad=True), "head": torch.nn.Linear(8, 4), "target": torch.randint(4, (6,)),
+        "images": torch.randn(70, 8), "labels": torch.randint(4, (70,)), "backbone": torch.nn.Identity(), "epochs": 2,
     }  # fmt: skip
 
 
 def test_there_are_examples():
-    assert len(BLOCKS) >= 7
+    assert len(BLOCKS) >= 9
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
