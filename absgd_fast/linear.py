@@ -94,8 +94,6 @@ class LinearABLoss(ABLoss):
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             ranks = self._ranks() if trains else 1
             learns = trains and update
-            if trains and self.deferred:
-                self._step.settled, self._step.finished = None, False
             if self._lam_is_open and learns:
                 losses, valid = head.losses()
                 gather = lambda row: self._gather(row, ranks, head.classes)  # noqa: E731

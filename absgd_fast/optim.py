@@ -181,7 +181,11 @@ class _FusedStep(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        robust = None if self.robust is None else self.robust.settle()
+        robust = None
+        if self.robust is not None:
+            for group in self.param_groups:
+                self._check_deferrable(group)
+            robust = self.robust.settle()
         if robust is not None and robust.device.type == "cpu" and not torch.compiler.is_compiling() and robust[5] > 0:
             return loss  # a row without a finite loss: a step that never was
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)

@@ -309,7 +309,8 @@ def settle(
     if reference is not None:
         scale = torch.where(some, scale * (reference.flatten()[0] - used).exp(), scale)
     moves = some & (bad == 0) & ~lam.isinf()
-    return torch.stack([used, scale, used + REACH, log_sum, n, bad]), torch.where(moves, next_log_s.to(log_s.dtype), log_s)
+    top = torch.where(some, used + REACH, torch.finfo(torch.float64).max)
+    return torch.stack([used, scale, top, log_sum, n, bad]), torch.where(moves, next_log_s.to(log_s.dtype), log_s)
 
 
 def apply(

@@ -133,8 +133,9 @@ class ABLoss(nn.Module):
     exp(m - log s') / n brings the gradient to its size: in the optimizer's kernel (`ABSGD(..., robust=criterion)`), or by
     `criterion.finish_(params)` for any optimizer, and before any clipping. K micro-batches then give the gradient of one
     big batch. A step that is given up half-way is forgotten by `discard()`. The value of the forward is for backward alone; log
-    `last.mean_loss`. With update=False, in eval mode and
-    under no_grad the whole loss is returned at once and nothing is deferred.
+    `last.mean_loss`. With update=False, in eval mode and under no_grad the whole loss is returned at once and nothing is
+    deferred; such a gradient has its size, so where it goes into ``.grad`` after micro-batches (SAM), `finish_` comes between,
+    and the optimizer has no ``robust=``.
 
     Attributes:
         log_s, lam: 0-d buffers, float32 (float64 after .double()), in state_dict.
@@ -223,7 +224,7 @@ class ABLoss(nn.Module):
         >>> criterion.lam
         tensor(-0.5000)
         """
-        if self._step.pending:
+        if self._step.totals is not None:
             raise RuntimeError(
                 "set_lam: got another lambda in the middle of a deferred step, expected it after the optimizer's step (or finish_);"
                 " where the step is given up, call criterion.discard() first"
@@ -280,7 +281,7 @@ class ABLoss(nn.Module):
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._agreed = None
-        self._step.forget()
+        self._step.forget(lost=self._step.totals is not None)
         if loaded is not None:
             self._lam_is_open = still_open
 
@@ -302,8 +303,6 @@ class ABLoss(nn.Module):
         trains = grad_mode and self.training
         learns = update and trains
         staged = trains and self._is_staged()
-        if trains and self.deferred:
-            self._step.settled, self._step.finished = None, False  # they belong to the gradients of the step before
         if len(args) != 2:
             return self._any_loss(args, sample_weight, mask, score, learns, staged)
         logits, target = args
@@ -392,7 +391,7 @@ class ABLoss(nn.Module):
         operators = self._operators(losses)
         if staged:
             classes = args[0].shape[1] if spec is not None else 0
-            return self._in_stages(operators or ops.IN_TORCH, losses, sample_weight, mask, score, learns, classes)
+            return self._in_stages(operators, losses, sample_weight, mask, score, learns, classes)
         if self._lam_is_open and learns:
             self._fix_lam(losses.detach(), mask)
         if operators is None:
@@ -428,7 +427,11 @@ class ABLoss(nn.Module):
         return (
             self.deferred
             or self.loss_divisor != 1
-            or (self.process_group is not None and (self._ranks_before > 1 or _is_distributed()) and self._ranks() > 1)
+            or (
+                self.process_group is not None
+                and (self.process_group != distributed.AUTO or self._ranks_before > 1 or _is_distributed())
+                and self._ranks() > 1
+            )
         )
 
     def _ranks(self) -> int:
@@ -447,9 +450,17 @@ class ABLoss(nn.Module):
         if self._lam_is_open and learns:
             self._fix_lam(plain, mask, lambda row: self._gather(row, ranks, classes))
         log_s, _, lam, _, _, mix, max_weight, _ = self._state(False, 0)
+        stages = operators or ops.IN_TORCH
         settled, bounded = self._settle_rows(
-            operators, lambda bound: operators.robust_totals(plain, score, mask, log_s, lam, bound), ranks, classes, learns
+            stages, lambda bound: stages.robust_totals(plain, score, mask, log_s, lam, bound), ranks, classes, learns
         )
+        if operators is None:
+            loss, weights = reference.apply(
+                losses, settled, log_s, lam, mix=mix, max_weight=max_weight, sample_weight=sample_weight, score=score,
+                mask=mask, bounded=bounded,
+            )  # fmt: skip
+            self._remember(ops.stacked_rows(plain, weights, mask))
+            return loss
         saves = ops.WITH_GRAD if losses.requires_grad else 0
         loss, rows, grad = operators.robust_apply(
             plain, score, sample_weight, mask, settled, log_s, lam, bounded, mix, max_weight, saves
@@ -469,12 +480,16 @@ class ABLoss(nn.Module):
             share = ranks * self.loss_divisor if trains else 1.0
             flags |= ops.UPDATE if learns else 0
             return operators.robust_settle(rows, log_s, nonfinite, lam, None, gamma, alpha, share, flags), False
+        settle = lambda rows: operators.robust_settle(rows, log_s, nonfinite, lam, None, gamma, alpha, 1.0, flags)  # noqa: E731
+        if step.totals is None:
+            step.forget()  # what was left of the step before
         bounded = step.has_reference()
         totals = totals_of(step.reference if bounded else None)
         if not bounded:
-            rows = self._gather(totals, ranks, classes)
-            step.begin(operators.robust_settle(rows, log_s, nonfinite, lam, None, gamma, alpha, 1.0, flags))
-        step.pending.append(totals)
+            step.begin(settle(self._gather(totals, ranks, classes)))
+        elif ranks == 1 and step.cannot_look(totals):
+            step.begin_where_empty(settle(totals.unsqueeze(0)))
+        step.totals = totals if step.totals is None else settle(torch.stack([step.totals, totals]))[3:]
         return step.reference, bounded
 
     def _gather(self, totals: Tensor, ranks: int, classes: int = 0) -> Tensor:
@@ -525,12 +540,13 @@ class ABLoss(nn.Module):
         """
         if not self.deferred:
             raise RuntimeError("finish_: got an ABLoss that is not deferred, whose gradients have their size already")
+        self._step.check("finish_")
         if self._step.finished:
             raise RuntimeError(
                 "finish_: the gradients have been finished already; expected one call per step, with the parameters of all"
                 " optimizers, or a forward before it"
             )
-        if not self._step.pending:
+        if self._step.totals is None:
             raise RuntimeError("finish_: got no forward in training mode since the last step, expected at least one micro-batch")
         params = [params] if isinstance(params, Tensor) else list(params)
         grads = [p.grad for p in params if p.grad is not None]
@@ -568,23 +584,21 @@ class ABLoss(nn.Module):
             or None: no micro-batch since gradients were last computed.
 
         Raises:
-            RuntimeError: `finish_` was called: the gradients have their size.
+            RuntimeError: `finish_` was called: the gradients have their size; or a state was loaded since the micro-batches.
         """
         step = self._step
+        step.check("step")
         if step.finished:
             raise RuntimeError(
                 "step: the gradients were finished by criterion.finish_ already; expected an optimizer without robust= beside"
                 " finish_ (which clipping needs), or robust= without finish_"
             )
-        if not step.pending:
+        if step.totals is None:
             return step.settled
         log_s, nonfinite, lam, gamma, alpha, _, _, flags = self._state(False, 0)
         operators = self._operators(log_s) or ops.IN_TORCH
-        ranks, rows = self._ranks(), torch.stack(step.pending)
-        if ranks > 1:
-            own = operators.robust_settle(rows, log_s, nonfinite, lam, None, gamma, alpha, 1.0, flags)[3:]
-            rows = self._gather(own, ranks)
-        share = ranks * self.loss_divisor
+        ranks = self._ranks()
+        rows, share = self._gather(step.totals, ranks), ranks * self.loss_divisor
         settled = operators.robust_settle(
             rows, log_s, nonfinite, lam, step.reference, gamma, alpha, share, flags | ops.UPDATE
         )  # fmt: skip
@@ -661,41 +675,58 @@ class _Deferred:
     def __init__(self):
         self.forget()
 
-    def forget(self) -> None:
-        self.pending: list[Tensor] = []  # the totals of each micro-batch
+    def forget(self, lost: bool = False) -> None:
+        self.totals: Tensor | None = None  # (3), reference.totals of the micro-batches so far
         self.reference: Tensor | None = None  # (6), reference.settle of the first; its scale is 1
         self.settled: Tensor | None = None  # what finishes the gradients, once the step is settled
         self.moved: tuple[Tensor, Tensor] | None = None  # for `last`
         self.finished = False  # by finish_
+        self.lost = lost  # there were micro-batches, whose gradients nothing can bring to their size any more
         self._n: tuple | None = None
+
+    def check(self, caller: str) -> None:
+        if self.lost:
+            raise RuntimeError(
+                f"{caller}: a state was loaded since the micro-batches, whose gradients cannot be brought to their size any more;"
+                " expected zero_grad() and new micro-batches, or discard()"
+            )
 
     def begin(self, settled: Tensor) -> None:
         """The first micro-batch, or another after nothing but empty ones."""
         settled[1] = 1.0
         self.reference, self._n = settled, None
-        if settled.is_cuda and not (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()):
+        if settled.is_cuda and not self.cannot_look(settled):
             host = torch.empty(1, dtype=settled.dtype, pin_memory=True)
             host.copy_(settled[4:5], non_blocking=True)
             event = torch.cuda.Event()
             event.record()
             self._n = (host, event)
 
+    def begin_where_empty(self, settled: Tensor) -> None:
+        """The same where the host cannot look whether those before were empty."""
+        settled[1] = 1.0
+        self.reference = torch.where(self.reference[4] > 0, self.reference, settled)
+
+    @staticmethod
+    def cannot_look(like: Tensor) -> bool:
+        return torch.compiler.is_compiling() or (like.is_cuda and torch.cuda.is_current_stream_capturing())
+
     def has_reference(self) -> bool:
         """Whether a micro-batch of this step had a row on any process. On a GPU this waits for the first forward, behind
-        which a backward and the next forward are queued by now; a captured graph takes it for granted."""
+        which a backward and the next forward are queued by now."""
         if self.reference is None:
             return False
+        if self.cannot_look(self.reference):
+            return True
         if self._n is not None:
             host, event = self._n
             event.synchronize()
             return bool(host > 0)
-        if self.reference.is_cuda or torch.compiler.is_compiling():
-            return True
         return bool(self.reference[4] > 0)
 
     def end(self, settled: Tensor) -> None:
         self.settled, self.moved = settled, (self.reference, settled)
-        self.pending, self.reference = [], None
+        self.totals = self.reference = None
 
 
 def _checked(losses: object) -> Tensor:

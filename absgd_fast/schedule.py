@@ -51,9 +51,9 @@ class TwoStage:
 
     def step(self) -> None:
         """Count one epoch or step; the `start`-th call switches lambda on."""
+        if self.count + 1 == self.start:
+            self.criterion.set_lam(self.lam)  # or it raises, and the call does not count
         self.count += 1
-        if self.count == self.start:
-            self.criterion.set_lam(self.lam)
 
     def state_dict(self) -> dict:
         return {"count": self.count}

@@ -280,7 +280,8 @@ constexpr double kReach = 60;
 template <class L>
 ABSGD_FN Settled settled_of(const Outcome& o, const Totals& t, double share, const double* reference) {
   const double moved = reference == nullptr || t.good == 0 ? 1 : L::exp(*reference - o.log_s);
-  return {o.log_s, moved * o.inverse_n * share, o.log_s + kReach, t.log_sum, t.good, t.bad};
+  const double top = t.good == 0 ? kLargest : o.log_s + kReach;
+  return {o.log_s, moved * o.inverse_n * share, top, t.log_sum, t.good, t.bad};
 }
 
 // Whether a row counts: its loss, its score and z = score / lambda are finite. A NaN makes every comparison false; the

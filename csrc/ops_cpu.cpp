@@ -225,16 +225,19 @@ struct Rows {
       : tensor(std::move(rows)), bytes(size_t(count) * size_of(real)), data(static_cast<char*>(tensor.data_ptr())) {}
   char* row(int k) const { return data + size_t(k) * bytes; }
 
+  template <class T>
+  void fill(const RobustArgs& a) const {
+    const T* const losses = static_cast<const T*>(a.losses);
+    T *const seen = reinterpret_cast<T*>(row(0)), *const valid = reinterpret_cast<T*>(row(2));
+    for (int64_t i = 0; i < a.count; ++i) {
+      const bool counts = a.valid == nullptr || a.valid[i] != 0;
+      seen[i] = counts ? losses[i] : T(0);
+      valid[i] = T(counts);
+    }
+  }
   void fill(const RobustArgs& a) const {
     if (a.count == 0) return;
-    std::memcpy(row(0), a.losses, bytes);
-    for (int64_t i = 0; i < a.count; ++i) {
-      const bool valid = a.valid == nullptr || a.valid[i] != 0;
-      if (a.dtype == Dtype::f64)
-        reinterpret_cast<double*>(row(2))[i] = valid;
-      else
-        reinterpret_cast<float*>(row(2))[i] = valid;
-    }
+    a.dtype == Dtype::f64 ? fill<double>(a) : fill<float>(a);
   }
 };
 
