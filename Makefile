@@ -37,7 +37,7 @@ sanitize: $(VENV)/.installed
 	$(bin)/cmake --install build/sanitize --prefix build/sanitized/absgd_fast
 	PYTHONPATH=build/sanitized ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	    $(bin)/pytest -k "not growth" $(addprefix tests/test_,ops.py losses.py functional.py robust.py linear.py optim.py)
+	    $(bin)/pytest -k "not growth" $(addprefix tests/test_,ops.py losses.py functional.py robust.py linear.py optim.py weighted_step.py)
 
 clean:
 	rm -rf build demo dist *.egg-info absgd_fast/_*.so absgd_fast/_build_info.json $(VENV)/.installed

@@ -41,7 +41,7 @@ import torch.nn.functional as F  # noqa: E402
 
 import absgd_fast as ab  # noqa: E402
 from absgd_fast import _backend  # noqa: E402
-from absgd_fast.functional import logit_loss, robust_weights  # noqa: E402
+from absgd_fast.functional import logit_loss, robust_weights, weighted_momentum_step_  # noqa: E402
 
 with patch.object(sys, "path", [str(TESTS.parent), *sys.path]):  # benchmarks are no part of the package
     device_tools = importlib.import_module("benchmarks.device")
@@ -867,6 +867,108 @@ def test_grad_scaler(where, rule):
                     torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
 
 
+# ---- the weighted step -------------------------------------------------------------------------------------------------
+
+
+class Weighted:
+    """Parameters, momentum and per-sample gradients on the device, and the same in float64 for plain torch on the CPU."""
+
+    def __init__(self, where, sizes, rows, dtype, gap=0, seed=0):
+        draw = torch.Generator().manual_seed(seed)
+        self.where, device, real = where, where.device, wide(dtype)
+        self.params, self.buffers = ([torch.randn(n, generator=draw).to(device, d) for n in sizes] for d in (dtype, real))
+        self.grads = [torch.randn(rows, n + gap, generator=draw).to(device, dtype)[:, :n] for n in sizes]
+        self.losses = (3 * torch.rand(rows, generator=draw)).to(device, real)
+        self.log_s = torch.tensor(-INF, dtype=real, device=device)
+
+    def step(self, **options):
+        self.log_s = weighted_momentum_step_(
+            self.params, self.buffers, self.grads, self.losses, self.log_s, **dict(lam=-0.75, lr=2**-6) | options,
+            backend=self.where.backend,
+        )  # fmt: skip
+
+    def check(self, **options):
+        """One step, from where this one is, in float64."""
+        cpu = lambda t: t.to("cpu", torch.float64) if isinstance(t, torch.Tensor) and t.is_floating_point() else t  # noqa: E731
+        exact = [[cpu(t) for t in ts] for ts in (self.params, self.buffers, self.grads)]
+        given = {k: v.cpu() if k == "mask" else cpu(v) for k, v in options.items()}
+        log_s = weighted_momentum_step_(
+            *exact, cpu(self.losses), cpu(self.log_s), **dict(lam=-0.75, lr=2**-6) | given, backend="reference"
+        )
+        self.step(**options)
+        real = dict(rtol=1e-12, atol=1e-12) if self.losses.dtype == torch.float64 else dict(rtol=1e-5, atol=1e-5)
+        half = {torch.bfloat16: dict(rtol=2**-7, atol=1e-5), torch.float16: dict(rtol=2**-9, atol=1e-5)}
+        torch.testing.assert_close(cpu(self.log_s), log_s, **real)
+        for t, e in zip([*self.params, *self.buffers], exact[0] + exact[1]):
+            torch.testing.assert_close(cpu(t), e, **half.get(t.dtype, real))
+
+
+WEIGHTED = {
+    "momentum": dict(weight_decay=0.01),
+    "plain": dict(momentum=0.0, maximize=True),
+    "nesterov": dict(nesterov=True, mix=0.5),
+    "heavy ball": dict(heavy_ball=True, init="zero"),
+}
+
+
+@over(options=WEIGHTED, dtype=DTYPES, gap=[0, 1])
+def test_weighted_step(where, options, dtype, gap):
+    """Few and many columns (of which a block has some, and of which the blocks fill the chip), rows of odd addresses, rows that
+    hold NaN and do not count."""
+    sizes = [0, 1, 5, 64, 650, 4099] + [600_000] * where.gpu
+    problem = Weighted(where, sizes, 37, dtype, gap)
+    mask, weight = torch.arange(37, device=where.device) % 5 != 2, torch.linspace(0, 2, 37, device=where.device)
+    for g in problem.grads:
+        g[~mask] = NAN
+        g[0] = NAN
+    for _ in range(3):
+        problem.check(mask=mask, sample_weight=weight, **options)
+
+
+@over(rows=[1, 1025, ONE_LAUNCH + 3])
+def test_weighted_step_of_many_rows(where, rows):
+    problem = Weighted(where, [3, 40], rows, torch.float32)
+    for _ in range(2):
+        problem.check(weight_decay=0.1)
+    before = [t.clone() for t in [*problem.params, *problem.buffers, problem.log_s]]
+    problem.losses[rows // 2] = NAN
+    problem.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, [*problem.params, *problem.buffers, problem.log_s]))
+
+
+@gpu
+def test_weighted_step_launches_and_waits(where):
+    """One launch of CUDA's, two of Triton's (the weights apart) beside what copies its state; nobody waits, and a captured graph
+    follows lr."""
+    with unpoisoned():
+        problem, twin = (Weighted(where, [5 + j % 300 for j in range(161)], 64, torch.float32) for _ in range(2))
+        lr = [torch.tensor(2**-6, device=where.device) for _ in range(2)]
+        for _ in range(2):
+            problem.step(lr=lr[0])
+        seen = device_tools.kernels(where.device, lambda: problem.step(lr=lr[0]))
+        assert where.backend != "cuda" or len(seen) == 1, f"{seen}"
+        assert device_tools.waits(where.device, lambda: problem.step(lr=lr[0])) == []
+        problem = Weighted(where, [5 + j % 300 for j in range(161)], 64, torch.float32)
+        state = problem.log_s.zero_()
+
+        def captured():
+            problem.log_s = state
+            problem.step(lr=lr[0])
+            state.copy_(problem.log_s)
+
+        replay, _ = device_tools.captured(where.device, captured, warm_up=3)
+        twin.log_s.zero_()
+        for _ in range(3):
+            twin.step(lr=lr[1])
+        for k in range(4):
+            for number in lr:
+                number.fill_(2**-6 / (1 + k))
+            twin.step(lr=lr[1])
+            replay()
+            assert torch.equal(state, twin.log_s)
+            assert all(torch.equal(a, b) for a, b in zip([*problem.params, *problem.buffers], [*twin.params, *twin.buffers]))
+
+
 # ---- a training step as a whole --------------------------------------------------------------------------------------
 
 
@@ -1114,7 +1216,7 @@ TOUR = {"offset of one": (5, 37), "wider row": (3, 1030), "transposed": (3, 1031
 
 
 def test_tour(where):
-    """Every walk, dtype and tail once, and every form of the step."""
+    """Every walk, dtype and tail once, and every form of the step, weighted or not."""
     for dtype in DTYPES.values():
         for layout, shape in TOUR.items():
             p = problem(shape, dtype, loss="all")
@@ -1135,6 +1237,10 @@ def test_tour(where):
         (weights.square().sum() + log_s).backward()
         assert losses.grad.isfinite().all()
         where.robust(lambda x: x, lam=0.75)(losses).backward()
+    for options, dtype in itertools.product(WEIGHTED.values(), DTYPES.values()):
+        for gap, rows in ((0, 37), (1, 1030)):
+            Weighted(where, [0, 1, 5, 64, 650], rows, dtype, gap).check(**options)
+    Weighted(where, [3], ONE_LAUNCH + 3, torch.float32).check()
     sgd = [(ab.ABSGD, torch.optim.SGD, {"lr": 0.1} | {k: v for k, v in o.items() if v is not None}) for o in OPTIONS.values()]
     for rule, dtype, offset in itertools.product([*sgd, *RULES.values()], (torch.float32, torch.float64), (0, 1)):
         make, torch_make, options = rule

@@ -121,7 +121,7 @@ def test_docstring_examples(name):
 
 
 PUBLIC = [o for o in vars(ab).values() if getattr(o, "__module__", "").startswith("absgd_fast.")]
-PUBLIC += [ab.functional.logit_loss, ab.functional.robust_weights]
+PUBLIC += [ab.functional.logit_loss, ab.functional.robust_weights, ab.functional.weighted_momentum_step_]
 
 
 @pytest.mark.parametrize("item", PUBLIC, ids=lambda o: o.__name__)
