@@ -47,7 +47,7 @@ class _FusedStep(torch.optim.Optimizer):
             raise TypeError(
                 f"robust: got {got}, expected ABLoss(..., deferred=True), whose normaliser the step finishes, or None"
             )
-        self.robust = robust
+        self.robust, self._used = robust, None
         for group in self.param_groups:
             self._check_deferrable(group)
         if backend is not None:
@@ -95,6 +95,7 @@ class _FusedStep(torch.optim.Optimizer):
             for name in self._own_flags:  # absent from checkpoints of torch's class
                 group.setdefault(name, False)
         if hasattr(self, "backend"):  # not yet while torch's __init__ runs
+            self._used = None
             self._make_plan()
 
     def add_param_group(self, param_group: dict) -> None:
@@ -186,6 +187,9 @@ class _FusedStep(torch.optim.Optimizer):
             for group in self.param_groups:
                 self._check_deferrable(group)
             robust = self.robust.settle()
+            if not torch.compiler.is_compiling():
+                # what is settled finishes the gradients of one step: those of another loss after it have their size
+                robust, self._used = (None if robust is self._used else robust), robust
         if robust is not None and robust.device.type == "cpu" and not torch.compiler.is_compiling() and robust[5] > 0:
             return loss  # a row without a finite loss: a step that never was
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)

@@ -548,7 +548,7 @@ class ABLoss(nn.Module):
             )
         if self._step.totals is None:
             raise RuntimeError("finish_: got no forward in training mode since the last step, expected at least one micro-batch")
-        params = [params] if isinstance(params, Tensor) else list(params)
+        params = [params] if isinstance(params, Tensor) else list({id(p): p for p in params}.values())
         grads = [p.grad for p in params if p.grad is not None]
         if any(grad.dtype == torch.float16 for grad in grads):
             raise ValueError("finish_: got a float16 gradient, which cannot hold deferred sums; expected float32 or bfloat16")

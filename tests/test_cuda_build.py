@@ -29,7 +29,7 @@ def version() -> str:
 def short(name: str) -> str:
     """absgd::gpu::(anonymous namespace)::foo_kernel<float, (Walk)1>(Args) -> foo_kernel<float, 1>"""
     name = subprocess.run(["c++filt", name], capture_output=True, text=True).stdout.strip()
-    kernel = re.search(r"(\w+_kernel<.*>)\(", name)[1]
+    kernel = re.search(r"(\w+_kernel(?:<.*>)?)\(", name)[1]
     plain = re.sub(r"absgd::(?:gpu::)?|\(anonymous namespace\)::|__nv_|__(?=half)|\s(?=>)", "", kernel)
     return re.sub(r"\((?:Walk|SgdForm|int)\)", "", plain)
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from absgd_fast import _backend
 from absgd_fast.experiments import data, models, report, train
 from absgd_fast.experiments.train import Config
 
@@ -345,6 +346,7 @@ def test_methods_of_a_seed_see_the_same(monkeypatch):
 
         return built
 
+    monkeypatch.setattr(train, "OUTER_PRODUCTS", 0)  # the linear model's own step calls no loss
     monkeypatch.setattr(train, "METHODS", {name: spy(name, build) for name, build in train.METHODS.items()})
     config = replace(SHORT, noise="symmetric", seeds=2, epochs=2, warmup=0)
     finished = list(train.runs(config))
@@ -373,6 +375,20 @@ def test_weights_are_those_of_the_formula(digits):
     assert run["epochs"]["class_weight"][0] == pytest.approx(expected, rel=1e-4)
     assert run["epochs"]["clean_weight"][0] == pytest.approx(1, rel=1e-4)
     assert run["epochs"]["flipped_weight"] == [None]  # there are none
+
+
+@pytest.mark.skipif(not _backend.available("cpu"), reason="the native library is not built here")
+@pytest.mark.parametrize("options", [{}, {"mix": 0.5, "lam": -0.5}, {"imbalance": "lt", "lam": 0.5, "warmup": 0.0}], ids=str)
+def test_the_linear_model_steps_without_a_graph(monkeypatch, options):
+    """And comes to the same parameters, weights and state, to rounding."""
+    config = replace(SHORT, model="linear", methods=("absgd",), epochs=6, **options)
+    assert train.METHODS["absgd"](torch.nn.Linear(64, 10).parameters(), config).__class__ is train._LinearMethod
+    (own,) = train.runs(config)
+    monkeypatch.setattr(train, "OUTER_PRODUCTS", 0)
+    (plain,) = train.runs(config)
+    assert own["accuracy"] == plain["accuracy"] and own["train_loss"] == pytest.approx(plain["train_loss"], rel=2e-5)
+    for key in ("class_weight", "clean_weight"):
+        assert own["epochs"][key][-1] == pytest.approx(plain["epochs"][key][-1], rel=2e-4)
 
 
 def test_two_stages_and_the_reference_agree(digits):

@@ -19,6 +19,8 @@ from torch import nn
 
 import absgd_fast as ab
 
+from .. import _backend
+from ..ops import OPERATORS, WITH_GRAD
 from . import data
 from .checkpoint import digest, random_state, restore_random_state
 from .models import check_model, make_model
@@ -122,12 +124,49 @@ class Method:
     weights: Callable
     stateful: dict
 
+    def step(self, model, images, labels):
+        """Forward, backward and the optimizer's step."""
+        loss = self.loss(model(images), labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
     def state_dict(self):
         return {name: part.state_dict() for name, part in self.stateful.items()}
 
     def load_state_dict(self, state):
         for name, part in self.stateful.items():
             part.load_state_dict(state[name])
+
+
+# Elements of the per-sample gradients of a linear model up to which they are stepped with by themselves: on digits' 41,600 a
+# step takes 80 to 110 µs instead of 240 to 360, at 504,000 0.6 of the other's time, at 983,000 as long.
+OUTER_PRODUCTS = 2**18
+
+
+class _LinearMethod(Method):
+    """ABSGD on softmax regression without a graph: the gradient of a sample is the outer product of its logits' gradient and
+    its pixels, and one pass over all of them makes the weights, log s and the step (functional.weighted_momentum_step_). The
+    loss and the optimizer hold the state, as ever."""
+
+    def step(self, model, images, labels):
+        pixels, layer, (group,), loss = images.flatten(1), model[-1], self.optimizer.param_groups, self.loss
+        params, state = [layer.weight, layer.bias], self.optimizer.state
+        for p in params:
+            if "momentum_buffer" not in state[p]:
+                state[p]["momentum_buffer"] = torch.zeros_like(p)
+        with torch.no_grad():
+            logits = layer(pixels)
+            *spec, bits = loss.criterion.spec(logits)
+            losses, slopes = OPERATORS["cpu"].logit_loss(logits, labels, *spec, bits | WITH_GRAD)  # what autograd would be told
+            log_s = ab.functional.weighted_momentum_step_(
+                params, [state[p]["momentum_buffer"] for p in params], [slopes[:, :, None] * pixels[:, None, :], slopes], losses,
+                loss.log_s, lam=loss.lam, gamma=loss.gamma, mix=loss.mix, lr=group["lr"], momentum=group["momentum"],
+                weight_decay=group["weight_decay"],
+            )  # fmt: skip
+            loss.log_s.copy_(log_s)
+        self.optimizer._opt_called = True  # what a schedule asks for before it is stepped
+        self.weights = lambda: torch.exp(losses / loss.lam - log_s) if loss.lam.isfinite() else None
 
 
 def _sgd(parameters, config):
@@ -137,11 +176,14 @@ def _sgd(parameters, config):
 
 
 def _absgd(parameters, config):
+    parameters = list(parameters)
     loss = ab.ABLoss(LOSSES[config.loss][0](), lam=config.lam, gamma=config.gamma, mix=config.mix)
     stages = ab.TwoStage(loss, config.lam, start=config.switch)
     optimizer = ab.ABSGD(parameters, config.lr, MOMENTUM, weight_decay=config.weight_decay)
     stateful = {"optimizer": optimizer, "loss": loss, "stages": stages}
-    return Method(loss, optimizer, stages.step, lambda: loss.last.weights, stateful)
+    few = config.batch_size * parameters[0].numel() <= OUTER_PRODUCTS
+    kind = _LinearMethod if config.model == "linear" and few and _backend.select(torch.device("cpu"), None) == "cpu" else Method
+    return kind(loss, optimizer, stages.step, lambda: loss.last.weights, stateful)
 
 
 def _reference(parameters, config):
@@ -317,10 +359,7 @@ class _Training:
                 if self.source.augment:
                     x = data.augment(x, self.order)
                 begun = time.perf_counter()
-                loss = method.loss(model(x), y)
-                method.optimizer.zero_grad()
-                loss.backward()
-                method.optimizer.step()
+                method.step(model, x, y)
                 self.seconds += time.perf_counter() - begun
                 given = method.weights()
                 self.weights.append(torch.ones(len(batch)) if given is None else given)
