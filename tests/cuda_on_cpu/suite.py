@@ -86,7 +86,7 @@ def test_vectors_of_every_length(count, masked):
     torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("count", [0, 1, 257, 4097, ONE_LAUNCH, ONE_LAUNCH + 1, 70_001])
+@pytest.mark.parametrize("count", [0, 1, 257, ONE_LAUNCH + 1])
 @pytest.mark.parametrize("bounded", [False, True])
 def test_stages_of_every_length(count, bounded):
     """Totals of a part, log s' of several parts, and weights by it; a NaN, and a z beyond the bound."""
