@@ -177,7 +177,7 @@ class Form:
 
     def __call__(self, params, grads, states, steps, lr_tensor=None, grad_scale=None, found_inf=None):
         torch.ops.absgd_fast.step_(
-            params, grads, [t for kind in states for t in kind], steps, lr_tensor, grad_scale, found_inf,
+            params, grads, [t for kind in states for t in kind], steps, lr_tensor, grad_scale, found_inf, None,
             self.lr if lr_tensor is None else -1.0, self.weight_decay, self.first, self.second, self.eps,
             ops.RULES.index(self.rule), self.flags,
         )  # fmt: skip
