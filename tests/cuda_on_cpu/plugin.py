@@ -27,7 +27,7 @@ ops.OPERATORS["cpu"].in_place = False
 LATER = ("test_loss_errors", "test_bad_label", "test_bad_calls_leave_the_state", "test_no_classes")
 OF_THE_CPU = (
     "test_choosing_an_instruction_set", "test_one_operator_forward_and_one_backward", "test_logits_are_not_stored",
-    "test_benchmark",
+    "test_benchmark", "test_two_processes",
 )  # fmt: skip
 
 
