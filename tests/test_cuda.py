@@ -17,19 +17,18 @@ from absgd_fast import _backend
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-FILES = ("losses", "functional", "robust", "linear", "state", "optim", "weighted_step", "ops")
+FILES = ("losses", "functional", "robust", "linear", "state", "optim", "ops")
 
 pytestmark = pytest.mark.skipif(simt.why_not() is not None, reason=simt.why_not() or "")
 
 # name: (kind of build, order, limit of the one-block kernel, what to run)
 EVERYTHING = [TESTS / "cuda_on_cpu" / "suite.py", *(TESTS / f"test_{name}.py" for name in FILES)]
-NO_LIMIT = ("test_optim", "test_weighted_step", "test_linear")  # go the same way at every limit
+NO_LIMIT = ("test_optim", "test_linear")  # go the same way at every limit
 LOSSES = [path for path in EVERYTHING if path.stem not in NO_LIMIT]
 SUITE = [TESTS / "cuda_on_cpu" / "suite.py"]
 RUNS = {
     "statistics": ("plain", "forward", 0, LOSSES),
     "one block": ("plain", "random:1", 16384, EVERYTHING),
-    "reverse": ("plain", "reverse:1", 0, SUITE),
     "address": ("address", "random:2", 0, SUITE),
     "address, one block": ("address", "forward", 16384, [*SUITE, TESTS / "test_robust.py"]),
     "race": ("race", "random:3", 0, SUITE),
