@@ -64,6 +64,33 @@ def per_sample(value: Tensor | None, name: str, like: Tensor, dtype: torch.dtype
     return value.detach().to(dtype).contiguous()
 
 
+def losses(value: object) -> Tensor:
+    """Per-sample losses: a floating tensor of at least one dimension."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"losses: got {got}, expected a floating tensor of per-sample losses")
+    if value.dim() == 0:
+        raise ValueError('losses: got shape (), expected (B,) per-sample losses; use reduction="none"')
+    return value
+
+
+def groups(value: object, like: Tensor) -> Tensor:
+    """One integer per loss."""
+    if not isinstance(value, Tensor) or value.shape != like.shape or value.device != like.device:
+        got = f"shape {tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"groups: got {got}, expected one integer per sample, shape {tuple(like.shape)} on {like.device}")
+    if value.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"groups: got {value.dtype}, expected integers, equal for rows of the same group")
+    return value.detach()
+
+
+def tilt(value: float, name: str) -> float:
+    """Any number but NaN."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise ValueError(f"{name}: got {value!r}, expected a number: > 0 attends to large losses, < 0 to small ones")
+    return float(value)
+
+
 def target(logits: Tensor, target: Tensor, soft: bool = True) -> Tensor:
     """Shapes, dtypes and devices of logits (B, C, ...) and target: labels (B, ...), or where `soft` probabilities of the
     logits' shape, which are returned contiguous in the dtype of the losses."""

@@ -1,0 +1,313 @@
+"""Learning to reweight examples (L2RW): weights by how much each sample helps on a small clean batch, at half the cost.
+
+The original takes the weights from a second derivative of an unrolled step. That derivative is a product of first ones, and a
+single directional derivative has it for all samples at once, for any differentiable model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
+
+from . import _checks
+
+METHODS = ("jvp", "finite_difference", "unrolled", "last_layer")
+Batch = tuple[Tensor, Tensor]
+
+# Half of a central difference's length, as a share of the length of all parameters, by their dtype.
+STEP = {torch.float32: 1e-3, torch.float64: 1e-6}
+# What a float16 clean gradient is multiplied by: the weights do not depend on it, and small gradients stay in range.
+LOSS_SCALE = 2.0**10
+
+
+def l2rw_weights(
+    model: nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor], batch: Batch, clean_batch: Batch, method: str = "jvp"
+) -> Tensor:
+    """The weights of a training batch that a step on the clean batch asks for (L2RW).
+
+        u_i  = <grad f_i, grad g>                      f_i training losses, g = mean loss of the clean batch
+        w~_i = max(u_i, 0)
+        w    = w~ / (sum w~ + 1[sum w~ = 0])           sums to 1, or all 0
+
+    How u is found:
+
+        "jvp"                one forward-mode product along grad g: exact, for whatever torch can differentiate forward
+        "finite_difference"  (f_i(theta + e grad g) - f_i(theta - e grad g)) / 2e, with e |grad g| a small share of |theta|: no
+                             more than forwards, also of custom functions; in float32 |w - w*|_1 <= 1e-2
+        "unrolled"           the definition: derivative of g(theta - sum_i eps_i grad f_i) by eps at 0, by double backward
+        "last_layer"         the part of u from the parameters of the last layer alone, an inner product of features times one
+                             of output gradients (Eq. 12): about as cheap as a plain step
+
+    The model is left as it was: gradients, running statistics of BatchNorm and other buffers, and torch's random state. In
+    training mode BatchNorm normalises by the batch in every pass. The passes over the training batch draw the dropout masks
+    that the caller's next forward draws, so that weights and loss belong together; `l2rw_loss` has both at once for less.
+
+    Args:
+        model: any nn.Module; all its parameters that require grad take part.
+        loss_fn: loss_fn(model(inputs), targets) -> per-sample losses (B,); ours or any other.
+        batch, clean_batch: (inputs, targets), of B and of M >= 1 samples.
+        method: see above.
+
+    Returns:
+        (B,) weights, detached, in the dtype of the losses. All zero where no sample helps (Eq. 9): then the gradient is zero,
+        and momentum and decay go on. A sample whose u is not finite has w = NaN, and the others are weighed without it.
+
+    Raises:
+        ValueError: an unknown method, batches that are not pairs or do not fit each other, an empty clean batch, a loss_fn
+        that returns a mean, no parameter that requires grad; "finite_difference" with parameters narrower than float32,
+        "last_layer" without a layer that has parameters.
+        RuntimeError: "jvp" through something that torch cannot differentiate forward.
+
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> squares = lambda out, y: (out[:, 0] - y).square()
+    >>> x, right = torch.tensor([[1.0], [2.0], [1.0]]), torch.tensor([2.0, 4.0, -9.0])  # the last is far off y = 2 x
+    >>> _ = model.weight.data.fill_(1.0)
+    >>> l2rw_weights(model, squares, (x, right), (torch.tensor([[3.0]]), torch.tensor([6.0])))
+    tensor([0.2000, 0.8000, 0.0000])
+
+    Source: Ren et al. 2018, "Learning to Reweight Examples for Robust Deep Learning", Alg. 1, Eq. 7 to 9 and 12.
+    """
+    return _Step(model, loss_fn, batch, clean_batch, method).weights()
+
+
+def l2rw_loss(
+    model: nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor], batch: Batch, clean_batch: Batch, method: str = "jvp"
+) -> Tensor:
+    """The weighted loss of L2RW, ready for backward; one training forward serves weights and loss.
+
+        loss = sum_i w_i f_i                           w = `l2rw_weights`, detached
+
+    The training forward is the caller's own: it goes through `model` as it is (DistributedDataParallel included, where each
+    process weighs its own batch by its own clean batch), moves BatchNorm's running statistics once and draws random numbers
+    once. The other passes leave no trace. For an optimizer any will do, and a GradScaler may scale the loss.
+
+    Args, raises: as for `l2rw_weights`.
+
+    Returns:
+        0-d loss, in the dtype of the losses.
+
+    >>> model = nn.Linear(4, 3)
+    >>> batch = torch.randn(8, 4), torch.arange(8) % 3
+    >>> loss = l2rw_loss(model, nn.CrossEntropyLoss(reduction="none"), batch, (batch[0][:3], batch[1][:3]))
+    >>> loss.backward()
+
+    Source: Ren et al. 2018, Alg. 1.
+    """
+    return _Step(model, loss_fn, batch, clean_batch, method).loss()
+
+
+def rectified(products: Tensor) -> Tensor:
+    """w = max(u, 0) / (sum max(u, 0) + 1[the sum = 0]) over the finite u; NaN for the others (L2RW, Eq. 8 and 9)."""
+    finite = products.isfinite()
+    kept = products.clamp(min=0).where(finite, 0.0)
+    total = kept.sum()
+    return (kept / torch.where(total == 0, 1.0, total)).masked_fill(~finite, float("nan"))
+
+
+class _Step:
+    """The passes of one step. The training forward is the caller's (`loss`) or like every other pass (`weights`): random
+    numbers, buffers and running statistics are those of the caller's forward, and are put back."""
+
+    def __init__(self, model, loss_fn, batch, clean_batch, method):
+        _checks.choice(method, "method", METHODS)
+        self.batch, self.clean_batch = _checked_pairs(batch, clean_batch)
+        self.model, self.loss_fn, self.method = model, loss_fn, method
+        self.plain = _unwrapped(model)
+        self.params = {name: p for name, p in self.plain.named_parameters() if p.requires_grad}
+        if not self.params:
+            raise ValueError("model: got no parameter that requires grad, expected something to train")
+        some = next(iter(self.params.values()))
+        self.device = some.device
+        narrow = {p.dtype for p in self.params.values()} - STEP.keys()
+        if method == "finite_difference" and narrow:
+            raise ValueError(
+                f"finite_difference: got parameters of {sorted(map(str, narrow))[0]}, in which a small step is lost to rounding;"
+                ' use method="jvp"'
+            )
+        self.norms = [m for m in self.plain.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+        frozen = {id(b) for m in self.norms for b in m.buffers(recurse=False)}
+        self.buffers = {name: b.clone() for name, b in self.plain.named_buffers() if id(b) not in frozen}
+        self.random = self._random_state()
+        self.last: tuple | None = (
+            None  # the last layer of the training forward, its arguments, and its output's place in the graph
+        )
+
+    def weights(self) -> Tensor:
+        losses = None
+        with self._apart(), torch.enable_grad():
+            if self.method in ("unrolled", "last_layer"):
+                with self._watched():
+                    losses = self._losses(self.batch)
+            return rectified(getattr(self, f"_{self.method}")(losses).detach())
+
+    def loss(self) -> Tensor:
+        with self._watched():
+            losses = self._per_sample(self.model(self.batch[0]), self.batch)
+        with self._apart(), torch.enable_grad():
+            products = getattr(self, f"_{self.method}")(losses)
+        return (rectified(products.detach()) * losses).sum()
+
+    # ---- u, up to a positive factor; `losses`: those of the training forward, with their graph ----
+
+    def _jvp(self, losses: Tensor | None) -> Tensor:
+        tangents = self._clean_gradient(self.params)
+        with torch.no_grad(), forward_ad.dual_level():
+            duals = {name: forward_ad.make_dual(p.detach(), t) for (name, p), t in zip(self.params.items(), tangents)}
+            losses = self._losses(self.batch, duals)
+            tangent = forward_ad.unpack_dual(losses).tangent
+            return torch.zeros_like(losses) if tangent is None else tangent
+
+    def _finite_difference(self, losses: Tensor | None) -> Tensor:
+        tangents, params = self._clean_gradient(self.params), [p.detach() for p in self.params.values()]
+        with (
+            torch.no_grad(),
+            torch.autocast(self.device.type, enabled=False),
+        ):  # rounded to bfloat16 the difference would be noise
+            length = [torch.stack(torch._foreach_norm(x)).norm() for x in (params, tangents)]
+            step = torch.where(length[1] > 0, STEP[params[0].dtype] * length[0] / length[1], 0.0)
+            moves = torch._foreach_mul(tangents, step)
+            plus = self._losses(self.batch, dict(zip(self.params, torch._foreach_add(params, moves))))
+            minus = self._losses(self.batch, dict(zip(self.params, torch._foreach_sub(params, moves))))
+            return plus - minus
+
+    def _unrolled(self, losses: Tensor) -> Tensor:
+        share = torch.zeros_like(losses, requires_grad=True)
+        names, params = zip(*self.params.items())
+        grads = torch.autograd.grad(share @ losses, params, create_graph=True, allow_unused=True)
+        moved = {name: p if grad is None else p - grad for name, p, grad in zip(names, params, grads)}
+        clean = self._losses(self.clean_batch, moved, apart=True).mean()
+        grad = torch.autograd.grad(clean, share, retain_graph=True, allow_unused=True)[0]
+        return torch.zeros_like(losses) if grad is None else -grad
+
+    def _last_layer(self, losses: Tensor) -> Tensor:
+        if self.last is None:
+            raise ValueError('last_layer: got a forward without a layer that has parameters to train; use method="jvp"')
+        layer, args, kwargs, place, out_shape = self.last
+        if out_shape[:1] != losses.shape:
+            raise ValueError(
+                f"last_layer: the output of {type(layer).__name__} has shape {tuple(out_shape)}, expected one row for each of"
+                f' the {len(losses)} samples; use method="jvp"'
+            )
+        slopes = torch.autograd.grad(losses.sum(), place, retain_graph=True)[0]
+        own = {id(p): name for name, p in layer.named_parameters() if p.requires_grad}
+        own = {name: (own[id(p)], p) for name, p in self.params.items() if id(p) in own}
+        tangents = self._clean_gradient({name: p for name, (_, p) in own.items()})
+        with torch.no_grad(), forward_ad.dual_level():
+            duals = {name: forward_ad.make_dual(p.detach(), t) for (name, p), t in zip(own.values(), tangents)}
+            tangent = forward_ad.unpack_dual(functional_call(layer, duals, args, kwargs)).tangent
+            return (slopes * tangent).flatten(1).sum(1)
+
+    def _clean_gradient(self, params: dict[str, Tensor]) -> list[Tensor]:
+        """grad g by some of the parameters; the others are constants, through which no graph goes."""
+        leaves = {name: p.detach().requires_grad_(name in params) for name, p in self.params.items()}
+        clean = self._losses(self.clean_batch, leaves, apart=True).mean()
+        half = torch.is_autocast_enabled(self.device.type) and torch.get_autocast_dtype(self.device.type) == torch.float16
+        if half or any(p.dtype == torch.float16 for p in params.values()):
+            clean = clean * LOSS_SCALE
+        some = [leaves[name] for name in params]
+        grads = torch.autograd.grad(clean, some, allow_unused=True) if clean.requires_grad else [None] * len(some)
+        return [torch.zeros_like(p) if grad is None else grad for p, grad in zip(some, grads)]
+
+    # ---- passes that leave no trace ----
+
+    def _losses(self, batch: Batch, params: dict[str, Tensor] | None = None, apart: bool = False) -> Tensor:
+        """Per-sample losses of a pass with other parameters, on buffers and random numbers of its own; apart: other ones than
+        those of the training forward."""
+        self._set_random_state(self.random)
+        if apart:
+            seed = int(torch.randint(2**62, ()))
+            for generator in self._generators():
+                generator.manual_seed(seed)
+        buffers = {name: b.clone() for name, b in self.buffers.items()}
+        return self._per_sample(functional_call(self.plain, (params or {}) | buffers, (batch[0],)), batch)
+
+    def _per_sample(self, out, batch: Batch) -> Tensor:
+        losses = self.loss_fn(out, batch[1])
+        count = len(batch[1])
+        if not isinstance(losses, Tensor) or losses.shape != (count,) or not losses.is_floating_point():
+            got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(f'loss_fn: returned {got}, expected ({count},) per-sample losses; use reduction="none"')
+        return losses
+
+    @contextmanager
+    def _watched(self):
+        """Notes the last layer that a forward goes through: a module with parameters whose children have none."""
+        if self.method != "last_layer":
+            yield
+            return
+
+        def note(layer, args, kwargs, out):
+            if isinstance(out, Tensor) and out.requires_grad:
+                # the place in the graph: what is done to the output in place afterwards does not move it
+                self.last = layer, args, kwargs, torch.autograd.graph.get_gradient_edge(out), out.shape
+
+        def trains(m):
+            return any(p.requires_grad for p in m.parameters())
+
+        layers = [
+            m for m in self.plain.modules()
+            if trains(m) and not any(trains(child) for name, child in m.named_children() if name != "parametrizations")
+        ]  # fmt: skip
+        handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _apart(self):
+        """Running statistics stay where they are, and random numbers go on as if nothing had been drawn. (Forward mode refuses
+        to write them, and without them BatchNorm in training mode computes the same.)"""
+        random = self._random_state()
+        for m in self.norms:
+            m.track_running_stats = False
+        try:
+            yield
+        finally:
+            for m in self.norms:
+                m.track_running_stats = True
+            self._set_random_state(random)
+
+    def _generators(self) -> list[torch.Generator]:
+        cuda = [torch.cuda.default_generators[self.device.index]] if self.device.type == "cuda" else []
+        return [torch.default_generator, *cuda]
+
+    def _random_state(self) -> list[Tensor]:
+        return [generator.get_state() for generator in self._generators()]
+
+    def _set_random_state(self, state: list[Tensor]) -> None:
+        for generator, s in zip(self._generators(), state):
+            generator.set_state(s)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module behind torch.compile and DistributedDataParallel, whose bookkeeping is for the training forward alone."""
+    while isinstance(model, (torch._dynamo.OptimizedModule, nn.parallel.DistributedDataParallel)):
+        model = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model.module
+    return model
+
+
+def _checked_pairs(batch: Batch, clean_batch: Batch) -> tuple[Batch, Batch]:
+    for name, pair in (("batch", batch), ("clean_batch", clean_batch)):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(x, Tensor) and x.dim() for x in pair):
+            raise ValueError(f"{name}: expected a pair of tensors (inputs, targets), got {type(pair).__name__}")
+        inputs, targets = pair
+        if len(inputs) != len(targets):
+            raise ValueError(f"{name}: got {len(inputs)} inputs and {len(targets)} targets, expected as many of both")
+    (inputs, targets), (clean_inputs, clean_targets) = batch, clean_batch
+    if not len(clean_inputs):
+        raise ValueError("clean_batch: got no sample, expected one at least")
+    for name, x, clean in (("inputs", inputs, clean_inputs), ("targets", targets, clean_targets)):
+        if x.shape[1:] != clean.shape[1:]:
+            raise ValueError(
+                f"clean_batch: got {name} of shape {tuple(clean.shape)}, expected (any, {', '.join(map(str, x.shape[1:]))}) as those"
+                f" of the batch, {tuple(x.shape)}"
+            )
+    return tuple(batch), tuple(clean_batch)
