@@ -8,7 +8,7 @@ Robust weights W_i = exp(L_i / lambda) / s for training on imbalanced (lambda > 
 >>> loss.backward()
 """
 
-from . import functional, reference
+from . import functional, meta, reference, weights
 from .linear import LinearABLoss
 from .losses import (
     CDT,
@@ -29,6 +29,6 @@ from .schedule import DRW, TLA, TwoStage, vs_tla_adrw
 
 __all__ = [
     "ABAdagrad", "ABAdam", "ABAdamW", "ABLoss", "ABRMSprop", "ABSGD", "CDT", "CosineClassifier", "CrossEntropy", "DFT", "DRW", "Focal", "GCE", "LDAM", "LinearABLoss", "LogitAdjusted",
-    "RelativeLam", "SCE", "TLA", "TwoStage", "VS", "adrw_weights", "class_balanced_weights", "functional", "reference",
-    "vs_tla_adrw",
+    "RelativeLam", "SCE", "TLA", "TwoStage", "VS", "adrw_weights", "class_balanced_weights", "functional", "meta", "reference",
+    "vs_tla_adrw", "weights",
 ]  # fmt: skip

@@ -21,7 +21,7 @@ METHODS = ("jvp", "finite_difference", "unrolled", "last_layer")
 Batch = tuple[Tensor, Tensor]
 
 # Half of a central difference's length, as a share of the length of all parameters, by their dtype.
-STEP = {torch.float32: 1e-3, torch.float64: 1e-6}
+STEP = {torch.float32: 1e-5, torch.float64: 1e-8}
 # What a float16 clean gradient is multiplied by: the weights do not depend on it, and small gradients stay in range.
 LOSS_SCALE = 2.0**10
 

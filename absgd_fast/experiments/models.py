@@ -46,7 +46,7 @@ def make_model(name, shape, classes, seed):
                 nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
                 nn.Flatten(), nn.Linear(32 * (height // 4) * (width // 4), classes),
             )  # fmt: skip
-        return _resnet32(channels, classes)
+        return resnet(channels, classes)
 
 
 def check_model(name, shape):
@@ -60,10 +60,11 @@ def check_model(name, shape):
         raise ValueError(f"model cnn takes images of at least 4×4, these are {height}×{width}: use linear or mlp")
 
 
-def _resnet32(channels, classes):
+def resnet(channels, classes, blocks_per_stage=5):
+    """ResNet for 32×32 images, of 6 n + 2 layers with n blocks per stage: 5 make ResNet-32 (He et al. 2016, Sec. 4.2)."""
     blocks, width = [], 16
     for out in (16, 32, 64):
-        for i in range(5):
+        for i in range(blocks_per_stage):
             blocks.append(_Block(width, out, stride=2 if i == 0 and out != width else 1))
             width = out
     return nn.Sequential(

@@ -1,0 +1,150 @@
+"""What a step of L2RW costs beside a plain one: `make bench-l2rw`, ten minutes.
+
+    python -m benchmarks.l2rw [--batch 128] [--rounds 15] [--out FILE.json]
+
+A step is l2rw_loss with a clean batch of an eighth of the training batch, backward, and the optimizer; the plain one has the mean
+loss instead. On a ResNet of 14 layers for 32 x 32 images, with BatchNorm and without. Each round runs every step once, beginning
+with another one each time; reported are the ratios to the plain step of the same round, the most memory in use during a step
+beyond what was before, as a multiple of the plain step's, and how far the weights are from the definition's in float64.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import nn
+
+import absgd_fast as ab
+from absgd_fast.experiments.models import resnet
+
+from .run import environment, peak_bytes, spread, write
+
+PLAIN = "plain"
+# Most plain steps, without and with BatchNorm; most memory; most |w - w*|_1 (1e-5 at each weight for the exact ones)
+TIME = {"jvp": (2.3, 2.8), "finite_difference": (2.0, 2.0), "last_layer": (1.3, 1.3)}
+MEMORY = 2.0
+
+
+def model_of(normed, seed=0):
+    torch.manual_seed(seed)
+    model = resnet(3, 10, blocks_per_stage=2)
+    if not normed:
+        for m in list(model.modules()):
+            for name, child in list(m.named_children()):
+                if isinstance(child, nn.BatchNorm2d):
+                    setattr(m, name, nn.Identity())
+    return model
+
+
+def data_of(batch, seed=1):
+    """Images of ten kinds, 40 % of the training labels wrong: the weights are neither all alike nor mostly 0."""
+    draw = torch.Generator().manual_seed(seed)
+    kinds = torch.randn(10, 3, 32, 32, generator=draw)
+    out = []
+    for rows in (batch, batch // 8):
+        y = torch.randint(10, (rows,), generator=draw)
+        out.append([torch.randn(rows, 3, 32, 32, generator=draw) + 0.3 * kinds[y], y])
+    wrong = torch.rand(batch, generator=draw) < 0.4
+    out[0][1] = torch.where(wrong, torch.randint(10, (batch,), generator=draw), out[0][1])
+    return tuple(map(tuple, out))
+
+
+def steps_of(model, batch, clean):
+    """{name: one step}: each with a model of its own."""
+    loss_fn = ab.CrossEntropy()
+
+    def make(method):
+        own = copy.deepcopy(model)
+        optimizer = ab.ABSGD(own.parameters(), 0.01, 0.9)
+
+        def step():
+            if method == PLAIN:
+                loss = loss_fn(own(batch[0]), batch[1]).mean()
+            else:
+                loss = ab.meta.l2rw_loss(own, loss_fn, batch, clean, method)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+    return {name: make(name) for name in (PLAIN, *ab.meta.METHODS)}
+
+
+def trained(model, batch, steps=40):
+    """A model in the midst of training: at the start, gradients say little."""
+    optimizer, loss_fn = ab.ABSGD(model.parameters(), 0.05, 0.9), ab.CrossEntropy()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_fn(model(batch[0]), batch[1]).mean().backward()
+        optimizer.step()
+    return model
+
+
+def distances(model, batch, clean):
+    """{method: |w - w*|_1}; w* is the definition's in float64 (of the last layer alone for last_layer)."""
+    exact = copy.deepcopy(model).double()
+    fn, wide = ab.CrossEntropy(), tuple((x.double(), y) for x, y in (batch, clean))
+    truth = {"last_layer": ab.meta.l2rw_weights(exact, fn, *wide, "last_layer")}
+    definition = ab.meta.l2rw_weights(exact, fn, *wide, "unrolled")
+    found = {m: ab.meta.l2rw_weights(model, fn, batch, clean, m) for m in ab.meta.METHODS}
+    return {m: float((w - truth.get(m, definition)).abs().sum()) for m, w in found.items()}
+
+
+def measure(normed, rows, rounds):
+    batch, clean = data_of(rows)
+    model = trained(model_of(normed), batch)
+    errors = distances(model, batch, clean)
+    steps = steps_of(model, batch, clean)
+    times, names = {name: [] for name in steps}, list(steps)
+    for step in steps.values():
+        step()
+    for r in range(rounds):
+        for name in names[r % len(names) :] + names[: r % len(names)]:
+            start = perf_counter()
+            steps[name]()
+            times[name].append(perf_counter() - start)
+    memory = {name: statistics.median(peak_bytes(step) for _ in range(3)) for name, step in steps.items()}
+    return {
+        "batch_norm": normed, "rows": rows, "clean_rows": rows // 8, "rounds": rounds, "seconds": spread(times[PLAIN]),
+        "methods": {
+            name: {
+                "ratio": spread([a / b for a, b in zip(times[name], times[PLAIN])]), "most": TIME.get(name, (None, None))[normed],
+                "memory": memory[name] / memory[PLAIN], "most_memory": MEMORY, "distance": errors[name],
+            }
+            for name in names if name != PLAIN
+        },
+    }  # fmt: skip
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.l2rw", description=__doc__.splitlines()[0])
+    for name, default in (("batch", 128), ("rounds", 15), ("threads", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args(argv)
+    before = torch.get_num_threads()
+    torch.set_num_threads(arguments.threads)
+    try:
+        report, found = environment(), []
+        for normed in (False, True):
+            found.append(measure(normed, arguments.batch, arguments.rounds))
+            print(f"{'with' if normed else 'without'} BatchNorm: plain step {1e3 * found[-1]['seconds']['median']:.0f} ms")
+            for name, m in found[-1]["methods"].items():
+                print(
+                    f"  {name:18} {m['ratio']['median']:.2f} plain steps ({m['ratio']['q1']:.2f} to {m['ratio']['q3']:.2f}; ≤ {m['most']}),"
+                    f" memory {m['memory']:.2f} (≤ {MEMORY:g}), |w - w*| {m['distance']:.0e}"
+                )
+    finally:
+        torch.set_num_threads(before)
+    if arguments.out:
+        write(report | {"l2rw": found}, arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
