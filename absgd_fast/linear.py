@@ -58,6 +58,8 @@ class LinearABLoss(ABLoss):
     """
 
     def __init__(self, criterion: Callable[..., Tensor] | None = None, *, chunk: int | None = None, **options):
+        if options.get("rule") is not None:
+            raise ValueError("rule: got one with LinearABLoss, whose gradients are made before all losses are known; use ABLoss")
         super().__init__(criterion, **options)
         self._check_deferrable("LinearABLoss")
         if chunk is not None and not (isinstance(chunk, int) and not isinstance(chunk, bool) and chunk > 0):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _backend, _checks, distributed, ops, reference
+from . import weights as rules
 from . import functional as F
 from .losses import CrossEntropy, fused_spec
 from .reference import NORMALIZERS, real_dtype
@@ -87,7 +88,7 @@ class LastForward:
         return self.losses.where(counted, 0).sum() / counted.sum().clamp(min=1)
 
 
-class ABLoss(nn.Module):
+class ABLoss(rules.ExactState):
     """The robust loss whose gradient is the weighted gradient of ABSGD; works with any optimizer.
 
         z_i    = L_i / lam
@@ -113,10 +114,11 @@ class ABLoss(nn.Module):
             initialised; None: this process alone; or a group.
         deferred: normalise once for all micro-batches of an optimizer step (see below).
         loss_divisor: what a framework divides the loss by before backward (its accumulation steps); undone exactly.
-        rule: not available yet.
+        rule: what weighs the losses in place of lambda: one of `absgd_fast.weights`, its numbers bound by functools.partial, or any
+            callable losses -> W (see below).
         backend: None (the fastest that can run), "cuda", "triton", "cpu" or "reference".
 
-    forward(*args, sample_weight=None, mask=None, score=None, update=True): args go to the criterion. sample_weight,
+    forward(*args, sample_weight=None, mask=None, score=None, groups=None, update=True): args go to the criterion. sample_weight,
     mask (bool, True = valid) and score have the shape of the losses; with score, W comes from score / lam instead of
     L / lam. Returns a 0-d loss: float64 for float64 losses, else float32. log s moves only in training mode with
     gradients enabled and update=True. A NaN or infinite loss makes the returned loss NaN, counts in
@@ -137,14 +139,21 @@ class ABLoss(nn.Module):
     deferred; such a gradient has its size, so where it goes into ``.grad`` after micro-batches (SAM), `finish_` comes between,
     and the optimizer has no ``robust=``.
 
+    Another rule, `rule=`: W comes from rule(losses), 1 on average. It is also given groups= (as forward got them), mask= (the rows
+    that count) and update= (whether states may move), if it takes arguments of these names; without a mask it is given the rows
+    that count and are finite, alone. With score it sees the scores. A rule that is a module is part of this one, and so is its
+    state. ``partial(weights.term, t=t)`` is lam=1/t with normalizer="batch", and as fast. A rule weighs one batch: it has no lam,
+    gamma, alpha, init, normalizer, deferred, loss_divisor and process group.
+
     Attributes:
         log_s, lam: 0-d buffers, float32 (float64 after .double()), in state_dict.
-        last: `LastForward` of the latest forward. objective: lam log s, the running DRO objective (Eq. 7).
+        last: `LastForward` of the latest forward. objective: lam log s, the running DRO objective (Eq. 7); with a
+            rule (1/n) sum W L of the latest forward.
         nonfinite_batches: int64 buffer.
 
     Raises:
         ValueError: lam = 0 or NaN, gamma or alpha outside (0, 1], a criterion that returns a scalar, a batch on another
-        device than the state; deferred with mix, or with max_weight (they need log s' at once); processes that disagree
+        device than the state; a rule beside what it has not, or one that returns another shape; deferred with mix, or with max_weight (they need log s' at once); processes that disagree
         on lam, gamma, the number of classes, ... TypeError, IndexError: labels of a float dtype, out of range.
         RuntimeError: a process group that is gone. The state is then unchanged.
 
@@ -174,7 +183,13 @@ class ABLoss(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
-        _not_yet("rule", rule is not None, "pass lam")
+        tilt = None
+        if rule is not None:
+            given = dict(lam=lam, gamma=gamma, alpha=alpha, init=init, normalizer=normalizer, process_group=process_group,
+                         deferred=deferred, loss_divisor=loss_divisor)  # fmt: skip
+            _check_alone(rule, given)
+            tilt = rules.flat_tilt(rule)
+            lam, normalizer = (math.inf, normalizer) if tilt is None else (1 / tilt, "batch")
         if lam is None:
             raise ValueError("lam: got None, expected a number other than 0 or RelativeLam(r); math.inf is the plain mean")
         if criterion is not None and not callable(criterion):
@@ -201,13 +216,15 @@ class ABLoss(nn.Module):
         self._configured: Tensor | None = None
         self._step = _Deferred()
         self.criterion = CrossEntropy() if criterion is None else criterion
+        self.rule, self._by_rule = rule, rule is not None and tilt is None
+        self._rule_takes = frozenset() if rule is None else rules.options(rule)
         self.backend = backend
         self.register_buffer("lam", torch.tensor(math.inf))
         self.register_buffer("log_s", torch.tensor(-math.inf))
         self.register_buffer("nonfinite_batches", torch.tensor(0))
         self._rows: Tensor | None = None
         self._served: tuple[torch.device, ops.Operators | None] | None = None  # device, and the operators that serve it
-        self.set_lam(lam)
+        self._set_lam(lam)
         reason = None if backend is None else _backend.why_not(backend)  # the module may still be moved to another device
         if reason is not None:
             raise RuntimeError(
@@ -224,11 +241,16 @@ class ABLoss(nn.Module):
         >>> criterion.lam
         tensor(-0.5000)
         """
+        if self.rule is not None:
+            raise RuntimeError("set_lam: got a lambda for an ABLoss that weighs by a rule; expected ABLoss(lam=...)")
         if self._step.totals is not None:
             raise RuntimeError(
                 "set_lam: got another lambda in the middle of a deferred step, expected it after the optimizer's step (or finish_);"
                 " where the step is given up, call criterion.discard() first"
             )
+        self._set_lam(value, reset)
+
+    def _set_lam(self, value: float | RelativeLam, reset: bool = True) -> None:
         if isinstance(value, RelativeLam):
             self._relative, self._lam_is_open = value.r, True
             self.lam.fill_(math.nan)
@@ -252,7 +274,12 @@ class ABLoss(nn.Module):
 
     @property
     def objective(self) -> Tensor:
-        """lam log s: the running estimate of the DRO objective (Eq. 7 without r); the last plain mean at |lam| = inf."""
+        """lam log s: the running estimate of the DRO objective (Eq. 7 without r); the last plain mean at |lam| = inf; with a rule
+        the last (1/n) sum W L."""
+        if self.rule is not None and self._rows is not None:
+            last = self.last
+            counted = last._counted
+            return ((last.weights * last.losses).where(counted, 0).sum() / counted.sum().clamp(min=1)).to(self.log_s.dtype)
         plain = self.last.mean_loss.to(self.log_s.dtype) if self._rows is not None else self.log_s.new_tensor(math.nan)
         return torch.where(self.lam.isinf() | self.lam.isnan(), plain, self.lam * self.log_s)
 
@@ -263,13 +290,7 @@ class ABLoss(nn.Module):
         return LastForward(self._rows, self._step.moved)
 
     def _apply(self, fn, recurse=True):
-        """Moves and casts with the module, but the state stays float32 or float64: in bfloat16 the average would not move."""
-        exact = {name: getattr(self, name) for name in ("lam", "log_s")}
         super()._apply(fn, recurse)
-        for name, before in exact.items():
-            after = getattr(self, name)
-            if after.dtype not in (torch.float32, torch.float64):
-                setattr(self, name, before.to(after.device))
         self._served = None
         return self
 
@@ -297,22 +318,25 @@ class ABLoss(nn.Module):
         update: bool = True,
     ) -> Tensor:
         # Written for few Python calls: at 128 x 10 the kernels take 3 us of the 25 that forward and backward take.
+        by_rule = self._by_rule
         if groups is not None:
-            raise ValueError("groups: only a rule uses groups; leave it out")
+            if self.rule is None:
+                raise ValueError("groups: only a rule uses groups; leave it out")
+            by_rule = True
         grad_mode = torch.is_grad_enabled()
         trains = grad_mode and self.training
         learns = update and trains
         staged = trains and self._is_staged()
         if len(args) != 2:
-            return self._any_loss(args, sample_weight, mask, score, learns, staged)
+            return self._any_loss(args, sample_weight, mask, score, groups, learns, staged)
         logits, target = args
         tensors = isinstance(logits, Tensor) and isinstance(target, Tensor)
         spec = fused_spec(self._modules.get("criterion"), logits) if tensors else None
         if spec is None:
-            return self._any_loss(args, sample_weight, mask, score, learns, staged)
+            return self._any_loss(args, sample_weight, mask, score, groups, learns, staged)
         operators = self._operators(logits)
-        if operators is None or staged:
-            return self._any_loss(args, sample_weight, mask, score, learns, staged, spec)
+        if operators is None or staged or by_rule:
+            return self._any_loss(args, sample_weight, mask, score, groups, learns, staged, spec)
         weight, adjust, first, second, ignore_index, bits = spec
         if weight is not None:
             weight = _checks.class_weight(weight, logits)
@@ -366,7 +390,7 @@ class ABLoss(nn.Module):
         flags = self._flags + (ops.UPDATE if learns else 0) + saves
         return state["log_s"], state["nonfinite_batches"], lam, self.gamma, self.alpha, self.mix, self.max_weight, flags
 
-    def _any_loss(self, args, sample_weight, mask, score, learns, staged, spec=None) -> Tensor:
+    def _any_loss(self, args, sample_weight, mask, score, groups, learns, staged, spec=None) -> Tensor:
         """Losses of any kind first, then the weights in one operator, or all by reference.py."""
         valid = None
         if spec is not None:
@@ -389,6 +413,13 @@ class ABLoss(nn.Module):
         mask = _checks.per_sample(mask, "mask", losses, torch.bool) if valid is None else valid
         score = _checks.per_sample(score, "score", losses, real)
         operators = self._operators(losses)
+        if self.rule is not None:
+            if staged:
+                raise ValueError(
+                    "rule: weighs the batch of one process; pass process_group=None to weigh each process's batch by itself"
+                )
+            if self._by_rule or groups is not None:
+                return self._weighed_by_rule(operators, losses, sample_weight, mask, score, groups, learns)
         if staged:
             classes = args[0].shape[1] if spec is not None else 0
             return self._in_stages(operators, losses, sample_weight, mask, score, learns, classes)
@@ -402,6 +433,32 @@ class ABLoss(nn.Module):
         if not saves:
             return loss
         return ops.attach(operators, losses, loss, grad, lambda x: (grad * x).sum())
+
+    def _weighed_by_rule(self, operators, losses, sample_weight, mask, score, groups, learns) -> Tensor:
+        """The weights of the rule, as the sample weights of a plain mean."""
+        plain = losses.detach()
+        valid = torch.ones_like(plain, dtype=torch.bool) if mask is None else mask
+        seen = plain if score is None else score.where(plain.isfinite(), math.nan)
+        weights = rules.weigh(self.rule, self._rule_takes, seen, valid, groups, learns).clamp(max=self.max_weight)
+        factor = weights + self.mix
+        factor = factor if sample_weight is None else factor * sample_weight
+        _, nonfinite, *_ = self._state(False, 0)
+        log_s, inf = self.log_s, torch.full_like(self.lam, math.inf)  # which leaves log s alone
+        if operators is None:
+            loss, _, _, bad = reference.robust_loss(losses, log_s, inf, sample_weight=factor, mask=mask)
+            if learns:
+                with torch.no_grad():
+                    nonfinite += bad
+        else:
+            saves = ops.WITH_GRAD if losses.requires_grad and torch.is_grad_enabled() else 0
+            flags = ops.flags("moving", "first") | saves | (ops.UPDATE if learns else 0)
+            loss, _, grad = operators.robust_loss(
+                losses, None, factor, mask, log_s, nonfinite, inf, 1.0, 1.0, 0.0, math.inf, flags
+            )
+            if saves:
+                loss = ops.attach(operators, losses, loss, grad, lambda x: (grad * x).sum())
+        self._remember(ops.stacked_rows(plain, weights, mask))
+        return loss
 
     def _remember(self, rows: Tensor) -> None:
         self.__dict__["_rows"] = rows  # nn.Module.__setattr__ costs 0.5 us
@@ -651,6 +708,8 @@ class ABLoss(nn.Module):
             )
 
     def extra_repr(self) -> str:
+        if self.rule is not None:
+            return f"rule={self.rule}, mix={self.mix:g}"
         lam = f"RelativeLam({self._relative})" if self._lam_is_open else f"{float(self.lam):g}"
         return f"lam={lam}, gamma={self.gamma:g}, alpha={self.alpha:g}, mix={self.mix:g}, normalizer={self.normalizer!r}"
 
@@ -740,9 +799,16 @@ def _checked(losses: object) -> Tensor:
     return losses
 
 
-def _not_yet(name: str, given: bool, instead: str) -> None:
-    if given:
-        raise NotImplementedError(f"{name}: not available yet; {instead}")
+def _check_alone(rule: object, given: dict) -> None:
+    """ValueError for what a rule has not: it weighs one batch of one process."""
+    if not callable(rule):
+        raise TypeError(f"rule: got {type(rule).__name__}, expected one of absgd_fast.weights, or a callable losses -> W")
+    alone = dict(lam=None, gamma=0.9, alpha=1.0, init="first", normalizer="moving", deferred=False, loss_divisor=1)
+    for name, value in given.items():
+        if name == "process_group" and value not in (None, distributed.AUTO):
+            raise ValueError("process_group: got a group with a rule, which weighs the batch of one process; expected None")
+        if name in alone and value != alone[name]:
+            raise ValueError(f"{name}: got {value!r} with a rule, which weighs a batch by itself; leave it out")
 
 
 def DFT(criterion: Callable[..., Tensor] | None = None) -> ABLoss:
