@@ -64,7 +64,9 @@ def _fail(code, message):
 
 
 def _parser():
+    from absgd_fast.experiments.methods import METHODS
     from absgd_fast.experiments.train import Config  # its defaults are the options', and it says what is allowed
+    from absgd_fast.meta import METHODS as L2RW
 
     parser = _Parser(PROGRAM, description="Attentional-Biased SGD for PyTorch: check, try and measure it.", allow_abbrev=False)
     commands = parser.add_subparsers(metavar="doctor | train | bench", required=True, parser_class=_Parser)
@@ -85,7 +87,7 @@ def _parser():
         value = getattr(defaults, name.replace("-", "_"))
         train.add_argument(f"--{name}", type=type(value), help=f"{text} (default: {value})")
 
-    add("dataset", "digits (scikit-learn's), cifar10 or cifar100")
+    add("dataset", "digits (scikit-learn's), digits-9-4 (its nines and fours), cifar10 or cifar100")
     train.add_argument("--data-root", metavar="DIR", help="where CIFAR's python files lie (cifar10 and cifar100 only)")
     add("imbalance", "none, lt (long-tailed) or step")
     add("rho", "images of the largest class over those of the smallest")
@@ -93,11 +95,17 @@ def _parser():
     add("noise-rate", "share of the training labels that are flipped")
     add("loss", "ce")
     methods = _shown(defaults.methods)
-    train.add_argument("--methods", type=_names, help=f"one or more, with commas (default: {methods})")
+    train.add_argument("--methods", type=_names, help=f"one or more of {','.join(METHODS)}, with commas (default: {methods})")
     add("lam", "λ: > 0 against imbalance, < 0 against wrong labels")
     add("gamma", "share of the current batch in the moving average")
     add("mix", "how much of the plain mean loss is added")
     add("warmup", "share of the epochs that are trained plainly (λ = inf) at first")
+    add("beta", "cvar: share of the batch that counts")
+    add("reg", "cvar: strength of its KL penalty")
+    add("chi2-rho", "chi2: radius of the ball")
+    add("eta", "groupdro: step size of its weights; the groups are the labels")
+    add("clean", "l2rw: training images of each class whose right label it knows")
+    add("l2rw-method", f"l2rw: {', '.join(L2RW)}")
     add("model", "linear, mlp, cnn, or resnet32 (CIFAR only)")
     add("epochs", "passes over the training set")
     add("lr", "learning rate, divided by 10 at 60 %% and at 80 %% of the epochs")
@@ -193,7 +201,7 @@ def _train(arguments, argv):
                 return _already_complete(out, given)
             saved = _read(file, given)
         config = Config(**saved.get("config", {}) | _settings(given))
-        _require(["rich", "jinja2", "matplotlib", "scipy"] + ["sklearn"] * (config.dataset == "digits"))
+        _require(["rich", "jinja2", "matplotlib", "scipy"] + ["sklearn"] * config.dataset.startswith("digits"))
         config.check()
         for name, least in (("threads", 1), ("checkpoint_every", 0)):
             if name in given and given[name] < least:
@@ -215,7 +223,7 @@ def _train(arguments, argv):
         "source": fingerprint,
         # On digits' small networks a second thread hardly gains (0.57 s per run against 0.60), and on a busy machine, where
         # the two wait for each other, it loses everything (13 s).
-        "threads": given.get("threads", saved.get("threads", 1 if config.dataset == "digits" else before)),
+        "threads": given.get("threads", saved.get("threads", 1 if config.dataset.startswith("digits") else before)),
         "every": given.get("checkpoint_every", saved.get("every", 0)),
         "command": saved.get("command", [PROGRAM, *argv]),
         "environments": saved.get("environments", []),

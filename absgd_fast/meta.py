@@ -77,8 +77,14 @@ def l2rw_weights(
 
 
 def l2rw_loss(
-    model: nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor], batch: Batch, clean_batch: Batch, method: str = "jvp"
-) -> Tensor:
+    model: nn.Module,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    batch: Batch,
+    clean_batch: Batch,
+    method: str = "jvp",
+    *,
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The weighted loss of L2RW, ready for backward; one training forward serves weights and loss.
 
         loss = sum_i w_i f_i                           w = `l2rw_weights`, detached
@@ -90,7 +96,7 @@ def l2rw_loss(
     Args, raises: as for `l2rw_weights`.
 
     Returns:
-        0-d loss, in the dtype of the losses.
+        0-d loss, in the dtype of the losses; with return_weights also the (B,) weights, to look at.
 
     >>> model = nn.Linear(4, 3)
     >>> batch = torch.randn(8, 4), torch.arange(8) % 3
@@ -99,7 +105,8 @@ def l2rw_loss(
 
     Source: Ren et al. 2018, Alg. 1.
     """
-    return _Step(model, loss_fn, batch, clean_batch, method).loss()
+    loss, weights = _Step(model, loss_fn, batch, clean_batch, method).loss()
+    return (loss, weights) if return_weights else loss
 
 
 def rectified(products: Tensor) -> Tensor:
@@ -146,12 +153,13 @@ class _Step:
                     losses = self._losses(self.batch)
             return rectified(getattr(self, f"_{self.method}")(losses).detach())
 
-    def loss(self) -> Tensor:
+    def loss(self) -> tuple[Tensor, Tensor]:
         with self._watched():
             losses = self._per_sample(self.model(self.batch[0]), self.batch)
         with self._apart(), torch.enable_grad():
             products = getattr(self, f"_{self.method}")(losses)
-        return (rectified(products.detach()) * losses).sum()
+        weights = rectified(products.detach())
+        return (weights * losses).sum(), weights
 
     # ---- u, up to a positive factor; `losses`: those of the training forward, with their graph ----
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _backend, _checks, distributed, ops, reference
 from . import weights as rules
@@ -709,7 +709,7 @@ class ABLoss(rules.ExactState):
 
     def extra_repr(self) -> str:
         if self.rule is not None:
-            return f"rule={self.rule}, mix={self.mix:g}"
+            return f"rule={rules.shown(self.rule)}, mix={self.mix:g}"
         lam = f"RelativeLam({self._relative})" if self._lam_is_open else f"{float(self.lam):g}"
         return f"lam={lam}, gamma={self.gamma:g}, alpha={self.alpha:g}, mix={self.mix:g}, normalizer={self.normalizer!r}"
 

@@ -341,6 +341,14 @@ def options(rule) -> frozenset[str]:
     return frozenset(known & parameters.keys())
 
 
+def shown(rule) -> str:
+    """A rule in a line: "cvar(beta=0.1)"."""
+    if isinstance(rule, partial):
+        numbers = [*map(repr, rule.args), *(f"{name}={value!r}" for name, value in rule.keywords.items())]
+        return f"{shown(rule.func)}({', '.join(numbers)})"
+    return type(rule).__name__ if isinstance(rule, nn.Module) else getattr(rule, "__qualname__", repr(rule))
+
+
 def weigh(rule, takes: frozenset[str], losses: Tensor, valid: Tensor, groups: Tensor | None, update: bool) -> Tensor:
     """W of a rule for the rows that are valid, 0 for the others; W is checked, detached and of the losses' dtype and shape.
 

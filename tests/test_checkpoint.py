@@ -1,5 +1,6 @@
 """Checkpoints: a training that was killed and resumed ends as one that was never stopped, bit for bit; bad files are named."""
 
+import copy
 import errno
 import io
 import itertools
@@ -25,7 +26,7 @@ from torch import nn
 
 from absgd_fast import __main__ as cli
 from absgd_fast import _backend
-from absgd_fast.experiments import checkpoint, data, report, train
+from absgd_fast.experiments import checkpoint, data, methods, report, train
 from absgd_fast.experiments.train import Config
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -127,6 +128,22 @@ def test_a_run_goes_on_from_every_step(model, tiny, tmp_path, monkeypatch):
         resumed = list(train.runs(config, tiny, lambda *who: epochs.append(who), state=state))
         assert resumed == never_stopped, f"stopped at {i}"
         assert len(epochs) == 4 * 3 * config.seeds - i // 13 * 4 - i % 13 // 3
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("method", [m for m in methods.METHODS if m not in Config().methods])
+def test_the_other_methods_go_on_from_every_step(method, tiny, monkeypatch):
+    """Their draws and weights of groups are part of the state: two epochs of three batches, the second with the rule."""
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    config = Config(
+        model="mlp", noise="symmetric", methods=(method,), lam=0.7, warmup=0.5, epochs=2, batch_size=12, seeds=1, eta=1.0
+    )
+    states = []
+    never_stopped = list(train.runs(config, tiny, keep=lambda take, finished: states.append(copy.deepcopy(take()))))
+    assert len(states) == 7
+    for i, state in enumerate(states):
+        assert not any(tensor.requires_grad for tensor in tensors(state))
+        assert list(train.runs(config, tiny, state=state)) == never_stopped, f"stopped at {i}"
 
 
 def test_checkpoints_have_no_influence(tiny):

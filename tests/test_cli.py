@@ -33,7 +33,7 @@ def refused(capsys, *argv):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--dataset", "mnist"], ["'mnist'", "digits, cifar10, cifar100"]),
+        (["--dataset", "mnist"], ["'mnist'", "digits, digits-9-4, cifar10, cifar100"]),
         (["--methods", "sgd,adam"], ["'adam'", "sgd,absgd,reference"]),
         (["--methods", ","], ["methods"]),
         (["--methods", "sgd,sgd"], ["'sgd,sgd'", "at most once"]),
@@ -49,6 +49,14 @@ def refused(capsys, *argv):
         (["--gamma", "1.1"], ["gamma: got 1.1"]),
         (["--mix", "-1"], ["mix: got -1.0"]),
         (["--warmup", "1.5"], ["warmup: got 1.5", "[0, 1]"]),
+        (["--beta", "0"], ["beta: got 0.0", "(0, 1]"]),
+        (["--beta", "1.5"], ["beta: got 1.5"]),
+        (["--reg", "-1"], ["reg: got -1.0"]),
+        (["--chi2-rho", "-0.5"], ["chi2-rho: got -0.5"]),
+        (["--chi2-rho", "inf"], ["chi2-rho: got inf", "finite"]),
+        (["--eta", "nan"], ["eta: got nan"]),
+        (["--clean", "0"], ["clean: got 0", "at least 1"]),
+        (["--l2rw-method", "exact"], ["l2rw-method 'exact'", "jvp, finite_difference"]),
         (["--noise-rate", "1"], ["noise-rate: got 1.0", "[0, 1)"]),
         (["--noise-rate", "nan"], ["noise-rate: got nan"]),
         (["--rho", "0.5"], ["rho: got 0.5", "≥ 1"]),

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from absgd_fast import _backend
-from absgd_fast.experiments import data, models, report, train
+from absgd_fast.experiments import data, methods, models, report, train
 from absgd_fast.experiments.train import Config
 
 SHORT = Config(model="linear", epochs=4, warmup=0.5, seeds=1)
@@ -331,9 +331,9 @@ def test_methods_of_a_seed_see_the_same(monkeypatch):
     seen = {}
 
     def spy(name, build):
-        def built(parameters, config):
+        def built(parameters, config, *rest):
             parameters = list(parameters)
-            method = build(parameters, config)
+            method = build(parameters, config, *rest)
             record = {"start": [p.detach().clone() for p in parameters], "batches": []}
             seen.setdefault(name, []).append(record)
             loss = method.loss
@@ -346,15 +346,15 @@ def test_methods_of_a_seed_see_the_same(monkeypatch):
 
         return built
 
-    monkeypatch.setattr(train, "OUTER_PRODUCTS", 0)  # the linear model's own step calls no loss
-    monkeypatch.setattr(train, "METHODS", {name: spy(name, build) for name, build in train.METHODS.items()})
+    monkeypatch.setattr(methods, "OUTER_PRODUCTS", 0)  # the linear model's own step calls no loss
+    monkeypatch.setattr(methods, "METHODS", {name: spy(name, methods.METHODS[name]) for name in SHORT.methods})
     config = replace(SHORT, noise="symmetric", seeds=2, epochs=2, warmup=0)
     finished = list(train.runs(config))
     assert [(r["method"], r["seed"]) for r in finished] == [
         ("sgd", 0), ("absgd", 0), ("reference", 0), ("absgd", 1), ("reference", 1), ("sgd", 1),
     ]  # fmt: skip
     for run in (1, 2):  # run 0 is the warm-up
-        ours, *others = (seen[name][run] for name in train.METHODS)
+        ours, *others = (seen[name][run] for name in SHORT.methods)
         assert len(ours["batches"]) == 2 * 18
         for other in others:
             assert all(torch.equal(a, b) for a, b in zip(ours["start"], other["start"]))
@@ -377,14 +377,133 @@ def test_weights_are_those_of_the_formula(digits):
     assert run["epochs"]["flipped_weight"] == [None]  # there are none
 
 
+def expected_weights(method, losses, labels, config):
+    """By the formula of each method, in numpy; the losses of a batch are all different."""
+    n, order = len(losses), np.argsort(-losses)
+    counts = np.bincount(labels)
+    if method in ("term", "eg"):
+        z = np.exp(losses / (config.lam if method == "term" else -abs(config.lam)))
+        return n * z / z.sum()
+    weights = np.zeros(n)
+    if method == "cvar":
+        k = int(config.beta * n)
+        weights[order[:k]] = 1 / config.beta
+        weights[order[k]] += n - k / config.beta
+    elif method == "chi2":
+        low, high = losses.min() - 100 * np.ptp(losses), losses.max()
+        for _ in range(200):
+            mu = (low + high) / 2
+            weights = np.maximum(losses - mu, 0) * n / np.maximum(losses - mu, 0).sum()
+            low, high = (mu, high) if ((weights - 1) ** 2).mean() / 2 <= config.chi2_rho else (low, mu)
+    elif method == "groupdro":
+        q = np.exp(config.eta * np.array([losses[labels == c].mean() for c in range(len(counts))]))
+        weights = n * (q / q.sum() / counts)[labels]
+    elif method == "proportion":
+        weights = n / len(counts) / counts[labels]
+    elif method == "hard-mining":
+        for c in range(len(counts)):
+            rows = np.flatnonzero(labels == c)
+            weights[rows[np.argsort(-losses[rows])[: counts.min()]]] = n / (counts.min() * len(counts))
+    return weights
+
+
+@pytest.mark.parametrize("method", ["term", "eg", "cvar", "chi2", "groupdro", "proportion", "hard-mining"])
+def test_weights_of_the_other_methods(method, digits):
+    """One step on the whole training set from the start, averaged per class."""
+    config = replace(SHORT, methods=(method,), imbalance="lt", rho=20, lam=0.5, warmup=0, epochs=1, batch_size=10_000, eta=2.0)
+    (run,) = train.runs(config, digits)
+    split = data.draw(digits, 0, imbalance="lt", rho=20)
+    logits = models.make_model("linear", (1, 8, 8), 10, 0)(split.x)
+    losses = torch.nn.functional.cross_entropy(logits, split.y, reduction="none").double().detach().numpy()
+    weights = expected_weights(method, losses, split.y.numpy(), config)
+    assert weights.mean() == pytest.approx(1)
+    expected = [weights[split.y.numpy() == c].mean() for c in range(10)]
+    assert run["epochs"]["class_weight"][0] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_l2rw_takes_the_right_labels_of_a_few(digits):
+    """They are the first of each class, and stay in the training set with the labels they have there; the weights are those of
+    the formula: a linear model's gradient is an outer product."""
+    split = data.draw(digits, 3, imbalance="lt", rho=50, noise="symmetric", rate=0.4)
+    x, y = data.clean_part(split, 4)
+    assert torch.bincount(y).tolist() == [min(4, n) for n in torch.bincount(split.y_true).tolist()]
+    for c in range(10):
+        assert torch.equal(x[y == c], split.x[split.y_true == c][:4])
+    config = replace(SHORT, methods=("l2rw",), noise="symmetric", epochs=1, batch_size=10_000, clean=4)
+    (run,) = train.runs(config, digits)
+    split = data.draw(digits, 0, noise="symmetric", rate=0.4)
+    layer = models.make_model("linear", (1, 8, 8), 10, 0)[-1].double()
+
+    def slopes(x, y):
+        x = torch.cat([x.flatten(1).double(), torch.ones(len(x), 1, dtype=torch.double)], 1)
+        return x, (layer(x[:, :-1]).softmax(1) - torch.nn.functional.one_hot(y, 10)).detach()
+
+    (x, out), (clean_x, clean_out) = slopes(split.x, split.y), slopes(*data.clean_part(split, 4))
+    products = ((x @ clean_x.T) * (out @ clean_out.T)).mean(1).clamp(min=0)  # Eq. 12
+    weights = len(x) * products / products.sum()
+    right = split.y == split.y_true
+    assert run["epochs"]["clean_weight"][0] == pytest.approx(weights[right].mean().item(), rel=1e-4)
+    assert run["epochs"]["flipped_weight"][0] == pytest.approx(weights[~right].mean().item(), rel=1e-4)
+    assert weights[right].mean() > 1.5 * weights[~right].mean()
+
+
+def test_resampled_batches_are_balanced(digits):
+    """8,000 draws: 800 of each class on average, with a standard deviation of 27."""
+    split = data.draw(digits, 0, imbalance="lt", rho=100)
+    parameters = [torch.nn.Parameter(torch.zeros(2))]
+    method = methods.METHODS["resample"](parameters, SHORT, split, 0)
+    drawn = torch.cat([method.choose(torch.arange(64)) for _ in range(125)])
+    assert (torch.bincount(split.y[drawn], minlength=10) - 800).abs().max() < 5 * 27
+    assert len(drawn.unique()) > 0.9 * len(split.y)
+    other = methods.METHODS["resample"](parameters, SHORT, split, 1)
+    assert not torch.equal(other.choose(torch.arange(64)), drawn[:64])
+
+
+def test_random_weights_are_a_rectified_gaussian(digits):
+    """Eq. 16: half of them 0, the others with a coefficient of variation of sqrt(pi / 2 - 1) = 0.756 (1,100 samples)."""
+    config = replace(SHORT, methods=("random",))
+    method = methods.METHODS["random"]([torch.nn.Parameter(torch.zeros(2))], config, None, 0)
+    method.loss(torch.randn(1100, 10), torch.arange(1100) % 10)
+    weights = method.weights()
+    kept = weights[weights > 0]
+    assert float(weights.mean()) == pytest.approx(1, rel=1e-5) and 0.45 < len(kept) / 1100 < 0.55
+    assert float(kept.std() / kept.mean()) == pytest.approx(0.756, abs=0.06)
+
+
+def test_nines_and_fours(digits):
+    source = data.load_source("digits-9-4")
+    split = data.draw(source, 0, imbalance="step", rho=20)
+    assert (
+        source.classes == 2 and torch.bincount(split.y).tolist() == [100, 5] and torch.bincount(split.y_test).tolist() == [80, 80]
+    )
+    for label, digit in ((0, 9), (1, 4)):
+        rows = {tuple(image.flatten().tolist()) for image in digits.images[digits.labels == digit]}
+        assert all(tuple(image.flatten().tolist()) in rows for image in split.x_test[split.y_test == label])
+
+
+@pytest.fixture
+def one_thread():
+    """As `absgd-fast train` has it for digits: on a busy machine two wait for each other (44 s against 1)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_l2rw_tells_right_labels_from_wrong_ones(digits, one_thread):
+    """With 40 % of the labels wrong; what that is worth after 120 epochs is for `make l2rw` to say."""
+    (run,) = train.runs(Config(model="mlp", noise="symmetric", methods=("l2rw",), epochs=8, seeds=1), digits)
+    assert run["epochs"]["clean_weight"][-1] > 1.3 and run["epochs"]["flipped_weight"][-1] < 0.6
+
+
 @pytest.mark.skipif(not _backend.available("cpu"), reason="the native library is not built here")
 @pytest.mark.parametrize("options", [{}, {"mix": 0.5, "lam": -0.5}, {"imbalance": "lt", "lam": 0.5, "warmup": 0.0}], ids=str)
 def test_the_linear_model_steps_without_a_graph(monkeypatch, options):
     """And comes to the same parameters, weights and state, to rounding."""
     config = replace(SHORT, model="linear", methods=("absgd",), epochs=6, **options)
-    assert train.METHODS["absgd"](torch.nn.Linear(64, 10).parameters(), config).__class__ is train._LinearMethod
+    assert methods.METHODS["absgd"](torch.nn.Linear(64, 10).parameters(), config, None, 0).__class__ is methods._LinearMethod
     (own,) = train.runs(config)
-    monkeypatch.setattr(train, "OUTER_PRODUCTS", 0)
+    monkeypatch.setattr(methods, "OUTER_PRODUCTS", 0)
     (plain,) = train.runs(config)
     assert own["accuracy"] == plain["accuracy"] and own["train_loss"] == pytest.approx(plain["train_loss"], rel=2e-5)
     for key in ("class_weight", "clean_weight"):

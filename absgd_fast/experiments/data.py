@@ -12,6 +12,7 @@ import torch
 
 from .checkpoint import digest
 
+DATASETS = ("digits", "digits-9-4", "cifar10", "cifar100")
 IMBALANCES = ("lt", "step")
 NOISES = ("symmetric", "uniform", "asymmetric", "background")
 
@@ -20,11 +21,11 @@ NOISES = ("symmetric", "uniform", "asymmetric", "background")
 CIFAR10_MAPPING = (0, 1, 0, 5, 7, 3, 6, 7, 8, 1)
 
 # One stream of random numbers for each kind of choice: changing the noise then leaves the split as it was.
-SPLIT, NOISE, INIT, ORDER = range(4)
+SPLIT, NOISE, INIT, ORDER, METHOD = range(5)
 
 
 def generator(seed, stream):
-    """The random generator (CPU) of one `stream` (SPLIT, NOISE, INIT, ORDER) under one seed."""
+    """The random generator (CPU) of one `stream` (SPLIT, NOISE, INIT, ORDER, METHOD) under one seed."""
     return torch.Generator().manual_seed(1_000_003 * seed + stream)
 
 
@@ -189,20 +190,27 @@ class Split:
 
 
 def load_source(name, data_root=None):
-    """The data set "digits" (scikit-learn's), "cifar10" or "cifar100" (from `data_root`, see load_cifar).
+    """The data set "digits" (scikit-learn's), "digits-9-4", "cifar10" or "cifar100" (from `data_root`, see load_cifar).
+
+    digits-9-4 has the nines as class 0 and the fours as class 1, so that under imbalance the nines dominate, as in the L2RW paper
+    (Sec. 4.1).
 
     Raises:
         ValueError: unknown name; CIFAR without data_root, or files that do not hold it.
         FileNotFoundError: no CIFAR files under data_root.
         ImportError: digits without scikit-learn.
     """
-    if name == "digits":
+    if name in ("digits", "digits-9-4"):
         from sklearn.datasets import load_digits  # costs a second to import: only when asked for
 
         bunch = load_digits()
         # 1797 images of 8×8 with grey values 0…16, at least 174 per class.
         images = torch.from_numpy(bunch.images).float().div_(16).unsqueeze_(1)
-        return Source(name, 10, images, torch.from_numpy(bunch.target).long(), None, n_max=110, n_test=60)
+        labels = torch.from_numpy(bunch.target).long()
+        if name == "digits":
+            return Source(name, 10, images, labels, None, n_max=110, n_test=60)
+        kept = (labels == 9) | (labels == 4)  # 180 and 181 images
+        return Source(name, 2, images[kept], (labels[kept] == 4).long(), None, n_max=100, n_test=80)
     if name in ("cifar10", "cifar100"):
         if data_root is None:
             raise ValueError(f"{name} is read from your disk: say with --data-root where its python files are")
@@ -213,7 +221,7 @@ def load_source(name, data_root=None):
             raise ValueError(f"{name} under {data_root}: a class has no training images")
         mapping = CIFAR10_MAPPING if name == "cifar10" else None
         return Source(name, classes, x, y, (x_test, y_test), n_max, mapping=mapping, augment=True)
-    raise ValueError(f"unknown data set {name!r}; use digits, cifar10 or cifar100")
+    raise ValueError(f"unknown data set {name!r}; use one of {', '.join(DATASETS)}")
 
 
 def draw(source, seed, *, imbalance="none", rho=100.0, noise="none", rate=0.0):
@@ -247,6 +255,15 @@ def draw(source, seed, *, imbalance="none", rho=100.0, noise="none", rate=0.0):
     if x.dtype == torch.uint8:
         x, x_test = _standardise(x, x_test)
     return Split(x, y, y_true, x_test, y_test)
+
+
+def clean_part(split, per_class):
+    """(images, right labels) of the first `per_class` training samples of each class, or of as many as there are: what somebody
+    has looked through. They are drawn from the training set and stay in it (L2RW paper, Sec. 3.1 and 4.1), with the labels
+    they have there."""
+    classes = range(int(split.y_true.max()) + 1)
+    kept = torch.cat([torch.nonzero(split.y_true == c).flatten()[:per_class] for c in classes])
+    return split.x[kept], split.y_true[kept]
 
 
 def _standardise(x, x_test):

@@ -31,6 +31,7 @@ from rich.table import Table
 from absgd_fast import _backend
 
 from .checkpoint import write_whole
+from .methods import IN_STAGES, OF_LAM
 
 BASELINE = "sgd"
 METRICS = ("accuracy", "balanced_accuracy", "seconds")
@@ -39,10 +40,21 @@ METRICS = ("accuracy", "balanced_accuracy", "seconds")
 BITS = ("torch", "absgd_fast", "absgd", "backend", "instruction set", "machine")
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, and a line style each: not by colour alone
+DASHED, DOTTED = (0, (4, 3)), (0, (1, 1.5))
 STYLES = {
     "sgd": {"color": "#6b6b6b", "linestyle": "-"},
     "absgd": {"color": "#0072B2", "linestyle": "-"},
-    "reference": {"color": "#E69F00", "linestyle": (0, (4, 3))},
+    "reference": {"color": "#E69F00", "linestyle": DASHED},
+    "term": {"color": "#56B4E9", "linestyle": "-"},
+    "eg": {"color": "#56B4E9", "linestyle": DASHED},
+    "cvar": {"color": "#D55E00", "linestyle": "-"},
+    "chi2": {"color": "#D55E00", "linestyle": DASHED},
+    "groupdro": {"color": "#CC79A7", "linestyle": "-"},
+    "l2rw": {"color": "#009E73", "linestyle": "-"},
+    "proportion": {"color": "#CC79A7", "linestyle": DOTTED},
+    "resample": {"color": "#000000", "linestyle": DASHED},
+    "hard-mining": {"color": "#E69F00", "linestyle": DOTTED},
+    "random": {"color": "#000000", "linestyle": DOTTED},
 }
 
 
@@ -148,6 +160,10 @@ def _by_method(runs):
     return {m: {run["seed"]: run for run in runs if run["method"] == m} for m in methods}
 
 
+def _judged(by_method):
+    return next((m for m in by_method if m != BASELINE), None)
+
+
 def _std(values):
     return stdev(values) if len(values) > 1 else None
 
@@ -162,17 +178,17 @@ def _stderr(values):
 def answers(results):
     """What the report says first: {"verdict": "better" | "worse" | "unclear" | "none", "help", "classes", "cost"}.
 
-    The method judged is absgd, or else the reference, by its balanced accuracy against plain SGD. Its difference counts
-    as one only when 0 lies outside the 95 % interval of Student's t over the paired seeds.
+    The method judged is absgd, or else the first other in the order of STYLES, by its balanced accuracy against plain SGD. Its
+    difference counts as one only when 0 lies outside the 95 % interval of Student's t over the paired seeds.
     """
     by_method = _by_method(results["runs"])
-    method = next((m for m in ("absgd", "reference") if m in by_method), None)
+    method = _judged(by_method)
     pairs = results["paired"].get(method)
     if pairs is None:
         reached = "; ".join(f"{m} {_plus_minus(s['balanced_accuracy'], 'std')} %" for m, s in results["summary"].items())
         return {
             "verdict": "none",
-            "help": f"Cannot be said: it takes a seed that both {BASELINE} and absgd (or reference) have finished. "
+            "help": f"Cannot be said: it takes a seed that both {BASELINE} and another method have finished. "
             f"Balanced accuracy: {reached}.",
             "classes": "Cannot be said without that comparison.",
             "cost": "Cannot be said without that comparison.",
@@ -302,8 +318,12 @@ def title(results):
     if c["noise"] != "none":
         parts.append(f"{100 * c['noise_rate']:g} % {c['noise']} label noise")
     seeds = len({run["seed"] for run in results["runs"]})
-    lam = c["lam"] if isinstance(c["lam"], str) else f"{c['lam']:g}"
-    return ", ".join([*parts, c["model"], f"λ = {_minus(lam)}", f"{seeds} seed{'s' * (seeds != 1)}"])
+    if set(c["methods"]) & set(OF_LAM):
+        lam = c["lam"] if isinstance(c["lam"], str) else f"{c['lam']:g}"
+        lams = [f"λ = {_minus(lam)}"]
+    else:
+        lams = []
+    return ", ".join([*parts, c["model"], *lams, f"{seeds} seed{'s' * (seeds != 1)}"])
 
 
 def _head_to_tail(runs):
@@ -414,7 +434,7 @@ def figures(results):
     """(title, caption, matplotlib Figure) of each plot that the results allow."""
     by_method = _by_method(results["runs"])
     found = [_accuracy(results, by_method), _recall(by_method)]
-    weighted = next((m for m in ("absgd", "reference") if m in by_method), None)
+    weighted = _judged(by_method)
     if weighted:
         found.append(_weights(results, weighted, by_method[weighted]))
         if results["config"]["noise"] != "none":
@@ -451,13 +471,13 @@ def _numbers(values):
 
 
 def _mark_switch(axes, results):
-    """A line where λ is switched on."""
+    """A line where λ, or a rule, is switched on."""
     c = results["config"]
-    switch = round(c["warmup"] * c["epochs"])
-    if 0 < switch < c["epochs"]:
+    switch, switched = round(c["warmup"] * c["epochs"]), [m for m in c["methods"] if m in IN_STAGES]
+    if 0 < switch < c["epochs"] and switched:
         axes.axvline(switch + 0.5, color="#444444", linewidth=1, linestyle=":")
         axes.annotate(
-            "λ on", (switch + 0.5, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
+            "λ on" if set(switched) & set(OF_LAM) else "rule on", (switch + 0.5, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
             ha="center", va="bottom", fontsize=9, color="#444444",
         )  # fmt: skip
 

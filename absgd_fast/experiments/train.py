@@ -12,23 +12,15 @@ import importlib.util
 import math
 import time
 from dataclasses import dataclass, replace
-from typing import Any, Callable
 
 import torch
 from torch import nn
 
-import absgd_fast as ab
+from absgd_fast import meta
 
-from .. import _backend
-from ..ops import OPERATORS, WITH_GRAD
-from . import data
+from . import data, methods
 from .checkpoint import digest, random_state, restore_random_state
 from .models import check_model, make_model
-
-MOMENTUM = 0.9  # the reference package has it built in, so it is everybody's
-
-# name: (our fused loss, torch's counterpart)
-LOSSES = {"ce": (ab.CrossEntropy, nn.CrossEntropyLoss)}
 
 
 @dataclass(frozen=True)
@@ -36,8 +28,11 @@ class Config:
     """One experiment; the command line's options with `-` for `_`.
 
     lam, gamma and mix are those of ab.ABLoss. `warmup` is the share of the epochs trained with λ = inf, plainly, before
-    λ = lam (two-stage training, ABSGD paper, Sec. 3.6). The learning rate is divided by 10 at 60 % and 80 % of the
-    epochs. Seeds are 0 … seeds − 1.
+    λ = lam (two-stage training, ABSGD paper, Sec. 3.6), or before a rule of ab.weights weighs. The learning rate is divided
+    by 10 at 60 % and 80 % of the epochs. Seeds are 0 … seeds − 1.
+
+    beta and reg are those of weights.cvar, chi2_rho is weights.chi2's, eta weights.GroupDRO's; its groups are the labels. clean
+    is how many training images of each class l2rw knows the right label of (data.clean_part), l2rw_method how it weighs.
     """
 
     dataset: str = "digits"
@@ -52,6 +47,12 @@ class Config:
     gamma: float = 0.9
     mix: float = 0.0
     warmup: float = 0.3
+    beta: float = 0.5
+    reg: float = 0.0
+    chi2_rho: float = 0.5
+    eta: float = 0.01
+    clean: int = 10
+    l2rw_method: str = "jvp"
     model: str = "mlp"
     epochs: int = 120
     lr: float = 0.1
@@ -67,17 +68,18 @@ class Config:
     def check(self):
         """Raises ValueError, one line that says what was given and what is allowed, for the first bad setting."""
         choices = {
-            "dataset": ("digits", "cifar10", "cifar100"),
+            "dataset": data.DATASETS,
             "imbalance": ("none", *data.IMBALANCES),
             "noise": ("none", *data.NOISES),
-            "loss": tuple(LOSSES),
+            "loss": tuple(methods.LOSSES),
+            "l2rw_method": meta.METHODS,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; use one of {', '.join(allowed)}")
+                raise ValueError(f"unknown {name.replace('_', '-')} {getattr(self, name)!r}; use one of {', '.join(allowed)}")
         for method in self.methods:
-            if method not in METHODS:
-                raise ValueError(f"unknown method {method!r}; use some of {','.join(METHODS)}")
+            if method not in methods.METHODS:
+                raise ValueError(f"unknown method {method!r}; use some of {','.join(methods.METHODS)}")
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"methods: got {','.join(self.methods)!r}, expected each method at most once, e.g. sgd,absgd")
         rules = {
@@ -87,6 +89,11 @@ class Config:
             "gamma": (0 < self.gamma <= 1, "a number in (0, 1]"),
             "mix": (0 <= self.mix < math.inf, "a finite number ≥ 0"),
             "warmup": (0 <= self.warmup <= 1, "a share of the epochs in [0, 1]"),
+            "beta": (0 < self.beta <= 1, "a share of the batch in (0, 1]"),
+            "reg": (0 <= self.reg < math.inf, "a finite number ≥ 0"),
+            "chi2_rho": (0 <= self.chi2_rho < math.inf, "a finite number ≥ 0"),
+            "eta": (0 <= self.eta < math.inf, "a finite number ≥ 0"),
+            "clean": (self.clean >= 1, "at least 1"),
             "epochs": (self.epochs >= 1, "at least 1"),
             "lr": (0 < self.lr < math.inf, "a finite number > 0"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
@@ -104,125 +111,10 @@ class Config:
                 )
             if self.mix != 0:
                 raise ValueError(f"mix: got {self.mix}, but method reference knows only 0; leave it out of the methods")
-        if self.dataset == "digits":
+        if self.dataset.startswith("digits"):
             check_model(self.model, (1, 8, 8))
         else:
             check_model(self.model, (3, 32, 32))
-
-
-# ------------------------------------------------------------------------------------------------ methods
-
-
-@dataclass
-class Method:
-    """What one way of training needs: loss(logits, labels), an optimizer, what to call after each epoch, weights() → (B,),
-    the robust weights of the batch just trained on, and by name whatever has a state that a checkpoint must hold."""
-
-    loss: Callable
-    optimizer: Any
-    after_epoch: Callable
-    weights: Callable
-    stateful: dict
-
-    def step(self, model, images, labels):
-        """Forward, backward and the optimizer's step."""
-        loss = self.loss(model(images), labels)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-
-    def state_dict(self):
-        return {name: part.state_dict() for name, part in self.stateful.items()}
-
-    def load_state_dict(self, state):
-        for name, part in self.stateful.items():
-            part.load_state_dict(state[name])
-
-
-# Elements of the per-sample gradients of a linear model up to which they are stepped with by themselves: on digits' 41,600 a
-# step takes 80 to 110 µs instead of 240 to 360, at 504,000 0.6 of the other's time, at 983,000 as long.
-OUTER_PRODUCTS = 2**18
-
-
-class _LinearMethod(Method):
-    """ABSGD on softmax regression without a graph: the gradient of a sample is the outer product of its logits' gradient and
-    its pixels, and one pass over all of them makes the weights, log s and the step (functional.weighted_momentum_step_). The
-    loss and the optimizer hold the state, as ever."""
-
-    def step(self, model, images, labels):
-        pixels, layer, (group,), loss = images.flatten(1), model[-1], self.optimizer.param_groups, self.loss
-        params, state = [layer.weight, layer.bias], self.optimizer.state
-        for p in params:
-            if "momentum_buffer" not in state[p]:
-                state[p]["momentum_buffer"] = torch.zeros_like(p)
-        with torch.no_grad():
-            logits = layer(pixels)
-            *spec, bits = loss.criterion.spec(logits)
-            losses, slopes = OPERATORS["cpu"].logit_loss(logits, labels, *spec, bits | WITH_GRAD)  # what autograd would be told
-            log_s = ab.functional.weighted_momentum_step_(
-                params, [state[p]["momentum_buffer"] for p in params], [slopes[:, :, None] * pixels[:, None, :], slopes], losses,
-                loss.log_s, lam=loss.lam, gamma=loss.gamma, mix=loss.mix, lr=group["lr"], momentum=group["momentum"],
-                weight_decay=group["weight_decay"],
-            )  # fmt: skip
-            loss.log_s.copy_(log_s)
-        self.optimizer._opt_called = True  # what a schedule asks for before it is stepped
-        self.weights = lambda: torch.exp(losses / loss.lam - log_s) if loss.lam.isfinite() else None
-
-
-def _sgd(parameters, config):
-    # fused=True is the fastest step torch has: the cost of ABSGD is measured against that
-    optimizer = torch.optim.SGD(parameters, config.lr, MOMENTUM, weight_decay=config.weight_decay, fused=True)
-    return Method(LOSSES[config.loss][1](), optimizer, lambda: None, lambda: None, {"optimizer": optimizer})
-
-
-def _absgd(parameters, config):
-    parameters = list(parameters)
-    loss = ab.ABLoss(LOSSES[config.loss][0](), lam=config.lam, gamma=config.gamma, mix=config.mix)
-    stages = ab.TwoStage(loss, config.lam, start=config.switch)
-    optimizer = ab.ABSGD(parameters, config.lr, MOMENTUM, weight_decay=config.weight_decay)
-    stateful = {"optimizer": optimizer, "loss": loss, "stages": stages}
-    few = config.batch_size * parameters[0].numel() <= OUTER_PRODUCTS
-    kind = _LinearMethod if config.model == "linear" and few and _backend.select(torch.device("cpu"), None) == "cpu" else Method
-    return kind(loss, optimizer, stages.step, lambda: loss.last.weights, stateful)
-
-
-def _reference(parameters, config):
-    from absgd.losses import ABLoss
-    from absgd.optimizers import ABSGD
-
-    class Kept(LOSSES[config.loss][1]):
-        """The per-sample losses, kept for weights(): the package does not show its weights."""
-
-        def forward(self, logits, labels):
-            self.last = super().forward(logits, labels)
-            return self.last
-
-    class State:
-        """That of the package's loss, whose own state_dict() is empty: plain attributes, of which u drags the graph of every
-        step so far along. The graph is never walked, so without it the numbers are the same."""
-
-        def state_dict(self):
-            u = loss.u.detach() if isinstance(loss.u, torch.Tensor) else loss.u
-            return {"u": u, "ablambda": loss.ablambda, "step": loss.step}
-
-        def load_state_dict(self, state):
-            for name, value in state.items():
-                setattr(loss, name, value)
-
-    criterion = Kept(reduction="none")
-    # updateLambda counts its calls from 0 and switches on at number milestone − 1. It is called before the first epoch
-    # and after each, so that λ starts in the same epoch as in _absgd.
-    loss = ABLoss(config.lam, milestone=config.switch + 1, criterion=criterion, abgamma=config.gamma)
-    loss.updateLambda()
-
-    def weights():
-        return None if loss.ablambda is None else torch.exp(criterion.last.detach() / loss.ablambda) / loss.u.detach()
-
-    optimizer = ABSGD(parameters, config.lr, weight_decay=config.weight_decay)
-    return Method(loss, optimizer, loss.updateLambda, weights, {"optimizer": optimizer, "loss": State()})
-
-
-METHODS = {"sgd": _sgd, "absgd": _absgd, "reference": _reference}
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -272,8 +164,8 @@ def runs(config, source=None, on_epoch=lambda method, seed: None, keep=lambda ta
     for seed in range(config.seeds):
         # a different method goes first each time, so that none always meets the cold or the warm machine
         turn = seed % len(config.methods)
-        methods = [m for m in config.methods[turn:] + config.methods[:turn] if (m, seed) not in done]
-        if not methods:
+        left = [m for m in config.methods[turn:] + config.methods[:turn] if (m, seed) not in done]
+        if not left:
             continue
         cold = split is None
         split = data.draw(source, seed, imbalance=config.imbalance, rho=config.rho, noise=config.noise, rate=config.noise_rate)
@@ -281,7 +173,7 @@ def runs(config, source=None, on_epoch=lambda method, seed: None, keep=lambda ta
             _warm_up(config, source, split)
             if state:
                 restore_random_state(state["random"])  # after the warm-up, which may have drawn from them
-        for method in methods:
+        for method in left:
             training = _Training(method, config, source, split, seed)
             if running:  # the first run that is not finished
                 training.load_state_dict(running)
@@ -309,7 +201,7 @@ class _Training:
     def __init__(self, name, config, source, split, seed):
         self.name, self.config, self.source, self.split, self.seed = name, config, source, split, seed
         self.model = make_model(config.model, source.shape, source.classes, seed)
-        self.method = METHODS[name](self.model.parameters(), config)
+        self.method = methods.METHODS[name](self.model.parameters(), config, split, seed)
         self.decay = torch.optim.lr_scheduler.MultiStepLR(
             self.method.optimizer, [round(0.6 * config.epochs), round(0.8 * config.epochs)], gamma=0.1
         )
@@ -355,6 +247,7 @@ class _Training:
                 self.samples, self.step, self.weights = torch.randperm(len(split.y), generator=self.order), 0, []
             model.train()
             for batch in self.samples.split(config.batch_size)[self.step :]:
+                batch = method.choose(batch)
                 x, y = split.x[batch], split.y[batch]
                 if self.source.augment:
                     x = data.augment(x, self.order)
