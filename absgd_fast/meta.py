@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
-from . import _checks
+from . import _checks, ops, reference
 
 METHODS = ("jvp", "finite_difference", "unrolled", "last_layer")
 Batch = tuple[Tensor, Tensor]
@@ -110,11 +110,11 @@ def l2rw_loss(
 
 
 def rectified(products: Tensor) -> Tensor:
-    """w = max(u, 0) / (sum max(u, 0) + 1[the sum = 0]) over the finite u; NaN for the others (L2RW, Eq. 8 and 9)."""
-    finite = products.isfinite()
-    kept = products.clamp(min=0).where(finite, 0.0)
-    total = kept.sum()
-    return (kept / torch.where(total == 0, 1.0, total)).masked_fill(~finite, float("nan"))
+    """w = max(u, 0) / (sum max(u, 0) + 1[the sum = 0]) over the finite u; NaN for the others (L2RW, Eq. 8 and 9). Constants."""
+    operators = ops.serving(products.device, None)
+    u = products.detach().to(reference.real_dtype(products.dtype)).contiguous()
+    weights = reference.rectified(u) if operators is None else operators.rectified(u)
+    return weights.to(products.dtype)
 
 
 class _Step:

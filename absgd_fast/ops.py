@@ -150,6 +150,12 @@ def _(weights, grad_weights, grad_log_s, lam, shares):
     return weights.new_empty(weights.shape)
 
 
+# Weights of L2RW (csrc/math.h RectifiedNumbers), which are constants: nothing is differentiated through them
+@_define("rectified(Tensor products) -> Tensor")
+def _(products):
+    return products.new_empty(products.shape)
+
+
 @_define("scale(Tensor grad, Tensor upstream, bool to_half) -> Tensor")
 def _(grad, upstream, to_half):
     return grad.new_empty(grad.shape, dtype=torch.float16 if to_half else grad.dtype)
@@ -208,13 +214,13 @@ _backend.load()  # registers the kernels, if they are there
 # ---- who serves ----------------------------------------------------------------------------------------------------
 
 _OPERATORS = ("logit_loss", "robust_logit_loss", "robust_logit_loss_", "logit_loss_backward", "robust_loss", "robust_totals", "robust_settle",
-              "robust_apply", "robust_weights", "robust_weights_backward", "scale", "scale_", "step_", "planned_step",
-              "weighted_step_")  # fmt: skip
+              "robust_apply", "robust_weights", "robust_weights_backward", "rectified", "scale", "scale_", "step_",
+              "planned_step", "weighted_step_")  # fmt: skip
 
 
 _TRITON_MODULE = {
     "losses": ("logit_loss", "robust_logit_loss", "logit_loss_backward"),
-    "weights": ("robust_loss", "robust_weights", "robust_weights_backward", "scale", "scale_"),
+    "weights": ("robust_loss", "robust_weights", "robust_weights_backward", "rectified", "scale", "scale_"),
     "step": ("step_",),
     "weighted": ("weighted_step_",),
 }

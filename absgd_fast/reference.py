@@ -408,6 +408,27 @@ def robust_loss(
     return loss, weights, new_log_s, settled[5] > 0
 
 
+def rectified(products: Tensor) -> Tensor:
+    """The weights of L2RW from the products u_i = <grad f_i, grad g> of a sample's gradient with that of a clean batch.
+
+        w_i = max(u_i, 0) / (S + 1[S = 0]),    S = sum_j max(u_j, 0) over the finite u
+
+    They sum to 1, or are all 0 where nothing is positive; a u that is not finite has w = NaN. Half precision is computed in
+    float32. A sum that overflows is made once more in units of 2^64.
+
+    >>> rectified(torch.tensor([1.0, -2.0, 3.0, math.inf]))
+    tensor([0.2500, 0.0000, 0.7500,    nan])
+
+    Source: Ren et al. 2018, "Learning to Reweight Examples for Robust Deep Learning", Eq. 8 and 9.
+    """
+    u = products.to(real_dtype(products.dtype))
+    kept = u.clamp(min=0).where(u.isfinite(), 0.0)
+    kept = kept * torch.where(kept.sum().isinf(), 2.0**-64, 1.0).to(kept.dtype)
+    total = kept.sum()
+    weights = kept / torch.where(total == 0, 1.0, total)
+    return weights.masked_fill(~u.isfinite(), math.nan).to(products.dtype)
+
+
 # ---- steps (Algorithm 1, step 6; Sec. 3.4) ------------------------------------------------------------------------
 
 

@@ -238,6 +238,8 @@ struct CpuKernels {
   void (*robust_dot)(const RobustArgs&, const void* upstream, double* dot_partials, int64_t begin, int64_t end);
   // blocks [begin, end): vjp written to out
   void (*robust_vjp)(const RobustArgs&, const VjpArgs&, int64_t begin, int64_t end);
+  // (count) real -> (count) real (math.h RectifiedNumbers)
+  void (*rectified)(Dtype, const void* products, int64_t count, void* weights);
   // (batch * classes) slices [begin, end) of `inner` elements
   void (*scale)(const ScaleArgs&, int64_t begin, int64_t end);
   // elements [begin, end) of the flat index; the counts of steps already include this one
@@ -327,6 +329,8 @@ const char* robust_settle(const Settle&, void* stream);
 // dot_partials: (blocks() + 1) doubles. One launch up to kOneLaunch losses.
 const char* robust_weights_bwd(const RobustArgs&, DeviceNumber lam, const void* upstream, DeviceNumber upstream_log_s,
                                const double* shares, double* dot_partials, void* out, void* stream);
+// (count) real -> (count) real, in one launch of one block
+const char* rectified(Dtype, const void* products, int64_t count, void* weights, void* stream);
 // ScaleArgs::upstream is in device memory, `constant`: one number
 const char* scale(const ScaleArgs&, bool constant, void* stream);
 const char* step(const StepTable&, void* stream);

@@ -322,6 +322,42 @@ ABSGD_FN typename L::V robust_weight_vjp(typename L::V w, typename L::V d, typen
   return w * (d + (u * c_state - c * sum_wd)) * inverse_lam;
 }
 
+// ---- Rectified weights (Learning to Reweight: Ren et al. 2018, Eq. 8 and 9) -----------------------------------------
+//
+//     w_i = max(u_i, 0) / (S + 1[S = 0]),    S = sum_j max(u_j, 0) over the finite u;    NaN where u_i is not finite
+
+// S in double, where no sum of floats leaves the range. One of doubles may, so it is also made of u 2^-64: what that
+// loses is nothing beside a sum that overflows. L: double lanes.
+template <class L>
+struct RectifiedSum {
+  using V = typename L::V;
+  static constexpr double kScale = 1.0 / 18446744073709551616.0;
+  V plain, scaled;
+
+  ABSGD_FN void add(V u) {
+    const V x = L::select((u > L::set(0)) & (u <= L::set(kLargest)), u, L::set(0));
+    plain = plain + x;
+    scaled = scaled + x * L::set(kScale);
+  }
+};
+
+template <class L>
+struct RectifiedNumbers {
+  using V = typename L::V;
+  V unit, total;
+
+  // T: what the weights are computed in, whose range a sum of floats may leave as well.
+  template <class T>
+  static ABSGD_FN RectifiedNumbers of(double plain, double scaled) {
+    const bool fits = T(plain) - T(plain) == 0;
+    return {L::set(fits ? T(1) : T(RectifiedSum<L>::kScale)), L::set(plain == 0 ? T(1) : T(fits ? plain : scaled))};
+  }
+  ABSGD_FN V weight(V u) const {
+    const V off = u - u;  // 0, or NaN where u is not finite
+    return L::select(off == L::set(0), L::select(u > L::set(0), u, L::set(0)) * unit / total, off);
+  }
+};
+
 // ---- Steps: momentum SGD (Alg. 1 step 6), Adam, RMSprop, AdaGrad (Sec. 3.4 of the ABSGD paper)
 // -----------------------
 

@@ -549,6 +549,7 @@ std::string signature(R (*)(A...)) {
   OP(robust_apply)            \
   OP(robust_weights)          \
   OP(robust_weights_backward) \
+  OP(rectified)               \
   OP(scale)                   \
   OP(scale_)                  \
   OP(planned_step)            \

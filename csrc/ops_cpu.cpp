@@ -437,6 +437,15 @@ Tensor robust_weights_backward(const Tensor& weights, const Tensor& grad_weights
   return out;
 }
 
+Tensor rectified(const Tensor& products) {
+  const Dtype real = real_of(dtype_of(products));
+  const int64_t count = products.numel();
+  const void* const given = per_row(products, kHere, count, code_of(real), "products");
+  Tensor weights = empty_on(kHere, products.sizes().data(), products.dim(), real);
+  cpu_kernels().rectified(real, given, count, weights.data_ptr());
+  return weights;
+}
+
 // ---- gradient scaling ----------------------------------------------------------------------------------------------
 
 void run_scale(const Tensor& source, const Tensor& out, const Tensor& upstream_in) {

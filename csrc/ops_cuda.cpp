@@ -317,6 +317,16 @@ Tensor robust_weights_backward(const Tensor& weights, const Tensor& grad_weights
   return out;
 }
 
+Tensor rectified(const Tensor& products) {
+  const OnDevice here(products);
+  const Dtype real = real_of(dtype_of(products));
+  const int64_t count = products.numel();
+  const void* const given = per_row(products, here.device, count, code_of(real), "products");
+  Tensor weights = empty_on(here.device, products.sizes().data(), products.dim(), real);
+  check(gpu::rectified(real, given, count, weights.data_ptr(), here.stream));
+  return weights;
+}
+
 // ---- gradient scaling ----------------------------------------------------------------------------------------------
 
 void run_scale(const Tensor& source, const Tensor& out, const Tensor& upstream_in, const OnDevice& here) {

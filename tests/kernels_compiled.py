@@ -180,6 +180,8 @@ CALLS = {
     "90000 losses fp32": lambda: robust_loss(torch.zeros(90000), torch.zeros(90000)),
     "900 weights fp32": lambda: robust_weights(torch.zeros(900)),
     "90000 weights fp64": lambda: robust_weights(torch.zeros(90000, dtype=F64)),
+    "900 rectified weights fp32": lambda: weights.rectified(torch.zeros(900)),
+    "90 rectified weights fp64": lambda: weights.rectified(torch.zeros(90, dtype=F64)),
     "scale": scale,
     "weighted": weighted_step,
     "weighted, nesterov, maximize, lr": partial(weighted_step, form=3, lr_tensor=torch.zeros(1), weight_decay=0.0),
@@ -243,7 +245,8 @@ def test_no_global_constants():
 # Every kernel and type at least once; all calls on sm_90
 ELSEWHERE = [
     "512 x 1000 fp32", "64 x 32000 bf16", "64 x 1000 fp64", "robust 128 x 10 fp32", "robust 8192 x 100 bf16",
-    "robust 128 x 1000 fp64", "9000 losses fp64", "90000 losses fp32", "900 weights fp32", "90000 weights fp64", "scale",
+    "robust 128 x 1000 fp64", "9000 losses fp64", "90000 losses fp32", "900 weights fp32", "90000 weights fp64",
+    "900 rectified weights fp32", "90 rectified weights fp64", "scale",
     "step, nesterov", "step, heavy ball fp64", "step, amsgrad", "step, amsgrad fp64", "step, adamw fp16", "step, paper form bf16",
     "step, rmsprop, centered, momentum", "step, rmsprop, centered, momentum fp64", "step, adagrad fp64", "step, adagrad fp16",
     "weighted", "weighted, heavy ball bf16", "weighted, plain fp16", "weighted fp64",
@@ -291,6 +294,7 @@ LAUNCHES = {
     "90000 losses fp32": "robust_sums_fwd robust_apply_fwd",
     "900 weights fp32": "robust_loss_fwd robust_weights_bwd",
     "90000 weights fp64": "robust_sums_fwd robust_apply_fwd robust_dots_bwd robust_weights_bwd",
+    "900 rectified weights fp32": "rectified",
     "step, momentum": "step",
     "step, adam": "count_steps step",
     "step, paper form bf16": "count_steps step",
@@ -338,6 +342,7 @@ def test_another_batch_is_no_new_kernel():
             robust_loss(torch.zeros(rows), update=update)
             robust_loss(torch.zeros(20000 + rows), update=update)
             logit_loss(torch.zeros(rows, 10), labels(rows))
+            weights.rectified(torch.zeros(512 + rows))
         compiled.append([one.compile("sm_90") for one in made])
     for others in compiled[1:]:
         for one, first, other in zip(made, compiled[0], others, strict=True):
@@ -398,6 +403,12 @@ def test_no_wide_access_at_odd_addresses():
 def test_scores_are_divided_exactly(call):
     """z = L / lambda, which an exponential follows: div.rn, as on the CPU."""
     assert all(count(r"div\.rn(\.ftz)?\.f32", ptx) for ptx in ptx_of(call).values())
+
+
+def test_rectified_weights_are_divided_exactly():
+    """div.full takes subnormal products for 0; what is widened to float64 is the sum alone."""
+    (ptx,) = ptx_of("900 rectified weights fp32").values()
+    assert count(r"div\.rn\.f32", ptx) and not count(r"\.ftz|div\.(?:full|approx)|div\.rn\.f64", ptx)
 
 
 @pytest.mark.parametrize("call", [call for call in CALLS if call.startswith(("step,", "weighted"))])

@@ -581,6 +581,32 @@ def test_robust_weights_around_a_bad_row(launches):
     assert weights.robust_weights_backward(empty, empty, log_s, lam, shares).shape == (0,)
 
 
+# ---- rectified weights -----------------------------------------------------------------------------------------------
+
+
+# one block of 512 and one more, which takes blocks of 2048; several of those with a tail
+@pytest.mark.parametrize("count", [0, 1, 3, 17, 512, 513, 1000, 20000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_rectified(count, dtype):
+    u = torch.randn(count, generator=torch.Generator().manual_seed(count), dtype=torch.float64).to(dtype)
+    if count > 500:
+        u[2], u[count // 2], u[-1] = NAN, INF, -INF
+    made = weights.rectified(u)
+    assert made.dtype == dtype and made.shape == (count,)
+    close(made, oracle.rectified(u), 4 * torch.finfo(dtype).eps if dtype == torch.float32 else 1e-13)
+    assert not weights.rectified(-u.abs().nan_to_num()).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_rectified_extremes(dtype):
+    info = torch.finfo(dtype)
+    for u in (info.smallest_normal * info.eps, info.smallest_normal, info.max):
+        for count in (1, 3, 17, 1000):
+            close(weights.rectified(torch.full((count,), u, dtype=dtype)), np.full(count, 1 / count), 2 * info.eps)
+    mixed = torch.tensor([info.max, info.smallest_normal, -info.max, info.max], dtype=dtype)
+    close(weights.rectified(mixed), [0.5, 0, 0, 0.5], 2 * info.eps, 1e-37)
+
+
 # ---- gradient scaling ------------------------------------------------------------------------------------------------
 
 

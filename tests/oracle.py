@@ -100,6 +100,17 @@ class ABLoss:
         return Forward(loss, grad, w.weights, ess, mean, objective)
 
 
+def rectified(products):
+    """L2RW, Eq. 8 and 9: max(u, 0) over its sum, relative to the largest so that nothing overflows."""
+    u = np.asarray(products, np.float64)
+    good = np.isfinite(u)
+    kept = np.where(good & (u > 0), u, 0.0)
+    if kept.any():
+        kept = kept / kept.max()
+        kept = kept / math.fsum(kept)
+    return np.where(good, kept, np.nan)
+
+
 A = -math.log(1e-4)  # SCE's stand-in for -log 0
 
 

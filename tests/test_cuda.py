@@ -17,13 +17,13 @@ from absgd_fast import _backend
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-FILES = ("losses", "functional", "robust", "linear", "state", "optim", "ops")
+FILES = ("losses", "functional", "rectified", "robust", "linear", "state", "optim", "ops")
 
 pytestmark = pytest.mark.skipif(simt.why_not() is not None, reason=simt.why_not() or "")
 
 # name: (kind of build, order, limit of the one-block kernel, what to run)
 EVERYTHING = [TESTS / "cuda_on_cpu" / "suite.py", *(TESTS / f"test_{name}.py" for name in FILES)]
-NO_LIMIT = ("test_optim", "test_linear")  # go the same way at every limit
+NO_LIMIT = ("test_optim", "test_linear", "test_rectified")  # go the same way at every limit
 LOSSES = [path for path in EVERYTHING if path.stem not in NO_LIMIT]
 SUITE = [TESTS / "cuda_on_cpu" / "suite.py"]
 RUNS = {

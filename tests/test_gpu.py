@@ -40,7 +40,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 import absgd_fast as ab  # noqa: E402
-from absgd_fast import _backend  # noqa: E402
+from absgd_fast import _backend, ops, reference  # noqa: E402
 from absgd_fast.functional import logit_loss, robust_weights, weighted_momentum_step_  # noqa: E402
 
 with patch.object(sys, "path", [str(TESTS.parent), *sys.path]):  # benchmarks are no part of the package
@@ -532,6 +532,57 @@ def vjp(losses, mask, lam, log_s, gamma, alpha, d, u):
         norm = torch.logaddexp(norm, torch.tensor(math.log1p(-gamma) + log_s, dtype=torch.float64, device=losses.device))
     w = torch.where(valid, (z - norm).exp(), 0)
     return w, norm, (w * d - share * w / n * ((w * d).sum() - u)) / lam
+
+
+# ---- rectified weights -----------------------------------------------------------------------------------------------
+
+
+def rectified(where, products):
+    return (reference if where.backend == "reference" else ops.OPERATORS[where.backend]).rectified(products)
+
+
+@over(dtype=["fp32", "fp64"])
+def test_rectified_weights(where, dtype):
+    """Those of L2RW, from no sample to millions; with products that are not finite, and where nothing is positive."""
+    dtype = DTYPES[dtype]
+    for count in (0, 1, 3, 17, 1000, 20000, *[3_000_001] * where.gpu):
+        generator = torch.Generator(where.device).manual_seed(count)
+        u = torch.randn(count, generator=generator, device=where.device, dtype=dtype)
+        u[2:3], u[500:501], u[-3:-2] = NAN, INF, -INF
+        w = rectified(where, u)
+        exact = torch.from_numpy(oracle.rectified(numpy(u))).to(where.device)
+        rtol = 2e-6 if dtype == torch.float32 else 1e-12
+        torch.testing.assert_close(w.double(), exact, rtol=rtol, atol=0, equal_nan=True)
+        assert w.dtype == dtype and not rectified(where, -u.nan_to_num().abs()).any()
+        assert torch.equal(w.nan_to_num(), rectified(where, u).nan_to_num())
+
+
+@over(dtype=["fp32", "fp64"])
+def test_rectified_weights_of_extreme_products(where, dtype):
+    """Subnormal numbers are none that count for 0, and the largest ones do not overflow."""
+    info = torch.finfo(DTYPES[dtype])
+    for u, count in itertools.product((info.smallest_normal * info.eps, info.smallest_normal, info.max), (1, 3, 1000)):
+        w = rectified(where, torch.full((count,), u, dtype=DTYPES[dtype], device=where.device))
+        torch.testing.assert_close(w, torch.full_like(w, 1 / count), rtol=2 * info.eps, atol=0)
+
+
+@gpu
+def test_rectified_weights_launches_and_waits(where):
+    """One launch, nobody waits, and a captured graph follows the products."""
+    with unpoisoned():
+        u = torch.randn(1000, device=where.device)
+        run = partial(rectified, where, u)
+        for _ in range(2):
+            run()
+        seen = device_tools.kernels(where.device, run)
+        assert len(seen) == 1, f"{seen}"
+        assert device_tools.waits(where.device, run) == []
+        out = torch.empty_like(u)
+        replay, _ = device_tools.captured(where.device, lambda: out.copy_(run()), warm_up=3)
+        for _ in range(2):
+            u.normal_()
+            replay()
+            assert torch.equal(out, run())
 
 
 # ---- labels out of range ---------------------------------------------------------------------------------------------
@@ -1235,7 +1286,7 @@ def test_tour(where):
         losses = torch.linspace(0, 5, count, device=where.device).requires_grad_()
         weights, log_s = robust_weights(losses, 0.3, -0.75, backend=where.backend)
         (weights.square().sum() + log_s).backward()
-        assert losses.grad.isfinite().all()
+        assert losses.grad.isfinite().all() and rectified(where, losses.detach()).isfinite().all()
         where.robust(lambda x: x, lam=0.75)(losses).backward()
     for options, dtype in itertools.product(WEIGHTED.values(), DTYPES.values()):
         for gap, rows in ((0, 37), (1, 1030)):

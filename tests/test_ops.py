@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 import absgd_fast as ab
 from absgd_fast import _backend, ops
 from absgd_fast.functional import logit_loss, robust_weights, weighted_momentum_step_
+from absgd_fast.meta import rectified
 
 # the planned step reads a table of addresses, which cannot be copied, faked or traced: its tests are those of the optimizer
 ADDRESSES = {"planned_step"}
@@ -100,6 +101,8 @@ def use_everything():
     for init, mask in (("first", None), ("zero", torch.arange(7) > 2)):
         weights, log_s = robust_weights(losses, 0.3, 0.7, init=init, mask=mask)
         (weights.sum() + log_s).backward()
+    rectified(three - 0.5)
+    rectified(three.double())
     arguments = {"score": three, "sample_weight": three, "mask": target > 0}
     for criterion, args in (
         (ab.ABLoss(ab.CrossEntropy(weight), lam=0.7), (logits, target)),

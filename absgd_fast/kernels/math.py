@@ -174,6 +174,31 @@ def robust_weight_vjp(w, d, sum_wd, u, c, c_state, inverse_lam):
     return w * (d + (u * c_state - c * sum_wd)) * inverse_lam
 
 
+# ---- rectified weights (Learning to Reweight, Eq. 8 and 9) -------------------------------------------------------------
+
+
+@triton.jit
+def rectified_sum(plain, scaled, u):
+    """The sum of max(u, 0) over the finite u, in float64; beside it that of u 2^-64, which cannot leave the range."""
+    x = tl.where((u > 0) & (u < float("inf")), u, 0.0).to(tl.float64)
+    return plain + x, scaled + x * 5.421010862427522e-20
+
+
+@triton.jit
+def rectified_numbers(plain, scaled, dtype: tl.constexpr):
+    """(unit, total) of the weights, in the type they are computed in, whose range the sum may leave."""
+    fits = plain.to(dtype) < float("inf")
+    total = tl.where(plain == 0, 1.0, tl.where(fits, plain, scaled))
+    return tl.where(fits, 1.0, 5.421010862427522e-20).to(dtype), total.to(dtype)
+
+
+@triton.jit
+def rectified_weight(u, unit, total):
+    """w = max(u, 0) / total; NaN where u is not finite, as u - u is."""
+    w = divide(tl.where(u > 0, u, 0.0) * unit, total + tl.zeros_like(u))
+    return tl.where(u - u == 0, w, u - u)
+
+
 # ---- steps: momentum SGD (Alg. 1 step 6), Adam, RMSprop, AdaGrad (Sec. 3.4) -------------------------------------------
 #
 # One element each: w the parameter, g the gradient as `slope` gives it, then the states; returned are w and the states.

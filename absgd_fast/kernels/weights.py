@@ -1,4 +1,5 @@
-"""Robust weights of a vector of losses, and the scaling of gradients: the twin of the robust_* loops in csrc/cpu/loops.cpp.
+"""Robust weights of a vector of losses, rectified weights, and the scaling of gradients: the twin of the robust_*, rectified and
+scale loops in csrc/cpu/loops.cpp.
 
 Up to ONE_LAUNCH losses one program does everything: partial sums, log s', weights. Beyond, up to MOST_PARTIALS programs
 sum a range each and the last of them to finish makes log s' of it; a second launch applies it. Sums have a fixed order,
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from . import launch
 from .launch import parts
-from .math import divide, log_mean_exp, multiple, next_log_s, number, reference_point
-from .math import robust_weight, robust_weight_vjp, sample_factor
+from .math import divide, log_mean_exp, multiple, next_log_s, number, rectified_numbers, rectified_sum, rectified_weight
+from .math import reference_point, robust_weight, robust_weight_vjp, sample_factor
 
 NORMALIZERS = ("moving", "batch", "none")  # log s' is the moving average, of this batch alone, 0
 
@@ -308,6 +309,21 @@ def robust_weights_bwd_kernel(
         tl.store(grad + i, robust_weight_vjp(w, d, dot.to(T), u, share, share_state, inverse_lam), mask=i < end)
 
 
+@triton.jit(do_not_specialize=["count"])
+def rectified_kernel(products, weights, count, BLOCK: tl.constexpr):
+    """(count) real -> (count) real, by one program: what it is given is one number for each sample of a batch."""
+    T: tl.constexpr = products.dtype.element_ty
+    plain, scaled = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    for start in range(0, count, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        plain, scaled = rectified_sum(plain, scaled, tl.load(products + i, mask=i < count, other=0.0))
+    unit, total = rectified_numbers(tl.sum(plain, 0), tl.sum(scaled, 0), T)
+    for start in range(0, count, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        u = tl.load(products + i, mask=i < count, other=0.0)
+        tl.store(weights + i, rectified_weight(u, unit, total), mask=i < count)
+
+
 @triton.jit(do_not_specialize=["slices", "length", "classes"])
 def scale_kernel(
     grad,  # (slices, length)
@@ -338,7 +354,7 @@ def scale_kernel(
 
 KERNELS = (
     robust_loss_fwd_kernel, robust_sums_fwd_kernel, robust_apply_fwd_kernel, robust_dots_bwd_kernel, robust_weights_bwd_kernel,
-    scale_kernel,
+    rectified_kernel, scale_kernel,
 )  # fmt: skip
 
 
@@ -469,6 +485,15 @@ def robust_weights_backward(weights: Tensor, grad_weights: Tensor, grad_log_s: T
         per_program, BLOCK=_BLOCK // 4 * warps, PARTIALS=launch.MOST_PARTIALS, num_warps=warps,
     )  # fmt: skip
     return grad
+
+
+def rectified(products: Tensor) -> Tensor:
+    """max(u, 0) / sum max(u, 0) over the finite u (all 0 where that sum is), NaN for the others; contiguous float32 or float64."""
+    weights, count = torch.empty_like(products), products.numel()
+    if count:
+        warps = 4 if count <= 512 else 16  # 4 products a thread, as in _weigh
+        launch.launch(rectified_kernel, 1, products, products, weights, count, BLOCK=128 * warps, num_warps=warps)
+    return weights
 
 
 def _scale(grad: Tensor, upstream: Tensor, out: Tensor) -> None:

@@ -685,6 +685,21 @@ void robust_vjp_typed(const RobustArgs& a, const VjpArgs& g, int64_t begin, int6
   }
 }
 
+// ---- rectified weights ---------------------------------------------------------------------------------------------
+
+template <class T>
+void rectified_typed(const T* products, int64_t count, T* weights) {
+  using L = Lanes<T>;
+  using Wide = Lanes<double>;
+  using Narrow = Lanes<T, int(sizeof(T)) * Wide::N>;  // as many values as Wide has
+  RectifiedSum<Wide> sum{Wide::set(0), Wide::set(0)};
+  for (int64_t i = 0; i < count; i += Wide::N)
+    sum.add(__builtin_convertvector(load_some<Narrow>(products, i, count, 0), typename Wide::V));
+  const auto numbers = RectifiedNumbers<L>::template of<T>(Wide::sum(sum.plain), Wide::sum(sum.scaled));
+  for (int64_t i = 0; i < count; i += L::N)
+    store_some<L>(weights, i, count, numbers.weight(load_some<L>(products, i, count, 0)));
+}
+
 // ---- gradient scaling ----------------------------------------------------------------------------------------------
 
 template <class S, class T, class G>
@@ -770,6 +785,12 @@ void robust_dot(const RobustArgs& a, const void* upstream, double* dots, int64_t
 void robust_vjp(const RobustArgs& a, const VjpArgs& g, int64_t begin, int64_t end) {
   for_real(a.dtype, [&](auto t) { robust_vjp_typed<typename decltype(t)::type>(a, g, begin, end); });
 }
+void rectified(Dtype dtype, const void* products, int64_t count, void* weights) {
+  for_real(dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    rectified_typed(static_cast<const T*>(products), count, static_cast<T*>(weights));
+  });
+}
 void scale(const ScaleArgs& a, int64_t begin, int64_t end) {
   if (a.dtype == Dtype::f16) return scale_typed<float, float, f16>(a, begin, end);
   for_storage(a.dtype, [&](auto s, auto t) {
@@ -791,6 +812,7 @@ const CpuKernels kernels = {&ABSGD_NAME(ABSGD_ISA_NAMESPACE)[4],  // the name wi
                             robust_apply,
                             robust_dot,
                             robust_vjp,
+                            rectified,
                             scale,
                             step,
                             weighted_step};

@@ -1,5 +1,5 @@
-// Robust weights of any vector of losses, their vjp, and scaling a gradient. One launch up to kOneLaunch losses;
-// beyond, one for the sums, the last block of which settles log s', and one for the weights.
+// Robust weights of any vector of losses, their vjp, rectified weights, and scaling a gradient. One launch up to
+// kOneLaunch losses; beyond, one for the sums, the last block of which settles log s', and one for the weights.
 #include <mutex>
 #include <unordered_map>
 
@@ -122,6 +122,19 @@ __global__ void __launch_bounds__(kThreads, 4) robust_weights_bwd_kernel(const V
   vjp<T>(a, a.dot_partials[gridDim.x], begin, begin + kBlock < a.count ? begin + kBlock : a.count);
 }
 
+// ---- rectified weights (math.h RectifiedNumbers) --------------------------------------------------------------------
+
+// One block, however many there are: what it is given is one number for each sample of a batch.
+template <class T>
+__global__ void __launch_bounds__(kOneBlock, 1) rectified_kernel(const T* products, int64_t count, T* weights) {
+  const BlockTeam team = BlockTeam::here();
+  RectifiedSum<Lane<double>> own{0, 0};
+  for (int64_t i = team.lane; i < count; i += team.width) own.add(double(products[i]));
+  const double plain = team.sum(own.plain), scaled = team.sum(own.scaled);
+  const auto numbers = RectifiedNumbers<Lane<T>>::template of<T>(plain, scaled);
+  for (int64_t i = team.lane; i < count; i += team.width) weights[i] = numbers.weight(products[i]);
+}
+
 // ---- gradient scaling ----------------------------------------------------------------------------------------------
 
 constexpr int kScaleBlock = 4096;  // elements of a block of kThreads
@@ -208,6 +221,18 @@ const char* robust_weights_bwd(const RobustArgs& a, DeviceNumber lam, const void
     LAUNCH((robust_weights_bwd_kernel<T>), unsigned(a.blocks()), kThreads, 0, s, v);
   };
   a.dtype == Dtype::f64 ? go(Tag<double>{}) : go(Tag<float>{});
+  return failure();
+}
+
+const char* rectified(Dtype dtype, const void* products, int64_t count, void* weights, void* stream) {
+  if (count == 0) return nullptr;
+  auto go = [&](auto t) {
+    using T = typename decltype(t)::type;
+    const int threads = count <= kThreads ? kThreads : kOneBlock;
+    LAUNCH((rectified_kernel<T>), 1, threads, 0, static_cast<cudaStream_t>(stream), static_cast<const T*>(products),
+           count, static_cast<T*>(weights));
+  };
+  dtype == Dtype::f64 ? go(Tag<double>{}) : go(Tag<float>{});
   return failure();
 }
 

@@ -5,6 +5,7 @@ Collected by test_cuda.py in a process of its own, where these operators serve t
 
 import math
 
+import oracle
 import pytest
 import torch
 from conftest import DTYPES, LOSSES
@@ -110,6 +111,17 @@ def test_stages_of_every_length(count, bounded):
     given = (losses, score, t, mask, settled, log_s, lam, bounded, 0.5, 2.0, ops.WITH_GRAD)
     for got, exact in zip(operators.robust_apply(*given), ops.IN_TORCH.robust_apply(*given)):
         torch.testing.assert_close(got, exact, rtol=2e-6, atol=1e-5 if got.dim() == 0 else 1e-6, equal_nan=True)
+
+
+# up to 256, a block of as many threads; beyond, one of 512, here with two products for some
+@pytest.mark.parametrize("count", [0, 3, 257, 700])
+def test_rectified_weights(count):
+    for dtype in (torch.float32, torch.float64):
+        products = torch.randn(count, dtype=dtype)
+        products[1:2], products[-2:-1] = INF, math.nan
+        weights = ops.OPERATORS["cpu"].rectified(products)
+        wanted = torch.from_numpy(oracle.rectified(products))
+        torch.testing.assert_close(weights.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=0, equal_nan=True)
 
 
 def test_the_two_ways_to_the_gradient_agree():
