@@ -7,12 +7,14 @@ single directional derivative has it for all samples at once, for any differenti
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
 from . import _checks, ops, reference
@@ -22,6 +24,8 @@ Batch = tuple[Tensor, Tensor]
 
 # Half of a central difference's length, as a share of the length of all parameters, by their dtype.
 STEP = {torch.float32: 1e-5, torch.float64: 1e-8}
+# Fused attention has neither a forward-mode nor a second derivative.
+DIFFERENTIABLE_ATTENTION = partial(sdpa_kernel, SDPBackend.MATH)
 # What a float16 clean gradient is multiplied by: the weights do not depend on it, and small gradients stay in range.
 LOSS_SCALE = 2.0**10
 
@@ -56,7 +60,8 @@ def l2rw_weights(
 
     Returns:
         (B,) weights, detached, in the dtype of the losses. All zero where no sample helps (Eq. 9): then the gradient is zero,
-        and momentum and decay go on. A sample whose u is not finite has w = NaN, and the others are weighed without it.
+        and momentum and decay go on. A sample whose u is not finite has w = NaN, and the others are weighed without it
+        ("unrolled": then all are NaN).
 
     Raises:
         ValueError: an unknown method, batches that are not pairs or do not fit each other, an empty clean batch, a loss_fn
@@ -141,9 +146,9 @@ class _Step:
         frozen = {id(b) for m in self.norms for b in m.buffers(recurse=False)}
         self.buffers = {name: b.clone() for name, b in self.plain.named_buffers() if id(b) not in frozen}
         self.random = self._random_state()
-        self.last: tuple | None = (
-            None  # the last layer of the training forward, its arguments, and its output's place in the graph
-        )
+        self.calls: list[
+            tuple
+        ] = []  # of layers by the training forward: layer, arguments, its output's place in the graph, shape
 
     def weights(self) -> Tensor:
         losses = None
@@ -163,13 +168,19 @@ class _Step:
 
     # ---- u, up to a positive factor; `losses`: those of the training forward, with their graph ----
 
-    def _jvp(self, losses: Tensor | None) -> Tensor:
-        tangents = self._clean_gradient(self.params)
-        with torch.no_grad(), forward_ad.dual_level():
-            duals = {name: forward_ad.make_dual(p.detach(), t) for (name, p), t in zip(self.params.items(), tangents)}
-            losses = self._losses(self.batch, duals)
-            tangent = forward_ad.unpack_dual(losses).tangent
-            return torch.zeros_like(losses) if tangent is None else tangent
+    def _jvp(self, losses: Tensor | None, params: dict[str, Tensor] | None = None) -> Tensor:
+        params = params or self.params
+        tangents = self._clean_gradient(params)
+        try:
+            with torch.no_grad(), forward_ad.dual_level(), DIFFERENTIABLE_ATTENTION():
+                duals = {name: forward_ad.make_dual(p.detach(), t) for (name, p), t in zip(params.items(), tangents)}
+                losses = self._losses(self.batch, duals)
+                tangent = forward_ad.unpack_dual(losses).tangent
+                return torch.zeros_like(losses) if tangent is None else tangent
+        except (RuntimeError, NotImplementedError) as error:  # the same pass goes well without dual numbers
+            raise RuntimeError(
+                f'jvp: torch cannot differentiate this model forward ({error}); use method="finite_difference"'
+            ) from error
 
     def _finite_difference(self, losses: Tensor | None) -> Tensor:
         tangents, params = self._clean_gradient(self.params), [p.detach() for p in self.params.values()]
@@ -189,27 +200,35 @@ class _Step:
         names, params = zip(*self.params.items())
         grads = torch.autograd.grad(share @ losses, params, create_graph=True, allow_unused=True)
         moved = {name: p if grad is None else p - grad for name, p, grad in zip(names, params, grads)}
-        clean = self._losses(self.clean_batch, moved, apart=True).mean()
-        grad = torch.autograd.grad(clean, share, retain_graph=True, allow_unused=True)[0]
+        with DIFFERENTIABLE_ATTENTION():
+            clean = self._losses(self.clean_batch, moved, apart=True).mean()
+        grad = torch.autograd.grad(clean, share, retain_graph=True, allow_unused=True)[0] if clean.requires_grad else None
         return torch.zeros_like(losses) if grad is None else -grad
 
     def _last_layer(self, losses: Tensor) -> Tensor:
-        if self.last is None:
+        if not self.calls:
             raise ValueError('last_layer: got a forward without a layer that has parameters to train; use method="jvp"')
-        layer, args, kwargs, place, out_shape = self.last
-        if out_shape[:1] != losses.shape:
-            raise ValueError(
-                f"last_layer: the output of {type(layer).__name__} has shape {tuple(out_shape)}, expected one row for each of"
-                f' the {len(losses)} samples; use method="jvp"'
-            )
-        slopes = torch.autograd.grad(losses.sum(), place, retain_graph=True)[0]
-        own = {id(p): name for name, p in layer.named_parameters() if p.requires_grad}
-        own = {name: (own[id(p)], p) for name, p in self.params.items() if id(p) in own}
-        tangents = self._clean_gradient({name: p for name, (_, p) in own.items()})
-        with torch.no_grad(), forward_ad.dual_level():
-            duals = {name: forward_ad.make_dual(p.detach(), t) for (name, p), t in zip(own.values(), tangents)}
-            tangent = forward_ad.unpack_dual(functional_call(layer, duals, args, kwargs)).tangent
-            return (slopes * tangent).flatten(1).sum(1)
+        last = self.calls[-1][0]
+        names = {id(p): name for name, p in last.named_parameters() if p.requires_grad}
+        own = {name: p for name, p in self.params.items() if id(p) in names}
+        inside = set(last.modules())
+        if any(id(p) in names for m in self.plain.modules() if m not in inside for p in m._parameters.values()):
+            return self._jvp(losses, own)  # they serve another layer too, so its output is not all they have a part in
+        tangents, products = self._clean_gradient(own), torch.zeros_like(losses)
+        for layer, args, kwargs, place, shape in self.calls:
+            if layer is not last:
+                continue
+            if shape[:1] != losses.shape:
+                raise ValueError(
+                    f"last_layer: the output of {type(layer).__name__} has shape {tuple(shape)}, expected one row for each of"
+                    f' the {len(losses)} samples; use method="jvp"'
+                )
+            slopes = torch.autograd.grad(losses.sum(), place, retain_graph=True)[0]
+            with torch.no_grad(), forward_ad.dual_level():
+                duals = {names[id(p)]: forward_ad.make_dual(p.detach(), t) for p, t in zip(own.values(), tangents)}
+                tangent = forward_ad.unpack_dual(functional_call(layer, duals, args, kwargs)).tangent
+                products = products + (slopes * tangent).flatten(1).sum(1)
+        return products
 
     def _clean_gradient(self, params: dict[str, Tensor]) -> list[Tensor]:
         """grad g by some of the parameters; the others are constants, through which no graph goes."""
@@ -245,15 +264,17 @@ class _Step:
 
     @contextmanager
     def _watched(self):
-        """Notes the last layer that a forward goes through: a module with parameters whose children have none."""
+        """What a method needs of the training forward. For last_layer the calls of layers: modules with parameters whose children
+        have none."""
         if self.method != "last_layer":
-            yield
+            with DIFFERENTIABLE_ATTENTION() if self.method == "unrolled" else nullcontext():
+                yield
             return
 
         def note(layer, args, kwargs, out):
             if isinstance(out, Tensor) and out.requires_grad:
                 # the place in the graph: what is done to the output in place afterwards does not move it
-                self.last = layer, args, kwargs, torch.autograd.graph.get_gradient_edge(out), out.shape
+                self.calls.append((layer, args, kwargs, torch.autograd.graph.get_gradient_edge(out), out.shape))
 
         def trains(m):
             return any(p.requires_grad for p in m.parameters())

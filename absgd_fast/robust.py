@@ -251,6 +251,7 @@ class ABLoss(rules.ExactState):
         self._set_lam(value, reset)
 
     def _set_lam(self, value: float | RelativeLam, reset: bool = True) -> None:
+        self._given_lam = math.nan if isinstance(value, (RelativeLam, Tensor)) else float(value)
         if isinstance(value, RelativeLam):
             self._relative, self._lam_is_open = value.r, True
             self.lam.fill_(math.nan)
@@ -290,8 +291,11 @@ class ABLoss(rules.ExactState):
         return LastForward(self._rows, self._step.moved)
 
     def _apply(self, fn, recurse=True):
+        before = self.lam
         super()._apply(fn, recurse)
         self._served = None
+        if self.lam.dtype != before.dtype and not before.is_meta and bool(before == before.new_tensor(self._given_lam)):
+            self.lam.fill_(self._given_lam)  # not what float32 made of it
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
@@ -445,7 +449,7 @@ class ABLoss(rules.ExactState):
         _, nonfinite, *_ = self._state(False, 0)
         log_s, inf = self.log_s, torch.full_like(self.lam, math.inf)  # which leaves log s alone
         if operators is None:
-            loss, _, _, bad = reference.robust_loss(losses, log_s, inf, sample_weight=factor, mask=mask)
+            loss, _, _, bad = reference.robust_loss(losses, log_s, inf, sample_weight=factor, score=score, mask=mask)
             if learns:
                 with torch.no_grad():
                     nonfinite += bad
@@ -453,7 +457,7 @@ class ABLoss(rules.ExactState):
             saves = ops.WITH_GRAD if losses.requires_grad and torch.is_grad_enabled() else 0
             flags = ops.flags("moving", "first") | saves | (ops.UPDATE if learns else 0)
             loss, _, grad = operators.robust_loss(
-                losses, None, factor, mask, log_s, nonfinite, inf, 1.0, 1.0, 0.0, math.inf, flags
+                losses, score, factor, mask, log_s, nonfinite, inf, 1.0, 1.0, 0.0, math.inf, flags
             )
             if saves:
                 loss = ops.attach(operators, losses, loss, grad, lambda x: (grad * x).sum())

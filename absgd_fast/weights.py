@@ -24,8 +24,9 @@ from . import _checks
 from . import functional as F
 from .reference import real_dtype
 
-# |t| for which t L can overflow only where L itself is beyond 1e19; other tilts are taken relative to the extreme loss
+# |t| for which 1/t is a lambda of the kernels
 NATIVE_TILTS = (2.0**-64, 2.0**64)
+VANISHED = 1e4  # exp(-VANISHED) is 0 in every dtype
 
 
 class _Rows:
@@ -104,8 +105,9 @@ def term(
     if groups is None and t_group is not None:
         raise ValueError(f"t_group: got {t_group!r} without groups, expected groups=, one integer per loss")
     if groups is None and NATIVE_TILTS[0] <= abs(t) <= NATIVE_TILTS[1]:
-        _checks.losses(losses)
-        return F.robust_weights(losses.detach(), -math.inf, 1 / t, gamma=1.0, mask=mask, backend=backend)[0]
+        losses = _checks.losses(losses).detach().to(real_dtype(losses.dtype))
+        gaps = _below_the_extreme(losses, t, _checks.per_sample(mask, "mask", losses, torch.bool))
+        return F.robust_weights(gaps, -math.inf, 1 / t, gamma=1.0, mask=mask, backend=backend)[0]
     rows = _Rows(losses, mask, groups)
     one = torch.zeros_like(rows.x, dtype=torch.int64)
     if rows.groups is None:
@@ -116,6 +118,18 @@ def term(
     p, risks = _tilted(rows.x, rows.good.double(), t, within)
     between, _ = _tilted(risks, sizes, t_group, one)
     return rows.weights(rows.n * between[within] * p)
+
+
+def _below_the_extreme(losses: Tensor, t: float, mask: Tensor | None) -> Tensor:
+    """The losses less the largest (for t < 0 the smallest), down to where they weigh nothing: with those themselves t L might leave
+    the range, and log n be lost beside it. What is not finite stays as it is."""
+    if not losses.numel():
+        return losses
+    sign = -1.0 if t < 0 else 1.0
+    counts = losses.isfinite() if mask is None else losses.isfinite() & mask
+    extreme = sign * (sign * losses).where(counts, -math.inf).max()
+    limit = {"min": -VANISHED / t} if t > 0 else {"max": -VANISHED / t}
+    return (losses - extreme).clamp(**limit).where(counts, losses)
 
 
 def _numbered(groups: Tensor) -> Tensor:
@@ -134,13 +148,16 @@ def _tilted(values: Tensor, counts: Tensor, t: float, segment: Tensor) -> tuple[
     top = zeros.scatter_reduce(0, segment, (sign * values).where(taken, -math.inf), "amax", include_self=False)
     gap = (sign * values - top[segment]).where(taken, 0.0)  # <= 0, so that nothing overflows
     exp = (gap == 0).double() if math.isinf(t) else (abs(t) * gap).exp()
-    sums = zeros.index_add(0, segment, counts * exp)
-    sizes = zeros.index_add(0, segment, counts)
-    if t == 0:
-        mean = zeros.index_add(0, segment, (counts * values).where(taken, 0.0)) / sizes
+    total = lambda x: zeros.index_add(0, segment, counts * x)  # noqa: E731
+    sums, sizes = total(exp), zeros.index_add(0, segment, counts)
+    if math.isinf(t):
+        below = 0.0
+    elif t == 0:
+        below = total(gap) / sizes
     else:
-        mean = sign * (top + (0.0 if math.isinf(t) else (sums / sizes).log() / abs(t)))
-    return (counts * exp / sums[segment]).where(taken, 0.0), mean
+        less = total((abs(t) * gap).expm1()) / sizes  # of mean exp - 1, which cancels where t is small
+        below = torch.where(less > -0.5, less.log1p(), (sums / sizes).log()) / abs(t)
+    return (counts * exp / sums[segment]).where(taken, 0.0), sign * (top + below)
 
 
 def cvar(losses: Tensor, beta: float, reg: float = 0.0, *, mask: Tensor | None = None) -> Tensor:
@@ -169,22 +186,27 @@ def cvar(losses: Tensor, beta: float, reg: float = 0.0, *, mask: Tensor | None =
     rows = _Rows(losses, mask)
     if not len(rows.x):
         return rows.weights(rows.x)
-    ordered, x = rows.descending(), rows.relative()
     if reg == 0:
+        ordered, x = rows.descending(), rows.relative()
         edge = ordered[((beta * rows.n).ceil().long() - 1).clamp(min=0)]
         above, ties = ((rows.good & at).double() for at in (x > edge, x == edge))
         left = (rows.n - above.sum() / beta).clamp(min=0) / ties.sum()
         return rows.weights(above / beta + ties * left)
     # The k largest are at the bound; the others share n - k / beta by their exponentials. k is the smallest for which the
-    # largest of the others stays below the bound.
-    z, k = ordered / reg, rows.place()
+    # largest of the others stays below the bound. The exponents z are made from the gaps between neighbours, no wider than what
+    # makes exp vanish, so that losses of any size keep what tells them apart.
+    ordered, order = rows.x.where(rows.good, -math.inf).sort(descending=True)
+    gaps = ((ordered[:-1] - ordered[1:]) / reg).clamp(max=VANISHED).nan_to_num(VANISHED)
+    k, counts = rows.place(), rows.place() < rows.n
+    z = torch.cat([gaps.new_zeros(1), -gaps.cumsum(0)]).where(counts, -math.inf)
     log_sum = z.flip(0).logcumsumexp(0).flip(0)  # over those from k on
     left = rows.n - k / beta
-    can = (left > 0) & (k < rows.n)
+    can = (left > 0) & counts
     log_mu = log_sum - left.where(can, 1.0).log()
     fits = (z - log_mu <= -math.log(beta)) | (k >= can.sum() - 1)  # the last that can always fits, up to rounding
     log_mu = log_mu[(~fits).sum().clamp(max=len(k) - 1)]
-    return rows.weights((x / reg - log_mu).exp().clamp(max=1 / beta))
+    w = (z - log_mu).exp().clamp(max=1 / beta)
+    return rows.weights(torch.empty_like(w).scatter_(0, order, w))
 
 
 def chi2(losses: Tensor, rho: float, *, mask: Tensor | None = None) -> Tensor:

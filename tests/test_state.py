@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import oracle
@@ -508,3 +509,13 @@ def test_error_in_the_criterion_passes_through(one_backend):
     with pytest.raises(KeyError, match="mine"):
         criterion(A)
     assert float(criterion.log_s) == -INF
+
+
+def test_lambda_is_exact_in_float64():
+    """float32 makes 0.1000000015 of it; whoever writes the buffer afterwards means what is written."""
+    assert float(ab.ABLoss(lam=0.1).double().lam) == 0.1
+    assert float(ab.ABLoss(rule=partial(ab.weights.term, t=3.0)).double().lam) == 1 / 3
+    criterion = ab.ABLoss(lam=0.1)
+    criterion.lam.fill_(0.7)
+    assert float(criterion.double().lam) == pytest.approx(0.7, rel=1e-7) and float(criterion.lam) != 0.7
+    assert float(criterion.float().lam) == pytest.approx(0.7, rel=1e-7)

@@ -1,0 +1,936 @@
+"""TERM, CVaR, chi-squared and group DRO: against slow float64 versions, as optima, at the extremes, and as ABLoss(rule=...)."""
+
+import copy
+import math
+import pickle
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import absgd_fast as ab
+from absgd_fast import weights
+
+INF, NAN = math.inf, math.nan
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    """Forty losses: a second thread only waits."""
+    threads(1)
+
+
+# ---- the rules of MATH section 4 again, in NumPy ----------------------------------------------------------------------
+
+
+def tilted(losses, t):
+    """Softmax of t L, and (1/t) log mean exp(t L); log1p and expm1, so that t = 1e-12 is as exact as t = 1."""
+    top = losses.max() if t > 0 else losses.min()
+    if math.isinf(t):
+        share = (losses == top).astype(float)
+        return share / share.sum(), top
+    share = np.exp(t * (losses - top))
+    value = losses.mean() if t == 0 else top + math.log1p(np.expm1(t * (losses - top)).mean()) / t
+    return share / share.sum(), value
+
+
+def term(losses, t, groups=None, t_group=None):
+    labels = np.zeros(len(losses)) if groups is None else groups
+    members = [np.flatnonzero(labels == g) for g in np.unique(labels)]
+    sizes = np.array([len(m) for m in members])
+    inner = [tilted(losses[m], t) for m in members]
+    values = np.array([v for _, v in inner])
+    tilt = 0.0 if t_group is None else t_group
+    top = values.max() if tilt > 0 else values.min()
+    outer = sizes * ((values == top) if math.isinf(tilt) else np.exp(tilt * (values - top)))
+    result = np.zeros(len(losses))
+    for m, (share, _), weight in zip(members, inner, outer / outer.sum()):
+        result[m] = len(losses) * weight * share
+    return result
+
+
+def cvar(losses, beta, reg=0.0):
+    n, spread = len(losses), np.ptp(losses)
+    if reg == 0:
+        result, left = np.zeros(n), beta * n  # how many whole rows the share beta holds
+        for value in np.unique(losses)[::-1]:
+            ties = losses == value
+            taken = min(left, ties.sum())
+            result[ties], left = taken / ties.sum() / beta, left - taken
+        return result
+
+    def at(mu):
+        return np.minimum(np.exp(np.minimum((losses - mu) / reg, 700)), 1 / beta)
+
+    low, high = losses.min(), losses.max()  # all W >= 1 at the one, all W <= 1 at the other
+    for _ in range(200 if spread else 0):
+        mu = low + (high - low) / 2
+        low, high = (mu, high) if at(mu).mean() >= 1 else (low, mu)
+    return at(low)
+
+
+def divergence(w):
+    return ((w - 1) ** 2).mean() / 2
+
+
+def chi2(losses, rho):
+    below = losses.max() - losses
+    if rho == 0 or not below.any():
+        return np.ones(len(losses))
+
+    def at(s):
+        """mu = max L - s spread."""
+        p = np.maximum(s - below / below.max(), 0)
+        return p / p.mean()
+
+    low, high = -90.0, 90.0  # log s: exp(-90) is under the gap to any second float64, exp(90) is uniform
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (low, middle) if divergence(at(math.exp(middle))) <= rho else (middle, high)
+    return at(math.exp(high))
+
+
+class GroupDRO:
+    """Algorithm 1, with an array for q."""
+
+    def __init__(self, n_groups, eta):
+        self.q, self.eta = [1 / n_groups] * n_groups, eta
+
+    def __call__(self, losses, groups):
+        for g in set(groups.tolist()):
+            self.q[g] *= math.exp(self.eta * losses[groups == g].mean())
+        self.q = [q / sum(self.q) for q in self.q]
+        return np.array([len(losses) * self.q[g] / (groups == g).sum() for g in groups])
+
+
+# ---- the table: what is called with (losses, groups), and what it must give -------------------------------------------
+
+FLAT = {
+    "term": (partial(weights.term, t=0.7), partial(term, t=0.7)),
+    "eg": (partial(weights.term, t=-1.3), partial(term, t=-1.3)),
+    "term-zero": (partial(weights.term, t=0.0), partial(term, t=0.0)),
+    "term-max": (partial(weights.term, t=INF), partial(term, t=INF)),
+    "term-min": (partial(weights.term, t=-INF), partial(term, t=-INF)),
+    "cvar": (partial(weights.cvar, beta=0.3), partial(cvar, beta=0.3)),
+    "cvar-kl": (partial(weights.cvar, beta=0.3, reg=0.5), partial(cvar, beta=0.3, reg=0.5)),
+    "chi2": (partial(weights.chi2, rho=0.4), partial(chi2, rho=0.4)),
+}
+GROUPED = {
+    "grouped": (partial(weights.term, t=0.7), partial(term, t=0.7)),
+    "hierarchical": (partial(weights.term, t=0.7, t_group=-2.0), partial(term, t=0.7, t_group=-2.0)),
+    "groups-as-wholes": (partial(weights.term, t=0.0, t_group=1.5), partial(term, t=0.0, t_group=1.5)),
+    "worst-group": (partial(weights.term, t=-1.0, t_group=INF), partial(term, t=-1.0, t_group=INF)),
+    "worst-of-each": (partial(weights.term, t=INF), partial(term, t=INF)),
+    "group-dro": (
+        lambda losses, groups, **k: weights.GroupDRO(4, 0.3).double()(losses, groups, **k),
+        lambda losses, groups: GroupDRO(4, 0.3)(losses, groups),
+    ),
+}
+
+
+class Rule:
+    def __init__(self, name):
+        self.name, self.grouped = name, name in GROUPED
+        self.rule, self.slow = (GROUPED if self.grouped else FLAT)[name]
+
+    def __call__(self, losses, groups, **keywords):
+        return self.rule(losses, **({"groups": groups} if self.grouped else {}), **keywords)
+
+    def exact(self, losses, groups):
+        losses, groups = np.asarray(losses, np.float64), np.asarray(groups)
+        return self.slow(losses, **({"groups": groups} if self.grouped else {}))
+
+
+@pytest.fixture(params=[*FLAT, *GROUPED])
+def rule(request):
+    return Rule(request.param)
+
+
+KINDS = {
+    "spread": lambda rng, n: rng.exponential(1.0, n),
+    "signed": lambda rng, n: rng.normal(0, 3, n),
+    "ties": lambda rng, n: rng.integers(0, 4, n) / 2.0,
+    "equal": lambda rng, n: np.full(n, 0.7),
+    "far": lambda rng, n: 1e6 + rng.random(n),  # a spread of 1e-6 of the size: bounds relative to the size are too wide
+    "outlier": lambda rng, n: np.where(np.arange(n) == n // 2, 40.0, rng.random(n)),
+}
+
+
+@st.composite
+def batches(draw, kinds=tuple(KINDS)):
+    """Losses (n,) of one of the kinds, n from 1 to 40, and groups 0 to 3 of which some may be absent."""
+    n = draw(st.integers(1, 40))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return KINDS[draw(st.sampled_from(kinds))](rng, n), rng.integers(0, draw(st.integers(1, 4)), n)
+
+
+def tensor(x, **kw):
+    return torch.tensor(np.asarray(x), **kw)
+
+
+def close(result, exact, tolerance=1e-10):
+    np.testing.assert_allclose(result.numpy(), exact, rtol=tolerance, atol=tolerance)
+
+
+many = settings(max_examples=150)  # the arguments alone have 130 combinations
+
+# ---- values -----------------------------------------------------------------------------------------------------------
+
+
+tilts = st.sampled_from([-INF, -20.0, -1.0, -1e-9, 0.0, 1e-12, 1e-4, 0.5, 3.0, 20.0, INF])
+
+
+@many
+@given(batch=batches([k for k in KINDS if k != "far"]), t=tilts)
+def test_term(one_backend, batch, t):
+    close(weights.term(tensor(batch[0]), t, backend=one_backend), term(batch[0], t))
+
+
+@many
+@given(batch=batches(), t=tilts, t_group=st.one_of(st.none(), tilts))
+def test_hierarchical_term(batch, t, t_group):
+    """1e6 + x with t = 20: only what is taken from the largest before it is multiplied keeps ten digits."""
+    losses, groups = batch
+    labels = np.array([-(2**63), 7, 2**63 - 1, 0])[groups]  # any integers: no table of labels, no bincount
+    # the value of a group of 1e6 + x is known to 1e-10, and t_group multiplies that
+    tolerance = 1e-10 if abs(losses).max() < 1e5 or t_group in (None, INF, -INF) else 1e-8
+    if t_group in (INF, -INF) and abs(t) != INF:
+        values = np.sort([tilted(losses[groups == g], t)[1] for g in np.unique(groups)])
+        # which group is ahead may otherwise hang on the last digit; ties are for test_groups_that_tie
+        assume((np.diff(values) > 1e-8 * (1 + abs(losses).max())).all())
+    close(weights.term(tensor(losses), t, tensor(labels), t_group), term(losses, t, groups, t_group), tolerance)
+
+
+@many
+@given(batch=batches(), beta=st.sampled_from([1e-6, 0.05, 0.25, 0.3, 0.9, 1.0]))
+def test_cvar(batch, beta):
+    close(weights.cvar(tensor(batch[0]), beta), cvar(batch[0], beta))
+
+
+@many
+@given(batch=batches(), beta=st.sampled_from([1e-6, 0.05, 0.25, 0.3, 0.9, 1.0]), reg=st.sampled_from([0.05, 0.5, 3.0, 1e4]))
+def test_regularised_cvar(batch, beta, reg):
+    """1e6 + x with reg = 0.05: mu is a float64 near 1e6 here, which costs 1e-10 / 0.05."""
+    losses = batch[0]
+    close(weights.cvar(tensor(losses), beta, reg), cvar(losses - losses.max(), beta, reg))
+
+
+@many
+@given(batch=batches(), rho=st.sampled_from([0.0, 1e-6, 0.01, 0.3, 1.0, 5.0, 1e9, INF]))
+def test_chi2(batch, rho):
+    close(weights.chi2(tensor(batch[0]), rho), chi2(batch[0], rho))
+
+
+@given(seed=st.integers(0, 9999), eta=st.sampled_from([0.0, 0.01, 0.5, 3.0]), double=st.booleans())
+def test_group_dro_over_several_batches(seed, eta, double):
+    """Groups of five, absent now and then: they keep their q up to the common factor."""
+    rng = np.random.default_rng(seed)
+    rule, exact = weights.GroupDRO(5, eta), GroupDRO(5, eta)
+    rule = rule.double() if double else rule
+    assert rule.q.tolist() == pytest.approx([0.2] * 5)
+    for _ in range(6):
+        n = int(rng.integers(1, 12))
+        losses, groups = rng.normal(1, 1, n), rng.integers(0, 5, n)
+        w = rule(tensor(losses), tensor(groups))
+        # log q in float32 is up to 50 here, and known to 50 ulp
+        close(w, exact(losses, groups), 1e-11 if double else 2e-5)
+        close(rule.q, exact.q, 1e-11 if double else 2e-5)
+        assert float(w.mean()) == pytest.approx(sum(exact.q[g] for g in set(groups)), rel=1e-4)
+
+
+def test_numbers_by_hand():
+    three = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
+    close(weights.term(three, math.log(2)), [0.75, 0.75, 1.5])
+    # R = 0 and 1, n_g e^(t R) = 2 and 2: half each
+    close(weights.term(three, 1.0, torch.tensor([4, 4, -1]), math.log(2)), [0.75, 0.75, 1.5])
+    close(weights.cvar(torch.tensor([1.0, 2.0, 3.0, 3.0]), 0.25), [0, 0, 2, 2])
+    close(weights.cvar(torch.tensor([1.0, 2.0, 3.0, 4.0]), 0.375), [0, 0, 4 / 3, 8 / 3], 1e-6)
+    # e^(2 - mu), e^(0 - mu) capped at 1 / beta = 1.5: the rest is 0.5
+    close(weights.cvar(torch.tensor([2.0, 0.0], dtype=torch.float64), 2 / 3, 1.0), [1.5, 0.5])
+    close(weights.chi2(torch.tensor([0.0, 5.0], dtype=torch.float64), 0.125), [0.5, 1.5])  # (W - 1)^2 = 2 rho
+    rule = weights.GroupDRO(3, eta=math.log(2))
+    close(rule(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0, 0, 2])), [3 / 4, 3 / 4, 3 / 4], 1e-6)
+    close(rule.q, [0.5, 0.25, 0.25], 1e-6)
+
+
+def test_arguments_matter(rng):
+    """Each argument changes the weights: none of the properties is vacuous."""
+    losses, groups = rng.random(12), rng.integers(0, 3, 12)
+    pairs = [
+        (term(losses, 1.0), term(losses, 2.0)),
+        (term(losses, 1.0), term(losses, 1.0, groups)),
+        (term(losses, 1.0, groups), term(losses, 1.0, groups, 1.0)),
+        (term(losses, 1.0, groups, 1.0), term(losses, 1.0)),  # unlike tilts would have to be one: see the test below
+        (cvar(losses, 0.3), cvar(losses, 0.3, 0.1)),
+        (cvar(losses, 0.3, 0.1), cvar(losses, 1e-9, 0.1)),  # the cap binds
+        (chi2(losses, 0.1), chi2(losses, 0.2)),
+    ]
+    equal = [np.allclose(a, b) for a, b in pairs]
+    assert equal == [False, False, False, True, False, False, False]
+
+
+# ---- as gradients and optima ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("t", [-2.0, 0.3, 4.0])
+@pytest.mark.parametrize("t_group", [None, 0.0, -1.5, 2.5])
+def test_term_is_the_gradient_of_its_objective(t, t_group, rng):
+    """autograd of (1/t_out) log((1/n) sum_g n_g exp(t_out R_g)); for t_out = 0 the mean of R."""
+    losses = tensor(rng.exponential(1.0, 17), requires_grad=True)
+    groups = tensor(rng.integers(0, 4, 17))
+    members = [groups == g for g in groups.unique()]
+    value = torch.stack([(torch.logsumexp(t * losses[m], 0) - math.log(m.sum())) / t for m in members])
+    sizes = torch.stack([m.sum() for m in members]).double()
+    if t_group:
+        objective = (torch.logsumexp(sizes.log() + t_group * value, 0) - math.log(17)) / t_group
+    else:
+        objective = (sizes * value).sum() / 17
+    (wanted,) = torch.autograd.grad(objective, losses)
+    torch.testing.assert_close(weights.term(losses, t, groups, t_group), 17 * wanted, rtol=1e-11, atol=1e-13)
+    (flat,) = torch.autograd.grad(torch.logsumexp(t * losses, 0) / t, losses)
+    torch.testing.assert_close(weights.term(losses, t), 17 * flat, rtol=1e-11, atol=1e-13)
+    # one tilt inside and between groups is no grouping at all
+    torch.testing.assert_close(weights.term(losses, t, groups, t), 17 * flat, rtol=1e-11, atol=1e-13)
+
+
+def test_limits_of_term(rng):
+    """t to 0: 1 + t (L - mean L); t to inf: the extreme alone, and all that tie there."""
+    losses = tensor(rng.exponential(1.0, 9))
+    close((weights.term(losses, 1e-7) - 1) / 1e-7, losses - losses.mean(), 1e-5)
+    for t, where in ((1e9, losses.argmax()), (-1e9, losses.argmin())):
+        close(weights.term(losses, t), 9.0 * F.one_hot(where, 9).double().numpy())
+        close(weights.term(losses, math.copysign(INF, t)), 9.0 * F.one_hot(where, 9).double().numpy(), 0)
+    ties = torch.tensor([1.0, 3.0, 3.0, 1.0, 2.0])
+    assert weights.term(ties, INF).tolist() == weights.term(ties, 1e9).tolist() == [0, 2.5, 2.5, 0, 0]
+    assert weights.term(ties, -INF).tolist() == weights.term(ties, -1e9).tolist() == [2.5, 0, 0, 2.5, 0]
+
+
+def test_groups_that_tie():
+    """Groups 0 and 1 have the largest maximum: their five rows share the weight, each group by its size."""
+    losses = torch.tensor([4.0, 4.0, 1.0, 4.0, 2.0, 3.0], dtype=torch.float64)
+    groups = torch.tensor([0, 0, 0, 1, 1, 2])
+    # 6 n_g / 5 each, over the ties within
+    close(weights.term(losses, INF, groups, INF), [1.8, 1.8, 0, 2.4, 0, 0])
+    # every group by its size, 3 : 2 : 1, its own largest alone
+    close(weights.term(losses, INF, groups), [1.5, 1.5, 0, 2, 0, 1])
+    # the smallest mean is 3 = that of group 0, of 1 and of 2
+    close(weights.term(losses, 0.0, groups, -INF), [1, 1, 1, 1, 1, 1])
+    close(weights.term(losses, -INF, groups, INF), [0, 0, 0, 0, 0, 6])  # minima 1, 2, 3
+
+
+def feasible(rng, n, allowed):
+    """A random W of mean 1, as far from uniform as `allowed` lets it be, and so often on the boundary."""
+    p = n * rng.dirichlet(np.full(n, rng.choice([0.1, 1.0, 10.0])))
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if allowed(1 + middle * (p - 1)) else (low, middle)
+    return 1 + low * (p - 1)
+
+
+def kl(w):
+    return np.where(w > 0, w * np.log(np.maximum(w, 1e-300)), 0).mean()
+
+
+@given(batch=batches(["spread", "signed", "ties", "outlier"]), beta=st.sampled_from([0.1, 0.4]), reg=st.sampled_from([0.0, 0.3]))
+def test_cvar_is_optimal(batch, beta, reg):
+    losses, n = batch[0], len(batch[0])
+    rng = np.random.default_rng(n)
+    w = weights.cvar(tensor(losses), beta, reg).numpy()
+    assert w.min() >= 0 and w.max() <= 1 / beta * (1 + 1e-12) and w.mean() == pytest.approx(1, rel=1e-12)
+
+    def objective(w):
+        return (w * losses).mean() - reg * kl(w)
+
+    for _ in range(20):
+        assert objective(feasible(rng, n, lambda v: v.max() <= 1 / beta)) <= objective(w) + 1e-10
+
+
+@given(batch=batches(["spread", "signed", "ties", "outlier"]), rho=st.sampled_from([0.01, 0.3, 2.0]))
+def test_chi2_is_optimal(batch, rho):
+    losses, n = batch[0], len(batch[0])
+    rng = np.random.default_rng(n)
+    w = weights.chi2(tensor(losses), rho).numpy()
+    assert w.min() >= 0 and w.mean() == pytest.approx(1, rel=1e-12) and divergence(w) <= rho * (1 + 1e-9)
+    top = (losses == losses.max()).sum()
+    if np.ptp(losses) > 0:  # else the uniform is as good as any
+        assert divergence(w) == pytest.approx(min(rho, (n / top - 1) / 2), rel=1e-9)
+    for _ in range(20):
+        assert (feasible(rng, n, lambda v: divergence(v) <= rho) * losses).mean() <= (w * losses).mean() + 1e-10
+
+
+def test_chi2_where_the_ball_reaches_the_corner():
+    """n = 10, k = 2 ties at the maximum: uniform over them from rho = (10/2 - 1)/2 = 2 on, not before."""
+    losses = tensor([3.0, 3.0, *np.linspace(0, 2, 8)])
+    corner = torch.tensor([5.0] * 2 + [0.0] * 8, dtype=torch.float64)
+    for rho in (2.0, 2.1, 1e300, INF):
+        close(weights.chi2(losses, rho), corner, 1e-12)
+    before = weights.chi2(losses, 1.99)
+    assert before[9] > 1e-3 and divergence(before.numpy()) == pytest.approx(1.99, rel=1e-10)
+
+
+@given(batch=batches(["spread", "signed", "ties"]), exponent=st.sampled_from([-900, -100, 100, 900]))
+def test_unit_of_the_losses(batch, exponent):
+    """A power of two on losses and reg changes nothing, although squares of them over- and underflow."""
+    losses, unit = tensor(batch[0]), 2.0**exponent
+    for f in (weights.cvar, lambda x, beta: weights.chi2(x, beta)):
+        close(f(losses * unit, 0.3), f(losses, 0.3).numpy(), 1e-13)
+    close(weights.cvar(losses * unit, 0.3, 0.5 * unit), weights.cvar(losses, 0.3, 0.5).numpy(), 1e-11)
+
+
+@given(batch=batches(["ties"]), beta=st.sampled_from([0.05, 0.3, 0.9]))
+def test_limits_of_the_penalty(batch, beta):
+    """reg = 1e-3 beside gaps of 0.5 is none, e^-500; reg = 1e9 leaves the plain mean."""
+    losses = tensor(batch[0])
+    close(weights.cvar(losses, beta, 1e-3), weights.cvar(losses, beta).numpy())
+    close(weights.cvar(losses, beta, 1e9), np.ones(len(losses)), 1e-8)
+
+
+# ---- rows that do not count -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_shape_dtype_and_constancy(rule, dtype, rng):
+    """(3, 1, 7): any shape comes back; no graph, the argument untouched; float64 inside whatever came."""
+    losses = tensor(rng.exponential(1.0, (3, 1, 7))).to(dtype).requires_grad_()
+    groups, before = tensor(rng.integers(0, 4, (3, 1, 7)).astype(np.int32)), losses.detach().clone()
+    w = rule(losses, groups)
+    assert w.shape == losses.shape and not w.requires_grad and torch.equal(losses.detach(), before)
+    assert w.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = rule.exact(before.double().flatten(), groups.flatten())
+    close(w.flatten(), exact, 1e-10 if dtype == torch.float64 else 2e-6)  # |t L| up to 7: 7 ulp
+
+
+def test_noncontiguous(rule, rng):
+    losses, groups = tensor(rng.exponential(1.0, (5, 8))), tensor(rng.integers(0, 4, (5, 8)))
+    mask = tensor(rng.random((5, 8)) < 0.6)
+    strided = [x.t()[::2] for x in (losses, groups, mask)]
+    w, plain = (rule(x, g, mask=m) for x, g, m in (strided, [x.contiguous() for x in strided]))
+    assert torch.equal(w, plain)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_rows_that_do_not_count(rule, bad, rng):
+    """Masked: 0. NaN and inf: NaN. The others as if alone; groups 2 and 3 are masked and bad as wholes."""
+    losses, groups = rng.exponential(1.0, 19), np.arange(19) % 2
+    mask = np.ones(19, bool)
+    groups[[3, 4]], mask[[3, 4]] = 2, False
+    groups[[7, 8]], losses[[7, 8]] = 3, bad
+    mask[0], losses[0] = False, bad  # masked wins
+    losses[9] = 1e30
+    mask[9] = False  # not in any sum, maximum or spread
+    losses[12] = bad
+    good = mask & np.isfinite(losses)
+    w = rule(tensor(losses), tensor(groups), mask=tensor(mask))
+    assert (w[~tensor(mask)] == 0).all() and w[[7, 8, 12]].isnan().all()
+    close(w[tensor(good)], rule.exact(losses[good], groups[good]))
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0)], ids=str)
+def test_empty(rule, shape):
+    w = rule(torch.zeros(shape), torch.zeros(shape, dtype=torch.int64))
+    assert w.shape == shape and w.dtype == torch.float32
+
+
+def test_no_row_counts(rule):
+    """All masked: zeros; all bad: NaN; both: each its own."""
+    losses, groups = torch.tensor([1.0, NAN, INF]), torch.tensor([0, 1, 1])
+    assert rule(losses, groups, mask=torch.zeros(3, dtype=torch.bool)).tolist() == [0, 0, 0]
+    w = rule(losses, groups, mask=torch.tensor([False, True, True]))
+    assert w[0] == 0 and w[1:].isnan().all()
+
+
+EXTREMES = [
+    [1e30, -1e30, 0.0, 1.0, 1e30],
+    [1e30, 1e30, 1e30],
+    [0.7, 0.7, 0.7, 0.7, 0.7],  # 0.7 + 0.7 + 0.7 is not 3 * 0.7
+    [-1e30, -1e30],
+    [1e30],
+    [0.0],
+    [1e30, 1.0, 1e-30, 0.0],
+    [1e-30, 0.0, 2e-30],
+    [1e-45, 0.0],  # the smallest float32
+    [1.0, 1.0 + 2**-23],
+    [3e38, -3e38],  # near the largest float32
+    [0.0, -0.0],
+]
+STRETCHED = {
+    **{f"term({t:g})": partial(weights.term, t=t) for t in (1e30, -1e30, 1e-30, 0.0, INF, -INF, 88.0)},
+    **{f"cvar({b:g}, {r:g})": partial(weights.cvar, beta=b, reg=r) for b in (1e-30, 0.5, 1.0) for r in (0, 1e-30, 1.0, 1e30)},
+    **{f"chi2({r:g})": partial(weights.chi2, rho=r) for r in (0.0, 1e-30, 0.3, 1e30)},
+    **{f"groups({t:g}, {u:g})": partial(weights.term, t=t, t_group=u)
+       for t in (1e30, -1e30, 1e-30, 0.0, INF, -INF) for u in (1e30, -1e30, 1e-30, 1.0, INF, -INF)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRETCHED)
+def test_extremes(name):
+    """Finite losses never give NaN: W is in [0, n], has mean 1, and ties within a group weigh the same."""
+    for values in EXTREMES:
+        for dtype in (torch.float32, torch.float64):
+            losses = torch.tensor(values, dtype=dtype)
+            n, groups = len(values), torch.tensor([0, 1, 1, 0, 0][: len(values)])
+            more = {"groups": groups} if name.startswith("groups") else {}
+            w = STRETCHED[name](losses, **more)
+            assert ((w >= 0) & (w <= n * (1 + 1e-6))).all(), (values, w)  # NaN is neither
+            assert float(w.double().mean()) == pytest.approx(1, rel=1e-6), (values, w)
+            for i in range(n):
+                for j in range(i):
+                    if values[i] == values[j] and (not more or groups[i] == groups[j]):
+                        assert w[i] == w[j], (values, w)
+            if losses.max() == losses.min():  # groups tie as well: all their rows alike
+                assert w.tolist() == pytest.approx([1] * n), (values, w)
+
+
+@pytest.mark.parametrize("eta", [0.01, 1e10])
+def test_group_dro_extremes(eta):
+    """exp(eta 1e30) is infinite in any precision: all of q goes to the group that loses most, and comes back finite."""
+    rule = weights.GroupDRO(3, eta)
+    groups = torch.tensor([0, 1, 1])
+    for values in ([1e30, 0.0, 1.0], [1e30, 1e30, 1e30], [-1e30, -1e30, 3.0], [0.0, 0.0, 0.0], [0.0, 1e30, 1e30]):
+        w = rule(torch.tensor(values), groups)
+        assert ((w >= 0) & (w <= 3)).all() and float(rule.q.sum()) == pytest.approx(1, rel=1e-5)
+    first = weights.GroupDRO(3, eta)
+    assert first(torch.tensor([1e30, 0.0, 1.0]), groups).tolist() == [3, 0, 0] and first.q.tolist() == [1, 0, 0]
+
+
+# ---- the state of group DRO -------------------------------------------------------------------------------------------
+
+
+def moved(rule, *args, **keywords):
+    before = rule.log_q.clone()
+    w = rule(*args, **keywords)
+    return w, not torch.equal(before, rule.log_q)
+
+
+def test_when_q_moves():
+    """Only in training mode with gradients enabled and update=True; the weights are those of the new q in any case."""
+    rule, losses, groups = weights.GroupDRO(3, 0.5), torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 1, 1])
+    rule(torch.tensor([1.0, 3.0]), torch.tensor([2, 1]))  # not from the start, where q is uniform
+    wanted = copy.deepcopy(rule)(losses, groups)
+    for kept in (lambda: moved(rule, losses, groups, update=False), torch.no_grad()(lambda: moved(rule, losses, groups))):
+        w, changed = kept()
+        assert torch.equal(w, wanted) and not changed
+    w, changed = moved(rule.eval(), losses, groups)
+    assert torch.equal(w, wanted) and not changed
+    w, changed = moved(rule.train(), losses, groups)
+    assert torch.equal(w, wanted) and changed
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_a_bad_row_leaves_q(bad):
+    """Unless it is masked; the other rows have the weights that they have alone."""
+    rule, losses, groups = weights.GroupDRO(3, 0.5), torch.tensor([1.0, bad, 4.0, 2.0]), torch.tensor([0, 0, 1, 1])
+    wanted = copy.deepcopy(rule)(losses[[0, 2, 3]], groups[[0, 2, 3]])
+    w, changed = moved(rule, losses, groups)
+    assert not changed and math.isnan(w[1])
+    torch.testing.assert_close(w[[0, 2, 3]], wanted)
+    w, changed = moved(rule, losses, groups, mask=torch.tensor([True, False, True, True]))
+    assert changed and w[1] == 0
+    torch.testing.assert_close(w[[0, 2, 3]], wanted)
+
+
+def test_batches_of_nothing_leave_q():
+    rule = weights.GroupDRO(2, 0.5)
+    rule(torch.tensor([1.0, 2.0]), torch.tensor([0, 1]))
+    before = rule.q.clone()
+    rule(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    rule(torch.ones(2), torch.tensor([0, 1]), mask=torch.zeros(2, dtype=torch.bool))
+    torch.testing.assert_close(rule.q, before)
+
+
+def test_state_of_group_dro():
+    rule = weights.GroupDRO(3, 0.5)
+    rule(torch.tensor([1.0, 2.0]), torch.tensor([0, 1]))
+    assert rule.log_q.dtype == torch.float32 and not rule.log_q.requires_grad
+    torch.testing.assert_close(rule.q, rule.log_q.exp())
+    fresh = weights.GroupDRO(3, 0.5)
+    fresh.load_state_dict(rule.state_dict())
+    for other in (fresh, copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
+        assert torch.equal(other.log_q, rule.log_q) and other.log_q is not rule.log_q
+    for narrow in ("bfloat16", "half"):
+        cast = getattr(copy.deepcopy(rule), narrow)()
+        assert torch.equal(cast.log_q, rule.log_q) and cast.log_q.dtype == torch.float32
+    assert copy.deepcopy(rule).double().log_q.dtype == torch.float64
+
+
+# ---- bad arguments ----------------------------------------------------------------------------------------------------
+
+L3, G3 = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 0, 1])
+BAD = {
+    "t is nan": (lambda: weights.term(L3, NAN), ValueError, r"\bt\b"),
+    "t_group is nan": (lambda: weights.term(L3, 1.0, G3, NAN), ValueError, "t_group"),
+    "t_group alone": (lambda: weights.term(L3, 1.0, t_group=1.0), ValueError, "groups"),
+    "groups: shape": (lambda: weights.term(L3, 1.0, G3[:2]), ValueError, "groups"),
+    "groups: broadcast": (lambda: weights.term(L3, 1.0, G3[:1]), ValueError, "groups"),
+    "groups: float": (lambda: weights.term(L3, 1.0, G3.float()), TypeError, "groups"),
+    "term: mask": (lambda: weights.term(L3, 1.0, mask=torch.ones(2, dtype=torch.bool)), ValueError, "mask"),
+    "term: mask, grouped": (lambda: weights.term(L3, 1.0, G3, mask=torch.ones(2, dtype=torch.bool)), ValueError, "mask"),
+    "term: integers": (lambda: weights.term(G3, 1.0), (TypeError, ValueError), "losses"),
+    "term: integers, grouped": (lambda: weights.term(G3, 1.0, G3), (TypeError, ValueError), "losses"),
+    "term: 0-d": (lambda: weights.term(torch.tensor(1.0), 1.0), (TypeError, ValueError), "losses"),
+    **{f"beta {b}": (partial(weights.cvar, L3, b), ValueError, "beta") for b in (0.0, -0.1, 1.1, INF, NAN)},
+    **{f"reg {r}": (partial(weights.cvar, L3, 0.5, r), ValueError, "reg") for r in (-0.1, INF, NAN)},
+    "cvar: mask": (lambda: weights.cvar(L3, 0.5, mask=torch.ones(1, 3, dtype=torch.bool)), ValueError, "mask"),
+    "cvar: integers": (lambda: weights.cvar(G3, 0.5), (TypeError, ValueError), "losses"),
+    "cvar: 0-d": (lambda: weights.cvar(torch.tensor(1.0), 0.5), (TypeError, ValueError), "losses"),
+    **{f"rho {r}": (partial(weights.chi2, L3, r), ValueError, "rho") for r in (-0.1, -INF, NAN)},
+    "chi2: mask": (lambda: weights.chi2(L3, 0.5, mask=torch.ones(2, dtype=torch.bool)), ValueError, "mask"),
+    "chi2: integers": (lambda: weights.chi2(G3, 0.5), (TypeError, ValueError), "losses"),
+    "chi2: 0-d": (lambda: weights.chi2(torch.tensor(1.0), 0.5), (TypeError, ValueError), "losses"),
+    **{f"n_groups {n}": (partial(weights.GroupDRO, n), ValueError, "n_groups") for n in (0, -1)},
+    **{f"eta {e}": (partial(weights.GroupDRO, 2, e), ValueError, "eta") for e in (-0.1, INF, NAN)},
+    "dro: shape": (lambda: weights.GroupDRO(2)(L3, G3[:2]), ValueError, "groups"),
+    "dro: float": (lambda: weights.GroupDRO(2)(L3, G3.float()), TypeError, "groups"),
+    "dro: mask": (lambda: weights.GroupDRO(2)(L3, G3, mask=torch.ones(2, dtype=torch.bool)), ValueError, "mask"),
+    "dro: too large": (lambda: weights.GroupDRO(2)(L3, G3 + 1), IndexError, "2"),
+    "dro: negative": (lambda: weights.GroupDRO(2)(L3, G3 - 1), IndexError, "-1"),
+    "dro: integers": (lambda: weights.GroupDRO(2)(G3, G3), (TypeError, ValueError), "losses"),
+    "dro: 0-d": (lambda: weights.GroupDRO(2)(torch.tensor(1.0), torch.tensor(0)), (TypeError, ValueError), "losses"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_named(name):
+    call, error, names = BAD[name]
+    with pytest.raises(error, match=names):
+        call()
+
+
+def test_a_masked_row_may_have_any_group():
+    """-1 often stands for "unknown"; an index of it must not be read. An error leaves q as it was."""
+    rule = weights.GroupDRO(2, 0.5)
+    w = rule(L3, torch.tensor([0, -1, 2**40]), mask=torch.tensor([True, False, False]))
+    close(w, [rule.q[0].item(), 0, 0], 1e-6)
+    before = rule.log_q.clone()
+    with pytest.raises(IndexError):
+        rule(L3, torch.tensor([0, -1, 1]))
+    assert torch.equal(before, rule.log_q)
+
+
+# ---- ABLoss(rule=...) -------------------------------------------------------------------------------------------------
+
+
+def p_and_n(logits, target):
+    n = F.cross_entropy(logits, target, reduction="none")
+    return torch.exp(-n), n
+
+
+def focal(logits, target):
+    p, n = p_and_n(logits, target)
+    return (1 - p) ** 2 * n
+
+
+def gce(logits, target):
+    p, _ = p_and_n(logits, target)
+    return torch.where(target == -100, 0, (1 - p**0.7) / 0.7)
+
+
+ce = partial(F.cross_entropy, reduction="none")
+CRITERIA = {
+    "ce": (ab.CrossEntropy, ce),
+    "focal": (ab.Focal, focal),
+    "gce": (ab.GCE, gce),
+    "torch": (lambda backend: torch.nn.CrossEntropyLoss(reduction="none"), ce),
+    "callable": (lambda backend: lambda x, y: gce(x, y).square(), lambda x, y: gce(x, y).square()),
+}
+# as ABLoss gets it; what W must be, from (losses, groups) of the valid rows; takes groups
+PLUGGED = {
+    "cvar": (lambda: partial(weights.cvar, beta=0.4), lambda x, g: cvar(x, 0.4), False),
+    "cvar-kl": (lambda: partial(weights.cvar, beta=0.4, reg=0.2), lambda x, g: cvar(x, 0.4, 0.2), False),
+    "chi2": (lambda: partial(weights.chi2, rho=0.3), lambda x, g: chi2(x, 0.3), False),
+    "term": (lambda: partial(weights.term, t=2.0), lambda x, g: term(x, 2.0), False),
+    "hierarchical": (lambda: partial(weights.term, t=1.5, t_group=-2.3), lambda x, g: term(x, 1.5, g, -2.3), True),
+    "group-dro": (lambda: weights.GroupDRO(3, 0.5), lambda x, g: GroupDRO(3, 0.5)(x, g), True),
+    "lambda": (lambda: lambda losses: losses / losses.mean(), lambda x, g: x / x.mean(), False),  # its graph does not count
+    "lambda-groups": (lambda: lambda losses, groups: losses * groups / losses.sum(), lambda x, g: x * g / x.sum(), True),
+}
+
+
+def formula(eager, logits, target, exact, *, valid, groups, sample_weight=None, score=None, mix=0.0):
+    """(1/n) sum sample_weight (W + mix) L over the valid rows, and W."""
+    losses = eager(logits, target)
+    seen = losses.detach() if score is None else score
+    w = torch.zeros(losses.shape, dtype=torch.float64)
+    w[valid] = tensor(exact(seen[valid].numpy(), groups[valid].numpy()))
+    terms = (w + mix) * losses * (1 if sample_weight is None else sample_weight)
+    return terms[valid].sum() / valid.sum(), w, losses.detach()
+
+
+@pytest.mark.parametrize("inner", CRITERIA)
+@pytest.mark.parametrize("plugged", PLUGGED)
+@pytest.mark.parametrize("extras", [("sample_weight", "mix"), ("score", "mask")], ids=",".join)
+def test_loss_and_gradient_of_a_rule(one_backend, inner, plugged, extras, rng):
+    """autograd of the formula, W a constant of the slow versions; (7, 4, 3) logits, some labels ignored, through a layer."""
+    layer = torch.nn.Linear(6, 12).double()
+    x, target = torch.tensor(rng.normal(size=(7, 6))), torch.tensor(rng.integers(0, 4, (7, 3)))
+    groups = torch.tensor(rng.integers(0, 3, (7, 3)))
+    (make, eager), (rule, exact, grouped) = CRITERIA[inner], PLUGGED[plugged]
+    more = {k: torch.tensor(rng.random((7, 3)) + 0.1) for k in ("sample_weight", "score") if k in extras}
+    valid = torch.ones(7, 3, dtype=torch.bool)
+    call = dict(more)
+    if "mask" in extras:
+        call["mask"] = valid = tensor(rng.random((7, 3)) < 0.7)
+    if inner != "callable":  # which does not say what it ignores
+        target[2, 1] = target[5, 0] = -100
+        valid = valid & (target != -100)
+    mix = 0.3 if "mix" in extras else 0.0
+    criterion = ab.ABLoss(make(backend=one_backend), rule=rule(), mix=mix, backend=one_backend).double()
+    value = criterion(layer(x).view(7, 4, 3), target, **call, **({"groups": groups} if grouped else {}))
+    grads = torch.autograd.grad(value, layer.parameters())
+    wanted, w, losses = formula(eager, layer(x).view(7, 4, 3), target, exact, valid=valid, groups=groups, mix=mix, **more)
+    assert value.shape == () and value.item() == pytest.approx(wanted.item(), rel=1e-10)
+    torch.testing.assert_close(grads, torch.autograd.grad(wanted, layer.parameters()), rtol=1e-9, atol=1e-12)
+    last = criterion.last
+    assert last.weights.shape == last.losses.shape == (7, 3)
+    close(last.weights, w.numpy())
+    close(last.losses[valid], losses[valid].numpy())
+    assert float(last.ess) == pytest.approx(float(w.sum() ** 2 / (w**2).sum()), rel=1e-10)
+    assert float(last.mean_loss) == pytest.approx(float(losses[valid].mean()), rel=1e-10)
+    assert float(criterion.objective) == pytest.approx(float((w * losses)[valid].mean()), rel=1e-10)
+
+
+def identity(losses):
+    return losses
+
+
+def test_term_as_a_rule_in_double_precision(one_backend, rng):
+    """1/1.5 is no float32: a rule in float64 is float64 throughout, as every other rule."""
+    losses = tensor(rng.exponential(1.0, 9))
+    criterion = ab.ABLoss(identity, rule=partial(weights.term, t=1.5), backend=one_backend).double()
+    criterion(losses)
+    close(criterion.last.weights, term(losses.numpy(), 1.5))
+
+
+@pytest.mark.parametrize("t", [2.0, -0.7])
+def test_term_as_a_rule_is_abloss_of_the_batch(one_backend, t, rng):
+    """t = 1/lam, normalizer="batch"; float64 and the float32 of every day."""
+    for dtype, rel in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+        logits = tensor(rng.normal(0, 2, (9, 4))).to(dtype).requires_grad_()
+        target = torch.tensor([0, 1, 2, 3, -100, 1, 2, 0, 0])
+        results = []
+        for rule in (dict(rule=partial(weights.term, t=t)), dict(lam=1 / t, normalizer="batch")):
+            criterion = ab.ABLoss(ab.CrossEntropy(backend=one_backend), backend=one_backend, **rule)
+            criterion = criterion.double() if dtype == torch.float64 else criterion
+            value = criterion(logits, target)
+            assert value.dtype == dtype
+            results.append((value.detach(), *torch.autograd.grad(value, logits), criterion.last.weights))
+        torch.testing.assert_close(*results, rtol=rel, atol=rel)
+
+
+def test_a_rule_without_mask_sees_the_valid_rows_alone(one_backend):
+    """Of losses and of groups; all of them where none is ignored; W comes back to its place."""
+    seen = []
+
+    def rule(losses, groups):
+        seen.append((losses.flatten().tolist(), groups.flatten().tolist()))
+        return losses * 2
+
+    losses = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], requires_grad=True)
+    groups = torch.arange(6).view(2, 3)
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    criterion = ab.ABLoss(identity, rule=rule, backend=one_backend)
+    criterion(losses, groups=groups, mask=mask).backward()
+    assert seen.pop() == ([1, 3, 5, 6], [0, 2, 4, 5])
+    assert criterion.last.weights.tolist() == [[2, 0, 6], [0, 10, 12]]
+    assert torch.equal(losses.grad, criterion.last.weights / 4)  # a constant: not 2 L / n more
+    criterion(losses, groups=groups)
+    assert seen.pop() == ([1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5])
+
+
+def test_largest_weight(one_backend, rng):
+    """max_weight bounds W of a rule as any other; sample_weight comes after it."""
+    losses = tensor(rng.exponential(1.0, 12), requires_grad=True)
+    for rule, exact, _ in (PLUGGED["term"], PLUGGED["cvar"], PLUGGED["chi2"]):
+        criterion = ab.ABLoss(identity, rule=rule(), max_weight=1.2, backend=one_backend).double()
+        value = criterion(losses, sample_weight=torch.full((12,), 3.0, dtype=torch.float64))
+        free = exact(losses.detach().numpy(), None)
+        assert free.max() > 1.2  # otherwise nothing is bounded
+        (grad,) = torch.autograd.grad(value, losses)
+        close(criterion.last.weights, np.minimum(free, 1.2), 1e-7)  # 1.2 may have been a float32
+        close(grad, 3 * np.minimum(free, 1.2) / 12, 1e-7)
+
+
+def test_low_precision(one_backend, rng):
+    """bf16 logits, float32 loss and weights, the gradient in the dtype of the logits; cast modules keep a float32 state."""
+    logits, target = tensor(rng.normal(size=(8, 4))), torch.arange(8) % 4
+    groups = torch.arange(8) % 3
+    for dtype, cast in ((torch.bfloat16, "bfloat16"), (torch.float16, "half")):
+        criterion = getattr(ab.ABLoss(ab.CrossEntropy(), rule=weights.GroupDRO(3, 0.5), backend=one_backend), cast)()
+        assert criterion.rule.log_q.dtype == torch.float32
+        x = logits.to(dtype).requires_grad_()
+        value = criterion(x, target, groups=groups)
+        value.backward()
+        assert value.dtype == criterion.last.weights.dtype == torch.float32 and x.grad.dtype == dtype
+        w = GroupDRO(3, 0.5)(ce(x.detach().double(), target).numpy(), groups.numpy())
+        close(criterion.last.weights, w, 1e-5)
+
+
+def test_upstream_gradient(one_backend, rng):
+    """An AMP scaler multiplies the loss by a power of two: the gradient with it, exactly."""
+    grads = []
+    for scale in (1.0, 1024.0):
+        x = tensor(np.linspace(-1, 1, 24).reshape(6, 4), requires_grad=True)
+        criterion = ab.ABLoss(ab.Focal(backend=one_backend), rule=partial(weights.chi2, rho=0.2), backend=one_backend)
+        (criterion(x, torch.arange(6) % 4) * scale).backward()
+        grads.append(x.grad / scale)
+    assert torch.equal(*grads) and grads[0].abs().max() > 0
+
+
+# ---- ABLoss(rule=GroupDRO): the state ---------------------------------------------------------------------------------
+
+
+def dro(backend=None, criterion=identity):
+    return ab.ABLoss(criterion, rule=weights.GroupDRO(3, 0.5), backend=backend)
+
+
+def test_training_moves_q_as_the_rule_alone(one_backend, rng):
+    """Six steps with ignored rows, whose group may be any number."""
+    criterion, exact = dro(one_backend, ab.CrossEntropy(backend=one_backend)).double(), GroupDRO(3, 0.5)
+    for _ in range(6):
+        logits, target = tensor(rng.normal(0, 2, (8, 4))), tensor(rng.integers(0, 4, 8))
+        groups = tensor(rng.integers(0, 3, 8))
+        groups[3], target[3] = -7, -100
+        criterion(logits.requires_grad_(), target, groups=groups).backward()
+        kept = target != -100
+        w = exact(ce(logits.detach(), target)[kept].numpy(), groups[kept].numpy())
+        close(criterion.last.weights[kept], w)
+        close(criterion.rule.q, exact.q)
+
+
+def test_when_the_criterion_moves_q(one_backend):
+    criterion, losses, groups = dro(one_backend), torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 1, 1])
+    start = criterion.rule.log_q.clone()
+    value = criterion(losses, groups=groups, update=False)
+    with torch.no_grad():
+        assert torch.equal(criterion(losses, groups=groups), value)
+    assert torch.equal(criterion.eval()(losses, groups=groups), value)
+    assert torch.equal(criterion.rule.log_q, start)
+    assert torch.equal(criterion.train()(losses, groups=groups), value)
+    assert not torch.equal(criterion.rule.log_q, start)
+
+
+def test_state_dict_has_q(one_backend):
+    """A resumed run goes on with the same weights; nothing else than q could say so."""
+    losses, groups = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 1, 1])
+    criterion, resumed = dro(one_backend), dro(one_backend)
+    criterion(losses, groups=groups)
+    assert not torch.equal(resumed(losses, groups=groups, update=False), criterion(losses, groups=groups, update=False))
+    resumed.load_state_dict(criterion.state_dict())
+    copies = [resumed, copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))]
+    wanted = criterion(losses, groups=groups)
+    for other in copies:
+        assert torch.equal(other(losses, groups=groups), wanted)
+        assert torch.equal(other.rule.log_q, criterion.rule.log_q)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("plugged", ["cvar", "chi2", "term", "hierarchical", "group-dro"])
+def test_a_bad_loss(one_backend, plugged, bad):
+    """Non-finite value, counted, q as it was; the bad row's gradient is not finite, the others are those without it."""
+    make, exact, grouped = PLUGGED[plugged]
+    criterion = ab.ABLoss(identity, rule=make(), backend=one_backend).double()
+    losses = torch.tensor([1.0, bad, 4.0, 2.0], dtype=torch.float64, requires_grad=True)
+    groups, rest = torch.tensor([0, 0, 1, 2]), [0, 2, 3]
+    more = {"groups": groups} if grouped else {}
+    value = criterion(losses, **more)
+    value.backward()
+    assert not math.isfinite(value.detach()) and int(criterion.nonfinite_batches) == 1
+    w = exact(losses.detach()[rest].numpy(), groups[rest].numpy())
+    assert math.isnan(criterion.last.weights[1]) and not math.isfinite(losses.grad[1])
+    close(criterion.last.weights[rest], w)
+    close(losses.grad[rest], w / 3)
+    if plugged == "group-dro":
+        close(criterion.rule.q, [1 / 3] * 3, 1e-7)  # cast after it was made
+    # masked it is no bad batch
+    value = criterion(losses, mask=torch.tensor([True, False, True, True]), **more).detach()
+    assert float(value) == pytest.approx((w * losses.detach()[rest].numpy()).mean(), rel=1e-10)
+    assert int(criterion.nonfinite_batches) == 1
+
+
+@pytest.mark.parametrize("losses, score", [([1.0, NAN], [1.0, 2.0]), ([1.0, 2.0], [1.0, NAN])], ids=["loss", "score"])
+def test_a_bad_loss_or_score(one_backend, losses, score):
+    """The rule sees the scores alone, and yet a NaN loss leaves q as it was and is counted; so does and is a NaN score, as
+    beside lam."""
+    score = torch.tensor(score)
+    for criterion, more in ((dro(one_backend), {"groups": torch.tensor([0, 1])}), (ab.ABLoss(identity, lam=1.0), {})):
+        state = [b.clone() for b in criterion.buffers() if b.is_floating_point()]
+        value = criterion(torch.tensor(losses), score=score, **more)
+        assert not math.isfinite(value) and int(criterion.nonfinite_batches) == 1
+        assert all(torch.equal(a, b) for a, b in zip(state, (b for b in criterion.buffers() if b.is_floating_point())))
+
+
+@pytest.mark.parametrize("plugged", PLUGGED)
+def test_a_batch_of_nothing(one_backend, plugged):
+    """Empty or all ignored: loss 0, gradient 0, no bad batch."""
+    make, _, grouped = PLUGGED[plugged]
+    for n, mask in ((0, None), (3, torch.zeros(3, dtype=torch.bool))):
+        criterion = ab.ABLoss(ab.CrossEntropy(backend=one_backend), rule=make(), backend=one_backend)
+        logits = torch.ones(n, 4, requires_grad=True)
+        target = torch.zeros(n, dtype=torch.int64)
+        value = criterion(logits, target, mask=mask, **({"groups": target} if grouped else {}))
+        value.backward()
+        assert value == 0 and (logits.grad == 0).all() and int(criterion.nonfinite_batches) == 0
+        assert criterion.last.weights.tolist() == [0] * n
+
+
+# ---- ABLoss(rule=...): what cannot be ---------------------------------------------------------------------------------
+
+PLAIN = partial(weights.cvar, beta=0.5)
+
+
+@pytest.mark.parametrize(
+    "options, names",
+    [
+        (dict(lam=0.5), "lam"),
+        (dict(lam=ab.RelativeLam(-0.5)), "lam"),
+        (dict(deferred=True), "deferred"),
+        (dict(loss_divisor=2), "loss_divisor"),
+        (dict(process_group=object()), "process_group"),
+        (dict(gamma=0.5), "gamma"),
+        (dict(alpha=0.5), "alpha"),
+        (dict(init="zero"), "init"),
+        (dict(normalizer="batch"), "normalizer"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_options_that_contradict_a_rule(options, names):
+    with pytest.raises(ValueError, match=names):
+        ab.ABLoss(rule=PLAIN, **options)
+
+
+def test_a_rule_has_no_lam():
+    criterion = ab.ABLoss(rule=PLAIN)
+    with pytest.raises((ValueError, RuntimeError, TypeError), match="rule"):
+        criterion.set_lam(0.5)
+    with pytest.raises((ValueError, TypeError), match="lam"):
+        ab.ABLoss()
+
+
+def test_groups_for_a_rule_that_takes_none(one_backend):
+    for rule in (PLAIN, partial(weights.chi2, rho=0.1), lambda losses: losses):
+        with pytest.raises(ValueError, match="groups"):
+            ab.ABLoss(identity, rule=rule, backend=one_backend)(L3, groups=G3)
+    with pytest.raises(ValueError, match="groups"):  # nor without any rule
+        ab.ABLoss(identity, lam=1.0, backend=one_backend)(L3, groups=G3)
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x[:2], lambda x: x.mean(), lambda x: x.unsqueeze(1)], ids=["short", "0-d", "column"])
+def test_a_rule_that_returns_another_shape(one_backend, wrong):
+    with pytest.raises(ValueError, match="rule|shape"):
+        ab.ABLoss(identity, rule=wrong, backend=one_backend)(L3)
+
+
+@pytest.mark.parametrize("name", ["groups", "mask", "score", "sample_weight"])
+def test_arguments_of_another_shape(one_backend, name):
+    """An error leaves q as it was."""
+    criterion = dro(one_backend)
+    start = criterion.rule.log_q.clone()
+    given = {"groups": G3, name: torch.ones(2, dtype={"groups": torch.int64, "mask": torch.bool}.get(name, torch.float32))}
+    with pytest.raises(ValueError, match=name):
+        criterion(L3, **given)
+    assert torch.equal(criterion.rule.log_q, start) and int(criterion.nonfinite_batches) == 0
