@@ -11,11 +11,18 @@ bin    := $(VENV)/bin
 native := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py pyproject.toml
 train   = $(bin)/absgd-fast train --dataset digits --methods sgd,absgd,reference --seeds 8
 
-.PHONY: demo test bench bench-linear sanitize clean
+.PHONY: demo l2rw test bench bench-linear bench-l2rw sanitize clean
 demo: $(VENV)/.installed
 	@rm -f demo/*/checkpoint.pt  # of a demo that was stopped: `train` would not begin another in its place
 	$(train) --noise symmetric --noise-rate 0.4 --model mlp --lam -0.5 --warmup 0.3 --weight-decay 1e-4 --out demo/noise
 	$(train) --imbalance lt --rho 100 --model linear --lam 0.5 --warmup 0.5 --weight-decay 5e-4 --out demo/longtail
+
+# Learning to reweight examples: wrong labels, and its paper's protocol for imbalance. Ten minutes.
+l2rw: $(VENV)/.installed
+	@rm -f demo/l2rw/checkpoint.pt
+	$(bin)/absgd-fast train --dataset digits --methods sgd,absgd,l2rw,random --seeds 5 --noise symmetric --noise-rate 0.4 \
+	    --model mlp --lam -0.5 --lr 0.05 --clean 10 --out demo/l2rw
+	$(bin)/python -m benchmarks.imbalance
 
 test: $(VENV)/.installed
 	$(bin)/pytest
@@ -27,6 +34,10 @@ bench: $(VENV)/.installed
 bench-linear: $(VENV)/.installed
 	$(bin)/python -m benchmarks.linear
 
+# What a step of L2RW costs beside a plain one: five minutes.
+bench-l2rw: $(VENV)/.installed
+	$(bin)/python -m benchmarks.l2rw
+
 # The kernels' tests once more, on a copy of the package whose kernels carry the address and undefined-behaviour sanitizers
 # (which keep freed memory for a while, so not the tests of memory growth).
 sanitize: $(VENV)/.installed
@@ -37,7 +48,7 @@ sanitize: $(VENV)/.installed
 	$(bin)/cmake --install build/sanitize --prefix build/sanitized/absgd_fast
 	PYTHONPATH=build/sanitized ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	    $(bin)/pytest -k "not growth" $(addprefix tests/test_,ops.py losses.py functional.py robust.py linear.py optim.py weighted_step.py)
+	    $(bin)/pytest -k "not growth" $(addprefix tests/test_,ops.py losses.py functional.py robust.py linear.py optim.py weighted_step.py rectified.py weights.py)
 
 clean:
 	rm -rf build demo dist *.egg-info absgd_fast/_*.so absgd_fast/_build_info.json $(VENV)/.installed

@@ -524,7 +524,9 @@ def check_labels(target: Tensor, classes: int, ignore_index: int) -> Tensor:
     if target.numel() and not torch.compiler.is_compiling():
         report, seen = reported_labels(check=True), _seen_labels(target.device)
         row = bad.flatten().to(torch.uint8).argmax()
-        found = torch.stack([target.flatten()[row].long(), row, torch.full_like(row, classes), torch.ones_like(row)])
+        found = torch.stack(
+            [target.flatten().gather(0, row.reshape(1))[0].long(), row, torch.full_like(row, classes), torch.ones_like(row)]
+        )
         seen.copy_(torch.where(bad.any() & (seen[3] == 0), found, seen))
         report.copy_(seen, non_blocking=True)
     return target.masked_fill(bad, ignore_index)

@@ -188,7 +188,7 @@ def cvar(losses: Tensor, beta: float, reg: float = 0.0, *, mask: Tensor | None =
         return rows.weights(rows.x)
     if reg == 0:
         ordered, x = rows.descending(), rows.relative()
-        edge = ordered[((beta * rows.n).ceil().long() - 1).clamp(min=0)]
+        edge = ordered.gather(0, ((beta * rows.n).ceil().long() - 1).clamp(min=0).reshape(1))  # an index of no dimension waits
         above, ties = ((rows.good & at).double() for at in (x > edge, x == edge))
         left = (rows.n - above.sum() / beta).clamp(min=0) / ties.sum()
         return rows.weights(above / beta + ties * left)
@@ -204,7 +204,7 @@ def cvar(losses: Tensor, beta: float, reg: float = 0.0, *, mask: Tensor | None =
     can = (left > 0) & counts
     log_mu = log_sum - left.where(can, 1.0).log()
     fits = (z - log_mu <= -math.log(beta)) | (k >= can.sum() - 1)  # the last that can always fits, up to rounding
-    log_mu = log_mu[(~fits).sum().clamp(max=len(k) - 1)]
+    log_mu = log_mu.gather(0, (~fits).sum().clamp(max=len(k) - 1).reshape(1))
     w = (z - log_mu).exp().clamp(max=1 / beta)
     return rows.weights(torch.empty_like(w).scatter_(0, order, w))
 

@@ -23,7 +23,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -1149,6 +1149,78 @@ def test_the_host_never_waits(where, shape):
         for run in (loop.step, scaled):
             waits = device_tools.waits(where.device, run)
             assert waits == [], f"the host waited in {waits}"
+
+
+WEIGHTINGS = {
+    "term": partial(ab.weights.term, t=2.0),
+    "eg": partial(ab.weights.term, t=-0.5),
+    "grouped": partial(ab.weights.term, t=2.0, t_group=-1.0),
+    "cvar": partial(ab.weights.cvar, beta=0.3),
+    "cvar-kl": partial(ab.weights.cvar, beta=0.3, reg=0.5),
+    "chi2": partial(ab.weights.chi2, rho=0.4),
+    "groupdro": ab.weights.GroupDRO(3, eta=0.5),
+}
+
+
+@contextmanager
+def no_waiting(where):
+    before = torch.cuda.get_sync_debug_mode() if where.gpu else None
+    if where.gpu:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if where.gpu:
+            torch.cuda.set_sync_debug_mode(before)
+
+
+@over(rule=WEIGHTINGS, shape={"small": (37, 5), "large": (BEYOND[0] * 30, 5)})
+def test_rules(where, rule, shape):
+    """As on the CPU in float64, and without waiting; one loss is ignored, one is bad."""
+    logits, target = torch.randn(shape, generator=torch.Generator().manual_seed(1)), torch.arange(shape[0]) % shape[1]
+    target[3] = -100
+    logits[7, 2] = INF
+    groups = (torch.arange(shape[0]) * 7 % 11) % 3
+    exact = ab.ABLoss(rule=copy.deepcopy(rule)).double()
+    ours = where.robust(ab.CrossEntropy(backend=where.backend), rule=copy.deepcopy(rule))
+    x, here, grouped = where.leaf(logits), target.to(where.device), groups.to(where.device)
+    given = lambda groups: {"groups": groups} if "dro" in str(rule).lower() or "t_group" in str(rule) else {}  # noqa: E731
+    for k in range(2):  # the first call compiles
+        with no_waiting(where) if k else nullcontext():
+            loss = ours(x, here, **given(grouped))
+            loss.backward()
+    exact(logits.double(), target, **given(groups))
+    torch.testing.assert_close(ours.last.weights.cpu().double(), exact.last.weights, rtol=2e-5, atol=1e-6, equal_nan=True)
+    assert loss.isnan() and int(ours.nonfinite_batches) == 2
+
+
+@over(method=("jvp", "finite_difference", "unrolled", "last_layer"))
+def test_l2rw(where, method):
+    """As on the CPU in float64; dropout masks and running statistics are left alone, and the host does not wait."""
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(64, 3)
+    model = torch.nn.Sequential(*layers)
+    x, y = torch.randn(12, 1, 6, 6), torch.arange(12) % 3
+    exact = ab.meta.l2rw_weights(copy.deepcopy(model).double(), F_NONE, (x.double(), y), (x[:4].double() + 0.1, y[:4]), method)
+    model, x, y = model.to(where.device), x.to(where.device), y.to(where.device)
+    loss_fn = ab.CrossEntropy(backend=where.backend)
+    batch, clean = (x, y), (x[:4] + 0.1, y[:4])
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        ab.meta.l2rw_loss(model, loss_fn, batch, clean, method)  # compiles
+        state, before = random_numbers(where), {k: v.clone() for k, v in model.state_dict().items()}
+        with no_waiting(where):
+            weights = ab.meta.l2rw_weights(model, loss_fn, batch, clean, method)
+        assert torch.equal(state, random_numbers(where))
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        ab.meta.l2rw_loss(model, loss_fn, batch, clean, method).backward()
+    assert float((weights.cpu() - exact).abs().sum()) <= (2e-2 if method == "finite_difference" else 1e-4)
+
+
+F_NONE = torch.nn.CrossEntropyLoss(reduction="none")
+
+
+def random_numbers(where):
+    return torch.cuda.get_rng_state(where.device) if where.gpu else torch.get_rng_state()
 
 
 @gpu

@@ -113,7 +113,10 @@ def test_no_machine_paths():
     assert {str(p.relative_to(ROOT)) for p in files if absolute.search(p.read_text())} == set()
 
 
-@pytest.mark.parametrize("name", ["functional", "losses", "robust", "linear", "schedule", "optim", "reference"])
+@pytest.mark.parametrize(
+    "name",
+    ["functional", "losses", "robust", "linear", "schedule", "optim", "reference", "weights", "meta", "experiments.methods"],
+)
 def test_docstring_examples(name):
     """Each public module shows how it is used, and the examples run."""
     result = doctest.testmod(importlib.import_module(f"absgd_fast.{name}"))
@@ -121,6 +124,7 @@ def test_docstring_examples(name):
 
 
 PUBLIC = [o for o in vars(ab).values() if getattr(o, "__module__", "").startswith("absgd_fast.")]
+PUBLIC += [ab.weights.term, ab.weights.cvar, ab.weights.chi2, ab.weights.GroupDRO, ab.meta.l2rw_weights, ab.meta.l2rw_loss]
 PUBLIC += [ab.functional.logit_loss, ab.functional.robust_weights, ab.functional.weighted_momentum_step_]
 
 

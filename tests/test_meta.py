@@ -1,6 +1,7 @@
 """L2RW: every method against Algorithm 1 written with a double backward, and all that the extra passes must leave alone."""
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -728,3 +729,16 @@ class Mean(nn.Module):
 
     def forward(self, x):
         return x.mean(1 if x.dim() == 3 and x.shape[1] == 4 and x.shape[2] == C else -1)
+
+
+def test_the_host_never_waits(method, monkeypatch):
+    """A model on `meta` has no numbers: whatever would wait for one of a GPU's raises there."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)  # which knows no such device
+    monkeypatch.setattr(torch, "autocast", lambda *device, **options: nullcontext())
+    layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, C)
+    model = nn.Sequential(*layers).to("meta")
+    x, y = torch.empty(B, 1, 6, 6, device="meta"), torch.empty(B, dtype=torch.int64, device="meta")
+    batch, clean = (x, y), (x[:M], y[:M])
+    assert l2rw_weights(model, cross_entropy, batch, clean, method).shape == (B,)
+    l2rw_loss(model, cross_entropy, batch, clean, method).backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters())

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import absgd_fast as ab
 from absgd_fast import weights
@@ -934,3 +935,33 @@ def test_arguments_of_another_shape(one_backend, name):
     with pytest.raises(ValueError, match=name):
         criterion(L3, **given)
     assert torch.equal(criterion.rule.log_q, start) and int(criterion.nonfinite_batches) == 0
+
+
+# ---- the host never waits ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        partial(weights.term, t=2.0),
+        partial(weights.term, t=-INF),
+        partial(weights.term, t=2.0, t_group=3.0),
+        partial(weights.cvar, beta=0.3),
+        partial(weights.cvar, beta=0.3, reg=0.5),
+        partial(weights.chi2, rho=0.4),
+        weights.GroupDRO(3),
+    ],
+    ids=lambda rule: repr(getattr(rule, "keywords", "group DRO")),
+)
+def test_the_host_never_waits(rule):
+    """A tensor on `meta` has no numbers: whatever would wait for one of a GPU's raises there."""
+    losses, mask = torch.empty(7, device="meta"), torch.empty(7, dtype=torch.bool, device="meta")
+    groups = torch.empty(7, dtype=torch.int64, device="meta")
+    rule = copy.deepcopy(rule).to("meta") if isinstance(rule, nn.Module) else rule
+    grouped = {"groups": groups} if isinstance(rule, nn.Module) or "t_group" in rule.keywords else {}
+    assert rule(losses, mask=mask, **grouped).shape == (7,)
+    criterion = ab.ABLoss(identity, rule=rule).to("meta")
+    criterion(losses.requires_grad_(), mask=mask, **grouped).backward()
+    assert losses.grad.shape == (7,)
+    with pytest.raises(RuntimeError):
+        losses.sum().item()
