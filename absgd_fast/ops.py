@@ -150,6 +150,22 @@ def _(weights, grad_weights, grad_log_s, lam, shares):
     return weights.new_empty(weights.shape)
 
 
+# W of a rule (csrc/launch.h LossRule) that solves for a level; first, second: beta and reg, or rho. Only the CPU has a kernel of
+# this and the next: elsewhere they are a few launches of torch's on one number per row (weights.py).
+RULES_OF_LOSSES = ("cvar", "chi2")
+
+
+@_define("rule_weights(Tensor losses, Tensor? mask, int rule, float first, float second) -> Tensor")
+def _(losses, mask, rule, first, second):
+    return losses.new_empty(losses.shape)
+
+
+# W of group DRO; log_q moves where `update`
+@_define("group_weights(Tensor losses, Tensor? mask, Tensor groups, Tensor(a!) log_q, float eta, bool update) -> Tensor")
+def _(losses, mask, groups, log_q, eta, update):
+    return losses.new_empty(losses.shape)
+
+
 # Weights of L2RW (csrc/math.h RectifiedNumbers), which are constants: nothing is differentiated through them
 @_define("rectified(Tensor products) -> Tensor")
 def _(products):
@@ -214,8 +230,8 @@ _backend.load()  # registers the kernels, if they are there
 # ---- who serves ----------------------------------------------------------------------------------------------------
 
 _OPERATORS = ("logit_loss", "robust_logit_loss", "robust_logit_loss_", "logit_loss_backward", "robust_loss", "robust_totals", "robust_settle",
-              "robust_apply", "robust_weights", "robust_weights_backward", "rectified", "scale", "scale_", "step_",
-              "planned_step", "weighted_step_")  # fmt: skip
+              "robust_apply", "robust_weights", "robust_weights_backward", "rule_weights", "group_weights", "rectified", "scale", "scale_",
+              "step_", "planned_step", "weighted_step_")  # fmt: skip
 
 
 _TRITON_MODULE = {
@@ -297,7 +313,8 @@ class Operators:
 
     def __init__(self, backend: str, functions: dict, gradient_limit: int, compiled: Operators | None = None):
         self.backend, self.gradient_limit, self.compiled = backend, gradient_limit, compiled or self
-        self.in_place = backend == "cpu"  # robust_logit_loss_ is there
+        # robust_logit_loss_, rule_weights and group_weights are there
+        self.in_place = self.has_rules = backend == "cpu"
         vars(self).update(functions)
 
     def __reduce__(self):  # a module that is copied or pickled finds the same ones again

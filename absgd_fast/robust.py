@@ -441,28 +441,30 @@ class ABLoss(rules.ExactState):
     def _weighed_by_rule(self, operators, losses, sample_weight, mask, score, groups, learns) -> Tensor:
         """The weights of the rule, as the sample weights of a plain mean."""
         plain = losses.detach()
-        valid = torch.ones_like(plain, dtype=torch.bool) if mask is None else mask
         seen = plain if score is None else score.where(plain.isfinite(), math.nan)
-        weights = rules.weigh(self.rule, self._rule_takes, seen, valid, groups, learns).clamp(max=self.max_weight)
-        factor = weights + self.mix
+        weights = rules.weigh(self.rule, self._rule_takes, seen, mask, groups, learns)
+        if self.max_weight != math.inf:
+            weights = weights.clamp(max=self.max_weight)
+        factor = weights + self.mix if self.mix else weights
         factor = factor if sample_weight is None else factor * sample_weight
-        _, nonfinite, *_ = self._state(False, 0)
-        log_s, inf = self.log_s, torch.full_like(self.lam, math.inf)  # which leaves log s alone
+        log_s, nonfinite, lam, *_ = self._state(False, 0)
+        if not self._by_rule:  # the flat TERM with groups after all
+            lam = torch.full_like(lam, math.inf)
         if operators is None:
-            loss, _, _, bad = reference.robust_loss(losses, log_s, inf, sample_weight=factor, score=score, mask=mask)
+            loss, _, _, bad = reference.robust_loss(losses, log_s, lam, sample_weight=factor, score=score, mask=mask)
             if learns:
                 with torch.no_grad():
                     nonfinite += bad
-        else:
-            saves = ops.WITH_GRAD if losses.requires_grad and torch.is_grad_enabled() else 0
-            flags = ops.flags("moving", "first") | saves | (ops.UPDATE if learns else 0)
-            loss, _, grad = operators.robust_loss(
-                losses, score, factor, mask, log_s, nonfinite, inf, 1.0, 1.0, 0.0, math.inf, flags
-            )
-            if saves:
-                loss = ops.attach(operators, losses, loss, grad, lambda x: (grad * x).sum())
-        self._remember(ops.stacked_rows(plain, weights, mask))
-        return loss
+            self._remember(ops.stacked_rows(plain, weights, mask))
+            return loss
+        saves = ops.WITH_GRAD if losses.requires_grad and torch.is_grad_enabled() else 0
+        flags = ops.flags("moving", "first") | saves | (ops.UPDATE if learns else 0)
+        loss, rows, grad = operators.robust_loss(
+            losses, score, factor, mask, log_s, nonfinite, lam, 1.0, 1.0, 0.0, math.inf, flags
+        )  # fmt: skip
+        rows[1] = weights
+        self._remember(rows)
+        return ops.attach(operators, losses, loss, grad, lambda x: (grad * x).sum()) if saves else loss
 
     def _remember(self, rows: Tensor) -> None:
         self.__dict__["_rows"] = rows  # nn.Module.__setattr__ costs 0.5 us

@@ -111,6 +111,26 @@ struct Partial {
   int64_t good, bad;  // valid rows with a finite loss and z; valid rows without
 };
 
+// Weights of the rules that CPU kernels have beside the robust ones (math.h): W_i = n p_i, mean 1 over the n rows with
+// a finite loss; 0 where not valid, NaN where not finite.
+enum class LossRule : int32_t { cvar, chi2 };
+struct RuleArgs {
+  Dtype dtype;  // f32 or f64
+  int64_t count;
+  const void* losses;    // (count) real
+  const uint8_t* valid;  // (count); or null = all
+  void* weights;         // (count) real
+  double* scratch;       // cvar, chi2: (count)
+};
+// Group DRO: q_g <- q_g exp(eta mean loss of g), normalised.
+struct GroupArgs : RuleArgs {
+  const int64_t* groups;  // (count), in [0, n_groups) where valid
+  int64_t n_groups;
+  double eta;
+  double* log_q;  // (n_groups), the next one is written over it
+  double* sums;   // (2 n_groups)
+};
+
 struct VjpArgs {
   const void* upstream;  // (count) real: on the weights
   double dot;            // sum of W_i upstream_i over the rows that have a weight
@@ -238,6 +258,10 @@ struct CpuKernels {
   void (*robust_dot)(const RobustArgs&, const void* upstream, double* dot_partials, int64_t begin, int64_t end);
   // blocks [begin, end): vjp written to out
   void (*robust_vjp)(const RobustArgs&, const VjpArgs&, int64_t begin, int64_t end);
+  // first, second: beta and reg, or rho
+  void (*rule_weights)(const RuleArgs&, LossRule, double first, double second);
+  // whether log_q may be kept: no bad row, no number beyond the range
+  bool (*group_weights)(const GroupArgs&);
   // (count) real -> (count) real (math.h RectifiedNumbers)
   void (*rectified)(Dtype, const void* products, int64_t count, void* weights);
   // (batch * classes) slices [begin, end) of `inner` elements

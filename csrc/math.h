@@ -358,6 +358,29 @@ struct RectifiedNumbers {
   }
 };
 
+// ---- Rules that solve for a level mu (Levy et al. 2020): CVaR and chi-squared DRO
+// -------------------------------------
+//
+//     CVaR, KL penalty    w = min(exp((x - mu) / reg), 1 / beta): the k largest are at the bound, the others share what
+//     is
+//                         left, n - k / beta, by their exponentials
+//     chi-squared         w proportional to max(x - mu, 0), (1/2n) sum (w - 1)^2 = rho: mu follows from mean and
+//     variance
+//                         of the k losses above it
+//
+// Both are solved by taking rows in (out) until none is to be: a level made of too many rows is never too high.
+
+// Where a row of exp((x - top) / reg) = e^z is beyond the bound: z above this; sum: of e^z over the rows that share.
+template <class L>
+ABSGD_FN double cvar_limit(double sum, double left, double beta) {
+  return L::log(sum / (left * beta));
+}
+template <class L>
+ABSGD_FN double chi2_level(double mean, double variance, double k, double n, double rho) {
+  const double share = k * (1 + 2 * rho) / n - 1;
+  return mean - L::sqrt(variance / (share > 0 ? share : 1e-300));
+}
+
 // ---- Steps: momentum SGD (Alg. 1 step 6), Adam, RMSprop, AdaGrad (Sec. 3.4 of the ABSGD paper)
 // -----------------------
 

@@ -437,6 +437,54 @@ Tensor robust_weights_backward(const Tensor& weights, const Tensor& grad_weights
   return out;
 }
 
+// ---- other rules from losses to weights ----------------------------------------------------------------------------
+
+RuleArgs rule_args(const Tensor& losses, const std::optional<Tensor>& mask, const Tensor& weights) {
+  RuleArgs a{};
+  a.dtype = dtype_of(weights);
+  a.count = losses.numel();
+  a.losses = per_row(losses, kHere, a.count, code_of(a.dtype), "losses");
+  a.valid = per_row_mask(mask, kHere, a.count);
+  a.weights = weights.data_ptr();
+  return a;
+}
+
+Tensor rule_weights(const Tensor& losses, const std::optional<Tensor>& mask, int64_t rule, double first,
+                    double second) {
+  Tensor weights = empty_on(kHere, losses.sizes().data(), losses.dim(), real_of(dtype_of(losses)));
+  RuleArgs a = rule_args(losses, mask, weights);
+  std::vector<double> scratch(size_t(a.count));
+  a.scratch = scratch.data();
+  cpu_kernels().rule_weights(a, static_cast<LossRule>(rule), first, second);
+  return weights;
+}
+
+Tensor group_weights(const Tensor& losses, const std::optional<Tensor>& mask, const Tensor& groups, const Tensor& log_q,
+                     double eta, bool update) {
+  Tensor weights = empty_on(kHere, losses.sizes().data(), losses.dim(), real_of(dtype_of(losses)));
+  GroupArgs a{};
+  static_cast<RuleArgs&>(a) = rule_args(losses, mask, weights);
+  a.groups = static_cast<const int64_t*>(per_row(groups, kHere, a.count, kLong, "groups"));
+  a.n_groups = log_q.numel();
+  a.eta = eta;
+  const Dtype state = dtype_of(log_q);
+  void* const kept =
+      const_cast<void*>(per_row(log_q, kHere, a.n_groups, code_of(real_of(state)), "log_q"));  // schema: (a!)
+  for (int64_t i = 0; i < a.count; ++i)
+    STD_TORCH_CHECK((a.valid && !a.valid[i]) || (a.groups[i] >= 0 && a.groups[i] < a.n_groups), "group_weights: group ",
+                    a.groups[i], " in row ", i, ", expected one below ", a.n_groups);
+  std::vector<double> numbers(size_t(3 * a.n_groups));
+  a.log_q = numbers.data();
+  a.sums = a.log_q + a.n_groups;
+  const auto at = [&](auto* q) {
+    for (int64_t g = 0; g < a.n_groups; ++g) a.log_q[g] = q[g];
+    if (!cpu_kernels().group_weights(a) || !update) return;
+    for (int64_t g = 0; g < a.n_groups; ++g) q[g] = static_cast<std::remove_reference_t<decltype(*q)>>(a.log_q[g]);
+  };
+  state == Dtype::f64 ? at(static_cast<double*>(kept)) : at(static_cast<float*>(kept));
+  return weights;
+}
+
 Tensor rectified(const Tensor& products) {
   const Dtype real = real_of(dtype_of(products));
   const int64_t count = products.numel();
@@ -596,10 +644,16 @@ std::string native_signatures();
   OP(use_isa)           \
   OP(native_signatures)
 
+// Operators that only the CPU has.
+#define ABSGD_HERE_ALONE(OP) \
+  OP(robust_logit_loss_)     \
+  OP(rule_weights)           \
+  OP(group_weights)
+
 std::string native_signatures() {
   std::string out;
   ABSGD_OPS(ABSGD_SIGNATURE_LINE)
-  ABSGD_SIGNATURE_LINE(robust_logit_loss_)
+  ABSGD_HERE_ALONE(ABSGD_SIGNATURE_LINE)
   ABSGD_TOOLS(ABSGD_SIGNATURE_LINE)
   return out;
 }
@@ -609,6 +663,6 @@ std::string native_signatures() {
 STABLE_TORCH_LIBRARY_IMPL(absgd_fast, CPU, m){
     ABSGD_OPS(ABSGD_IMPL)
 
-        ABSGD_IMPL(robust_logit_loss_)} STABLE_TORCH_LIBRARY_IMPL(absgd_fast, CompositeExplicitAutograd, m) {
+        ABSGD_HERE_ALONE(ABSGD_IMPL)} STABLE_TORCH_LIBRARY_IMPL(absgd_fast, CompositeExplicitAutograd, m) {
   ABSGD_TOOLS(ABSGD_IMPL)
 }

@@ -16,7 +16,7 @@ from absgd_fast.meta import rectified
 
 # the planned step reads a table of addresses, which cannot be copied, faked or traced: its tests are those of the optimizer
 ADDRESSES = {"planned_step"}
-CPU_ONLY = {"robust_logit_loss_"}  # which can write the gradient over the logits
+CPU_ONLY = {"robust_logit_loss_", "rule_weights", "group_weights"}  # see ops.py
 native = pytest.mark.skipif(not _backend.available("cpu"), reason="the native library is not built here")
 
 
@@ -101,6 +101,10 @@ def use_everything():
     for init, mask in (("first", None), ("zero", torch.arange(7) > 2)):
         weights, log_s = robust_weights(losses, 0.3, 0.7, init=init, mask=mask)
         (weights.sum() + log_s).backward()
+    for mask in (None, target > 0):
+        ab.weights.cvar(three, 0.4, mask=mask)
+        ab.weights.chi2(three.double(), 0.4, mask=mask)
+        ab.weights.GroupDRO(2)(three, target % 2, mask=mask)
     rectified(three - 0.5)
     rectified(three.double())
     arguments = {"score": three, "sample_weight": three, "mask": target > 0}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import absgd_fast as ab
-from absgd_fast import weights
+from absgd_fast import _backend, weights
 
 INF, NAN = math.inf, math.nan
 
@@ -23,6 +23,16 @@ INF, NAN = math.inf, math.nan
 def one_thread(threads):
     """Forty losses: a second thread only waits."""
     threads(1)
+
+
+@pytest.fixture(autouse=True, params=["kernels", "torch"])
+def way(request, monkeypatch):
+    """The CPU has kernels for the rules; a GPU takes torch's operators."""
+    if request.param == "torch":
+        monkeypatch.setattr(weights, "_kernels", lambda losses, backend: None)
+    elif not _backend.available("cpu"):
+        pytest.skip(f"the native library is not there: {_backend.why_not('cpu')}")
+    return request.param
 
 
 # ---- the rules of MATH section 4 again, in NumPy ----------------------------------------------------------------------
@@ -965,3 +975,21 @@ def test_the_host_never_waits(rule):
     assert losses.grad.shape == (7,)
     with pytest.raises(RuntimeError):
         losses.sum().item()
+
+
+@pytest.mark.parametrize("count", [1, 5, 1000])
+def test_every_instruction_set(backend, count):
+    """The level is searched for in float64 by each; 1000 losses take many rounds. (The float64 oracles above judge the best one.)"""
+    losses = torch.randn(count, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    groups, mask = torch.arange(count) % 3, torch.arange(count) % 7 != 2
+    for rule in (
+        partial(weights.cvar, beta=0.13, mask=mask),
+        partial(weights.cvar, beta=0.13, reg=0.2, mask=mask),
+        partial(weights.chi2, rho=0.4),
+        partial(weights.chi2, rho=1e-3, mask=mask),
+    ):
+        close(rule(losses.double(), backend=backend), rule(losses.double(), backend="reference"))
+    ours, plain = (weights.GroupDRO(3, 0.7, backend=b) for b in (backend, "reference"))
+    for _ in range(3):
+        torch.testing.assert_close(ours(losses, groups, mask=mask), plain(losses, groups, mask=mask), rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.log_q, plain.log_q)

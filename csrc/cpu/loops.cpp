@@ -9,8 +9,10 @@
 namespace absgd {
 namespace ABSGD_ISA_NAMESPACE {
 
-void step(const StepTable&, int64_t begin, int64_t end);               // step.cpp
-void weighted_step(const WeightedTable&, int64_t begin, int64_t end);  // weighted.cpp
+void step(const StepTable&, int64_t begin, int64_t end);                    // step.cpp
+void weighted_step(const WeightedTable&, int64_t begin, int64_t end);       // weighted.cpp
+void rule_weights(const RuleArgs&, LossRule, double first, double second);  // rules.cpp
+bool group_weights(const GroupArgs&);                                       // rules.cpp
 
 namespace {
 
@@ -812,6 +814,8 @@ const CpuKernels kernels = {&ABSGD_NAME(ABSGD_ISA_NAMESPACE)[4],  // the name wi
                             robust_apply,
                             robust_dot,
                             robust_vjp,
+                            rule_weights,
+                            group_weights,
                             rectified,
                             scale,
                             step,
