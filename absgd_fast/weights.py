@@ -111,7 +111,7 @@ def term(
     >>> term(torch.tensor([1.0, 1.0, 2.0]), 0.0, groups=torch.tensor([5, 5, 7]), t_group=math.log(2.0))
     tensor([0.7500, 0.7500, 1.5000])
 
-    Source: Li et al. 2021, "Tilted empirical risk minimization", Eq. 2 (flat) and Eq. 4 (hierarchical); EG: Majidi et al. 2021,
+    Source: Li et al. 2021, "Tilted empirical risk minimization" (flat and hierarchical); EG: Majidi et al. 2021,
     "Exponentiated gradient reweighting for robust training under label noise and beyond".
     """
     _checks.tilt(t, "t")
@@ -201,8 +201,7 @@ def cvar(losses: Tensor, beta: float, reg: float = 0.0, *, mask: Tensor | None =
     >>> cvar(torch.tensor([1.0, 2.0, 3.0, 4.0]), beta=0.375)  # the worst row and a half
     tensor([0.0000, 0.0000, 1.3333, 2.6667])
 
-    Source: Rockafellar & Uryasev 2000; Levy et al. 2020, "Large-scale methods for distributionally robust optimization",
-    Eq. 2 (CVaR) and Sec. 3 (KL-regularised CVaR).
+    Source: Rockafellar & Uryasev 2000; Levy et al. 2020, "Large-scale methods for distributionally robust optimization".
     """
     _checks.within(beta, "beta", 0, 1, open_below=True)
     _checks.within(reg, "reg", 0, math.inf)
@@ -254,7 +253,7 @@ def chi2(losses: Tensor, rho: float, *, mask: Tensor | None = None, backend: str
     >>> chi2(torch.tensor([0.0, 1.0]), rho=0.125)  # (W - 1)^2 = 2 rho
     tensor([0.5000, 1.5000])
 
-    Source: Namkoong & Duchi 2017, "Variance-based regularization with convex objectives"; Levy et al. 2020, Eq. 3.
+    Source: Namkoong & Duchi 2017, "Variance-based regularization with convex objectives"; Levy et al. 2020.
     """
     if not (isinstance(rho, (int, float)) and not isinstance(rho, bool) and rho >= 0):
         raise ValueError(f"rho: got {rho!r}, expected a number >= 0")

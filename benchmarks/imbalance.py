@@ -51,7 +51,9 @@ def main(argv=None):
             found.append({"ratio": ratio, "errors": errors, "config": asdict(config)})
     finally:
         torch.set_num_threads(before)
-    table = Table("9 : 4", *METHODS, title=f"Test error, %, mean±standard deviation of {arguments.seeds} seeds", box=box.SIMPLE_HEAD)
+    table = Table(
+        "9 : 4", *METHODS, title=f"Test error, %, mean±standard deviation of {arguments.seeds} seeds", box=box.SIMPLE_HEAD
+    )
     for row in found:
         cells = [f"{mean(e):.1f}" + (f"±{stdev(e):.1f}" if len(e) > 1 else "") for e in row["errors"].values()]
         table.add_row(f"{row['ratio']:g}", *cells)

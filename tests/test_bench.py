@@ -21,7 +21,7 @@ from absgd_fast import __main__ as cli
 
 with pytest.MonkeyPatch.context() as patch:  # benchmarks are no part of the package
     patch.syspath_prepend(Path(cli.__file__).resolve().parents[1])
-    from benchmarks import cases, device, gpu_report, peers, run
+    from benchmarks import cases, device, gpu_report, imbalance, l2rw, peers, run
 
 CPU = torch.device("cpu")
 DATA = {
@@ -728,3 +728,25 @@ def test_what_is_collected_without_pytest():
     assert list(some) == ["test_grad_scaler[cpu-sgd, dampening 0.5]", "test_tour[cpu]"]
     if not torch.cuda.is_available():
         assert test_gpu.main([]) == 2
+
+
+# ---- benchmarks of one question ----------------------------------------------------------------------------------------
+
+
+def test_steps_of_l2rw_are_measured(threads):
+    """The smallest batch with a clean sample; the weights are looked at in float64, and memory where the system tells."""
+    threads(1)
+    found = l2rw.measure(True, 8, 2)
+    assert found["clean_rows"] == 1 and set(found["methods"]) == set(ab.meta.METHODS)
+    for name, m in found["methods"].items():
+        assert m["ratio"]["q1"] <= m["ratio"]["median"] <= m["ratio"]["q3"] and m["memory"] > 0
+        assert m["distance"] < (0.2 if name == "finite_difference" else 1e-3), name
+    assert found["methods"]["jvp"]["most"] == 2.8 and found["methods"]["unrolled"]["most"] is None
+
+
+def test_imbalance_is_measured(tmp_path, capsys):
+    assert imbalance.main(["--ratios", "20", "--seeds", "2", "--epochs", "1", "--out", str(tmp_path / "out.json")]) == 0
+    (row,) = json.loads((tmp_path / "out.json").read_text())["imbalance"]
+    assert row["ratio"] == 20 and list(row["errors"]) == list(imbalance.METHODS) and row["config"]["clean"] == 5
+    assert all(len(e) == 2 and all(0 <= x <= 100 for x in e) for e in row["errors"].values())
+    assert "Test error" in capsys.readouterr().out

@@ -22,7 +22,7 @@ def names():
     return {
         "torch": torch, "ab": ab, "model": model, "loader": [batch()], "groups": [[batch(), batch()]], "counts": [40, 20, 10, 5],
         "hidden": torch.randn(6, 8, requires_grad=True), "head": torch.nn.Linear(8, 4), "target": torch.randint(4, (6,)),
-        "images": torch.randn(70, 8), "labels": torch.randint(4, (70,)), "backbone": torch.nn.Identity(), "epochs": 2,
+        "images": torch.randn(70, 8), "labels": torch.randint(4, (70,)), "backbone": torch.nn.Identity(), "epochs": 2, "clean_loader": [batch()],
     }  # fmt: skip
 
 

@@ -459,6 +459,22 @@ def _axes(xlabel, ylabel, size=(6.4, 3.8)):
     return figure, axes
 
 
+FEW = 4  # methods that a legend inside the axes has room for
+
+
+def _legend(axes, methods, **options):
+    """Inside the axes, or beside them where there are too many methods."""
+    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if methods > FEW else {}
+    axes.legend(frameon=False, **options | beside)
+
+
+def _bar(method):
+    """A bar's colour; what is dashed or dotted as a line is hatched, for one colour serves two methods."""
+    style = STYLES[method]
+    hatch = {DASHED: "//", DOTTED: ".."}.get(style["linestyle"])
+    return {"color": style["color"]} | ({"hatch": hatch, "edgecolor": "white", "linewidth": 0} if hatch else {})
+
+
 def _over_seeds(runs, key):
     """(mean, std) over the seeds of a per-epoch series, (epochs,) each."""
     series = torch.tensor([_numbers(run["epochs"][key]) for run in runs], dtype=torch.float64)
@@ -489,7 +505,7 @@ def _mark_switch(axes, results):
 
 
 def _accuracy(results, by_method):
-    figure, axes = _axes("epoch", "balanced accuracy on the test set, %")
+    figure, axes = _axes("epoch", "balanced accuracy on the test set, %", size=(6.4 if len(by_method) <= FEW else 8.4, 3.8))
     for method, mine in by_method.items():
         average, std = _over_seeds(mine.values(), "balanced_accuracy")
         epochs = range(1, len(average) + 1)
@@ -497,7 +513,7 @@ def _accuracy(results, by_method):
         axes.fill_between(epochs, average - std, average + std, color=STYLES[method]["color"], alpha=0.15, linewidth=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _mark_switch(axes, results)
-    axes.legend(frameon=False)
+    _legend(axes, len(by_method))
     return "Accuracy while training", "Mean over the seeds; the band is ± one standard deviation.", figure
 
 
@@ -517,7 +533,8 @@ def _groups(runs):
 
 def _recall(by_method):
     groups = _groups([run for mine in by_method.values() for run in mine.values()])
-    figure, axes = _axes("class, from most to fewest training images (their number below)", "recall on the test set, %")
+    size = 6.4 if len(by_method) <= FEW else 11, 3.8
+    figure, axes = _axes("class, from most to fewest training images (their number below)", "recall on the test set, %", size)
     width = 0.8 / len(by_method)
     for i, (method, mine) in enumerate(by_method.items()):
         recall = torch.tensor([_numbers(run["per_class_recall"]) for run in mine.values()], dtype=torch.float64)
@@ -526,13 +543,13 @@ def _recall(by_method):
         places = [place + (i - (len(by_method) - 1) / 2) * width for place in range(len(groups))]
         axes.bar(
             places, average, width * 0.92, yerr=std if len(recall) > 1 else None, label=method,
-            color=STYLES[method]["color"], error_kw={"elinewidth": 0.8, "ecolor": "#222222"},
+            error_kw={"elinewidth": 0.8, "ecolor": "#222222"}, **_bar(method),
         )  # fmt: skip
     labels = [f"{name}\n{images}".replace(" ", "\n") for _, name, images in groups]
     axes.set_xticks(range(len(groups)), labels)
     axes.grid(False, axis="x")
     axes.set_ylim(0, 105)
-    axes.legend(frameon=False, ncols=len(by_method), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.legend(frameon=False, ncols=min(len(by_method), 7), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return "Recall of each class", "Mean over the seeds after the last epoch; whiskers are ± one standard deviation.", figure
 
 
@@ -563,7 +580,8 @@ def _weights(results, method, mine):
 
 
 def _clean_and_flipped(results, by_method):
-    figure, axes = _axes("epoch", "mean robust weight")
+    size = (6.4, 3.8) if len(by_method) <= FEW else (9, 5.4)
+    figure, axes = _axes("epoch", "mean robust weight", size)
     ends = []
     for method in by_method:
         if method == BASELINE:
@@ -580,7 +598,7 @@ def _clean_and_flipped(results, by_method):
     _log_if_wide(axes, ends)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _mark_switch(axes, results)
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes, len(by_method), fontsize=8)
     return (
         "Weight of right and wrong labels",
         "Average robust weight of the training samples whose label is right, and of those whose label was flipped; the "
@@ -603,7 +621,7 @@ def _seconds(by_method):
     figure, axes = _axes("seconds of training per run", "", size=(6.4, 0.9 + 0.55 * len(by_method)))
     for place, (method, mine) in enumerate(by_method.items()):
         values = [run["seconds"] for run in mine.values()]
-        axes.barh(place, mean(values), 0.6, color=STYLES[method]["color"], alpha=0.85)
+        axes.barh(place, mean(values), 0.6, alpha=0.85, **_bar(method))
         axes.plot(values, [place] * len(values), "|", color="#111111", markersize=12)
         axes.annotate(
             f"{mean(values):.3g} s", (max(values), place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9
