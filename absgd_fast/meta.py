@@ -146,9 +146,8 @@ class _Step:
         frozen = {id(b) for m in self.norms for b in m.buffers(recurse=False)}
         self.buffers = {name: b.clone() for name, b in self.plain.named_buffers() if id(b) not in frozen}
         self.random = self._random_state()
-        self.calls: list[
-            tuple
-        ] = []  # of layers by the training forward: layer, arguments, its output's place in the graph, shape
+        # of layers, by the training forward: (layer, args, kwargs, the output's place in the graph, its shape)
+        self.calls: list[tuple] = []
 
     def weights(self) -> Tensor:
         losses = None
@@ -184,10 +183,8 @@ class _Step:
 
     def _finite_difference(self, losses: Tensor | None) -> Tensor:
         tangents, params = self._clean_gradient(self.params), [p.detach() for p in self.params.values()]
-        with (
-            torch.no_grad(),
-            torch.autocast(self.device.type, enabled=False),
-        ):  # rounded to bfloat16 the difference would be noise
+        # rounded to bfloat16 the difference would be noise
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             length = [torch.stack(torch._foreach_norm(x)).norm() for x in (params, tangents)]
             step = torch.where(length[1] > 0, STEP[params[0].dtype] * length[0] / length[1], 0.0)
             moves = torch._foreach_mul(tangents, step)

@@ -106,18 +106,19 @@ void chi2(const RuleArgs& a, double* x, int64_t n, double rho) {
     top = x[i] > top ? x[i] : top;
     bottom = x[i] < bottom ? x[i] : bottom;
   }
-  // relative to the largest, in units of the spread, so that no square leaves the range (halves: nor does the spread)
-  const double half = top / 2 - bottom / 2, unit = half > 0 ? half : 1;
-  const auto relative = [=](double v) { return (v / 2 - top / 2) / unit; };
+  // relative to the largest, in units of the spread, so that no square leaves the range; halved where the spread would
+  const double part = top - bottom < kInfinity ? 1 : 0.5, spread = top * part - bottom * part;
+  const double unit = spread > 0 ? spread : 1;
+  const auto relative = [=](double v) { return (v * part - top * part) / unit; };
   double ties = 0;
   for (int64_t i = 0; i < n; ++i) {
     ties += x[i] == top;
     x[i] = relative(x[i]);
   }
-  if ((1 + 2 * rho) * ties >= double(n))
-    return write<T>(a, [=](double v) { return v == top ? double(n) / ties : 0.0; });
+  const auto largest = [=](double v) { return v == top ? double(n) / ties : 0.0; };
+  if ((1 + 2 * rho) * ties >= double(n)) return write<T>(a, largest);
   double level = -kInfinity;
-  for (double before = -1;;) {
+  for (double before = kInfinity;;) {
     double k = 0, mean = 0, variance = 0, sum = 0;
     for (int64_t i = 0; i < n; ++i)
       if (x[i] > level) {
@@ -125,7 +126,8 @@ void chi2(const RuleArgs& a, double* x, int64_t n, double rho) {
         mean += x[i];
         sum += x[i] - level;
       }
-    if (k == before) {
+    if (k == 0) return write<T>(a, largest);  // differences whose squares are 0
+    if (k >= before) {                        // nobody has left
       const double each = double(n) / sum;
       return write<T>(a, [=](double v) {
         const double over = relative(v) - level;
@@ -136,7 +138,8 @@ void chi2(const RuleArgs& a, double* x, int64_t n, double rho) {
     for (int64_t i = 0; i < n; ++i)
       if (x[i] > level) variance += (x[i] - mean) * (x[i] - mean);
     before = k;
-    level = chi2_level<StateLane>(mean, variance / k, k, double(n), rho);
+    const double next = chi2_level<StateLane>(mean, variance / k, k, double(n), rho);
+    level = next > level ? next : level;  // it only rises, but for rounding
   }
 }
 
