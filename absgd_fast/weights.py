@@ -211,16 +211,15 @@ def cvar(losses: Tensor, beta: float, reg: float = 0.0, *, mask: Tensor | None =
     rows = _Rows(losses, mask)
     if not len(rows.x):
         return rows.weights(rows.x)
+    ordered, order = rows.x.where(rows.good, -math.inf).sort(descending=True)
     if reg == 0:
-        ordered, x = rows.descending(), rows.relative()
         edge = ordered.gather(0, ((beta * rows.n).ceil().long() - 1).clamp(min=0).reshape(1))  # an index of no dimension waits
-        above, ties = ((rows.good & at).double() for at in (x > edge, x == edge))
+        above, ties = ((rows.good & at).double() for at in (rows.x > edge, rows.x == edge))
         left = (rows.n - above.sum() / beta).clamp(min=0) / ties.sum()
         return rows.weights(above / beta + ties * left)
     # The k largest are at the bound; the others share n - k / beta by their exponentials. k is the smallest for which the
     # largest of the others stays below the bound. The exponents z are made from the gaps between neighbours, no wider than what
     # makes exp vanish, so that losses of any size keep what tells them apart.
-    ordered, order = rows.x.where(rows.good, -math.inf).sort(descending=True)
     gaps = ((ordered[:-1] - ordered[1:]) / reg).clamp(max=VANISHED).nan_to_num(VANISHED)
     k, counts = rows.place(), rows.place() < rows.n
     z = torch.cat([gaps.new_zeros(1), -_running_sum(gaps)]).where(counts, -math.inf)
@@ -277,7 +276,7 @@ def chi2(losses: Tensor, rho: float, *, mask: Tensor | None = None, backend: str
     taken = (j < k).double()
     mean = (taken * d).sum() / k
     variance = (taken * (d - mean).square()).sum() / k
-    mu = mean - (variance / (k * bound / rows.n - 1).clamp(min=torch.finfo(d.dtype).tiny)).sqrt()
+    mu = mean - (variance / (k * bound / rows.n - 1).clamp(min=1e-15)).sqrt()  # no less than its rounding
     w = (x - mu).clamp(min=0).where(rows.good, 0.0)
     ties = ((x == 0) & rows.good).double()
     w = torch.where(bound * ties.sum() >= rows.n, ties, w)

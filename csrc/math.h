@@ -378,7 +378,7 @@ ABSGD_FN double cvar_limit(double sum, double left, double beta) {
 template <class L>
 ABSGD_FN double chi2_level(double mean, double variance, double k, double n, double rho) {
   const double share = k * (1 + 2 * rho) / n - 1;
-  return mean - L::sqrt(variance / (share > 0 ? share : 1e-300));
+  return mean - L::sqrt(variance / (share > 1e-15 ? share : 1e-15));  // no less than its rounding
 }
 
 // ---- Steps: momentum SGD (Alg. 1 step 6), Adam, RMSprop, AdaGrad (Sec. 3.4 of the ABSGD paper)
