@@ -279,7 +279,8 @@ def chi2(losses: Tensor, rho: float, *, mask: Tensor | None = None, backend: str
     mu = mean - (variance / (k * bound / rows.n - 1).clamp(min=1e-15)).sqrt()  # no less than its rounding
     w = (x - mu).clamp(min=0).where(rows.good, 0.0)
     ties = ((x == 0) & rows.good).double()
-    w = torch.where(bound * ties.sum() >= rows.n, ties, w)
+    # nobody above mu: differences whose squares are 0
+    w = torch.where((bound * ties.sum() >= rows.n) | (w.sum() == 0), ties, w)
     return rows.weights(w * (rows.n / w.sum()))
 
 

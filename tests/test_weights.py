@@ -1000,7 +1000,7 @@ def test_every_instruction_set(backend, count):
 def test_both_ways_agree(kind):
     """200 batches of a kind; one of the second found a search for mu that never ended, one of the fourth false ties."""
     random = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64)  # noqa: E731
+    draw = lambda *shape: torch.randn(shape, generator=random, dtype=torch.float64)  # noqa: E731
     for _ in range(200):
         n = int(torch.randint(1, 30, (), generator=random))
         x = draw(n)
@@ -1015,7 +1015,7 @@ def test_both_ways_agree(kind):
         elif kind == "outliers":
             x = torch.where(draw(n) > 0.5, x * 1e6, x)
         elif kind == "all but one alike":
-            x = torch.cat([torch.tensor([-1.0]), -(2.0 ** -torch.randint(0, 1070, (n,), generator=random).double())]).double()
+            x = torch.cat([torch.tensor([-1.0]), -(2.0 ** -torch.randint(0, 400, (n,), generator=random).double())]).double()
         beta, reg, rho = 0.01 + 0.99 * float(torch.rand((), generator=random)), 10 ** float(2 * draw()), 10 ** float(2 * draw())
         for rule in (partial(weights.cvar, beta=beta), partial(weights.cvar, beta=beta, reg=reg), partial(weights.chi2, rho=rho)):
             ours, plain = rule(x), rule(x, backend="reference")
