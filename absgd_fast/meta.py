@@ -15,19 +15,22 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedParameter
 
 from . import _checks, ops, reference
 
 METHODS = ("jvp", "finite_difference", "unrolled", "last_layer")
 Batch = tuple[Tensor, Tensor]
 
-# Half of a central difference's length, as a share of the length of all parameters, by their dtype.
+# Half of a central difference's length, as a share of the length of all parameters, by their dtype; of SHORTEST where they are
+# shorter: a model that starts at 0 is moved too.
 STEP = {torch.float32: 1e-5, torch.float64: 1e-8}
+SHORTEST = 10.0
 # Fused attention has neither a forward-mode nor a second derivative.
 DIFFERENTIABLE_ATTENTION = partial(sdpa_kernel, SDPBackend.MATH)
-# What a float16 clean gradient is multiplied by: the weights do not depend on it, and small gradients stay in range.
-LOSS_SCALE = 2.0**10
+# What a float16 clean loss is multiplied by, lest small gradients vanish. Not 2^10: a ResNet's gradients leave the range there.
+LOSS_SCALE = 2.0**5
 
 
 def l2rw_weights(
@@ -43,7 +46,7 @@ def l2rw_weights(
 
         "jvp"                one forward-mode product along grad g: exact, for whatever torch can differentiate forward
         "finite_difference"  (f_i(theta + e grad g) - f_i(theta - e grad g)) / 2e, with e |grad g| a small share of |theta|: no
-                             more than forwards, also of custom functions; in float32 |w - w*|_1 <= 1e-2
+                             more than forwards, also of custom functions; in float32 |w - w*|_1 of 1e-4 to 1e-2
         "unrolled"           the definition: derivative of g(theta - sum_i eps_i grad f_i) by eps at 0, by double backward
         "last_layer"         the part of u from the parameters of the last layer alone, an inner product of features times one
                              of output gradients (Eq. 12): about as cheap as a plain step
@@ -134,19 +137,21 @@ class _Step:
         self.params = {name: p for name, p in self.plain.named_parameters() if p.requires_grad}
         if not self.params:
             raise ValueError("model: got no parameter that requires grad, expected something to train")
-        some = next(iter(self.params.values()))
-        self.device = some.device
-        narrow = {p.dtype for p in self.params.values()} - STEP.keys()
-        if method == "finite_difference" and narrow:
+        if any(isinstance(p, UninitializedParameter) for p in self.params.values()):
+            raise ValueError("model: got lazy modules that have not seen a batch; expected one forward before")
+        self.device = next(iter(self.params.values())).device
+        others = sorted({str(p.dtype) for p in self.params.values() if p.dtype not in STEP})
+        if method == "finite_difference" and others:
             raise ValueError(
-                f"finite_difference: got parameters of {sorted(map(str, narrow))[0]}, in which a small step is lost to rounding;"
-                ' use method="jvp"'
+                f"finite_difference: got parameters of {others[0]}, expected float32 or float64 (in a narrower type a small step is"
+                ' lost to rounding); use method="jvp"'
             )
-        self.norms = [m for m in self.plain.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+        self.norms = [m for m in self.plain.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
         frozen = {id(b) for m in self.norms for b in m.buffers(recurse=False)}
         self.buffers = {name: b.clone() for name, b in self.plain.named_buffers() if id(b) not in frozen}
         self.random = self._random_state()
-        # of layers, by the training forward: (layer, args, kwargs, the output's place in the graph, its shape)
+        # of layers, by the training forward: (layer, args, kwargs, the output's place in the graph, its shape); of norms without
+        # parameters, whose output mixes samples: the layer alone
         self.calls: list[tuple] = []
 
     def weights(self) -> Tensor:
@@ -158,6 +163,8 @@ class _Step:
             return rectified(getattr(self, f"_{self.method}")(losses).detach())
 
     def loss(self) -> tuple[Tensor, Tensor]:
+        if not torch.is_grad_enabled():
+            raise RuntimeError("l2rw_loss: got gradients switched off (no_grad), expected them on; l2rw_weights needs none")
         with self._watched():
             losses = self._per_sample(self.model(self.batch[0]), self.batch)
         with self._apart(), torch.enable_grad():
@@ -171,22 +178,20 @@ class _Step:
         params = params or self.params
         tangents = self._clean_gradient(params)
         try:
-            with torch.no_grad(), forward_ad.dual_level(), DIFFERENTIABLE_ATTENTION():
+            with torch.no_grad(), forward_ad.dual_level(), self._without_shortcuts():
                 duals = {name: forward_ad.make_dual(p.detach(), t) for (name, p), t in zip(params.items(), tangents)}
                 losses = self._losses(self.batch, duals)
                 tangent = forward_ad.unpack_dual(losses).tangent
                 return torch.zeros_like(losses) if tangent is None else tangent
-        except (RuntimeError, NotImplementedError) as error:  # the same pass goes well without dual numbers
-            raise RuntimeError(
-                f'jvp: torch cannot differentiate this model forward ({error}); use method="finite_difference"'
-            ) from error
+        except RuntimeError as error:
+            raise _explained(error) from error
 
     def _finite_difference(self, losses: Tensor | None) -> Tensor:
         tangents, params = self._clean_gradient(self.params), [p.detach() for p in self.params.values()]
         # rounded to bfloat16 the difference would be noise
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             length = [torch.stack(torch._foreach_norm(x)).norm() for x in (params, tangents)]
-            step = torch.where(length[1] > 0, STEP[params[0].dtype] * length[0] / length[1], 0.0)
+            step = torch.where(length[1] > 0, STEP[params[0].dtype] * length[0].clamp(min=SHORTEST) / length[1], 0.0)
             moves = torch._foreach_mul(tangents, step)
             plus = self._losses(self.batch, dict(zip(self.params, torch._foreach_add(params, moves))))
             minus = self._losses(self.batch, dict(zip(self.params, torch._foreach_sub(params, moves))))
@@ -205,26 +210,40 @@ class _Step:
     def _last_layer(self, losses: Tensor) -> Tensor:
         if not self.calls:
             raise ValueError('last_layer: got a forward without a layer that has parameters to train; use method="jvp"')
-        last = self.calls[-1][0]
+        last = next(call[0] for call in reversed(self.calls) if len(call) > 1)
         names = {id(p): name for name, p in last.named_parameters() if p.requires_grad}
         own = {name: p for name, p in self.params.items() if id(p) in names}
-        inside = set(last.modules())
-        if any(id(p) in names for m in self.plain.modules() if m not in inside for p in m._parameters.values()):
-            return self._jvp(losses, own)  # they serve another layer too, so its output is not all they have a part in
+        inside, places = set(last.modules()), [call[3] for call in self.calls if call[0] is last]
+        if beyond := _reached_without(losses, places) & ({id(p) for p in self.params.values()} - names.keys()):
+            name = next(name for name, p in self.params.items() if id(p) in beyond)
+            raise ValueError(
+                f"last_layer: took {type(last).__name__} for the last layer, but {name} has a part in the losses beside it (a bare"
+                ' parameter, a compiled layer, several heads); use method="jvp"'
+            )
+        tied = any(id(p) in names for m in self.plain.modules() if m not in inside for p in m._parameters.values())
+        if tied or len(self.calls[-1]) == 1:  # its output is not all its parameters have a part in, or it is mixed afterwards
+            return self._jvp(losses, own)
         tangents, products = self._clean_gradient(own), torch.zeros_like(losses)
-        for layer, args, kwargs, place, shape in self.calls:
+        before = self._random_state()
+        for layer, *call in self.calls:
             if layer is not last:
                 continue
+            args, kwargs, place, shape = call
             if shape[:1] != losses.shape:
                 raise ValueError(
                     f"last_layer: the output of {type(layer).__name__} has shape {tuple(shape)}, expected one row for each of"
                     f' the {len(losses)} samples; use method="jvp"'
                 )
             slopes = torch.autograd.grad(losses.sum(), place, retain_graph=True)[0]
-            with torch.no_grad(), forward_ad.dual_level():
-                duals = {names[id(p)]: forward_ad.make_dual(p.detach(), t) for p, t in zip(own.values(), tangents)}
-                tangent = forward_ad.unpack_dual(functional_call(layer, duals, args, kwargs)).tangent
-                products = products + (slopes * tangent).flatten(1).sum(1)
+            try:
+                with torch.no_grad(), forward_ad.dual_level(), self._without_shortcuts():
+                    duals = {names[id(p)]: forward_ad.make_dual(p.detach(), t) for p, t in zip(own.values(), tangents)}
+                    tangent = forward_ad.unpack_dual(functional_call(layer, duals, args, kwargs)).tangent
+                    products = products + (slopes * tangent).flatten(1).sum(1)
+            except RuntimeError as error:
+                raise _explained(error) from error
+        if any(not torch.equal(a, b) for a, b in zip(before, self._random_state())):
+            return self._jvp(losses, own)  # it draws random numbers, other ones than in the training forward
         return products
 
     def _clean_gradient(self, params: dict[str, Tensor]) -> list[Tensor]:
@@ -232,11 +251,16 @@ class _Step:
         leaves = {name: p.detach().requires_grad_(name in params) for name, p in self.params.items()}
         clean = self._losses(self.clean_batch, leaves, apart=True).mean()
         half = torch.is_autocast_enabled(self.device.type) and torch.get_autocast_dtype(self.device.type) == torch.float16
-        if half or any(p.dtype == torch.float16 for p in params.values()):
+        half = half or any(p.dtype == torch.float16 for p in params.values())
+        if half:
             clean = clean * LOSS_SCALE
         some = [leaves[name] for name in params]
         grads = torch.autograd.grad(clean, some, allow_unused=True) if clean.requires_grad else [None] * len(some)
-        return [torch.zeros_like(p) if grad is None else grad for p, grad in zip(some, grads)]
+        grads = [torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g for p, g in zip(some, grads)]
+        if half:  # the direction counts alone, and of length 1 it stays in range
+            length = torch.stack([g.float().norm() for g in grads]).norm()
+            grads = [(g / torch.where(length > 0, length, 1.0)).to(g.dtype) for g in grads]
+        return grads
 
     # ---- passes that leave no trace ----
 
@@ -280,12 +304,30 @@ class _Step:
             m for m in self.plain.modules()
             if trains(m) and not any(trains(child) for name, child in m.named_children() if name != "parametrizations")
         ]  # fmt: skip
+        mixing = [m for m in self.plain.modules() if isinstance(m, _BatchNorm) and m.training and not trains(m)]
         handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+        handles += [layer.register_forward_hook(lambda layer, args, out: self.calls.append((layer,))) for layer in mixing]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def _without_shortcuts(self):
+        """Neither fused attention, nor what torch takes for recurrent networks and transformer encoders where no gradient is
+        asked for: these have no forward mode."""
+        mha, mkldnn = torch.backends.mha, torch.backends.mkldnn
+        fast_path, onednn = mha.get_fastpath_enabled(), mkldnn.enabled
+        mha.set_fastpath_enabled(False)
+        if any(isinstance(m, nn.RNNBase) for m in self.plain.modules()):
+            mkldnn.enabled = False
+        try:
+            with DIFFERENTIABLE_ATTENTION():
+                yield
+        finally:
+            mha.set_fastpath_enabled(fast_path)
+            mkldnn.enabled = onednn
 
     @contextmanager
     def _apart(self):
@@ -311,6 +353,29 @@ class _Step:
     def _set_random_state(self, state: list[Tensor]) -> None:
         for generator, s in zip(self._generators(), state):
             generator.set_state(s)
+
+
+def _explained(error: RuntimeError) -> RuntimeError:
+    """What to do where torch has no forward mode; any other error as it is."""
+    if not isinstance(error, NotImplementedError) and not any(
+        words in str(error) for words in ("forward AD", "forward mode", "jvp", "automatic differentiation")
+    ):
+        return error
+    return RuntimeError(f'jvp: torch cannot differentiate this model forward ({error}); use method="finite_difference"')
+
+
+def _reached_without(losses: Tensor, places: list) -> set[int]:
+    """ids of the leaves that the losses depend on by a way that leads through none of these places in the graph."""
+    found, seen, ahead = set(), {place.node for place in places}, [losses.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        ahead += [following for following, _ in node.next_functions]
+    return found
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -301,8 +301,13 @@ class ABLoss(rules.ExactState):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         loaded = state_dict.get(prefix + "lam")
         still_open = loaded is not None and bool(loaded.isnan())
-        if still_open and self._relative is None:
+        if still_open and self._relative is None and self.rule is None:
             error_msgs.append(f"{prefix}lam: the saved RelativeLam was not fixed yet; construct ABLoss with lam=RelativeLam(r)")
+            return
+        if self.rule is not None and loaded is not None and float(loaded) not in (self._given_lam, float(self.lam)):
+            error_msgs.append(
+                f"{prefix}lam: the saved one is of an ABLoss with another lambda or rule than {rules.shown(self.rule)}"
+            )
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._agreed = None
@@ -448,8 +453,7 @@ class ABLoss(rules.ExactState):
         factor = weights + self.mix if self.mix else weights
         factor = factor if sample_weight is None else factor * sample_weight
         log_s, nonfinite, lam, *_ = self._state(False, 0)
-        if not self._by_rule:  # the flat TERM with groups after all
-            lam = torch.full_like(lam, math.inf)
+        lam = torch.full_like(lam, math.inf)
         if operators is None:
             loss, _, _, bad = reference.robust_loss(losses, log_s, lam, sample_weight=factor, score=score, mask=mask)
             if learns:

@@ -343,7 +343,7 @@ class GroupDRO(ExactState):
 
     def forward(self, losses: Tensor, groups: Tensor, *, mask: Tensor | None = None, update: bool = True) -> Tensor:
         losses, mask = _prepared(losses, mask)
-        groups = _checks.groups(groups, losses)
+        groups = _checks.groups(groups, losses).long()
         if losses.device != self.log_q.device:
             raise ValueError(
                 f"GroupDRO: got losses on {losses.device}, but its state is on {self.log_q.device}; use .to({str(losses.device)!r})"
@@ -351,7 +351,7 @@ class GroupDRO(ExactState):
         update = update and self.training and torch.is_grad_enabled()
         if (kernels := _kernels(losses, self.backend)) is not None:
             try:
-                return kernels.group_weights(losses, mask, groups.long().contiguous(), self.log_q, self.eta, update)
+                return kernels.group_weights(losses, mask, groups.contiguous(), self.log_q, self.eta, update)
             except RuntimeError:  # a group out of range, which is said below
                 pass
         rows = _Rows(losses, mask, groups)
@@ -368,7 +368,7 @@ class GroupDRO(ExactState):
         one, zeros = rows.good.double(), rows.x.new_zeros(self.n_groups)
         sizes = zeros.index_add(0, group, one)
         means = zeros.index_add(0, group, one * rows.x) / sizes.clamp(min=1)
-        log_q = (self.log_q.double() + self.eta * means).log_softmax(0)
+        log_q = (self.log_q.double() + (self.eta * means).clamp(-1e300, 1e300)).log_softmax(0)
         w = (log_q.exp() / sizes.clamp(min=1))[group] * one.sum()
         if update:
             moves = log_q.isfinite().all() & ~rows.bad.any()
@@ -393,6 +393,9 @@ def flat_tilt(rule) -> float | None:
 def options(rule) -> frozenset[str]:
     """Which of groups, mask and update a rule takes beside the losses."""
     known = {"groups", "mask", "update"}
+    while isinstance(rule, (partial, torch._dynamo.OptimizedModule)):
+        known -= rule.keywords.keys() if isinstance(rule, partial) else set()
+        rule = rule.func if isinstance(rule, partial) else rule._orig_mod
     try:
         parameters = inspect.signature(rule.forward if isinstance(rule, nn.Module) else rule).parameters
     except (TypeError, ValueError):  # a builtin, which does not say

@@ -358,23 +358,18 @@ struct RectifiedNumbers {
   }
 };
 
-// ---- Rules that solve for a level mu (Levy et al. 2020): CVaR and chi-squared DRO
-// -------------------------------------
+// ---- Rules that solve for a level mu (Levy et al. 2020): CVaR and chi-squared DRO -------------------------------
 //
-//     CVaR, KL penalty    w = min(exp((x - mu) / reg), 1 / beta): the k largest are at the bound, the others share what
-//     is
-//                         left, n - k / beta, by their exponentials
-//     chi-squared         w proportional to max(x - mu, 0), (1/2n) sum (w - 1)^2 = rho: mu follows from mean and
-//     variance
-//                         of the k losses above it
+//     CVaR, KL penalty    w = min(exp((x - mu) / reg), 1 / beta): the k largest are at the bound, and the others share
+//                         what is left, n - k / beta, by their exponentials
+//     chi-squared         w proportional to max(x - mu, 0), (1/2n) sum (w - 1)^2 = rho: mu follows from the mean and
+//                         variance of the k losses above it
 //
-// Both are solved by taking rows in (out) until none is to be: a level made of too many rows is never too high.
+// CVaR takes rows in from the smallest on, as long as the largest of them stays below the bound; chi-squared drops rows
+// until none lies below mu: made of too many rows, mu is never too high.
 
-// Where a row of exp((x - top) / reg) = e^z is beyond the bound: z above this; sum: of e^z over the rows that share.
-template <class L>
-ABSGD_FN double cvar_limit(double sum, double left, double beta) {
-  return L::log(sum / (left * beta));
-}
+// Whether the largest of the rows that share `left` would be; sum: of their exponentials, its own being 1.
+ABSGD_FN bool cvar_is_beyond(double sum, double left, double beta) { return left * beta > sum; }
 template <class L>
 ABSGD_FN double chi2_level(double mean, double variance, double k, double n, double rho) {
   const double share = k * (1 + 2 * rho) / n - 1;

@@ -742,3 +742,142 @@ def test_the_host_never_waits(method, monkeypatch):
     assert l2rw_weights(model, cross_entropy, batch, clean, method).shape == (B,)
     l2rw_loss(model, cross_entropy, batch, clean, method).backward()
     assert all(p.grad.shape == p.shape for p in model.parameters())
+
+
+# ---- what a review found ------------------------------------------------------------------------------------------------
+
+
+def layers(*modules, dtype=torch.float64):
+    """A model of these layers on four numbers, a batch and a clean one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*modules).to(dtype)
+    x, y = torch.randn(B + M, 4, dtype=dtype), torch.arange(B + M) % C
+    return model, (x[:B], y[:B]), (x[B:], y[B:])
+
+
+class Masked(nn.Module):
+    """A last layer that draws random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(C, 6))
+
+    def forward(self, x):
+        return F.dropout(x, 0.5, self.training) @ self.w.T
+
+
+@pytest.mark.parametrize(
+    "last", [nn.Sequential(nn.Linear(6, C), nn.BatchNorm1d(C, affine=False)), Masked()], ids=["mixed", "drawn"]
+)
+def test_last_layer_that_is_mixed_or_draws(last):
+    model, batch, clean = layers(nn.Linear(4, 6), nn.ReLU(), last)
+    ours = l2rw_weights(model, cross_entropy, batch, clean, "last_layer")
+    for p in model[0].parameters():
+        p.requires_grad_(False)
+    torch.testing.assert_close(ours, l2rw_weights(model, cross_entropy, batch, clean, "unrolled"))
+
+
+class Bare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.w = nn.Linear(4, 6), nn.Parameter(torch.randn(C, 6))
+
+    def forward(self, x):
+        return self.hidden(x) @ self.w.T
+
+
+def test_last_layer_that_is_not_seen():
+    """Not silently the layer before it."""
+    model, batch, clean = layers(Bare())
+    with pytest.raises(ValueError, match=r"0\.w has a part .*jvp"):
+        l2rw_weights(model, cross_entropy, batch, clean, "last_layer")
+    model, batch, clean = layers(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, C))
+    model[2] = torch.compile(model[2], backend="eager")
+    model(batch[0])  # from now on it looks for no hooks
+    with pytest.raises(ValueError, match="last_layer"):
+        l2rw_weights(model, cross_entropy, batch, clean, "last_layer")
+
+
+def test_statistics_of_instances(method):
+    """InstanceNorm writes them even where it is told not to track."""
+    norm = nn.InstanceNorm1d(4, affine=True, track_running_stats=True)
+    model, batch, clean = layers(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 4, 2), norm, nn.Flatten(), nn.Linear(12, C))
+    before = copy.deepcopy(model.state_dict())
+    l2rw_weights(model, cross_entropy, batch, clean, method)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["jvp", "last_layer"])
+def test_half_precision_autocast(method):
+    """1024 inputs of size 4: a gradient that a loss scale of 2^10 would take out of float16's range. Weights to a few percent,
+    as float16 has the products' terms."""
+    torch.manual_seed(0)
+    model, y = nn.Sequential(nn.Linear(1024, 32), nn.ReLU(), nn.Linear(32, C)), torch.arange(B + M) % C
+    x = 4 * torch.randn(B + M, 1024).relu()
+    batch, clean = (x[:B], y[:B]), (x[B:], y[B:])
+    exact = l2rw_weights(model, cross_entropy, batch, clean, method)
+    with torch.autocast("cpu", dtype=torch.float16):
+        w = l2rw_weights(model, cross_entropy, batch, clean, method)
+        loss = l2rw_loss(model, cross_entropy, batch, clean, method)
+    assert distance(w.float(), exact) < 0.1 and loss.isfinite()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-4, 1e-2, 1.0])
+def test_difference_of_small_parameters(size):
+    """A model that starts at 0 has weights too; the step has a shortest length."""
+    model, batch, clean = layers(nn.Linear(4, C), dtype=torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(size)
+    star = l2rw_weights(model, cross_entropy, batch, clean, "unrolled")
+    assert distance(l2rw_weights(model, cross_entropy, batch, clean, "finite_difference"), star) <= 1e-2
+
+
+def test_shortcuts_without_forward_mode():
+    """What torch takes for an LSTM and an encoder in evaluation where no gradient is asked for."""
+    torch.manual_seed(0)
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, C)
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[0][:, -1])
+
+    encoder = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    for model in (Recurrent(), nn.Sequential(encoder, nn.Flatten(), nn.Linear(12, C)).eval()):
+        x, y = torch.randn(B + M, 3, 4), torch.arange(B + M) % C
+        batch, clean = (x[:B], y[:B]), (x[B:], y[B:])
+        enabled = torch.backends.mkldnn.enabled, torch.backends.mha.get_fastpath_enabled()
+        jvp = l2rw_weights(model, cross_entropy, batch, clean)
+        assert enabled == (torch.backends.mkldnn.enabled, torch.backends.mha.get_fastpath_enabled())
+        assert distance(jvp, l2rw_weights(model, cross_entropy, batch, clean, "unrolled")) < 1e-5
+
+
+def test_errors_that_are_not_forward_modes():
+    """An error of the model's own in the dual pass keeps its words."""
+    model, batch, clean = layers(nn.Linear(4, C))
+    calls = []
+
+    def fail(out, y):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("boom: out of memory")
+        return cross_entropy(out, y)
+
+    with pytest.raises(RuntimeError, match="^boom"):
+        l2rw_weights(model, fail, batch, clean)
+    with pytest.raises(ValueError, match="lazy"):
+        l2rw_weights(nn.LazyLinear(C), cross_entropy, batch, clean)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="no_grad"):
+        l2rw_loss(model, cross_entropy, batch, clean)
+
+
+def test_sparse_gradients():
+    torch.manual_seed(0)
+    model, y = nn.Sequential(nn.EmbeddingBag(20, C, sparse=True)), torch.arange(B + M) % C
+    x = torch.randint(20, (B + M, 3))
+    batch, clean = (x[:B], y[:B]), (x[B:], y[B:])
+    star = l2rw_weights(model, cross_entropy, batch, clean, "finite_difference")
+    assert star.isfinite().all() and float(star.sum()) == pytest.approx(1)

@@ -299,12 +299,10 @@ def notes(results):
     for method, mine in by_method.items():
         if broken := sum(run["train_loss"] is None for run in mine.values()):
             found.append(f"{broken} of {len(mine)} runs of {method} ended with a loss that is not a finite number.")
-        # one class gets every image: ReLUs that no longer answer, most often after too large a step
+        # one class gets every image: the others are too rare, or a step was too large and ReLUs no longer answer
         if stuck := sum(sorted(r or 0 for r in run["per_class_recall"])[-2:] == [0, 100] for run in mine.values()):
-            found.append(
-                f"{stuck} of {len(mine)} runs of {method} ended with one answer for every image. Weights that rest on few samples "
-                "make large steps: a smaller learning rate may help."
-            )
+            hint = " Weights that rest on few samples make large steps: a smaller learning rate may help." * (method == "l2rw")
+            found.append(f"{stuck} of {len(mine)} runs of {method} ended with one answer for every image.{hint}")
     losses = [run["train_loss"] for run in by_method.get(BASELINE, {}).values() if run["train_loss"] is not None]
     if losses and mean(losses) < 0.01:
         found.append(

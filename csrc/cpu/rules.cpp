@@ -67,34 +67,44 @@ void cvar(const RuleArgs& a, double* x, int64_t n, double beta) {
   write<T>(a, [=](double v) { return v > edge ? 1 / beta : v == edge ? at_edge : 0.0; });
 }
 
-template <class T>
-void cvar_kl(const RuleArgs& a, const double* x, int64_t n, double beta, double reg) {
-  double top = kInfinity, sum = 0, left = double(n), bound = kInfinity;  // rows beyond `bound` weigh 1 / beta
-  for (double k = 0;;) {
-    top = -kInfinity;
-    for (int64_t i = 0; i < n; ++i)
-      if (x[i] <= bound && x[i] > top) top = x[i];
-    sum = 0;
-    for (int64_t i = 0; i < n; ++i)
-      if (x[i] <= bound) sum += __builtin_exp((x[i] - top) / reg);
-    const double limit = cvar_limit<StateLane>(sum, left, beta);
-    if (!(limit < 0)) break;
-    double more = 0, next = -kInfinity;
-    for (int64_t i = 0; i < n; ++i) {
-      if (!(x[i] <= bound)) continue;
-      if ((x[i] - top) / reg > limit)
-        more += 1;
-      else if (x[i] > next)
-        next = x[i];
+// Heap sort, smallest first: no worst case, and no memory but its own.
+void sort(double* x, int64_t count) {
+  const auto sink = [x](int64_t i, int64_t end) {
+    const double value = x[i];
+    for (int64_t child; (child = 2 * i + 1) < end; i = child) {
+      if (child + 1 < end && x[child + 1] > x[child]) ++child;
+      if (!(x[child] > value)) break;
+      x[i] = x[child];
     }
-    const double rest = double(n) - (k + more) / beta;
-    if (next == -kInfinity || !(rest > 0)) break;  // all are at the bound, to rounding
-    k += more;
+    x[i] = value;
+  };
+  for (int64_t i = count / 2; i-- > 0;) sink(i, count);
+  for (int64_t end = count; end-- > 1;) {
+    const double largest = x[0];
+    x[0] = x[end];
+    x[end] = largest;
+    sink(0, end);
+  }
+}
+
+template <class T>
+void cvar_kl(const RuleArgs& a, double* x, int64_t n, double beta, double reg) {
+  sort(x, n);
+  // From the smallest on, the sum of exp((x - x_i) / reg) over the rows up to the i-th, until x_i would be beyond the
+  // bound.
+  double top = x[0], sum = 1, left = 0, running = 0, before = x[0];
+  for (int64_t i = 0; i < n; ++i) {
+    running = 1 + running * __builtin_exp((before - x[i]) / reg);
+    before = x[i];
+    const double rest = double(n) - double(n - 1 - i) / beta;  // what those above leave over
+    if (!(rest > 0)) continue;
+    if (left > 0 && cvar_is_beyond(running, rest, beta)) break;
+    top = x[i];
+    sum = running;
     left = rest;
-    bound = next;
   }
   write<T>(a, [=](double v) {
-    const double w = v > bound ? 1 / beta : left * (__builtin_exp((v - top) / reg) / sum);
+    const double w = v > top ? 1 / beta : left * (__builtin_exp((v - top) / reg) / sum);
     return w < 1 / beta ? w : 1 / beta;
   });
 }
@@ -169,12 +179,15 @@ bool group_weights_typed(const GroupArgs& a) {
   }
   double top = -kInfinity, sum = 0;
   for (int64_t g = 0; g < a.n_groups; ++g) {
-    if (sizes[g] > 0) a.log_q[g] += a.eta * (means[g] / sizes[g]);
+    if (sizes[g] > 0) {
+      const double step = a.eta * (means[g] / sizes[g]);
+      a.log_q[g] += step < -1e300 ? -1e300 : step > 1e300 ? 1e300 : step;
+    }
     if (a.log_q[g] > top) top = a.log_q[g];
   }
   for (int64_t g = 0; g < a.n_groups; ++g) sum += __builtin_exp(a.log_q[g] - top);
   for (int64_t g = 0; g < a.n_groups; ++g) {
-    a.log_q[g] -= top + __builtin_log(sum);
+    a.log_q[g] = (a.log_q[g] - top) - __builtin_log(sum);
     fine = fine && a.log_q[g] - a.log_q[g] == 0;
     means[g] = sizes[g] > 0 ? n * __builtin_exp(a.log_q[g]) / sizes[g] : 0;  // W of the group
   }
