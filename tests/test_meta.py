@@ -744,7 +744,7 @@ def test_the_host_never_waits(method, monkeypatch):
     assert all(p.grad.shape == p.shape for p in model.parameters())
 
 
-# ---- what a review found ------------------------------------------------------------------------------------------------
+# ---- at the edges ------------------------------------------------------------------------------------------------------
 
 
 def layers(*modules, dtype=torch.float64):

@@ -1033,7 +1033,7 @@ def test_both_ways_agree(kind):
     assert weights.chi2(torch.tensor(six), rho=0.1).tolist() == pytest.approx([1.2, 1.2, 0, 1.2, 1.2, 1.2])
 
 
-# ---- what a review found ------------------------------------------------------------------------------------------------
+# ---- at the edges ------------------------------------------------------------------------------------------------------
 
 
 def test_a_state_of_another_lambda_is_refused():
