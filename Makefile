@@ -49,6 +49,7 @@ sanitize: $(VENV)/.installed
 	PYTHONPATH=build/sanitized ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    $(bin)/pytest -k "not growth" $(addprefix tests/test_,ops.py losses.py functional.py robust.py linear.py optim.py weighted_step.py rectified.py weights.py)
+	$(bin)/pytest -m long tests/test_cuda.py
 
 clean:
 	rm -rf build demo dist *.egg-info absgd_fast/_*.so absgd_fast/_build_info.json $(VENV)/.installed

@@ -55,10 +55,14 @@ def package(folder, kind):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """name -> the finished process. Built and run side by side, because most of them use one core."""
+def results(tmp_path_factory, request):
+    """name -> the finished process, of the runs that were asked for. Built and run side by side, because most of them use one
+    core."""
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    packages = {kind: package(folder, kind) for kind in {run[0] for run in RUNS.values()}}
+    asked = [
+        i.callspec.params["name"] for i in request.session.items if getattr(i, "originalname", "") == "test_kernels_on_the_cpu"
+    ]
+    packages = {kind: package(folder, kind) for kind in {RUNS[name][0] for name in asked}}
 
     def run(name):
         kind, order, limit, files = RUNS[name]
@@ -68,10 +72,14 @@ def results(tmp_path_factory):
         return subprocess.run([*map(str, command)], cwd=packages[kind], env=environment, capture_output=True, text=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(RUNS, pool.map(run, RUNS)))
+        return dict(zip(asked, pool.map(run, asked)))
 
 
-@pytest.mark.parametrize("name", RUNS)
+# minutes each under a sanitizer: for `make sanitize`
+SLOW = [pytest.param(name, marks=[pytest.mark.long] * (name in ("address, one block", "race, one block"))) for name in RUNS]
+
+
+@pytest.mark.parametrize("name", SLOW)
 @pytest.mark.timeout(1200)
 def test_kernels_on_the_cpu(results, name):
     done = results[name]
