@@ -75,13 +75,11 @@ def losses(value: object) -> Tensor:
 
 
 def groups(value: object, like: Tensor) -> Tensor:
-    """One integer per loss."""
-    if not isinstance(value, Tensor) or value.shape != like.shape or value.device != like.device:
-        got = f"shape {tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"groups: got {got}, expected one integer per sample, shape {tuple(like.shape)} on {like.device}")
+    """One integer per loss, contiguous, int64."""
+    out = per_sample(value, "groups", like, torch.int64)
     if value.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"groups: got {value.dtype}, expected integers, equal for rows of the same group")
-    return value.detach()
+    return out
 
 
 def tilt(value: float, name: str) -> float:

@@ -150,9 +150,9 @@ class _Step:
         frozen = {id(b) for m in self.norms for b in m.buffers(recurse=False)}
         self.buffers = {name: b.clone() for name, b in self.plain.named_buffers() if id(b) not in frozen}
         self.random = self._random_state()
-        # of layers, by the training forward: (layer, args, kwargs, the output's place in the graph, its shape); of norms without
-        # parameters, whose output mixes samples: the layer alone
+        # of layers, by the training forward: (layer, args, kwargs, the output's place in the graph, its shape)
         self.calls: list[tuple] = []
+        self.mixed = False  # by a norm without parameters, after the last of them
 
     def weights(self) -> Tensor:
         losses = None
@@ -160,7 +160,7 @@ class _Step:
             if self.method in ("unrolled", "last_layer"):
                 with self._watched():
                     losses = self._losses(self.batch)
-            return rectified(getattr(self, f"_{self.method}")(losses).detach())
+            return rectified(getattr(self, f"_{self.method}")(losses))
 
     def loss(self) -> tuple[Tensor, Tensor]:
         if not torch.is_grad_enabled():
@@ -169,7 +169,7 @@ class _Step:
             losses = self._per_sample(self.model(self.batch[0]), self.batch)
         with self._apart(), torch.enable_grad():
             products = getattr(self, f"_{self.method}")(losses)
-        weights = rectified(products.detach())
+        weights = rectified(products)
         return (weights * losses).sum(), weights
 
     # ---- u, up to a positive factor; `losses`: those of the training forward, with their graph ----
@@ -210,7 +210,7 @@ class _Step:
     def _last_layer(self, losses: Tensor) -> Tensor:
         if not self.calls:
             raise ValueError('last_layer: got a forward without a layer that has parameters to train; use method="jvp"')
-        last = next(call[0] for call in reversed(self.calls) if len(call) > 1)
+        last = self.calls[-1][0]
         names = {id(p): name for name, p in last.named_parameters() if p.requires_grad}
         own = {name: p for name, p in self.params.items() if id(p) in names}
         inside, places = set(last.modules()), [call[3] for call in self.calls if call[0] is last]
@@ -221,14 +221,13 @@ class _Step:
                 ' parameter, a compiled layer, several heads); use method="jvp"'
             )
         tied = any(id(p) in names for m in self.plain.modules() if m not in inside for p in m._parameters.values())
-        if tied or len(self.calls[-1]) == 1:  # its output is not all its parameters have a part in, or it is mixed afterwards
+        if tied or self.mixed:  # its output is not all its parameters have a part in, or it is mixed afterwards
             return self._jvp(losses, own)
         tangents, products = self._clean_gradient(own), torch.zeros_like(losses)
         before = self._random_state()
-        for layer, *call in self.calls:
+        for layer, args, kwargs, place, shape in self.calls:
             if layer is not last:
                 continue
-            args, kwargs, place, shape = call
             if shape[:1] != losses.shape:
                 raise ValueError(
                     f"last_layer: the output of {type(layer).__name__} has shape {tuple(shape)}, expected one row for each of"
@@ -296,6 +295,10 @@ class _Step:
             if isinstance(out, Tensor) and out.requires_grad:
                 # the place in the graph: what is done to the output in place afterwards does not move it
                 self.calls.append((layer, args, kwargs, torch.autograd.graph.get_gradient_edge(out), out.shape))
+                self.mixed = False
+
+        def note_mixing(layer, args, out):
+            self.mixed = True
 
         def trains(m):
             return any(p.requires_grad for p in m.parameters())
@@ -306,7 +309,7 @@ class _Step:
         ]  # fmt: skip
         mixing = [m for m in self.plain.modules() if isinstance(m, _BatchNorm) and m.training and not trains(m)]
         handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
-        handles += [layer.register_forward_hook(lambda layer, args, out: self.calls.append((layer,))) for layer in mixing]
+        handles += [layer.register_forward_hook(note_mixing) for layer in mixing]
         try:
             yield
         finally:

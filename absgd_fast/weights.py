@@ -43,14 +43,11 @@ def _kernels(losses: Tensor, backend: str | None) -> ops.Operators | None:
 
 
 class _Rows:
-    """The losses that count, flat and in float64 (0 elsewhere), and the way back from their weights."""
+    """The losses that count (as `_prepared`), flat and in float64 (0 elsewhere), and the way back from their weights."""
 
-    def __init__(self, losses: Tensor, mask: Tensor | None, groups: Tensor | None = None):
-        _checks.losses(losses)
-        mask = _checks.per_sample(mask, "mask", losses, torch.bool)
-        self.shape, self.dtype = losses.shape, real_dtype(losses.dtype)
-        self.groups = None if groups is None else _checks.groups(groups, losses).flatten()
-        x = losses.detach().flatten().double()
+    def __init__(self, losses: Tensor, mask: Tensor | None):
+        self.shape, self.dtype = losses.shape, losses.dtype
+        x = losses.flatten().double()
         valid = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.flatten()
         self.good, self.bad = valid & x.isfinite(), valid & ~x.isfinite()
         self.x = x.where(self.good, 0.0)
@@ -117,16 +114,16 @@ def term(
     _checks.tilt(t, "t")
     if groups is None and t_group is not None:
         raise ValueError(f"t_group: got {t_group!r} without groups, expected groups=, one integer per loss")
+    losses, mask = _prepared(losses, mask)
     if groups is None and NATIVE_TILTS[0] <= abs(t) <= NATIVE_TILTS[1]:
-        losses, mask = _prepared(losses, mask)
         gaps = _below_the_extreme(losses, t, mask)
         return F.robust_weights(gaps, -math.inf, 1 / t, gamma=1.0, mask=mask, backend=backend)[0]
-    rows = _Rows(losses, mask, groups)
+    rows = _Rows(losses, mask)
     one = torch.zeros_like(rows.x, dtype=torch.int64)
-    if rows.groups is None:
+    if groups is None:
         return rows.weights(rows.n * _tilted(rows.x, rows.good.double(), t, one)[0])
+    within = _numbered(_checks.groups(groups, losses).flatten())
     t_group = _checks.tilt(0.0 if t_group is None else t_group, "t_group")
-    within = _numbered(rows.groups)
     sizes = torch.zeros_like(rows.x).index_add_(0, within, rows.good.double())
     p, risks = _tilted(rows.x, rows.good.double(), t, within)
     between, _ = _tilted(risks, sizes, t_group, one)
@@ -343,7 +340,7 @@ class GroupDRO(ExactState):
 
     def forward(self, losses: Tensor, groups: Tensor, *, mask: Tensor | None = None, update: bool = True) -> Tensor:
         losses, mask = _prepared(losses, mask)
-        groups = _checks.groups(groups, losses).long()
+        groups = _checks.groups(groups, losses)
         if losses.device != self.log_q.device:
             raise ValueError(
                 f"GroupDRO: got losses on {losses.device}, but its state is on {self.log_q.device}; use .to({str(losses.device)!r})"
@@ -351,19 +348,19 @@ class GroupDRO(ExactState):
         update = update and self.training and torch.is_grad_enabled()
         if (kernels := _kernels(losses, self.backend)) is not None:
             try:
-                return kernels.group_weights(losses, mask, groups.contiguous(), self.log_q, self.eta, update)
+                return kernels.group_weights(losses, mask, groups, self.log_q, self.eta, update)
             except RuntimeError:  # a group out of range, which is said below
                 pass
-        rows = _Rows(losses, mask, groups)
-        inside = (rows.groups >= 0) & (rows.groups < self.n_groups)
+        rows, groups = _Rows(losses, mask), groups.flatten()
+        inside = (groups >= 0) & (groups < self.n_groups)
         counts = rows.good | rows.bad
         if losses.device.type == "cpu" and not torch.compiler.is_compiling() and bool((counts & ~inside).any()):
             row = int((counts & ~inside).nonzero()[0])
             raise IndexError(
-                f"groups: got {int(rows.groups[row])} in row {row}, expected 0 <= group < {self.n_groups}; mask rows that shall"
+                f"groups: got {int(groups[row])} in row {row}, expected 0 <= group < {self.n_groups}; mask rows that shall"
                 " not count"
             )
-        group = rows.groups.where(inside, 0).long()
+        group = groups.where(inside, 0)
         rows.bad, rows.good = rows.bad | (counts & ~inside), rows.good & inside
         one, zeros = rows.good.double(), rows.x.new_zeros(self.n_groups)
         sizes = zeros.index_add(0, group, one)

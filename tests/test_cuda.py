@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(simt.why_not() is not None, reason=simt.why_not(
 
 # name: (kind of build, order, limit of the one-block kernel, what to run)
 EVERYTHING = [TESTS / "cuda_on_cpu" / "suite.py", *(TESTS / f"test_{name}.py" for name in FILES)]
-NO_LIMIT = ("test_optim", "test_linear", "test_rectified", "test_ops", "test_functional")  # go the same way at every limit
+NO_LIMIT = ("test_optim", "test_linear", "test_rectified", "test_functional")  # go the same way at every limit
 LOSSES = [path for path in EVERYTHING if path.stem not in NO_LIMIT]
 SUITE = [TESTS / "cuda_on_cpu" / "suite.py"]
 RUNS = {

@@ -796,6 +796,10 @@ def test_last_layer_that_is_not_seen():
     model(batch[0])  # from now on it looks for no hooks
     with pytest.raises(ValueError, match="last_layer"):
         l2rw_weights(model, cross_entropy, batch, clean, "last_layer")
+    model, x = nn.Sequential(model[2], nn.BatchNorm1d(C, affine=False)).double(), torch.randn(B + M, 6).double()
+    model(x[:B])
+    with pytest.raises(ValueError, match="last_layer: got a forward without a layer"):
+        l2rw_weights(model, cross_entropy, (x[:B], batch[1]), (x[B:], clean[1]), "last_layer")
 
 
 def test_statistics_of_instances(method):

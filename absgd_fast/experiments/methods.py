@@ -39,6 +39,9 @@ class Method:
     weights: Callable = lambda: None
     stateful: dict = field(default_factory=dict)
 
+    def __post_init__(self):
+        self.stateful = {"optimizer": self.optimizer} | self.stateful
+
     def choose(self, batch):
         """The samples (indices) to train on where it is the turn of `batch`."""
         return batch
@@ -95,7 +98,7 @@ def _momentum_sgd(parameters, config):
 def _sgd(parameters, config, split, seed):
     # fused=True is the fastest step torch has: the cost of ABSGD is measured against that
     optimizer = torch.optim.SGD(parameters, config.lr, MOMENTUM, weight_decay=config.weight_decay, fused=True)
-    return Method(LOSSES[config.loss][1](), optimizer, stateful={"optimizer": optimizer})
+    return Method(LOSSES[config.loss][1](), optimizer)
 
 
 def _absgd(parameters, config, split, seed):
@@ -105,11 +108,10 @@ def _absgd(parameters, config, split, seed):
     return _two_stages(parameters, config, config.lam, kind, gamma=config.gamma)
 
 
-def _two_stages(parameters, config, lam, kind=None, **options):
+def _two_stages(parameters, config, lam, kind=Method, **options):
     loss = ab.ABLoss(LOSSES[config.loss][0](), lam=lam, mix=config.mix, **options)
     stages, optimizer = ab.TwoStage(loss, lam, start=config.switch), _momentum_sgd(parameters, config)
-    stateful = {"optimizer": optimizer, "loss": loss, "stages": stages}
-    return (kind or Method)(loss, optimizer, stages.step, lambda: loss.last.weights, stateful)
+    return kind(loss, optimizer, stages.step, lambda: loss.last.weights, {"loss": loss, "stages": stages})
 
 
 def _reference(parameters, config, split, seed):
@@ -145,7 +147,7 @@ def _reference(parameters, config, split, seed):
         return None if loss.ablambda is None else torch.exp(criterion.last.detach() / loss.ablambda) / loss.u.detach()
 
     optimizer = ABSGD(parameters, config.lr, weight_decay=config.weight_decay)
-    return Method(loss, optimizer, loss.updateLambda, weights, {"optimizer": optimizer, "loss": State()})
+    return Method(loss, optimizer, loss.updateLambda, weights, {"loss": State()})
 
 
 def _term(parameters, config, split, seed):
@@ -185,8 +187,7 @@ class _FromEpoch:
 
 def _by_rule(parameters, config, rule, start=0, grouped=False, **stateful):
     loss, optimizer = _FromEpoch(config, rule, start, grouped), _momentum_sgd(parameters, config)
-    stateful |= {"optimizer": optimizer, "loss": loss}
-    return Method(loss, optimizer, loss.step, lambda: loss.used.last.weights, stateful)
+    return Method(loss, optimizer, loss.step, lambda: loss.used.last.weights, stateful | {"loss": loss})
 
 
 def _cvar(parameters, config, split, seed):
@@ -249,7 +250,7 @@ def _proportion(parameters, config, split, seed):
     weight = (len(split.y) / (counts.clamp(min=1) * (counts > 0).sum())).float()
     optimizer = _momentum_sgd(parameters, config)
     plain = ab.ABLoss(LOSSES[config.loss][0](), lam=inf)
-    method = Method(None, optimizer, stateful={"optimizer": optimizer})
+    method = Method(None, optimizer)
 
     def loss(logits, labels):
         w = weight[labels]
@@ -270,7 +271,7 @@ class _Resampling(Method):
 def _resample(parameters, config, split, seed):
     optimizer = _momentum_sgd(parameters, config)
     loss = ab.ABLoss(LOSSES[config.loss][0](), lam=inf)
-    method = _Resampling(loss, optimizer, stateful={"optimizer": optimizer, "draws": _Draws(seed)})
+    method = _Resampling(loss, optimizer, stateful={"draws": _Draws(seed)})
     method.chances = 1 / torch.bincount(split.y)[split.y].double()
     return method
 
@@ -293,7 +294,7 @@ class _Reweighting(Method):
 
 def _l2rw(parameters, config, split, seed):
     optimizer = _momentum_sgd(parameters, config)
-    method = _Reweighting(LOSSES[config.loss][0](), optimizer, stateful={"optimizer": optimizer, "draws": _Draws(seed)})
+    method = _Reweighting(LOSSES[config.loss][0](), optimizer, stateful={"draws": _Draws(seed)})
     method.clean, method.how = data.clean_part(split, config.clean), config.l2rw_method
     return method
 
