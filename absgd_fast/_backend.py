@@ -59,15 +59,34 @@ def load() -> None:
         _load("cuda")
 
 
+def cuda_unbound() -> str | None:
+    """None where the CUDA operators are loaded and find torch's stream; else the reason. Needs no GPU.
+
+    The look-up is csrc/torch_stream.h: one library serves every torch.
+    """
+    return _load("cuda") or torch.ops.absgd_fast.cuda_unbound() or None
+
+
+def _driver_too_old() -> str | None:
+    """The CUDA runtime is linked in, and a driver serves runtimes up to its own major version."""
+    driver, runtime = map(int, torch.ops.absgd_fast.cuda_versions().split())
+    if driver // 1000 >= runtime // 1000:
+        return None
+    shown = lambda version: f"{version // 1000}.{version % 1000 // 10}"  # noqa: E731
+    return (
+        f"the NVIDIA driver serves CUDA {shown(driver)}, but the kernels were built with CUDA {shown(runtime)};"
+        " update the driver, or build the package with an older nvcc"
+    )
+
+
 @cache
 def _why_not_cuda() -> str | None:
     if not torch.version.cuda:
         return f"this torch ({torch.__version__}) is built without CUDA"
-    reason = _load("cuda")
-    if reason is None and not build_info()["cuda"]["torch_cuda"]:
-        reason = "the package was built beside a torch without CUDA; build it again"
+    reason = cuda_unbound()
     if reason is None and not torch.cuda.is_available():
         reason = "torch sees no CUDA GPU"
+    reason = reason or _driver_too_old()
     if reason is None:
         oldest = min(build_info()["cuda"]["architectures"])
         for device in range(torch.cuda.device_count()):

@@ -221,7 +221,8 @@ def _(params, buffers, grads, losses, sample_weight, mask, log_s, lam_tensor, lr
     return log_s.new_empty(())
 
 
-for _tool in ("isas() -> str", "use_isa(str name) -> bool", "native_signatures() -> str", "cuda_signatures() -> str"):
+for _tool in ("isas() -> str", "use_isa(str name) -> bool", "native_signatures() -> str", "cuda_signatures() -> str",
+              "cuda_unbound() -> str", "cuda_versions() -> str"):  # fmt: skip
     _libs[0].define(_tool)
 
 _backend.load()  # registers the kernels, if they are there

@@ -285,6 +285,12 @@ bool use_cpu_isa(const char* name);
 // the host never waits and a captured graph follows them.
 namespace gpu {
 
+// As cudaDriverGetVersion and cudaRuntimeGetVersion say them (13000 is 13.0); 0 without a driver.
+struct Versions {
+  int driver, runtime;
+};
+Versions versions();
+
 constexpr int64_t kOneLaunch = 16384;      // so many losses are weighted by one block, in the launch that made them
 constexpr int64_t kBlockElements = 16384;  // so many logits are kept by one block in shared memory
 

@@ -3,9 +3,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "ops_common.h"
-
-// Missing in a torch without CUDA, with which this library still loads (its signatures are checked there).
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#include "torch_stream.h"
 
 #ifndef ABSGD_DISPATCH_KEY  // a test runs these operators on tensors of the CPU
 #define ABSGD_DISPATCH_KEY CUDA
@@ -24,7 +22,8 @@ struct OnDevice {
   explicit OnDevice(const Tensor& t) : device(device_of(t)) {
     if (device.type == kCpu) return;
     guard.emplace(device.index);
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index, &stream));
+    const char* const failed = torch_stream(device.index, &stream);
+    STD_TORCH_CHECK(failed == nullptr, "absgd_fast: ", failed);
   }
 };
 
@@ -412,6 +411,18 @@ Tensor weighted_step_(const std::vector<Tensor>& params, const std::vector<Tenso
   return new_log_s;
 }
 
+// Why torch's stream cannot be asked for, or an empty string. Needs no tensor and no GPU.
+std::string cuda_unbound() {
+  const char* const failed = torch_stream_unbound();
+  return failed == nullptr ? "" : failed;
+}
+
+// "DRIVER RUNTIME": the newest CUDA that the driver serves (0 without a driver), and the CUDA that is linked in.
+std::string cuda_versions() {
+  const gpu::Versions v = gpu::versions();
+  return std::to_string(v.driver) + " " + std::to_string(v.runtime);
+}
+
 std::string cuda_signatures() {
   std::string out;
   ABSGD_OPS(ABSGD_SIGNATURE_LINE)
@@ -424,5 +435,10 @@ std::string cuda_signatures() {
 STABLE_TORCH_LIBRARY_IMPL(absgd_fast, ABSGD_DISPATCH_KEY, m){
     ABSGD_OPS(ABSGD_IMPL)
         ABSGD_IMPL(logit_loss_backward)} STABLE_TORCH_LIBRARY_IMPL(absgd_fast, CompositeExplicitAutograd, m) {
-  ABSGD_IMPL(cuda_signatures)
+  ABSGD_IMPL(cuda_signatures) ABSGD_IMPL(cuda_unbound) ABSGD_IMPL(cuda_versions)
+}
+
+// The same look-up for whoever has no torch at hand (tests/test_cuda_binding.py): null, or what is missing.
+extern "C" __attribute__((visibility("default"))) const char* absgd_fast_stream(int32_t device, void** stream) {
+  return torch_stream(device, stream);
 }

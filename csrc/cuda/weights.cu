@@ -179,6 +179,14 @@ unsigned* ticket_for(cudaStream_t stream) {
   return first + slot;
 }
 
+Versions versions() {
+  Versions out{0, 0};
+  cudaDriverGetVersion(&out.driver);
+  cudaRuntimeGetVersion(&out.runtime);
+  cudaGetLastError();  // without a driver
+  return out;
+}
+
 const char* robust_fwd(const Robust& a, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   auto go = [&](auto t) {
