@@ -82,9 +82,11 @@ def _(logits, target, class_weight, adjust, first, second, ignore_index, flags):
     return logits.new_empty(rows, dtype=real_dtype(logits.dtype)), _made(logits, rows, flags)
 
 
-@_define(f"robust_logit_loss({_LOSS}, {_ROWS}, {_STATE}) -> (Tensor loss, Tensor rows, Tensor made)")
+# rows (3, ...): losses, weights, validity. weighing (4) float64, csrc/math.h Weighing: where it is given, rows[1] has z instead
+# (-inf: ignored, NaN: bad), from which backward and `weights_of` make the weights; so no launch has to wait for the last loss
+@_define(f"robust_logit_loss({_LOSS}, {_ROWS}, {_STATE}, Tensor(c!)? weighing) -> (Tensor loss, Tensor rows, Tensor made)")
 def _(logits, target, class_weight, adjust, first, second, ignore_index, score, sample_weight, mask, log_s, nonfinite, lam,
-      gamma, alpha, mix, max_weight, flags):  # fmt: skip
+      gamma, alpha, mix, max_weight, flags, weighing):  # fmt: skip
     rows, real = _rows(logits), real_dtype(logits.dtype)
     return logits.new_empty((), dtype=real), logits.new_empty((3, *rows), dtype=real), _made(logits, rows, flags)
 
@@ -100,13 +102,27 @@ def _(logits, target, class_weight, adjust, first, second, ignore_index, score, 
     )
 
 
-# stats (4, B, ...): max, scale, at_label, spread of each row (csrc/math.h RowGradient); smoothing: of soft targets
+# stats (4, B, ...): max, scale, at_label, spread of each row (csrc/math.h RowGradient); smoothing: of soft targets; rows,
+# weighing: of robust_logit_loss, or None
 @_define(
     "logit_loss_backward(Tensor logits, Tensor target, Tensor? class_weight, Tensor? adjust, float smoothing, Tensor stats,"
-    " Tensor upstream) -> Tensor"
+    " Tensor upstream, Tensor? rows, Tensor? weighing) -> Tensor"
 )
-def _(logits, target, class_weight, adjust, smoothing, stats, upstream):
+def _(logits, target, class_weight, adjust, smoothing, stats, upstream, rows, weighing):
     return logits.new_empty(logits.shape)
+
+
+# The robust loss of rows whose normaliser is known, by which z is bounded: exp(z - log s') is a row's weight as soon as its loss
+# is there, so its gradient is written while the row is on the chip. settled: of robust_settle; totals: of these rows. CUDA only:
+# elsewhere logit_loss, robust_totals and robust_apply do it.
+@_define(
+    f"settled_logit_loss({_LOSS}, {_ROWS}, Tensor settled, Tensor log_s, Tensor lam, int flags)"
+    " -> (Tensor loss, Tensor rows, Tensor made, Tensor totals)"
+)
+def _(logits, target, class_weight, adjust, first, second, ignore_index, score, sample_weight, mask, settled, log_s, lam, flags):
+    rows, real = _rows(logits), real_dtype(logits.dtype)
+    return (logits.new_empty((), dtype=real), logits.new_empty((3, *rows), dtype=real), _made(logits, rows, WITH_GRAD),
+            settled.new_empty(3))  # fmt: skip
 
 
 @_define(f"robust_loss(Tensor losses, {_ROWS}, {_STATE}) -> (Tensor loss, Tensor rows, Tensor grad)")
@@ -230,7 +246,7 @@ _backend.load()  # registers the kernels, if they are there
 
 # ---- who serves ----------------------------------------------------------------------------------------------------
 
-_OPERATORS = ("logit_loss", "robust_logit_loss", "robust_logit_loss_", "logit_loss_backward", "robust_loss", "robust_totals", "robust_settle",
+_OPERATORS = ("logit_loss", "robust_logit_loss", "settled_logit_loss", "robust_logit_loss_", "logit_loss_backward", "robust_loss", "robust_totals", "robust_settle",
               "robust_apply", "robust_weights", "robust_weights_backward", "rule_weights", "group_weights", "rectified", "scale", "scale_",
               "step_", "planned_step", "weighted_step_")  # fmt: skip
 
@@ -309,11 +325,14 @@ def _decoded(name: str, bits: int) -> dict:
 class Operators:
     """The operators of one backend as attributes. `compiled`: the same for torch.compile.
 
-    gradient_limit: logits of up to so many elements get their gradient in the forward pass of the robust loss.
+    gradient_limit: lanes of the one block that makes the gradient of a small batch in the forward pass of the robust loss; 0:
+    no batch, ANY: every batch.
     """
 
     def __init__(self, backend: str, functions: dict, gradient_limit: int, compiled: Operators | None = None):
         self.backend, self.gradient_limit, self.compiled = backend, gradient_limit, compiled or self
+        # settled_logit_loss is there, and backward makes the weights of what robust_logit_loss left as statistics
+        self.weighs_late = backend == "cuda"
         # robust_logit_loss_, rule_weights and group_weights are there
         self.in_place = self.has_rules = backend == "cpu"
         vars(self).update(functions)
@@ -326,9 +345,16 @@ class Operators:
         limit = self.gradient_limit
         if limit == ANY:
             return WITH_GRAD
-        if logits.numel() > limit or logits.dtype == torch.float64:
+        if not limit or logits.dtype == torch.float64:
             return WITH_STATS
-        return WITH_GRAD
+        classes = logits.shape[1]
+        return WITH_GRAD if classes <= 128 and logits.numel() <= classes * (limit // _lanes(classes)) else WITH_STATS
+
+    def weighing(self, logits: Tensor, saves: int) -> Tensor | None:
+        """Room for what the weights are made from later; None where the forward pass makes them."""
+        if not self.weighs_late or saves == WITH_GRAD:
+            return None
+        return torch.empty(4, dtype=torch.float64, device=logits.device)
 
     @property
     def saves_losses(self) -> int:
@@ -337,13 +363,26 @@ class Operators:
 
 
 ANY = sys.maxsize
-# What one block of the CUDA kernels holds in shared memory (csrc/launch.h kBlockElements)
-ONE_BLOCK = 16384
+# Threads of the one block of the CUDA kernels that holds a small batch in its registers (csrc/launch.h fits_one_block)
+ONE_BLOCK = 512
+
+
+def _lanes(classes: int) -> int:
+    """Threads that share a row there, a power of two of at most 32: four classes each, if the row has them."""
+    return next((lanes for lanes in (1, 2, 4, 8, 16) if classes <= 4 * lanes), 32)
+
+
+def weights_of(rows: Tensor, weighing: Tensor | None) -> Tensor:
+    """W of the rows that robust_logit_loss left (csrc/math.h RobustNumbers)."""
+    if weighing is None:
+        return rows[1]
+    log_s, _, _, max_weight = weighing.unbind()
+    return torch.minimum((rows[1].double() - log_s).exp(), max_weight).to(rows.dtype)
 
 
 def _operators() -> dict[str, Operators]:
     out = {}
-    for backend, lib, limit in (("cpu", 0, ANY), ("cuda", 0, ONE_BLOCK), ("triton", 1, -1)):
+    for backend, lib, limit in (("cpu", 0, ANY), ("cuda", 0, ONE_BLOCK), ("triton", 1, 0)):
         overloads = {name: getattr(getattr(torch.ops, _libs[lib].ns), name).default for name in _OPERATORS}
         if backend == "triton":
             now = {name: _triton(module, name) for module, names in _TRITON_MODULE.items() for name in names} | _IN_TORCH
@@ -419,16 +458,17 @@ class _AttachRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, made: tuple) -> Tensor:
-        value, (target, class_weight, adjust, ctx.smoothing), stats, ctx.operators, ctx.again = made
-        ctx.save_for_backward(x, target, class_weight, adjust, stats)
+        value, (target, class_weight, adjust, ctx.smoothing), saved, ctx.operators, ctx.again = made
+        ctx.save_for_backward(x, target, class_weight, adjust, *saved)
         return value
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        x, target, class_weight, adjust, stats = ctx.saved_tensors
+        x, target, class_weight, adjust, stats, rows, weighing = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _differentiable(ctx.again, x, upstream), None
-        return ctx.operators.logit_loss_backward(x, target, class_weight, adjust, ctx.smoothing, stats, upstream), None
+        backward = ctx.operators.logit_loss_backward
+        return backward(x, target, class_weight, adjust, ctx.smoothing, stats, upstream, rows, weighing), None
 
 
 class _AttachCompiled(torch.autograd.Function):
@@ -450,17 +490,17 @@ class _AttachRowsCompiled(torch.autograd.Function):
     """The second for torch.compile."""
 
     @staticmethod
-    def forward(ctx, x, value, target, class_weight, adjust, smoothing: float, stats, backend: str) -> Tensor:
-        ctx.save_for_backward(x, target, class_weight, adjust, stats)
+    def forward(ctx, x, value, target, class_weight, adjust, smoothing: float, stats, rows, weighing, backend: str) -> Tensor:
+        ctx.save_for_backward(x, target, class_weight, adjust, stats, rows, weighing)
         ctx.smoothing, ctx.backend = smoothing, backend
         return value.clone()
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        x, target, class_weight, adjust, stats = ctx.saved_tensors
+        x, target, class_weight, adjust, *saved = ctx.saved_tensors
         backward = OPERATORS[ctx.backend].compiled.logit_loss_backward
-        grad = backward(x, target, class_weight, adjust, ctx.smoothing, stats, upstream)
-        return grad, None, None, None, None, None, None, None
+        grad = backward(x, target, class_weight, adjust, ctx.smoothing, saved[0], upstream, *saved[1:])
+        return grad, *[None] * 9
 
 
 # Function.apply is a Python wrapper (1 us) that serves setup_context and functorch; neither is used here: transforms
@@ -477,12 +517,16 @@ def attach(operators: Operators, x: Tensor, value: Tensor, grad: Tensor, again) 
     return _attach(x, (value, grad, operators, again))
 
 
-def attach_rows(operators: Operators, x: Tensor, value: Tensor, loss: tuple, stats: Tensor, again) -> Tensor:
-    """value as a function of the logits x, whose gradient follows from x, (target, class weight, adjust, smoothing) and the
-    statistics of its rows."""
+def attach_rows(
+    operators: Operators, x: Tensor, value: Tensor, loss: tuple, stats: Tensor, again, rows: Tensor | None = None,
+    weighing: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """value as a function of the logits x, whose gradient follows from x, (target, class weight, adjust, smoothing), the
+    statistics of its rows and, where these are weighed late, what robust_logit_loss left for that."""
+    saved = (stats, None, None) if weighing is None else (stats, rows, weighing)
     if torch.compiler.is_compiling():
-        return _AttachRowsCompiled.apply(x, value, *loss, stats, operators.backend)
-    return _attach_rows(x, (value, loss, stats, operators, again))
+        return _AttachRowsCompiled.apply(x, value, *loss, *saved, operators.backend)
+    return _attach_rows(x, (value, loss, saved, operators, again))
 
 
 class _RobustWeights(torch.autograd.Function):

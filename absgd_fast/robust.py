@@ -51,8 +51,8 @@ class LastForward:
     (tensor(1.3863), tensor(2.))
     """
 
-    def __init__(self, rows: Tensor, moved: tuple[Tensor, Tensor] | None = None):
-        self._rows = rows  # (3, ...): losses, weights, valid
+    def __init__(self, rows: Tensor, moved: tuple[Tensor, Tensor] | None = None, weighing: Tensor | None = None):
+        self._rows, self._weighing = rows, weighing  # ops.weights_of
         self._moved = moved  # the weights are relative to the first log s'; here is the second
 
     @property
@@ -66,10 +66,11 @@ class LastForward:
 
         In deferred mode they are relative to the step's reference point until the step, or `finish_`, settles log s.
         """
+        weights = ops.weights_of(self._rows, self._weighing)
         if self._moved is None:
-            return self._rows[1]
+            return weights
         reference, settled = self._moved
-        return self._rows[1] * (reference[0] - settled[0]).exp().to(self._rows.dtype)
+        return weights * (reference[0] - settled[0]).exp().to(weights.dtype)
 
     @property
     def _counted(self) -> Tensor:
@@ -223,6 +224,7 @@ class ABLoss(rules.ExactState):
         self.register_buffer("log_s", torch.tensor(-math.inf))
         self.register_buffer("nonfinite_batches", torch.tensor(0))
         self._rows: Tensor | None = None
+        self._weighing: Tensor | None = None
         self._served: tuple[torch.device, ops.Operators | None] | None = None  # device, and the operators that serve it
         self._set_lam(lam)
         reason = None if backend is None else _backend.why_not(backend)  # the module may still be moved to another device
@@ -288,7 +290,7 @@ class ABLoss(rules.ExactState):
     def last(self) -> LastForward:
         if self._rows is None:
             raise RuntimeError("last: there was no forward yet; call the criterion first")
-        return LastForward(self._rows, self._step.moved)
+        return LastForward(self._rows, self._step.moved, self._weighing)
 
     def _apply(self, fn, recurse=True):
         before = self.lam
@@ -363,31 +365,32 @@ class ABLoss(rules.ExactState):
             valid = spec.valid(target, losses)
             self._fix_lam(losses, valid if mask is None else valid & mask)
         saves = operators.saves(logits) if grad_mode and logits.requires_grad else 0
+        weighing = operators.weighing(logits, saves)
         try:
             loss, rows, made = operators.robust_logit_loss(
                 logits, target, weight, adjust, first, second, ignore_index, score, sample_weight, mask,
-                *self._state(learns, saves | bits),
+                *self._state(learns, saves | bits), weighing,
             )  # fmt: skip
         except RuntimeError as error:
             _checks.target(logits, target, soft=spec.soft)  # the usual mistakes, said in Python's words
             raise ops.translated(error) from None
-        self._remember(rows)
+        self._remember(rows, weighing)
         if not saves:
             return loss
-        plain = lambda x: self._plain(spec, x, target, rows, sample_weight)  # noqa: E731
+        plain = lambda x: self._plain(spec, x, target, rows, ops.weights_of(rows, weighing), sample_weight)  # noqa: E731
         if saves == ops.WITH_STATS:
             return ops.attach_rows(
-                operators, logits, loss, (target, weight, adjust, first if bits < ops.KIND else 0.0), made, plain
+                operators, logits, loss, (target, weight, adjust, first if bits < ops.KIND else 0.0), made, plain, rows, weighing
             )
         return ops.attach(operators, logits, loss, made, plain)
 
-    def _plain(self, spec: F.LossSpec, logits: Tensor, target: Tensor, rows: Tensor, sample_weight: Tensor | None) -> Tensor:
+    def _plain(self, spec: F.LossSpec, logits: Tensor, target: Tensor, rows: Tensor, weights: Tensor, sample_weight) -> Tensor:
         """The robust loss of a forward whose weights are known, in plain torch."""
         valid = rows[2] > 0
-        factor = rows[1] + self.mix * (~self._buffers["lam"].isinf()).to(rows.dtype)
+        factor = weights + self.mix * (~self._buffers["lam"].isinf()).to(rows.dtype)
         if sample_weight is not None:
             factor = factor * sample_weight
-        counted = (valid & ~rows[1].isnan()).sum().clamp(min=1)
+        counted = (valid & ~weights.isnan()).sum().clamp(min=1)
         return (torch.where(valid, factor, 0.0) * spec.plain(logits, target)).sum() / counted
 
     def _state(self, learns: bool, saves: int) -> tuple:
@@ -470,8 +473,9 @@ class ABLoss(rules.ExactState):
         self._remember(rows)
         return ops.attach(operators, losses, loss, grad, lambda x: (grad * x).sum()) if saves else loss
 
-    def _remember(self, rows: Tensor) -> None:
+    def _remember(self, rows: Tensor, weighing: Tensor | None = None) -> None:
         self.__dict__["_rows"] = rows  # nn.Module.__setattr__ costs 0.5 us
+        self.__dict__["_weighing"] = weighing
         self._step.moved = None
 
     def _reference(self, losses, sample_weight, mask, score, learns) -> Tensor:

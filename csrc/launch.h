@@ -291,8 +291,23 @@ struct Versions {
 };
 Versions versions();
 
-constexpr int64_t kOneLaunch = 16384;      // so many losses are weighted by one block, in the launch that made them
-constexpr int64_t kBlockElements = 16384;  // so many logits are kept by one block in shared memory
+constexpr int64_t kOneBlock = 2048;     // so many losses are weighted by one block: four for each of its threads
+constexpr int64_t kLossBlock = 1024;    // beyond, losses of a block
+constexpr int64_t kMostBlocks = 2048;   // of a launch over rows of logits, each of which leaves one LossSums
+constexpr int64_t kTeamThreads = 512;   // of the one block that keeps a small batch of logits in its registers
+constexpr int kTeamClasses = 4;         // of a row, in one of these threads
+
+// Lanes of a warp that share a row, a power of two: each takes at least `per_lane` classes, if the row has them.
+inline int lanes_for(int64_t classes, int per_lane) {
+  int width = 1;
+  while (width < 32 && width * per_lane < classes) width *= 2;
+  return width;
+}
+// Whether one block takes the batch: each row has a team of lanes, and each lane a few classes (ops.py one_block).
+inline bool fits_one_block(int64_t rows, int64_t classes) {
+  const int width = lanes_for(classes, kTeamClasses);
+  return classes <= width * kTeamClasses && rows * width <= kTeamThreads;
+}
 
 // A label out of range is not an error on the device: its row is ignored, and the host finds this later.
 struct LabelReport {
@@ -307,14 +322,29 @@ struct LogitForward : LogitInput {
   void* valid;          // (rows) real, 1 or 0 = ignored; or null
   void* stats;          // (4, rows) real: max, then math.h RowGradient: scale, at_label, spread; or null
   LabelReport* report;  // or null
+  // Where the gradient is made in the forward pass: (batch, classes, inner) contiguous; for logit_loss_made also the
+  // logits themselves.
+  void* grad;
 };
 
-// grad = upstream_i * d loss_i / d logits from the statistics
+// grad = upstream_i * factor_i * d loss_i / d logits from the statistics
 struct LogitBackward : LogitInput {
   const void* stats;
   const void* upstream;  // real: one per row, or one number
   bool upstream_per_row;
-  void* grad;  // (batch, classes, inner) contiguous, of the logits' dtype
+  const void* z;             // (rows) real: the factor is RobustNumbers' of this z; or null = 1
+  const Weighing* weighing;  // with z; the sample weights are in the statistics already
+  void* grad;                // (batch, classes, inner) contiguous, of the logits' dtype
+};
+
+// What the losses of some rows come to, relative to their largest z: of one block of a launch. T: their real.
+template <class T>
+struct alignas(16) LossSums {
+  T max;       // largest z that counts; the lowest number without
+  T sum;       // sum of exp(z - max)
+  T weighted;  // sum of t exp(z - max) L, t the sample weight
+  T plain;     // sum of t L
+  int good, bad;
 };
 
 // RobustArgs with its numbers in device memory (without lam_on_device RobustRule::lam serves).
@@ -333,19 +363,29 @@ struct Robust : RobustArgs {
   double* totals;          // 3: Totals; or null
   const Settled* settled;  // or null
   bool bounded;            // RobustArgs::z_top is settled->top
-  // beyond kOneLaunch losses
-  Partial* partials;      // blocks()
-  double* loss_partials;  // blocks()
+  // Of rows of logits, whose weights nobody writes: backward makes them from z.
+  void* z;             // (count) real: z, -inf where ignored, NaN where bad
+  Weighing* weighing;  // out
+  // Scratch: sums of every block of a launch, and what they come to (vectors beyond kOneBlock losses)
+  void* sums;             // (sum_blocks()) LossSums of real
+  double* loss_partials;  // (sum_blocks())
   Outcome* outcome;
+
+  ABSGD_INLINE int64_t loss_blocks() const { return (count + kLossBlock - 1) / kLossBlock; }
 };
 
+// Losses and, where asked for, validity and statistics.
 const char* logit_loss_fwd(const LogitForward&, void* stream);
 const char* logit_loss_bwd(const LogitBackward&, void* stream);
-// Losses, weights and, where robust.stats is set, the gradient's statistics: one launch up to kOneLaunch rows.
+// The same, and robust.loss, z and weighing, in one launch; two with a finite max_weight, whose loss needs log s' first.
+// robust.sums: (kMostBlocks).
 const char* robust_logit_loss_fwd(const LogitForward&, const Robust&, void* stream);
-// The same with the gradient made at once, for rows * classes <= kBlockElements and no f64: (batch, classes, inner)
-// contiguous, of the logits' dtype but f32 for f16. Needs both stats.
-const char* robust_logit_loss_block(const LogitForward&, const Robust&, void* grad, void* stream);
+// The same with weights and the gradient made at once by one block, for what fits_one_block and no f64; the gradient is
+// of the logits' dtype but f32 for f16.
+const char* robust_logit_loss_block(const LogitForward&, const Robust&, void* stream);
+// Each row's losses and gradient while it is on the chip, one read and one write of the logits, because the factor of
+// a row is known: exp(z - robust.settled->log_s) (robust.totals, loss and weights are made too), or 1 without settled.
+const char* logit_loss_made(const LogitForward&, const Robust&, void* stream);
 const char* robust_fwd(const Robust&, void* stream);
 // Robust::lam_on_device, log_s, nonfinite and update are used; out: one Settled.
 struct Settle : Robust {
@@ -356,16 +396,16 @@ struct Settle : Robust {
   Settled* out;
 };
 const char* robust_settle(const Settle&, void* stream);
-// dot_partials: (blocks() + 1) doubles. One launch up to kOneLaunch losses.
-const char* robust_weights_bwd(const RobustArgs&, DeviceNumber lam, const void* upstream, DeviceNumber upstream_log_s,
+// dot_partials: (loss_blocks() + 1) doubles. One launch up to kOneBlock losses.
+const char* robust_weights_bwd(const Robust&, DeviceNumber lam, const void* upstream, DeviceNumber upstream_log_s,
                                const double* shares, double* dot_partials, void* out, void* stream);
 // (count) real -> (count) real, in one launch of one block
 const char* rectified(Dtype, const void* products, int64_t count, void* weights, void* stream);
 // ScaleArgs::upstream is in device memory, `constant`: one number
 const char* scale(const ScaleArgs&, bool constant, void* stream);
 const char* step(const StepTable&, void* stream);
-// One launch up to kOneLaunch rows and as many tensors as it holds. Where a row is bad nothing but robust.new_log_s is
-// written. Beyond kOneLaunch rows, or without elements, robust needs weights and factor.
+// One launch up to kOneBlock rows and as many tensors as it holds. Where a row is bad nothing but robust.new_log_s is
+// written. Beyond kOneBlock rows, or without elements, robust needs weights and factor.
 const char* weighted_step(const WeightedTable&, const Robust&, void* stream);
 
 }  // namespace gpu

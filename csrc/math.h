@@ -187,7 +187,7 @@ struct RowGradient {
 // log((1/n) sum_i exp(z_i)) from m = max z and sum_i exp(z_i - m)
 template <class L>
 ABSGD_FN typename L::V log_mean_exp(typename L::V max, typename L::V sum, typename L::V n) {
-  return max + L::log(sum) - L::log(n);
+  return max + L::log(sum / n);
 }
 
 // log(exp(a) + exp(b)); a may be -inf, b is finite
@@ -197,12 +197,22 @@ ABSGD_FN typename L::V logaddexp(typename L::V a, typename L::V b) {
   return hi + L::log1p(L::exp(lo - hi));
 }
 
+// What gamma and alpha come to in logarithms: the same for all steps, so the host takes these logarithms (three of six
+// in double that one thread of a GPU would else take in every step, 2 to 4 us by its instructions).
+struct LogShares {
+  double keep, take, alone;  // log(1 - gamma), log(gamma alpha), log alpha
+
+  template <class L>
+  static ABSGD_FN LogShares of(double gamma, double alpha) {
+    return {L::log1p(-gamma), L::log(gamma * alpha), L::log(alpha)};
+  }
+};
+
 // Step 5 of Alg. 1 in logarithms, s' = (1 - gamma) s + gamma alpha g. `alone`: s' = alpha g, as if gamma were 1.
 template <class L>
-ABSGD_FN typename L::V next_log_s(typename L::V log_s, typename L::V log_g, typename L::V gamma, typename L::V alpha,
-                                  bool alone) {
-  if (alone) return L::log(alpha) + log_g;
-  return logaddexp<L>(L::log1p(-gamma) + log_s, L::log(gamma * alpha) + log_g);
+ABSGD_FN double next_log_s(double log_s, double log_g, const LogShares& shares, bool alone) {
+  if (alone) return shares.alone + log_g;
+  return logaddexp<L>(shares.keep + log_s, shares.take + log_g);
 }
 
 // Where log s' comes from: the moving average, this batch alone, or nowhere (log s' = 0).
@@ -210,6 +220,7 @@ enum class Normalizer : int { moving = 0, batch = 1, none = 2 };
 
 struct RobustRule {
   double lam, gamma, alpha;
+  LogShares log_shares;  // of gamma and alpha
   Normalizer normalizer;
   bool init_first;  // the first batch sets s by itself
 };
@@ -234,7 +245,7 @@ ABSGD_FN Outcome next_outcome(const RobustRule& rule, double log_s, double max, 
   if (rule.normalizer != Normalizer::none) {
     const double log_g = log_mean_exp<L>(max, sum, double(good));
     const bool alone = rule.normalizer == Normalizer::batch || (rule.init_first && log_s < -kLargest);
-    out.log_s = next_log_s<L>(log_s, log_g, rule.gamma, rule.alpha, alone);
+    out.log_s = next_log_s<L>(log_s, log_g, rule.log_shares, alone);
     out.share = (alone ? rule.alpha : rule.gamma * rule.alpha) * out.inverse_n;
   }
   if (bad == 0) {
@@ -291,6 +302,17 @@ ABSGD_FN auto is_usable(typename L::V loss, typename L::V score, typename L::V z
   return (z <= limit) & (z >= -limit) & (score - score == L::set(0)) & (loss - loss == L::set(0));
 }
 
+// How the rows of a batch are weighed once its log s' is known: all that W and the factor of a row depend on beside z.
+struct Weighing {
+  double log_s, inverse_n, mix, max_weight;
+
+  // The plain mean (|lambda| = inf) has W = 1 as it is, and no mix.
+  static ABSGD_FN Weighing of(double lam, double mix, double max_weight, const Outcome& o) {
+    const bool plain = lam - lam != 0;
+    return {o.log_s, o.inverse_n, plain ? 0 : mix, plain ? 1 : max_weight};
+  }
+};
+
 // Step 6 of Alg. 1: W_i = exp(L_i / lambda) / s', clamped from above by max_weight (the state does not see the clamp),
 // and the factor d loss / d L_i of the loss (1/n) sum_i t_i (W_i + mix) L_i, t the sample weights, W detached.
 // log s' comes in two parts, high + low: at L / lambda = 1000 a float log s' alone would put 3e-5 into every weight.
@@ -299,12 +321,11 @@ struct RobustNumbers {
   using V = typename L::V;
   V log_s_high, log_s_low, max_weight, mix, inverse_n;
 
-  // T: what the rows are computed in. The plain mean (|lambda| = inf) has W = 1 as it is, and no mix.
+  // T: what the rows are computed in.
   template <class T>
-  static ABSGD_FN RobustNumbers of(double lam, double mix, double max_weight, const Outcome& o) {
-    const bool plain = lam - lam != 0;
-    return {L::set(T(o.log_s)), L::set(T(o.log_s - double(T(o.log_s)))), L::set(plain ? T(1) : T(max_weight)),
-            L::set(plain ? T(0) : T(mix)), L::set(T(o.inverse_n))};
+  static ABSGD_FN RobustNumbers of(const Weighing& w) {
+    return {L::set(T(w.log_s)), L::set(T(w.log_s - double(T(w.log_s)))), L::set(T(w.max_weight)), L::set(T(w.mix)),
+            L::set(T(w.inverse_n))};
   }
   ABSGD_FN V weight(V z) const {
     const V w = L::exp((z - log_s_high) - log_s_low);

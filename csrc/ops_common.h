@@ -225,6 +225,12 @@ LossNumbers loss_numbers(double first, double second, int64_t flags) {
   return out;
 }
 
+// The host's logarithms, in math.h's terms.
+struct HostMath {
+  static double log(double x) { return std::log(x); }
+  static double log1p(double x) { return std::log1p(x); }
+};
+
 // Everything but lambda, which a GPU reads by itself.
 void fill_robust(RobustArgs& a, Dtype dtype, int64_t count, bool state_is_double, double gamma, double alpha,
                  int64_t flags) {
@@ -232,6 +238,7 @@ void fill_robust(RobustArgs& a, Dtype dtype, int64_t count, bool state_is_double
   a.count = count;
   a.gamma = gamma;
   a.alpha = alpha;
+  a.log_shares = LogShares::of<HostMath>(gamma, alpha);
   a.max_weight = HUGE_VAL;
   a.normalizer = Normalizer(flags & kNormalizer);
   a.init_first = (flags & kInitFirst) != 0;
@@ -246,8 +253,12 @@ const double* doubles_on(Device device, const Tensor& t, int64_t at_least, const
   return static_cast<const double*>(t.data_ptr());
 }
 constexpr int64_t kTotals = sizeof(Totals) / sizeof(double), kSettled = sizeof(Settled) / sizeof(double);
+constexpr int64_t kWeighing = sizeof(Weighing) / sizeof(double);
 const Settled* settled_on(Device device, const Tensor& t) {
   return reinterpret_cast<const Settled*>(doubles_on(device, t, kSettled, "settled"));
+}
+Weighing* weighing_on(Device device, const Tensor& t) {
+  return const_cast<Weighing*>(reinterpret_cast<const Weighing*>(doubles_on(device, t, kWeighing, "weighing")));
 }
 // (K, columns), of which the first three are Totals
 const double* totals_on(Device device, const Tensor& t) {

@@ -52,6 +52,13 @@ struct Logits {
     args.report = labels_so_far();
   }
   Dtype real() const { return real_of(args.dtype); }
+  // Room for the gradient.
+  Tensor make_grad(Device device) {
+    const Tensor& logits = tensors.logits;
+    Tensor grad = empty_on(device, logits.sizes().data(), logits.dim(), made_as(args.dtype));
+    args.grad = grad.data_ptr();
+    return grad;
+  }
   // Room for the statistics of the rows.
   Tensor make_stats() {
     Tensor stats = tensors.per_row_results(4, real());
@@ -75,7 +82,8 @@ std::tuple<Tensor, Tensor> logit_loss(const Tensor& logits, const Tensor& target
 
 Tensor logit_loss_backward(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& class_weight,
                            const std::optional<Tensor>& adjust, double smoothing, const Tensor& stats,
-                           const Tensor& upstream_in) {
+                           const Tensor& upstream_in, const std::optional<Tensor>& rows_in,
+                           const std::optional<Tensor>& weighing) {
   const OnDevice here(logits);
   gpu::LogitBackward a{};
   const LogitTensors rows(a, logits, target, class_weight, adjust, loss_numbers(smoothing, 0, 0), INT64_MIN,
@@ -91,6 +99,13 @@ Tensor logit_loss_backward(const Tensor& logits, const Tensor& target, const std
     upstream = torch::stable::contiguous(upstream);
     STD_TORCH_CHECK(upstream.numel() == a.rows(), "logit_loss_backward: expected one upstream gradient per row");
   }
+  if (weighing.has_value()) {
+    STD_TORCH_CHECK(rows_in.has_value() && is_on(*rows_in, here.device) && rows_in->numel() == 3 * a.rows() &&
+                        rows_in->is_contiguous() && code_of(*rows_in) == real,
+                    "logit_loss_backward: expected rows and weighing as the robust loss left them");
+    a.z = static_cast<const char*>(rows_in->data_ptr()) + size_t(a.rows()) * size_of(real_of(a.dtype));
+    a.weighing = weighing_on(here.device, *weighing);
+  }
   Tensor grad = empty_on(here.device, logits.sizes().data(), logits.dim(), a.dtype);
   a.stats = stats.data_ptr();
   a.upstream = upstream.data_ptr();
@@ -101,45 +116,7 @@ Tensor logit_loss_backward(const Tensor& logits, const Tensor& target, const std
 
 // ---- robust weights ------------------------------------------------------------------------------------------------
 
-struct RobustOp {
-  gpu::Robust args{};
-  std::optional<Tensor> scratch;
-  Device device;
-
-  RobustOp(const OnDevice& here, Dtype real, int64_t count, const Tensor& log_s, const std::optional<Tensor>& lam,
-           double gamma, double alpha, int64_t flags)
-      : device(here.device) {
-    args.log_s = number_on(device, log_s, "log_s");
-    if (lam.has_value()) args.lam_on_device = number_on(device, *lam, "lam");
-    fill_robust(args, real, count, args.log_s.is_double, gamma, alpha, flags);
-    if (count <= gpu::kOneLaunch) return;
-    const size_t bytes = size_t(args.blocks()) * (sizeof(Partial) + sizeof(double)) + sizeof(Outcome);
-    const int64_t words = int64_t(bytes / sizeof(double));
-    scratch = empty_on(device, &words, 1, Dtype::f64);
-    args.partials = static_cast<Partial*>(scratch->data_ptr());
-    args.loss_partials = reinterpret_cast<double*>(args.partials + args.blocks());
-    args.outcome = reinterpret_cast<Outcome*>(args.loss_partials + args.blocks());
-  }
-  int32_t real() const { return code_of(args.dtype); }
-  void optional_rows(const std::optional<Tensor>& score, const std::optional<Tensor>& sample_weight) {
-    args.scores = per_row(score, device, args.count, real(), "score");
-    args.sample_weight = per_row(sample_weight, device, args.count, real(), "sample_weight");
-  }
-  void vector(const Tensor& losses, const std::optional<Tensor>& mask) {
-    args.losses = per_row(losses, device, args.count, code_of(real_of(args.dtype)), "losses");
-    args.valid = per_row_mask(mask, device, args.count);
-  }
-  void numbers(const Tensor& nonfinite, double mix, double max_weight, int64_t flags, const Tensor& loss) {
-    STD_TORCH_CHECK(is_on(nonfinite, device) && code_of(nonfinite) == kLong, "nonfinite: expected an int64 number");
-    args.nonfinite = static_cast<long long*>(nonfinite.data_ptr());
-    args.mix = mix;
-    args.max_weight = max_weight;
-    args.update = (flags & kUpdate) != 0;
-    args.loss = loss.data_ptr();
-  }
-};
-
-// (3, ...): losses, weights and validity (0 or 1) of one forward, for `.last`
+// (3, ...): losses, weights (or z, of which backward makes them) and validity (0 or 1) of one forward, for `.last`
 struct Rows {
   Tensor tensor;
   char* data;
@@ -152,14 +129,64 @@ struct Rows {
   char* row(int k) const { return data + size_t(k) * bytes; }
 };
 
-std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(const Tensor& logits, const Tensor& target,
-                                                     const std::optional<Tensor>& class_weight,
-                                                     const std::optional<Tensor>& adjust, double first, double second,
-                                                     int64_t ignore_index, const std::optional<Tensor>& score,
-                                                     const std::optional<Tensor>& sample_weight,
-                                                     const std::optional<Tensor>& mask, const Tensor& log_s,
-                                                     const Tensor& nonfinite, const Tensor& lam, double gamma,
-                                                     double alpha, double mix, double max_weight, int64_t flags) {
+struct RobustOp {
+  gpu::Robust args{};
+  std::optional<Tensor> scratch;
+  Device device;
+
+  RobustOp(const OnDevice& here, Dtype real, int64_t count, const Tensor& log_s, const std::optional<Tensor>& lam,
+           double gamma, double alpha, int64_t flags)
+      : device(here.device) {
+    args.log_s = number_on(device, log_s, "log_s");
+    if (lam.has_value()) args.lam_on_device = number_on(device, *lam, "lam");
+    fill_robust(args, real, count, args.log_s.is_double, gamma, alpha, flags);
+  }
+  // Scratch for the sums of so many blocks, for their parts of the loss, and for one outcome.
+  void make_scratch(int64_t blocks) {
+    const size_t sums = args.dtype == Dtype::f64 ? sizeof(gpu::LossSums<double>) : sizeof(gpu::LossSums<float>);
+    const size_t losses = size_t(args.loss_blocks()) * sizeof(double);
+    const int64_t words = int64_t((size_t(blocks) * sums + losses + sizeof(Outcome)) / sizeof(double));
+    scratch = empty_on(device, &words, 1, Dtype::f64);
+    args.sums = scratch->data_ptr();
+    args.loss_partials = reinterpret_cast<double*>(static_cast<char*>(args.sums) + size_t(blocks) * sums);
+    args.outcome = reinterpret_cast<Outcome*>(args.loss_partials + args.loss_blocks());
+  }
+  // For losses that no single block weighs.
+  void make_scratch_for_vector() {
+    if (args.count > gpu::kOneBlock) make_scratch(args.loss_blocks());
+  }
+  int32_t real() const { return code_of(args.dtype); }
+  void optional_rows(const std::optional<Tensor>& score, const std::optional<Tensor>& sample_weight) {
+    args.scores = per_row(score, device, args.count, real(), "score");
+    args.sample_weight = per_row(sample_weight, device, args.count, real(), "sample_weight");
+  }
+  void vector(const Tensor& losses, const std::optional<Tensor>& mask) {
+    make_scratch_for_vector();
+    args.losses = per_row(losses, device, args.count, code_of(real_of(args.dtype)), "losses");
+    args.valid = per_row_mask(mask, device, args.count);
+  }
+  // Rows of logits: `out` has their losses, z or weights, and validity.
+  void of_rows(gpu::LogitForward& rows, const Rows& out) {
+    rows.losses = out.row(0);
+    rows.valid = out.row(2);
+    args.losses = out.row(0);
+  }
+  void numbers(const Tensor& nonfinite, double mix, double max_weight, int64_t flags, const Tensor& loss) {
+    STD_TORCH_CHECK(is_on(nonfinite, device) && code_of(nonfinite) == kLong, "nonfinite: expected an int64 number");
+    args.nonfinite = static_cast<long long*>(nonfinite.data_ptr());
+    args.mix = mix;
+    args.max_weight = max_weight;
+    args.update = (flags & kUpdate) != 0;
+    args.loss = loss.data_ptr();
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(
+    const Tensor& logits, const Tensor& target, const std::optional<Tensor>& class_weight,
+    const std::optional<Tensor>& adjust, double first, double second, int64_t ignore_index,
+    const std::optional<Tensor>& score, const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& mask,
+    const Tensor& log_s, const Tensor& nonfinite, const Tensor& lam, double gamma, double alpha, double mix,
+    double max_weight, int64_t flags, const std::optional<Tensor>& weighing) {
   const OnDevice here(logits);
   Logits rows(logits, target, class_weight, adjust, loss_numbers(first, second, flags), ignore_index, mask);
   const Dtype real = rows.real();
@@ -168,26 +195,66 @@ std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(const Tensor& logits, const
   op.numbers(nonfinite, mix, max_weight, flags, loss);
   op.optional_rows(score, sample_weight);
   const Rows out(rows.tensors.per_row_results(3, real), real);
-  rows.args.losses = out.row(0);
-  rows.args.valid = out.row(2);
-  op.args.losses = out.row(0);
-  op.args.valid_rows = out.row(2);
-  op.args.weights = out.row(1);
-  Tensor made = empty_none(here.device, made_as(rows.args.dtype));
-  if ((flags & kWithGrad) != 0) {
-    STD_TORCH_CHECK(rows.args.rows() * rows.args.classes <= gpu::kBlockElements && rows.args.dtype != Dtype::f64,
-                    "robust_logit_loss: too much for one block, ask for statistics");
-    const auto sizes = rows.tensors.logits.sizes();
-    made = empty_on(here.device, sizes.data(), rows.tensors.logits.dim(), made_as(rows.args.dtype));
-    const Tensor stats = rows.make_stats();
-    op.args.stats = rows.args.stats;
-    check(gpu::robust_logit_loss_block(rows.args, op.args, made.data_ptr(), here.stream));
-    return {loss, out.tensor, made};
+  op.of_rows(rows.args, out);
+  Tensor made = (flags & kWithGrad) != 0    ? rows.make_grad(here.device)
+                : (flags & kWithStats) != 0 ? rows.make_stats()
+                                            : empty_none(here.device, made_as(rows.args.dtype));
+  if (!weighing.has_value()) {
+    STD_TORCH_CHECK((flags & kWithGrad) != 0 && gpu::fits_one_block(rows.args.rows(), rows.args.classes) &&
+                        real == Dtype::f32,
+                    "robust_logit_loss: more than one block holds, or no gradient; expected weighing, and statistics");
+    op.args.weights = out.row(1);
+    check(gpu::robust_logit_loss_block(rows.args, op.args, here.stream));
+  } else {
+    STD_TORCH_CHECK((flags & kWithGrad) == 0, "robust_logit_loss: with weighing it leaves statistics, not a gradient");
+    op.args.weights = op.args.z = out.row(1);  // weights of no rows at all
+    op.args.weighing = weighing_on(here.device, *weighing);
+    op.make_scratch(std::min(rows.args.rows(), gpu::kMostBlocks));
+    check(gpu::robust_logit_loss_fwd(rows.args, op.args, here.stream));
   }
-  if ((flags & kWithStats) != 0) made = rows.make_stats();
-  op.args.stats = rows.args.stats;
-  check(gpu::robust_logit_loss_fwd(rows.args, op.args, here.stream));
   return {loss, out.tensor, made};
+}
+
+// Losses and, over the logits, the gradient of each row's own loss: for a linear head that goes on with it.
+std::tuple<Tensor, Tensor> logit_loss_(const Tensor& logits, const Tensor& target,
+                                       const std::optional<Tensor>& class_weight, const std::optional<Tensor>& adjust,
+                                       double first, double second, int64_t ignore_index, int64_t flags) {
+  const OnDevice here(logits);
+  STD_TORCH_CHECK(logits.is_contiguous(), "logit_loss_: expected contiguous logits, over which the gradient is written");
+  Logits rows(logits, target, class_weight, adjust, loss_numbers(first, second, flags), ignore_index, std::nullopt);
+  Tensor losses = rows.tensors.per_row_results(0, rows.real(), true);
+  Tensor valid = rows.tensors.per_row_results(0, rows.real(), true);
+  rows.args.losses = losses.data_ptr();
+  rows.args.valid = valid.data_ptr();
+  rows.args.grad = logits.data_ptr();
+  check(gpu::logit_loss_made(rows.args, gpu::Robust{}, here.stream));
+  return {losses, valid};
+}
+
+// The robust loss of rows whose normaliser is settled: their weights, and each row's gradient while it is on the chip.
+std::tuple<Tensor, Tensor, Tensor, Tensor> settled_logit_loss(
+    const Tensor& logits, const Tensor& target, const std::optional<Tensor>& class_weight,
+    const std::optional<Tensor>& adjust, double first, double second, int64_t ignore_index,
+    const std::optional<Tensor>& score, const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& mask,
+    const Tensor& settled, const Tensor& log_s, const Tensor& lam, int64_t flags) {
+  const OnDevice here(logits);
+  Logits rows(logits, target, class_weight, adjust, loss_numbers(first, second, flags), ignore_index, mask);
+  const Dtype real = rows.real();
+  const int64_t three = kTotals;
+  RobustOp op(here, real, rows.args.rows(), log_s, lam, 1, 1, 0);
+  op.optional_rows(score, sample_weight);
+  const Rows out(rows.tensors.per_row_results(3, real), real);
+  op.of_rows(rows.args, out);
+  Tensor loss = empty_scalar(here.device, real), totals = empty_on(here.device, &three, 1, Dtype::f64);
+  Tensor made = rows.make_grad(here.device);
+  op.args.loss = loss.data_ptr();
+  op.args.totals = static_cast<double*>(totals.data_ptr());
+  op.args.weights = out.row(1);
+  op.args.settled = settled_on(here.device, settled);
+  op.args.bounded = true;
+  op.make_scratch(std::min(rows.args.rows(), gpu::kMostBlocks));
+  check(gpu::logit_loss_made(rows.args, op.args, here.stream));
+  return {loss, out.tensor, made, totals};
 }
 
 // The results of an operator on a vector of losses.
@@ -301,12 +368,12 @@ std::tuple<Tensor, Tensor, Tensor> robust_weights(const Tensor& losses, const Te
 Tensor robust_weights_backward(const Tensor& weights, const Tensor& grad_weights, const Tensor& grad_log_s,
                                const Tensor& lam, const Tensor& shares) {
   const OnDevice here(weights);
-  RobustArgs a{};
+  gpu::Robust a{};
   a.dtype = dtype_of(weights);
   a.count = weights.numel();
   a.weights = weights.data_ptr();
   const void* upstream = per_row(grad_weights, here.device, a.count, code_of(a.dtype), "grad_weights");
-  const int64_t words = a.count <= gpu::kOneLaunch ? 0 : a.blocks() + 1;
+  const int64_t words = a.count <= gpu::kOneBlock ? 0 : a.loss_blocks() + 1;
   const Tensor dots = empty_on(here.device, &words, 1, Dtype::f64);
   Tensor out = empty_on(here.device, weights.sizes().data(), weights.dim(), a.dtype);
   check(gpu::robust_weights_bwd(a, number_on(here.device, lam, "lam"), upstream,
@@ -400,7 +467,8 @@ Tensor weighted_step_(const std::vector<Tensor>& params, const std::vector<Tenso
   Tensor new_log_s = empty_scalar(here.device, op.args.log_s.is_double ? Dtype::f64 : Dtype::f32);
   op.args.new_log_s = number_on(here.device, new_log_s, "log_s");
   std::optional<Tensor> weights;
-  if (batch > gpu::kOneLaunch || lists.table.elements == 0) {
+  if (batch > gpu::kOneBlock || lists.table.elements == 0) {
+    op.make_scratch_for_vector();
     const int64_t numbers = 2 * batch;
     weights = empty_on(here.device, &numbers, 1, lists.real);
     op.args.weights = weights->data_ptr();
@@ -427,6 +495,7 @@ std::string cuda_signatures() {
   std::string out;
   ABSGD_OPS(ABSGD_SIGNATURE_LINE)
   ABSGD_SIGNATURE_LINE(logit_loss_backward)
+  ABSGD_SIGNATURE_LINE(settled_logit_loss)
   return out;
 }
 
@@ -434,7 +503,7 @@ std::string cuda_signatures() {
 
 STABLE_TORCH_LIBRARY_IMPL(absgd_fast, ABSGD_DISPATCH_KEY, m){
     ABSGD_OPS(ABSGD_IMPL)
-        ABSGD_IMPL(logit_loss_backward)} STABLE_TORCH_LIBRARY_IMPL(absgd_fast, CompositeExplicitAutograd, m) {
+        ABSGD_IMPL(logit_loss_backward) ABSGD_IMPL(settled_logit_loss)} STABLE_TORCH_LIBRARY_IMPL(absgd_fast, CompositeExplicitAutograd, m) {
   ABSGD_IMPL(cuda_signatures) ABSGD_IMPL(cuda_unbound) ABSGD_IMPL(cuda_versions)
 }
 

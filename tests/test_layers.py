@@ -91,7 +91,7 @@ def test_includes(path):
     elif path.name == "ops_common.h":
         assert names == {"launch.h"} and torch
     elif path.name.startswith("ops_"):
-        assert names == {"ops_common.h"} | {"torch_stream.h"} * (path.name == "ops_cuda.cpp")
+        assert names == {"ops_common.h", *["torch_stream.h"] * (path.name == "ops_cuda.cpp")}
     elif path.name == "torch_stream.h":  # torch's symbol by its name, at run time
         assert not names and outside == standard
     else:  # host.cpp: pybind11, and no torch

@@ -639,7 +639,7 @@ void robust_apply_typed(const RobustArgs& a, const Outcome& o, double* loss_part
   using V = typename L::V;
   const T* sample_weight = static_cast<const T*>(a.sample_weight);
   const V nan = L::set(T(__builtin_nan(""))), zero = L::set(0);
-  const auto numbers = RobustNumbers<L>::template of<T>(a.lam, a.mix, a.max_weight, o);
+  const auto numbers = RobustNumbers<L>::template of<T>(Weighing::of(a.lam, a.mix, a.max_weight, o));
   for (int64_t b = begin; b < end; ++b) {
     const int64_t first = b * kBlock, last = smaller(first + kBlock, a.count);
     V sum = zero;

@@ -4,6 +4,8 @@
 // Three ways to walk over rows: with adjacent classes a row is shared by some lanes of a warp (`WarpTeam`) or by a
 // whole block (`BlockTeam`), each thread reading 16 bytes at a time; with classes that lie apart (a class stride other
 // than 1: transposed logits, (B, C, d1, ...)) neighbouring threads take neighbouring rows (`kColumns`).
+#include <atomic>
+
 #include "weights.cuh"
 
 namespace absgd {
@@ -12,52 +14,92 @@ namespace {
 
 enum class Walk : int { lanes = 0, block = 1, columns = 2 };
 
-constexpr int kThreads = 128;       // of a block whose warps or lanes share rows
-constexpr int kRowThreads = 256;    // of a block that shares one row
-constexpr int kInFlight = 4;        // 16-byte loads of a thread before the first is used (see walk_adjacent)
-constexpr int kBlockThreads = 512;  // of the one block that does it all
+constexpr int threads_of(Walk walk) { return walk == Walk::columns ? 128 : 256; }
+// Blocks of 256 threads in a multiprocessor that the registers must allow: of 128 registers a thread, and of 80 where
+// long rows are read in plain float, so that 48 KB are under way (with fewer registers some kernels spill).
+template <class T>
+constexpr int blocks_of(Walk walk, bool reads_only = false) {
+  return (reads_only && walk == Walk::block && sizeof(T) == 4 ? 3 : 2) * 256 / threads_of(walk);
+}
+constexpr int kInFlight = 4;  // 16-byte loads of a thread before the first is used (see walk_adjacent)
 
 struct Label {
   int64_t y;
   bool valid;
 };
 
-// By one thread of a row (`first`) the label is also checked for the report.
-__device__ __forceinline__ Label read_label(const LogitInput& a, LabelReport* report, int64_t i, bool first) {
-  if (a.soft != nullptr) return {-1, a.mask == nullptr || a.mask[i] != 0};
-  const int64_t y = a.target_int64 ? static_cast<const long long*>(a.target)[i] : static_cast<const int*>(a.target)[i];
-  if (y == a.ignore_index) return {0, false};
-  if (y < 0 || y >= a.classes) {
-    if (first && report != nullptr) {  // two stores of 16 bytes: rows that report at once do not mix
-      *reinterpret_cast<longlong2*>(&report->label) = longlong2{(long long)y, (long long)i};
-      *reinterpret_cast<longlong2*>(&report->classes) = longlong2{(long long)a.classes, 1};
-    }
-    return {0, false};
+// What stands in memory of a row's label and mask, to be read long before it is looked at.
+struct RawLabel {
+  int64_t y;
+  bool on;
+
+  __device__ __forceinline__ RawLabel(const LogitInput& a, int64_t i) {
+    y = a.soft != nullptr   ? -1
+        : a.target_int64 ? static_cast<const long long*>(a.target)[i]
+                         : static_cast<const int*>(a.target)[i];
+    on = a.mask == nullptr || a.mask[i] != 0;
   }
-  return {y, a.mask == nullptr || a.mask[i] != 0};
-}
+  // By one thread of a row (`first`) the label is also checked for the report.
+  __device__ __forceinline__ Label checked(const LogitInput& a, LabelReport* report, int64_t i, bool first) const {
+    if (a.soft != nullptr) return {-1, on};
+    if (y == a.ignore_index) return {0, false};
+    if (y < 0 || y >= a.classes) {
+      if (first && report != nullptr) {  // two stores of 16 bytes: rows that report at once do not mix
+        *reinterpret_cast<longlong2*>(&report->label) = longlong2{(long long)y, (long long)i};
+        __threadfence_system();  // `found` is seen no sooner than what it stands for
+        *reinterpret_cast<longlong2*>(&report->classes) = longlong2{(long long)a.classes, 1};
+      }
+      return {0, false};
+    }
+    return {y, on};
+  }
+};
 
 // ---- walking over a row --------------------------------------------------------------------------------------------
 
-// f.pack(values, first class) for N adjacent classes at a time, f.one(value, class) for those before the first multiple
-// of 16 bytes and after the last.
-template <class S, class Team, class F>
-__device__ __forceinline__ void walk_adjacent(const S* x, int classes, const Team& team, F& f) {
+// Where the 16-byte packs of a row are read from.
+template <class S>
+struct FromMemory {
+  const S* packs;
+  __device__ __forceinline__ Pack<S> operator()(int p) const { return load_pack(packs + p * Pack<S>::N); }
+};
+
+// f.pack(values, first class, number of the pack) for N adjacent classes at a time, f.one(value, class) for those before
+// the first multiple of 16 bytes and after the last. `from(first pack)` makes the source of the packs. The first loads are
+// under way before `counts` is needed, which may hang on the label; where it is false nothing is called.
+template <class S, class Team, class From, class F>
+__device__ __forceinline__ void walk_adjacent(const S* x, int classes, bool counts, const Team& team, From from, F& f) {
   constexpr int N = Pack<S>::N, kAtOnce = F::kGeneral ? 1 : kInFlight;  // class vectors take the registers
   const int boundary = to_boundary(x), head = boundary < classes ? boundary : classes;
-  const int packs = (classes - head) / N;
-  for (int k = team.lane; k < head; k += team.width) f.one(to_real(x[k]), k);
+  const int packs = (classes - head) / N, width = team.width;
+  const auto source = from(x + head);
+  Pack<S> in[kAtOnce];
   int p = team.lane;
-  for (; p + (kAtOnce - 1) * team.width < packs; p += kAtOnce * team.width) {
-    Pack<S> in[kAtOnce];
+  auto load = [&] {
 #pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) in[u] = load_pack(x + head + (p + u * team.width) * N);
+    for (int u = 0; u < kAtOnce; ++u)
+      if (p + u * width < packs) in[u] = source(p + u * width);
+  };
+  load();
+  if (!counts) return;
+  for (int k = team.lane; k < head; k += width) f.one(to_real(x[k]), k);
+  while (p + (kAtOnce - 1) * width < packs) {
 #pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) f.pack(in[u], head + (p + u * team.width) * N);
+    for (int u = 0; u < kAtOnce; ++u) f.pack(in[u], head + (p + u * width) * N, p + u * width);
+    p += kAtOnce * width;
+    load();
   }
-  for (; p < packs; p += team.width) f.pack(load_pack(x + head + p * N), head + p * N);
-  for (int k = head + packs * N + team.lane; k < classes; k += team.width) f.one(to_real(x[k]), k);
+  if constexpr (kAtOnce > 1) {
+#pragma unroll
+    for (int u = 0; u < kAtOnce - 1; ++u)  // the last of them would have been in the loop
+      if (p + u * width < packs) f.pack(in[u], head + (p + u * width) * N, p + u * width);
+  }
+  for (int k = head + packs * N + team.lane; k < classes; k += width) f.one(to_real(x[k]), k);
 }
+template <class S>
+struct StartInMemory {
+  __device__ __forceinline__ FromMemory<S> operator()(const S* packs) const { return {packs}; }
+};
 
 template <class S, class F>
 __device__ __forceinline__ void walk_apart(const S* x, int classes, int64_t stride, F& f) {
@@ -110,22 +152,25 @@ struct RowView {
   }
 };
 
-// Running sums over the classes a thread has seen (online log-sum-exp), the label apart: max, rest = sum exp(a_k -
-// max); where every class has a share, others = sum weight_k (a_k - reference) and total = sum weight_k, label and all.
+// Running sums over the classes a thread has seen (online log-sum-exp), the label apart: rest = sum exp(a_k - max) with
+// the max of `powers`; where every class has a share, others = sum weight_k (a_k - reference) and total = sum weight_k,
+// label and all.
 template <class T, bool kGeneral_>
 struct RowSums {
   static constexpr bool kGeneral = kGeneral_;
   RowView<T, kGeneral> view;
   T reference;
-  T max, rest, others, total;
+  Powers<T> powers;
+  T rest, others, total;
 
   __device__ __forceinline__ RowSums(const RowView<T, kGeneral>& view, T reference)
-      : view(view), reference(reference), max(lowest(T())), rest(0), others(0), total(0) {}
+      : view(view), reference(reference), powers(Powers<T>::start()), rest(0), others(0), total(0) {}
 
   __device__ __forceinline__ void raise(T top) {
-    if (top > max) {
-      rest *= exp_below(max - top);
-      max = top;
+    if (top > powers.max) {
+      const Powers<T> larger(top);
+      rest *= powers.to(larger);
+      powers = larger;
     }
   }
   __device__ __forceinline__ void spread(T a, int k) {
@@ -140,10 +185,10 @@ struct RowSums {
     if (view.has_shares()) spread(a, k);
     const T other = k == view.label ? nothing() : a;
     raise(other);
-    rest += exp_below(other - max);
+    rest += powers(other);
   }
   template <class S>
-  __device__ __forceinline__ void pack(const Pack<S>& in, int first) {
+  __device__ __forceinline__ void pack(const Pack<S>& in, int first, int) {
     constexpr int N = Pack<S>::N;
     T a[N];
 #pragma unroll
@@ -160,58 +205,68 @@ struct RowSums {
     for (int j = 1; j < N; ++j) top = greater(top, a[j]);
     raise(top);
 #pragma unroll
-    for (int j = 0; j < N; ++j) sum += exp_below(a[j] - max);
+    for (int j = 0; j < N; ++j) sum += powers(a[j]);
     rest += sum;
   }
   // What all threads of the team have seen together.
   template <class Team>
   __device__ __forceinline__ void combine(const Team& team) {
-    const T top = team.max(max);
-    rest = team.sum(rest * exp_below(max - top));
-    max = top;
+    const Powers<T> all(team.max(powers.max));
+    rest = team.sum(rest * powers.to(all)) * all.exact();
+    powers = all;
     if (!view.has_shares()) return;
     others = team.sum(others);
     total = team.sum(total);
   }
 };
 
-// By one thread: the row's sums -> its loss, and the gradient's four numbers.
+// A row's loss, and the numbers of its gradient (math.h RowGradient).
+template <class T>
+struct RowResult {
+  T loss, max;
+  bool counts;
+  RowGradient<Lane<T>> gradient;
+};
+
 template <class T, bool kGeneral>
-__device__ __forceinline__ void finish_row(const LogitForward& a, int64_t i, Label label, T own_logit,
-                                           const RowSums<T, kGeneral>& sums) {
+__device__ __forceinline__ RowResult<T> finish_row(const LogitForward& a, Label label, T own_logit,
+                                                   const RowSums<T, kGeneral>& sums) {
   using L = Lane<T>;
-  const int64_t rows = a.rows();
   const bool soft = sums.view.is_soft();
-  const T max = soft ? sums.max : greater(sums.max, own_logit);
+  const T max = soft ? sums.powers.max : greater(sums.powers.max, own_logit);
   const T gap = soft ? T(0) : max - own_logit;
-  const Row<L> row{gap, sums.rest * exp_below(sums.max - max), soft ? T(0) : L::exp(-gap)};
+  const Row<L> row{gap, sums.rest * exp_below(sums.powers.max - max), soft ? T(0) : L::exp(-gap)};
   const bool prunes = a.loss.least < kLargest;
-  const bool counts = label.valid && !(prunes && row.nll() >= T(a.loss.least));  // pruned rows do not
-  T loss = 0;
-  RowGradient<L> g{0, 0, 0};
-  if (counts) {
-    T c = 0;
-    if (!soft) {
-      const T w = a.class_weight == nullptr ? T(1) : static_cast<const T*>(a.class_weight)[label.y];
-      for_loss<L, T>(a.loss, [&](const auto& functor) {
-        loss = functor.loss(row, w);
-        c = functor.coefficient(row, w);
-      });
-    }
-    const T spread = sums.view.has_shares() ? sums.view.shares.spread(soft) : T(0);
-    // sum_k weight_k (-log p_k) = (log_total + max - reference) sum weight - sum_k weight_k (a_k - reference)
-    if (sums.view.has_shares())
-      loss += spread * ((row.log_total() + (max - sums.reference)) * sums.total - sums.others);
-    g = RowGradient<L>::of(row, c, spread, sums.total);
+  RowResult<T> out{0, max, label.valid && !(prunes && row.nll() >= T(a.loss.least)) /* pruned rows do not */, {0, 0, 0}};
+  if (!out.counts) return out;
+  T c = 0;
+  if (!soft) {
+    const T w = a.class_weight == nullptr ? T(1) : static_cast<const T*>(a.class_weight)[label.y];
+    for_loss<L, T>(a.loss, [&](const auto& functor) {
+      out.loss = functor.loss(row, w);
+      c = functor.coefficient(row, w);
+    });
   }
-  static_cast<T*>(a.losses)[i] = loss;
-  if (a.valid != nullptr) static_cast<T*>(a.valid)[i] = T(counts);
+  const T spread = sums.view.has_shares() ? sums.view.shares.spread(soft) : T(0);
+  // sum_k weight_k (-log p_k) = (log_total + max - reference) sum weight - sum_k weight_k (a_k - reference)
+  if (sums.view.has_shares())
+    out.loss += spread * ((row.log_total() + (max - sums.reference)) * sums.total - sums.others);
+  out.gradient = RowGradient<L>::of(row, c, spread, sums.total);
+  return out;
+}
+
+// By one thread of a row. t: its sample weight, which goes into the gradient.
+template <class T>
+__device__ __forceinline__ void store_row(const LogitForward& a, int64_t i, const RowResult<T>& row, T t) {
+  static_cast<T*>(a.losses)[i] = row.loss;
+  if (a.valid != nullptr) static_cast<T*>(a.valid)[i] = T(row.counts);
   if (a.stats == nullptr) return;
+  const int64_t rows = a.rows();
   T* stats = static_cast<T*>(a.stats) + i;
-  stats[0] = max;
-  stats[rows] = g.scale;
-  stats[2 * rows] = g.at_label;
-  stats[3 * rows] = g.spread;
+  stats[0] = row.max;
+  stats[rows] = row.gradient.scale * t;
+  stats[2 * rows] = row.gradient.at_label * t;
+  stats[3 * rows] = row.gradient.spread * t;
 }
 
 // The reference point of the sums over all classes: near the row's logits, and finite.
@@ -225,24 +280,39 @@ __device__ __forceinline__ const S* row_of(const LogitInput& a, int64_t i) {
   return static_cast<const S*>(a.logits) + i / a.inner * a.stride_batch + i % a.inner * a.stride_inner;
 }
 
-// Rows of a block, and which of them this thread works on. `width`: lanes that share a row (Walk::lanes).
+// The rows that a block works on together, and which of them this thread has. `width`: lanes that share a row
+// (Walk::lanes).
 template <Walk walk>
 struct Place {
   int64_t row;
+  int lane;
   bool inside;
 
-  __device__ __forceinline__ Place(int64_t rows, int width) {
-    const int64_t block = blockIdx.x;
-    if (walk == Walk::block)
-      row = block;
-    else if (walk == Walk::columns)
-      row = block * blockDim.x + threadIdx.x;
-    else
-      row = block * (blockDim.x / width) + threadIdx.x / width;
+  static __device__ __forceinline__ int64_t each(int width) {
+    return walk == Walk::block ? 1 : walk == Walk::columns ? blockDim.x : blockDim.x / width;
+  }
+  __device__ __forceinline__ Place(int64_t rows, int width, int64_t tile) {
+    lane = walk == Walk::columns ? 0 : walk == Walk::block ? threadIdx.x : threadIdx.x % width;
+    row = tile * each(width) + (walk == Walk::columns ? threadIdx.x : walk == Walk::block ? 0 : threadIdx.x / width);
     inside = row < rows;
     if (!inside) row = rows - 1;  // goes along with the shuffles, writes nothing
   }
 };
+
+// f(place, label) for every tile of this block, which walks over all tiles with the stride of the launch: so a launch
+// has no more blocks than the chip holds, and leaves as few sums. The label of the next row comes while this one is read.
+template <Walk walk, class F>
+__device__ __forceinline__ void for_tiles(const LogitForward& a, int width, F f) {
+  const int64_t rows = a.rows(), each = Place<walk>::each(width), tiles = (rows + each - 1) / each;
+  int64_t tile = blockIdx.x;
+  RawLabel next(a, Place<walk>(rows, width, tile).row);
+  for (; tile < tiles; tile += gridDim.x) {
+    const Place<walk> place(rows, width, tile);
+    const RawLabel label = next;
+    if (tile + gridDim.x < tiles) next = RawLabel(a, Place<walk>(rows, width, tile + gridDim.x).row);
+    f(place, label.checked(a, a.report, place.row, place.inside && place.lane == 0));
+  }
+}
 
 // The logit of the label, adjusted and less its margin.
 template <class S, class T, bool kGeneral>
@@ -252,50 +322,126 @@ __device__ __forceinline__ T own_logit_of(const LogitInput& a, const S* x, Label
   return view.logit(to_real(x[label.y * a.stride_class]), int(label.y)) - view.own_margin();
 }
 
-template <class S, class T, Walk walk, bool kGeneral>
-__device__ __forceinline__ void forward_rows(const LogitForward& a, int width) {
-  const Place<walk> place(a.rows(), width);
-  const int lane = walk == Walk::columns ? 0 : walk == Walk::block ? threadIdx.x : threadIdx.x % width;
-  const int64_t i = place.row;
-  const Label label = read_label(a, a.report, i, place.inside && lane == 0);
-  const S* x = row_of<S>(a, i);
-  const RowView<T, kGeneral> view(a, i, label.y);
-  const T own_logit = own_logit_of<S, T, kGeneral>(a, x, label, view);
+// The team of a row.
+template <Walk walk>
+__device__ __forceinline__ auto team_of(int lane, int width) {
+  if constexpr (walk == Walk::block)
+    return BlockTeam::here();
+  else
+    return WarpTeam{lane, width};
+}
+
+// The sums of one row, complete in all threads of its team. `seen(sums)`: what walks over the packs, to see them too.
+template <class S, class T, Walk walk, bool kGeneral, class F>
+__device__ __forceinline__ RowSums<T, kGeneral> sums_of_row(const LogitForward& a, const Place<walk>& place, int width,
+                                                            Label label, const S* x, T own_logit,
+                                                            const RowView<T, kGeneral>& view, F seen) {
   RowSums<T, kGeneral> sums(view,
                             reference_for(view.is_soft() && a.classes > 0 ? view.logit(to_real(x[0]), 0) : own_logit));
-  const int classes = label.valid ? int(a.classes) : 0;
   if constexpr (walk == Walk::columns) {
-    walk_apart(x, classes, a.stride_class, sums);
-  } else if constexpr (walk == Walk::block) {
-    const BlockTeam team = BlockTeam::here();
-    walk_adjacent(x, classes, team, sums);
-    sums.combine(team);
+    walk_apart(x, label.valid ? int(a.classes) : 0, a.stride_class, sums);
+    sums.rest *= sums.powers.exact();
   } else {
-    const WarpTeam team{lane, width};
-    walk_adjacent(x, classes, team, sums);
+    const auto team = team_of<walk>(place.lane, width);
+    auto walker = seen(sums);
+    walk_adjacent(x, int(a.classes), label.valid, team, StartInMemory<S>(), walker);
     sums.combine(team);
   }
-  if (place.inside && lane == 0) finish_row(a, i, label, own_logit, sums);
+  return sums;
+}
+template <class Sums>
+struct Only {  // nothing but the sums
+  static constexpr bool kGeneral = Sums::kGeneral;
+  Sums& sums;
+  template <class T>
+  __device__ __forceinline__ void one(T x, int k) {
+    sums.one(x, k);
+  }
+  template <class P>
+  __device__ __forceinline__ void pack(const P& in, int first, int p) {
+    sums.pack(in, first, p);
+  }
+};
+
+// What the robust loss makes of the rows of a block: z of each, and the sums of all.
+template <class T>
+struct RobustRows {
+  const Robust& a;
+  T lam, top;
+  RunningSums<T> sums;
+
+  __device__ __forceinline__ RobustRows(const Robust& a) : a(a), lam(lam_of(a)), top(top_of<T>(a)) {}
+  __device__ __forceinline__ T sample_weight(int64_t i) const {
+    return a.sample_weight == nullptr ? T(1) : static_cast<const T*>(a.sample_weight)[i];
+  }
+  // read before the row is walked over, used after
+  __device__ __forceinline__ T score(int64_t i) const {
+    return a.scores == nullptr ? T(0) : static_cast<const T*>(a.scores)[i];
+  }
+  __device__ __forceinline__ Sample<T> sample(const RowResult<T>& row, T score) const {
+    return {row.loss, a.scores == nullptr ? row.loss : score, row.counts, lam, T(a.z_limit), top};
+  }
+  // Whether this is the last block of the launch, whose thread 0 then has the sums of all.
+  __device__ __forceinline__ bool finish(unsigned* ticket, BatchSums& total) {
+    LossSums<T>* const parts = static_cast<LossSums<T>*>(a.sums);
+    const BatchSums own = block_sums<T>(sums);
+    if (threadIdx.x == 0) parts[blockIdx.x] = narrow<T>(own);
+    if (!is_last_block(ticket)) return false;
+    total = launch_sums(parts, int(gridDim.x));
+    return true;
+  }
+};
+
+// Losses of all rows; with a ticket also z and the sums of every block, which the last one combines: it never looks at
+// the losses themselves.
+template <class S, class T, Walk walk, bool kGeneral>
+__global__ void __launch_bounds__(threads_of(walk), blocks_of<T>(walk, !kGeneral))
+    logit_loss_fwd_kernel(const LogitForward __grid_constant__ a, const Robust __grid_constant__ r, int width,
+                          unsigned* ticket) {
+  const bool robust = ticket != nullptr;
+  RobustRows<T> all(r);
+  for_tiles<walk>(a, width, [&](const Place<walk>& place, Label label) {
+    const int64_t i = place.row;
+    const bool writes = place.inside && place.lane == 0;
+    const T t = robust && writes ? all.sample_weight(i) : T(1), score = robust && writes ? all.score(i) : T(0);
+    const S* x = row_of<S>(a, i);
+    const RowView<T, kGeneral> view(a, i, label.y);
+    const T own_logit = own_logit_of<S, T, kGeneral>(a, x, label, view);
+    using Sums = RowSums<T, kGeneral>;
+    const Sums sums = sums_of_row<S, T, walk, kGeneral>(a, place, width, label, x, own_logit, view,
+                                                        [](Sums& sums) { return Only<Sums>{sums}; });
+    if (!writes) return;
+    const RowResult<T> row = finish_row(a, label, own_logit, sums);
+    store_row(a, i, row, t);
+    if (!robust) return;
+    const Sample<T> sample = all.sample(row, score);
+    static_cast<T*>(r.z)[i] = sample.stored();
+    all.sums.add(sample, t);
+  });
+  BatchSums total;
+  if (!robust || !all.finish(ticket, total) || threadIdx.x != 0) return;
+  const double lam = lam_of(r);
+  const Weighing weighing = Weighing::of(lam, r.mix, r.max_weight, settle(r, lam, total));
+  *r.weighing = weighing;
+  *static_cast<T*>(r.loss) = T(loss_of(total, weighing));
 }
 
-constexpr int threads_of(Walk walk) { return walk == Walk::block ? kRowThreads : kThreads; }
-// Blocks per multiprocessor that the registers must allow: 128 registers a thread (with 80 some spill; most take 50 to
-// 70, so more blocks fit).
-constexpr int blocks_of(Walk walk) { return 512 / threads_of(walk); }
-
-template <class S, class T, Walk walk, bool kGeneral>
-__global__ void __launch_bounds__(threads_of(walk), blocks_of(walk))
-    logit_loss_fwd_kernel(const LogitForward __grid_constant__ a, int width) {
-  forward_rows<S, T, walk, kGeneral>(a, width);
-}
-
-// The same, and the last block turns the losses into weights, in the same launch.
-template <class S, class T, Walk walk, bool kGeneral>
-__global__ void __launch_bounds__(threads_of(walk), blocks_of(walk))
-    robust_logit_loss_fwd_kernel(const LogitForward __grid_constant__ a, const Robust __grid_constant__ r, int width,
-                                 unsigned* ticket) {
-  forward_rows<S, T, walk, kGeneral>(a, width);
-  if (is_last_block(ticket)) robust_in_block<T>(r);
+// (1/n) sum_i t_i (min(W_i, max_weight) + mix) L_i: what the sums of a launch do not hold.
+template <class T>
+__global__ void __launch_bounds__(256, 4)
+    bounded_loss_kernel(const Robust __grid_constant__ r, unsigned* ticket) {
+  const auto numbers = RobustNumbers<Lane<T>>::template of<T>(*r.weighing);
+  const T* z = static_cast<const T*>(r.z);
+  const int64_t begin = int64_t(blockIdx.x) * kLossBlock, end = begin + kLossBlock < r.count ? begin + kLossBlock : r.count;
+  T sum = 0;
+  for_losses<T>(r, begin, end, [&](int64_t i, const Given<T>& in) {
+    if (z[i] != T(-INFINITY)) sum += numbers.factor(numbers.weight(z[i]), in.t) * in.loss;
+  });
+  const double own = double(BlockTeam::here().sum(sum));
+  if (threadIdx.x == 0) r.loss_partials[blockIdx.x] = own;
+  if (!is_last_block(ticket)) return;
+  const double all = sum_of_blocks(r.loss_partials);
+  if (threadIdx.x == 0) *static_cast<T*>(r.loss) = T(all);
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
@@ -304,9 +450,17 @@ __global__ void __launch_bounds__(threads_of(walk), blocks_of(walk))
 template <class T, bool kGeneral>
 struct RowGradients {
   RowView<T, kGeneral> view;
-  T max, scale, at_label, spread;
+  Powers<T> powers;
+  T scale, at_label, spread, inner;  // inner: scale for the powers as they come
 
-  __device__ __forceinline__ T value(T x, int k) const { return finish(exp_below(view.logit(x, k) - max) * scale, k); }
+  __device__ __forceinline__ RowGradients(const RowView<T, kGeneral>& view, T max, const RowGradient<Lane<T>>& g, T factor)
+      : view(view),
+        powers(max),
+        scale(g.scale * factor),
+        at_label(g.at_label * factor),
+        spread(g.spread * factor),
+        inner(scale * powers.exact()) {}
+  __device__ __forceinline__ T value(T x, int k) const { return finish(powers(view.logit(x, k)) * inner, k); }
   // from exp(a_k - max) * scale
   __device__ __forceinline__ T finish(T e, int k) const {
     if (k == view.label) e = at_label;
@@ -316,123 +470,246 @@ struct RowGradients {
   }
 };
 
-template <class S, class T, bool kGeneral_>
+template <class S, class T, class G, bool kGeneral_>
 struct WriteGradient {
   static constexpr bool kGeneral = kGeneral_;
   RowGradients<T, kGeneral> row;
-  S* grad;
-  bool wide;  // grad has the alignment of the logits
+  G* grad;
+  bool wide;  // grad has the alignment of the logits, and their dtype
 
-  __device__ __forceinline__ void one(T x, int k) const { grad[k] = to_storage<S>(row.value(x, k)); }
-  __device__ __forceinline__ void pack(const Pack<S>& in, int first) const {
-    Pack<S> out;
+  __device__ __forceinline__ WriteGradient(const RowGradients<T, kGeneral>& row, G* grad, const S* x)
+      : row(row), grad(grad), wide(sizeof(G) == sizeof(S) && to_boundary(grad) == to_boundary(reinterpret_cast<const G*>(x))) {}
+  __device__ __forceinline__ void one(T x, int k) const { grad[k] = to_storage<G>(row.value(x, k)); }
+  __device__ __forceinline__ void pack(const Pack<S>& in, int first, int) const {
+    constexpr int N = Pack<S>::N;
+    if constexpr (sizeof(G) == sizeof(S)) {
+      Pack<G> out;
 #pragma unroll
-    for (int j = 0; j < Pack<S>::N; ++j) out.value[j] = to_storage<S>(row.value(to_real(in.value[j]), first + j));
-    if (wide) {
-      store_pack(grad + first, out);
+      for (int j = 0; j < N; ++j) out.value[j] = to_storage<G>(row.value(to_real(in.value[j]), first + j));
+      if (wide) return store_pack(grad + first, out);
+#pragma unroll
+      for (int j = 0; j < N; ++j) grad[first + j] = out.value[j];
     } else {
 #pragma unroll
-      for (int j = 0; j < Pack<S>::N; ++j) grad[first + j] = out.value[j];
+      for (int j = 0; j < N; ++j) grad[first + j] = to_storage<G>(row.value(to_real(in.value[j]), first + j));
     }
   }
 };
 
-template <class S, class T, bool kGeneral_>
+template <class G, class T, bool kGeneral_>
 struct WriteApart {
   static constexpr bool kGeneral = kGeneral_;
   RowGradients<T, kGeneral> row;
-  S* grad;
+  G* grad;
   int64_t stride;
-  __device__ __forceinline__ void one(T x, int k) const { grad[k * stride] = to_storage<S>(row.value(x, k)); }
+  __device__ __forceinline__ void one(T x, int k) const { grad[k * stride] = to_storage<G>(row.value(x, k)); }
 };
 
+// One row's gradient, by the threads of its team. from: where packs are read.
+template <class S, class G, Walk walk, class T, bool kGeneral, class From>
+__device__ __forceinline__ void write_row(const LogitInput& a, G* grads, int64_t i, int lane, int width, const S* x,
+                                          const RowGradients<T, kGeneral>& row, From from) {
+  const int classes = int(a.classes);
+  G* grad = grads + i / a.inner * a.classes * a.inner + i % a.inner;
+  const bool counts = row.scale != 0;
+  if constexpr (walk == Walk::columns) {
+    const WriteApart<G, T, kGeneral> write{row, grad, a.inner};
+    walk_apart(x, counts ? classes : 0, a.stride_class, write);
+  } else {
+    const WriteGradient<S, T, G, kGeneral> write(row, grad, x);
+    walk_adjacent(x, classes, counts, WarpTeam{lane, width} /* only who takes which classes */, from, write);
+  }
+  if (counts) return;
+  const int64_t stride = walk == Walk::columns ? a.inner : 1;  // ignored, or of weight 0: whatever stands in the logits
+  for (int k = lane; k < classes; k += width) grad[k * stride] = to_storage<G>(row.finish(T(0), k));
+}
+
 template <class S, class T, Walk walk, bool kGeneral>
-__global__ void __launch_bounds__(threads_of(walk), blocks_of(walk))
+__global__ void __launch_bounds__(threads_of(walk), blocks_of<T>(walk, !kGeneral))
     logit_loss_bwd_kernel(const LogitBackward __grid_constant__ a, int width) {
   const int64_t rows = a.rows();
-  const Place<walk> place(rows, width);
+  const Place<walk> place(rows, width, blockIdx.x);
   if (!place.inside) return;
   const int64_t i = place.row;
-  const int classes = int(a.classes);
+  const RawLabel raw(a, i);
   const T* stats = static_cast<const T*>(a.stats) + i;
-  const T u = static_cast<const T*>(a.upstream)[a.upstream_per_row ? i : 0];
-  const bool counts = stats[rows] != 0 || stats[2 * rows] != 0;
-  const Label label = read_label(a, nullptr, i, false);
-  const RowGradients<T, kGeneral> row{RowView<T, kGeneral>(a, i, counts && label.valid ? label.y : -1), stats[0],
-                                      stats[rows] * u, stats[2 * rows] * u, stats[3 * rows] * u};
-  S* grad = static_cast<S*>(a.grad) + i / a.inner * a.classes * a.inner + i % a.inner;
-  const int first = walk == Walk::columns ? 0 : walk == Walk::block ? threadIdx.x : threadIdx.x % width;
+  const RowGradient<Lane<T>> g{stats[rows], stats[2 * rows], stats[3 * rows]};
+  T factor = static_cast<const T*>(a.upstream)[a.upstream_per_row ? i : 0];
+  if (a.z != nullptr) {
+    const auto numbers = RobustNumbers<Lane<T>>::template of<T>(*a.weighing);
+    factor *= numbers.factor(numbers.weight(static_cast<const T*>(a.z)[i]), T(1));
+  }
+  const bool counts = g.scale != 0 || g.at_label != 0;
+  const Label label = raw.checked(a, nullptr, i, false);
+  const RowGradients<T, kGeneral> row(RowView<T, kGeneral>(a, i, counts && label.valid ? label.y : -1), stats[0], g, factor);
   const int step = walk == Walk::columns ? 1 : walk == Walk::block ? blockDim.x : width;
-  const int64_t stride = walk == Walk::columns ? a.inner : 1;
-  if (row.scale == 0) {  // ignored, or of weight 0: whatever stands in the logits
-    for (int k = first; k < classes; k += step) grad[k * stride] = to_storage<S>(row.finish(T(0), k));
-    return;
+  write_row<S, S, walk>(a, static_cast<S*>(a.grad), i, place.lane, step, row_of<S>(a, i), row, StartInMemory<S>());
+}
+
+// ---- the gradient while the row is on the chip ----------------------------------------------------------------------
+
+// The first packs of a row stay in shared memory between the two walks; what does not fit is read again, from the
+// second-level cache. A thread reads only what it kept itself.
+template <class S>
+struct Kept {
+  Pack<S>* shared;
+  int capacity;  // in packs
+
+  template <class Sums>
+  struct Keeping {
+    static constexpr bool kGeneral = Sums::kGeneral;
+    Sums& sums;
+    Kept kept;
+    template <class T>
+    __device__ __forceinline__ void one(T x, int k) {
+      sums.one(x, k);
+    }
+    __device__ __forceinline__ void pack(const Pack<S>& in, int first, int p) {
+      if (p < kept.capacity) kept.shared[p] = in;
+      sums.pack(in, first, p);
+    }
+  };
+  struct Source {
+    Kept kept;
+    const S* packs;
+    __device__ __forceinline__ Pack<S> operator()(int p) const {
+      return p < kept.capacity ? kept.shared[p] : load_pack(packs + p * Pack<S>::N);
+    }
+  };
+  __device__ __forceinline__ Source operator()(const S* packs) const { return {*this, packs}; }
+};
+
+// The numbers of a row's gradient, from the thread that made them to its team.
+template <Walk walk, class T>
+__device__ __forceinline__ void share_row(RowResult<T>& row, T& factor) {
+  if constexpr (walk == Walk::block) {
+    struct Shared {
+      RowResult<T> row;
+      T factor;
+    };
+    SHARED(Shared[1], of_row);  // free again: every thread has been through the barriers of the next row's sums
+    if (threadIdx.x == 0) of_row[0] = {row, factor};
+    __syncthreads();
+    row = of_row[0].row;
+    factor = of_row[0].factor;
+  } else if constexpr (walk == Walk::lanes) {
+    __syncwarp();  // all lanes have read the label's logit, where one of them may now write the gradient
   }
-  const S* x = row_of<S>(a, i);
-  if constexpr (walk == Walk::columns) {
-    const WriteApart<S, T, kGeneral> write{row, grad, stride};
-    walk_apart(x, classes, a.stride_class, write);
-  } else {
-    const WriteGradient<S, T, kGeneral> write{row, grad, to_boundary(grad) == to_boundary(x)};
-    const WarpTeam team{first, step};  // here only who takes which classes
-    walk_adjacent(x, classes, team, write);
-  }
+}
+
+// The same losses, and each row's gradient right after them, because its factor is known: one read and one write.
+template <class S, class T, class G, Walk walk, bool kGeneral>
+__global__ void __launch_bounds__(threads_of(walk), sizeof(T) == 8 ? 1 : blocks_of<T>(walk))
+    logit_loss_made_kernel(const LogitForward __grid_constant__ a, const Robust __grid_constant__ r, int width,
+                           int capacity, unsigned* ticket) {
+  DYN_SHARED(Pack<S>, shared);
+  const Kept<S> kept{shared, capacity};
+  const bool robust = ticket != nullptr;
+  RobustRows<T> all(r);
+  const auto numbers = RobustNumbers<Lane<T>>::template of<T>(
+      robust ? Weighing{r.settled->log_s, r.settled->scale, 0, INFINITY} : Weighing{0, 1, 0, INFINITY});
+  for_tiles<walk>(a, width, [&](const Place<walk>& place, Label label) {
+    const int64_t i = place.row;
+    const bool writes = place.inside && place.lane == 0;
+    const T t = robust ? all.sample_weight(i) : T(1), score = robust ? all.score(i) : T(0);
+    const S* x = row_of<S>(a, i);
+    const RowView<T, kGeneral> view(a, i, label.y);
+    const T own_logit = own_logit_of<S, T, kGeneral>(a, x, label, view);
+    using Sums = RowSums<T, kGeneral>;
+    using Keeping = typename Kept<S>::template Keeping<Sums>;
+    const Sums sums = sums_of_row<S, T, walk, kGeneral>(a, place, width, label, x, own_logit, view,
+                                                        [&](Sums& sums) { return Keeping{sums, kept}; });
+    RowResult<T> row{};
+    T factor = 0;
+    if (walk != Walk::block || threadIdx.x < kWarp) {  // the other warps wait for the first
+      row = finish_row(a, label, own_logit, sums);
+      factor = T(row.counts);
+      if (robust) {
+        const Sample<T> sample = all.sample(row, score);
+        const Weighed<T> own(numbers, sample, t);
+        factor = own.factor;
+        if (writes) {
+          static_cast<T*>(r.weights)[i] = own.weight;
+          all.sums.add(sample, t);
+        }
+      }
+      if (writes) store_row(a, i, row, T(1));
+    }
+    share_row<walk>(row, factor);
+    if (!place.inside) return;
+    const RowView<T, kGeneral> again(a, i, row.counts ? label.y : -1);
+    const RowGradients<T, kGeneral> gradients(again, row.max, row.gradient, factor);
+    const int step = walk == Walk::columns ? 1 : walk == Walk::block ? blockDim.x : width;
+    write_row<S, G, walk>(a, static_cast<G*>(a.grad), i, place.lane, step, x, gradients, kept);
+  });
+  BatchSums total;
+  if (!robust || !all.finish(ticket, total) || threadIdx.x != 0) return;
+  write_totals(r, total);
+  const Weighing weighing{r.settled->log_s, r.settled->scale, 0, INFINITY};
+  *static_cast<T*>(r.loss) = T(loss_of(total, weighing));
 }
 
 // ---- small batches: everything by one block ------------------------------------------------------------------------
 
-// Reads the logits once, keeps exp(x - max) in shared memory while the weights are made, and writes the gradient. A row
-// is shared by `width` lanes; a thread meets the same elements in every pass.
+// Each row has a team of `width` lanes and stays in their registers, kTeamClasses of it in each, while the weights are
+// made; then its gradient is written. One read and one write.
 template <class S, class T, class G, bool kGeneral>
-__global__ void __launch_bounds__(kBlockThreads, 1)
-    robust_logit_loss_block_kernel(const LogitForward __grid_constant__ a, const Robust __grid_constant__ r, G* grad,
-                                   int width) {
-  DYN_SHARED(T, kept);  // (rows, classes)
+__global__ void __launch_bounds__(kTeamThreads, 1)
+    robust_logit_loss_block_kernel(const LogitForward __grid_constant__ a, const Robust __grid_constant__ r, int width) {
   const int64_t rows = a.rows();
-  const int classes = int(a.classes), lane = threadIdx.x % width, at_once = kBlockThreads / width;
+  const int classes = int(a.classes);
+  const Place<Walk::lanes> place(rows, width, 0);
+  const int64_t i = place.row;
+  const int lane = place.lane;
+  const bool writes = place.inside && lane == 0;
   const WarpTeam team{lane, width};
-  for (int64_t base = 0; base < rows; base += at_once) {
-    const int64_t mine = base + threadIdx.x / width;
-    const bool inside = mine < rows;
-    const int64_t i = inside ? mine : rows - 1;
-    const Label label = read_label(a, a.report, i, inside && lane == 0);
-    const S* x = row_of<S>(a, i);
-    T* e = kept + i * classes;
-    const RowView<T, kGeneral> view(a, i, label.y);
-    const T own_logit = own_logit_of<S, T, kGeneral>(a, x, label, view);
-    RowSums<T, kGeneral> sums(
-        view, reference_for(view.is_soft() && a.classes > 0 ? view.logit(to_real(x[0]), 0) : own_logit));
-    const int count = label.valid && inside ? classes : 0;
-    for (int k = lane; k < count; k += width) {
-      const T logit = view.logit(to_real(x[k * a.stride_class]), k);
-      e[k] = logit;
-      if (k != label.y) sums.max = greater(sums.max, logit);
-      if (sums.view.has_shares()) sums.spread(logit, k);
-    }
-    sums.max = team.max(sums.max);
-    const T max = view.is_soft() ? sums.max : greater(sums.max, own_logit);  // as finish_row takes it
-    for (int k = lane; k < count; k += width) {
-      const T power = exp_below(e[k] - max);
-      e[k] = power;
-      if (k != label.y) sums.rest += power;
-    }
-    if (label.valid) sums.max = max;
-    sums.combine(team);
-    if (inside && lane == 0) finish_row(a, i, label, own_logit, sums);
+  RobustRows<T> all(r);
+  const S* x = row_of<S>(a, i);
+  const RawLabel raw(a, i);
+  S in[kTeamClasses];
+#pragma unroll
+  for (int u = 0; u < kTeamClasses; ++u)
+    if (lane + u * width < classes) in[u] = x[(lane + u * width) * a.stride_class];
+  const T t = all.sample_weight(i), score = all.score(i);
+  const Label label = raw.checked(a, a.report, i, writes);
+  const RowView<T, kGeneral> view(a, i, label.y);
+  const T own_logit = own_logit_of<S, T, kGeneral>(a, x, label, view);
+  RowSums<T, kGeneral> sums(view,
+                            reference_for(view.is_soft() && classes > 0 ? view.logit(to_real(x[0]), 0) : own_logit));
+  const int count = label.valid ? classes : 0;
+#pragma unroll
+  for (int u = 0; u < kTeamClasses; ++u)
+    if (lane + u * width < count) sums.one(to_real(in[u]), lane + u * width);
+  sums.combine(team);
+  const RowResult<T> row = finish_row(a, label, own_logit, sums);
+  const Sample<T> sample = all.sample(row, score);
+  if (writes) {
+    store_row(a, i, row, t);
+    all.sums.add(sample, t);
+  }
+  SHARED(Weighing[1], shared);
+  const BatchSums total = block_sums<T>(all.sums);
+  if (threadIdx.x == 0) {
+    const double lam = lam_of(r);
+    shared[0] = Weighing::of(lam, r.mix, r.max_weight, settle(r, lam, total));
   }
   __syncthreads();
-  robust_in_block<T>(r);
-  __syncthreads();
-  const T* stats = static_cast<const T*>(a.stats);
-  for (int64_t i = threadIdx.x / width; i < rows; i += at_once) {
-    const Label label = read_label(a, nullptr, i, false);
-    const bool counts = stats[rows + i] != 0 || stats[2 * rows + i] != 0;
-    const RowGradients<T, kGeneral> row{RowView<T, kGeneral>(a, i, counts && label.valid ? label.y : -1), 0,
-                                        stats[rows + i], stats[2 * rows + i], stats[3 * rows + i]};
-    G* out = grad + i / a.inner * a.classes * a.inner + i % a.inner;
-    for (int k = lane; k < classes; k += width)
-      out[k * a.inner] = to_storage<G>(row.finish(row.scale == 0 ? T(0) : kept[i * classes + k] * row.scale, k));
+  const Weighed<T> own(RobustNumbers<Lane<T>>::template of<T>(shared[0]), sample, t);
+  if (place.inside) {
+    const RowView<T, kGeneral> again(a, i, row.counts ? label.y : -1);
+    const RowGradients<T, kGeneral> gradients(again, row.max, row.gradient, own.factor);
+    G* out = static_cast<G*>(a.grad) + i / a.inner * a.classes * a.inner + i % a.inner;
+#pragma unroll
+    for (int u = 0; u < kTeamClasses; ++u) {
+      const int k = lane + u * width;
+      if (k >= classes) continue;
+      const T value = gradients.scale == 0 ? gradients.finish(T(0), k) : gradients.value(to_real(in[u]), k);
+      out[k * a.inner] = to_storage<G>(value);
+    }
   }
+  if (writes) static_cast<T*>(r.weights)[i] = own.weight;
+  const double loss = double(BlockTeam::here().sum(writes && sample.valid ? own.factor * sample.loss : T(0)));
+  if (threadIdx.x == 0) *static_cast<T*>(r.loss) = T(loss);
 }
 
 // ---- launching -----------------------------------------------------------------------------------------------------
@@ -440,15 +717,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 struct Shape {
   Walk walk;
   int width;
-  unsigned blocks;
+  int64_t tiles;
 };
-
-// Lanes for a row: each reads at least 16 bytes, if the row has them.
-int lanes_for(int64_t classes, int per_lane) {
-  int width = 1;
-  while (width < kWarp && width * per_lane < classes) width *= 2;
-  return width;
-}
 
 // How many rows the chip must have in flight before a warp a row fills it: 132 multiprocessors of 16 warps (H100).
 constexpr int64_t kManyRows = 2048;
@@ -456,13 +726,38 @@ constexpr int64_t kManyRows = 2048;
 Shape shape_of(const LogitInput& a) {
   const int64_t rows = a.rows();
   const int per_pack = a.dtype == Dtype::f64 ? 2 : a.dtype == Dtype::f32 ? 4 : 8;
-  auto blocks = [&](int64_t each) { return unsigned((rows + each - 1) / each); };
-  if (a.stride_class != 1 || a.inner != 1) return {Walk::columns, 1, blocks(kThreads)};
-  const int64_t packs = a.classes / per_pack;
-  if (packs >= 4 * kRowThreads || (packs >= kRowThreads / 2 && rows < kManyRows))
-    return {Walk::block, kRowThreads, blocks(1)};
+  auto blocks = [&](Walk walk, int64_t each) { return (rows + each - 1) / each; };
+  if (a.stride_class != 1 || a.inner != 1) return {Walk::columns, 1, blocks(Walk::columns, threads_of(Walk::columns))};
+  const int64_t packs = a.classes / per_pack, threads = threads_of(Walk::block);
+  if (packs >= 4 * threads || (packs >= threads / 2 && rows < kManyRows))
+    return {Walk::block, int(threads), blocks(Walk::block, 1)};
   const int width = lanes_for(a.classes, per_pack);
-  return {Walk::lanes, width, blocks(kThreads / width)};
+  return {Walk::lanes, width, blocks(Walk::lanes, threads_of(Walk::lanes) / width)};
+}
+
+// Blocks of one kernel that the chip holds at once, asked once for each device.
+struct Resident {
+  std::atomic<int> of_device[64] = {};
+
+  template <class K>
+  int64_t operator()(K kernel, int threads, int64_t shared_blocks = INT64_MAX) {
+    int device = 0;
+    cudaGetDevice(&device);
+    std::atomic<int>& known = of_device[device % 64];
+    int blocks = known.load(std::memory_order_relaxed);
+    if (blocks == 0) {
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, reinterpret_cast<const void*>(kernel), threads, 0);
+      known.store(blocks, std::memory_order_relaxed);
+    }
+    int processors = 1;
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    const int64_t each = blocks < shared_blocks ? blocks : shared_blocks;
+    return each < 1 ? processors : each * processors;
+  }
+};
+unsigned grid_of(int64_t tiles, int64_t resident) {
+  const int64_t most = resident < kMostBlocks ? resident : kMostBlocks;
+  return unsigned(tiles < most ? tiles : most);
 }
 
 template <bool B>
@@ -472,21 +767,25 @@ struct Flag {
 
 bool is_general(const LogitInput& a) { return a.adjust != nullptr || a.spreads(); }
 
-// f(storage type, real type, walk, general) for the shape at hand
+// f(walk, general) for the shape at hand
+template <class F>
+void for_walk(const LogitInput& a, const Shape& shape, F f) {
+  auto by = [&](auto walk) { is_general(a) ? f(walk, Flag<true>{}) : f(walk, Flag<false>{}); };
+  switch (shape.walk) {
+    case Walk::lanes:
+      return by(std::integral_constant<Walk, Walk::lanes>{});
+    case Walk::block:
+      return by(std::integral_constant<Walk, Walk::block>{});
+    default:
+      return by(std::integral_constant<Walk, Walk::columns>{});
+  }
+}
+
+// f(storage type, real type, walk, general)
 template <class F>
 const char* launch(const LogitInput& a, const Shape& shape, F f) {
   for_storage(a.dtype, [&](auto storage, auto real) {
-    auto walk_by = [&](auto walk) {
-      !is_general(a) ? f(storage, real, walk, Flag<false>{}) : f(storage, real, walk, Flag<true>{});
-    };
-    switch (shape.walk) {
-      case Walk::lanes:
-        return walk_by(std::integral_constant<Walk, Walk::lanes>{});
-      case Walk::block:
-        return walk_by(std::integral_constant<Walk, Walk::block>{});
-      default:
-        return walk_by(std::integral_constant<Walk, Walk::columns>{});
-    }
+    for_walk(a, shape, [&](auto walk, auto general) { f(storage, real, walk, general); });
   });
   return failure();
 }
@@ -510,17 +809,73 @@ LabelReport* label_report() {
   return report;
 }
 
-const char* logit_loss_fwd(const LogitForward& a, void* stream) {
-  if (a.rows() == 0) return nullptr;
+namespace {
+
+const char* run_fwd(const LogitForward& a, const Robust& r, unsigned* ticket, cudaStream_t stream) {
   const Shape shape = shape_of(a);
   return launch(a, shape, [&](auto storage, auto real, auto walk, auto general) {
     using S = typename decltype(storage)::type;
     using T = typename decltype(real)::type;
     constexpr Walk w = decltype(walk)::value;
-    constexpr bool g = decltype(general)::value;
-    LAUNCH((logit_loss_fwd_kernel<S, T, w, g>), shape.blocks, threads_of(w), 0, static_cast<cudaStream_t>(stream), a,
-           shape.width);
+    const auto kernel = logit_loss_fwd_kernel<S, T, w, decltype(general)::value>;
+    static Resident resident;
+    LAUNCH(kernel, grid_of(shape.tiles, resident(kernel, threads_of(w))), threads_of(w), 0, stream, a, r, shape.width,
+           ticket);
   });
+}
+
+// Shared memory for the rows of a block, in bytes: two blocks of the largest in a multiprocessor of 228 KB.
+constexpr int kKeptBytes = 108 << 10;
+
+int most_shared() {
+  int device = 0, most = 48 << 10;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return most - 2048 < kKeptBytes ? most - 2048 : kKeptBytes;  // the kernel's own, and what the system takes
+}
+
+// f(storage, gradient's type, real): the gradient has the logits' dtype, float32 for float16 where it is kept for a
+// loss scale to come.
+template <class F>
+void for_made(Dtype dtype, bool in_place, F f) {
+  if (dtype == Dtype::f16 && !in_place) return f(Tag<__half>{}, Tag<float>{}, Tag<float>{});
+  for_storage(dtype, [&](auto storage, auto real) { f(storage, storage, real); });
+}
+
+}  // namespace
+
+const char* logit_loss_fwd(const LogitForward& a, void* stream) {
+  if (a.rows() == 0) return nullptr;
+  return run_fwd(a, Robust{}, nullptr, static_cast<cudaStream_t>(stream));
+}
+
+const char* logit_loss_made(const LogitForward& a, const Robust& r, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  const bool robust = r.settled != nullptr;
+  if (a.rows() == 0) return robust ? robust_fwd(r, stream) : nullptr;
+  unsigned* const ticket = robust ? ticket_for(s) : nullptr;
+  if (robust && ticket == nullptr) return failure();
+  const Shape shape = shape_of(a);
+  for_made(a.dtype, a.grad == a.logits, [&](auto storage, auto gradient, auto real) {
+    using S = typename decltype(storage)::type;
+    using G = typename decltype(gradient)::type;
+    using T = typename decltype(real)::type;
+    auto go = [&](auto walk, auto general) {
+      constexpr Walk w = decltype(walk)::value;
+      const auto kernel = logit_loss_made_kernel<S, T, G, w, decltype(general)::value>;
+      static Resident resident;
+      const int most = most_shared(), packs = w == Walk::block ? int(a.classes / Pack<S>::N) : 0;
+      const int bytes = packs * 16 < most ? packs * 16 : most / 16 * 16;
+      // Always the same number, so that two threads of the host do not take it from each other.
+      if (bytes > 0)
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+      const int64_t fit = bytes == 0 ? INT64_MAX : 2 * kKeptBytes / bytes;
+      LAUNCH(kernel, grid_of(shape.tiles, resident(kernel, threads_of(w), fit)), threads_of(w), bytes, s, a, r,
+             shape.width, bytes / 16, ticket);
+    };
+    for_walk(a, shape, go);
+  });
+  return failure();
 }
 
 const char* logit_loss_bwd(const LogitBackward& a, void* stream) {
@@ -531,49 +886,39 @@ const char* logit_loss_bwd(const LogitBackward& a, void* stream) {
     using T = typename decltype(real)::type;
     constexpr Walk w = decltype(walk)::value;
     constexpr bool g = decltype(general)::value;
-    LAUNCH((logit_loss_bwd_kernel<S, T, w, g>), shape.blocks, threads_of(w), 0, static_cast<cudaStream_t>(stream), a,
-           shape.width);
+    LAUNCH((logit_loss_bwd_kernel<S, T, w, g>), unsigned(shape.tiles), threads_of(w), 0,
+           static_cast<cudaStream_t>(stream), a, shape.width);
   });
 }
 
 const char* robust_logit_loss_fwd(const LogitForward& a, const Robust& r, void* stream) {
-  if (a.rows() == 0) return robust_fwd(r, stream);
-  if (a.rows() > kOneLaunch) {
-    const char* failed = logit_loss_fwd(a, stream);
-    return failed != nullptr ? failed : robust_fwd(r, stream);
-  }
-  const Shape shape = shape_of(a);
   const auto s = static_cast<cudaStream_t>(stream);
+  if (a.rows() == 0) return robust_fwd(r, stream);
   unsigned* const ticket = ticket_for(s);
   if (ticket == nullptr) return failure();
-  return launch(a, shape, [&](auto storage, auto real, auto walk, auto general) {
-    using S = typename decltype(storage)::type;
-    using T = typename decltype(real)::type;
-    constexpr Walk w = decltype(walk)::value;
-    constexpr bool g = decltype(general)::value;
-    LAUNCH((robust_logit_loss_fwd_kernel<S, T, w, g>), shape.blocks, threads_of(w), 0, s, a, r, shape.width, ticket);
-  });
+  const char* const failed = run_fwd(a, r, ticket, s);
+  if (failed != nullptr || !(r.max_weight < kLargest)) return failed;
+  const unsigned blocks = unsigned(r.loss_blocks());
+  if (r.dtype == Dtype::f64)
+    LAUNCH((bounded_loss_kernel<double>), blocks, 256, 0, s, r, ticket);
+  else
+    LAUNCH((bounded_loss_kernel<float>), blocks, 256, 0, s, r, ticket);
+  return failure();
 }
 
-const char* robust_logit_loss_block(const LogitForward& a, const Robust& r, void* grad, void* stream) {
+const char* robust_logit_loss_block(const LogitForward& a, const Robust& r, void* stream) {
   if (a.rows() == 0) return robust_fwd(r, stream);
-  const size_t bytes = size_t(a.rows() * a.classes) * sizeof(float);
-  auto go = [&](auto plain, auto general, auto* out) {
-    const auto kernel = is_general(a) ? general : plain;
-    constexpr size_t kWithoutAsking = 48 << 10;  // of shared memory
-    if (bytes > kWithoutAsking)
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           int(bytes));
-    LAUNCH(kernel, 1, kBlockThreads, bytes, static_cast<cudaStream_t>(stream), a, r, out, lanes_for(a.classes, 4));
-    return failure();
-  };
-#define ABSGD_BOTH(S, G)                                                                                 \
-  robust_logit_loss_block_kernel<S, float, G, false>, robust_logit_loss_block_kernel<S, float, G, true>, \
-      static_cast<G*>(grad)
-  if (a.dtype == Dtype::f32) return go(ABSGD_BOTH(float, float));
-  if (a.dtype == Dtype::f16) return go(ABSGD_BOTH(__half, float));
-  return go(ABSGD_BOTH(__nv_bfloat16, __nv_bfloat16));
-#undef ABSGD_BOTH
+  const int width = lanes_for(a.classes, kTeamClasses);
+  for_made(a.dtype, false, [&](auto storage, auto gradient, auto real) {
+    using S = typename decltype(storage)::type;
+    using G = typename decltype(gradient)::type;
+    using T = typename decltype(real)::type;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      const auto kernel = is_general(a) ? robust_logit_loss_block_kernel<S, T, G, true> : robust_logit_loss_block_kernel<S, T, G, false>;
+      LAUNCH(kernel, 1, kTeamThreads, 0, static_cast<cudaStream_t>(stream), a, r, width);
+    }
+  });
+  return failure();
 }
 
 }  // namespace gpu

@@ -82,19 +82,46 @@ ABSGD_FN float Lane<float>::sqrt(float x) {
   return ::sqrtf(x);
 }
 
-// exp(x) for x <= 0 in three instructions: relative error below 1e-7 |x|, so what is far below 1 is less exact, and
-// counts for as much less in the sum it enters.
-__device__ __forceinline__ float exp_below(float x) {
-  const float t = x * 1.44269504088896341f;
+// 2^x
+__device__ __forceinline__ float exp2_fast(float x) {
 #if defined(__CUDA_ARCH__)
   float out;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(t));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
   return out;
 #else
-  return ::exp2f(t);
+  return ::exp2f(x);
 #endif
 }
+// exp(x) for x <= 0: relative error below 1e-7 |x|, so what is far below 1 is less exact, and counts for as much less in
+// the sum it enters.
+__device__ __forceinline__ float exp_below(float x) { return exp2_fast(x * 1.44269504088896341f); }
 __device__ __forceinline__ double exp_below(double x) { return ::exp(x); }
+
+// exp(x - max) for many x <= max. In float the difference and the change of base are one instruction, 2^(x log2 e - m)
+// with m = max log2 e rounded: every term then is too large by the same factor, which `exact` takes out once.
+template <class T>
+struct Powers {
+  T max;
+  explicit __device__ __forceinline__ Powers(T max) : max(max) {}
+  // Where a running maximum begins: finite, so that -inf - -inf is never made.
+  static __device__ __forceinline__ T start() { return -kLargest; }
+  __device__ __forceinline__ T operator()(T x) const { return ::exp(x - max); }
+  // What a sum of such terms is multiplied by when they become relative to a larger max.
+  __device__ __forceinline__ T to(const Powers& larger) const { return ::exp(max - larger.max); }
+  __device__ __forceinline__ T exact() const { return 1; }
+};
+template <>
+struct Powers<float> {
+  static constexpr float kLog2E = 1.44269504088896341f;
+  float max, m;
+  explicit __device__ __forceinline__ Powers(float max) : max(max), m(max * kLog2E) {}
+  // m is finite too; a row with a logit of more than 2.3e38 comes out as NaN.
+  static __device__ __forceinline__ float start() { return -2.3e38f; }
+  __device__ __forceinline__ float operator()(float x) const { return exp2_fast(::fmaf(x, kLog2E, -m)); }
+  __device__ __forceinline__ float to(const Powers& larger) const { return exp2_fast(m - larger.m); }
+  // 2^-(max log2 e - m), the rest of the rounding
+  __device__ __forceinline__ float exact() const { return exp2_fast(-::fmaf(max, kLog2E, -m)); }
+};
 
 // The lowest finite number: as a running maximum it never makes -inf - -inf.
 __device__ __forceinline__ float lowest(float) { return -3.402823466e+38f; }
@@ -164,16 +191,6 @@ __device__ __forceinline__ void write(const DeviceNumber& n, double value) {
     *static_cast<float*>(n.data) = float(value);
 }
 
-// What another block of this launch wrote: not from this multiprocessor's own cache.
-template <class T>
-__device__ __forceinline__ T load_shared_between_blocks(const T* p) {
-#if defined(__CUDA_ARCH__)
-  return __ldcg(p);
-#else
-  return *p;
-#endif
-}
-
 // ---- a team: the lanes of a warp that share a row, or a whole block ------------------------------------------------
 
 // `width` neighbouring lanes of a warp, a power of two.
@@ -221,8 +238,9 @@ struct BlockTeam {
 
 // ---- the last block of a launch ------------------------------------------------------------------------------------
 
-// True, in all threads, of the one block that comes last: it sees what all others wrote. `ticket` is zero before the
-// launch and after it, because atomicInc wraps at the number of blocks.
+// True, in all threads, of the one block that comes last: it sees what all others wrote, with plain loads, which the
+// fences order behind the stores (and which unlike the volatile __ldcg a compiler may have under way together).
+// `ticket` is zero before the launch and after it, because atomicInc wraps at the number of blocks.
 __device__ __forceinline__ bool is_last_block(unsigned* ticket) {
   SHARED(bool[1], last);
   __syncthreads();  // all writes of this block come before thread 0's fence

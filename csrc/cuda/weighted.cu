@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, kResident<S>)
   const double lam = lam_of(robust);
   const bool weighed = robust.outcome != nullptr;  // by launches of their own
   if (!weighed) {
-    const Partial sums = partial_sum<T>(robust, T(lam), 0, batch);
+    const BatchSums sums = vector_sums<T>(robust, lam, 0, batch);
     if (threadIdx.x == 0) {
       outcome[0] = outcome_of(robust, lam, sums);
       if (blockIdx.x == 0) write(robust.new_log_s, outcome[0].new_log_s);
@@ -153,7 +153,8 @@ __global__ void __launch_bounds__(kThreads, kResident<S>)
   }
   __syncthreads();
   if (outcome[0].bad > 0) return;  // all threads alike
-  const auto numbers = RobustNumbers<Lane<T>>::template of<T>(lam, robust.mix, robust.max_weight, outcome[0]);
+  const auto numbers = RobustNumbers<Lane<T>>::template of<T>(
+      Weighing::of(lam, robust.mix, robust.max_weight, outcome[0]));
 
   SHARED(T[kPiece], factors);
   T mean[N] = {};
@@ -161,10 +162,12 @@ __global__ void __launch_bounds__(kThreads, kResident<S>)
   for (int64_t piece = 0; piece < batch; piece += kPiece) {
     const int rows = batch - piece < kPiece ? int(batch - piece) : kPiece;
     __syncthreads();  // the factors before these have served
-    for (int r = threadIdx.x; r < rows; r += kThreads)
-      factors[r] =
-          weighed ? static_cast<const T*>(robust.factor)[piece + r]
-                  : Weighed<T>(robust, numbers, Sample<T>(robust, T(lam), T(INFINITY), piece + r), piece + r).factor;
+    if (weighed)
+      for (int r = threadIdx.x; r < rows; r += kThreads) factors[r] = static_cast<const T*>(robust.factor)[piece + r];
+    else
+      for_losses<T>(robust, piece, piece + rows, [&](int64_t i, const Given<T>& in) {
+        factors[i - piece] = Weighed<T>(numbers, in.sample(robust, T(lam), T(INFINITY)), in.t).factor;
+      });
     __syncthreads();
     columns.add_rows(mean, block + piece * stride, stride, factors, team, teams, rows);
   }
@@ -241,7 +244,7 @@ void run(const WeightedTable& table, const Robust& robust, Dtype dtype, cudaStre
 const char* weighted_step(const WeightedTable& table, const Robust& given, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   Robust robust = given;
-  if (table.batch > kOneLaunch || table.elements == 0) {
+  if (table.batch > kOneBlock || table.elements == 0) {
     const char* const failed = robust_fwd(robust, stream);
     if (failed != nullptr || table.elements == 0) return failed;
   } else {
