@@ -359,9 +359,8 @@ class ABLoss(rules.ExactState):
             mask = _checks.per_sample(mask, "mask", like, torch.bool)
             score = _checks.per_sample(score, "score", like, real)
         if self._lam_is_open and learns:
-            losses = F.losses_of(logits.detach(), target, spec, self._backend())
-            valid = spec.valid(target, losses)
-            self._fix_lam(losses, valid if mask is None else valid & mask)
+            losses, valid = F.losses_and_validity(logits.detach(), target, spec, self._backend())
+            self._fix_lam(losses, valid > 0 if mask is None else (valid > 0) & mask)
         saves = operators.saves(logits) if grad_mode and logits.requires_grad else 0
         try:
             loss, rows, made = operators.robust_logit_loss(
@@ -405,13 +404,10 @@ class ABLoss(rules.ExactState):
         if spec is not None:
             logits = args[0]
             target = _checks.target(logits, args[1], soft=spec.soft)
-            if not target.is_floating_point():
-                if logits.device.type != "cpu" and not ops.transformed():
-                    target = ops.check_labels(target, logits.shape[1], spec.ignore_index)
-                if mask is not None:  # a row that is ignored anyway may hold anything
-                    target = target.masked_fill(~_checks.per_sample(mask, "mask", target, torch.bool), spec.ignore_index)
-            losses = F.losses_of(logits, target, spec, self._backend())
-            valid = spec.valid(target, losses)
+            if mask is not None and not target.is_floating_point():  # a row that is ignored anyway may hold anything
+                target = target.masked_fill(~_checks.per_sample(mask, "mask", target, torch.bool), spec.ignore_index)
+            losses, valid = F.losses_and_validity(logits, target, spec, self._backend())
+            valid = valid > 0
             if mask is not None:
                 valid = valid & _checks.per_sample(mask, "mask", valid, torch.bool)
         else:
