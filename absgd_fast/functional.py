@@ -43,7 +43,7 @@ class LossSpec(NamedTuple):
         )
 
     def valid(self, target: Tensor, losses: Tensor) -> Tensor:
-        """Which rows count."""
+        """Which rows of `plain` count."""
         valid = torch.ones_like(losses, dtype=torch.bool) if target.is_floating_point() else target != self.ignore_index
         return valid & (losses != 0) if self.bits & ops.PRUNE else valid  # what is not pruned is below 0
 
@@ -151,27 +151,34 @@ def logit_loss(
 
 def losses_of(logits: Tensor, target: Tensor, spec: LossSpec, backend: str | None) -> Tensor:
     """The losses that `spec` stands for, by whichever backend serves."""
+    return losses_and_validity(logits, target, spec, backend)[0]
+
+
+def losses_and_validity(logits: Tensor, target: Tensor, spec: LossSpec, backend: str | None) -> tuple[Tensor, Tensor]:
+    """The same, and which rows count: not 0 where they do. A row that is ignored or pruned does not, nor does one whose label a GPU
+    found out of range."""
     target = _checks.target(logits, target, soft=spec.soft)
     spec = spec._replace(class_weight=_checks.class_weight(spec.class_weight, logits), adjust=_checks.adjust(spec.adjust, logits))
     operators = ops.serving(logits.device, backend)
     if operators is None:
         if not (target.is_floating_point() or torch.compiler.is_compiling() or ops.transformed()):
             target = ops.check_labels(target, logits.shape[1], spec.ignore_index)
-        return spec.plain(logits, target)
+        losses = spec.plain(logits, target)
+        return losses, spec.valid(target, losses)
     saves = operators.saves_losses if logits.requires_grad and torch.is_grad_enabled() else 0
     weight, adjust, first, second, ignore_index, bits = spec
     try:
-        losses, made = operators.logit_loss(logits, target, weight, adjust, first, second, ignore_index, saves | bits)
+        losses, made, valid = operators.logit_loss(logits, target, weight, adjust, first, second, ignore_index, saves | bits)
     except RuntimeError as error:
         raise ops.translated(error) from None
-    if not saves:
-        return losses
-    again = lambda x: spec.plain(x, target)  # noqa: E731
-    if saves == ops.WITH_STATS:
-        return ops.attach_rows(
-            operators, logits, losses, (target, weight, adjust, first if bits < ops.KIND else 0.0), made, again
-        )
-    return ops.attach(operators, logits, losses, made, again)
+    if saves:
+        again = lambda x: spec.plain(x, target)  # noqa: E731
+        if saves == ops.WITH_STATS:
+            loss = target, weight, adjust, first if bits < ops.KIND else 0.0
+            losses = ops.attach_rows(operators, logits, losses, loss, made, again)
+        else:
+            losses = ops.attach(operators, logits, losses, made, again)
+    return losses, valid
 
 
 def robust_weights(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as nnf
@@ -15,8 +16,11 @@ from .losses import fused_spec
 from .reference import real_dtype
 from .robust import ABLoss
 
-REACH = 20.0  # how far above the reference point a chunk may lie before the sum so far is rescaled to it
+REACH = 20.0  # how far above the reference point a chunk may lie before the sums so far are rescaled to it
 CLASS_BLOCK = 8192  # classes whose part of a half-precision weight gradient is added at once
+CHUNKS = {"cpu": 25}  # unless told otherwise, and where a chunk has LEAST_ROWS
+CHUNKS_ELSEWHERE = 8
+LEAST_ROWS = 256
 
 
 class LinearABLoss(ABLoss):
@@ -24,16 +28,16 @@ class LinearABLoss(ABLoss):
 
         logits = H W^T + b,    L_i the losses of its rows,    loss = (1/n) sum_i sample_weight_i W_i L_i    as in `ABLoss`
 
-    A chunk of rows at a time: logits, losses, and at once the gradient, with weights exp(z_i - a_c) relative to the chunk's own
-    log sum exp a_c. Gradients are linear in 1 / s', so at the end, when log s' is known, the rows of dH are brought to their
-    size by exp(a_c - log s') / n; dW is added up relative to one reference point, which follows the chunks where they lie
-    exp(20) above it. The peak is one chunk of logits (two on a GPU) beside the gradients, instead of four times all of them.
-    The forward pass makes the gradients; backward multiplies them. A frozen weight or a frozen hidden costs none.
+    A chunk of rows at a time: logits, losses, and in place of the logits the gradient G of each row's own loss. Its weight joins
+    afterwards: dW = sum over the chunks of G^T (diag(w) H) and db = sum of G^T w with w_i = sample_weight_i exp(z_i - m), m a
+    reference point that follows the chunks where they lie exp(20) above it; dH = diag(W / n) (G weight) once log s' is known. The
+    peak is one chunk of logits beside the gradients, instead of four times all of them. The forward pass makes the gradients;
+    backward multiplies them. A frozen weight or a frozen hidden costs none.
 
     Args:
         criterion: one of the fused losses (default `CrossEntropy()`) or torch.nn.CrossEntropyLoss(reduction="none").
-        chunk: rows at a time; None: 1/25 of them (1/50 on a GPU, where the gradient stands beside the logits), at least 256, below which
-            matrix products lose (2048 x 1024 x 32000 on two cores, over the plain route: 64 rows 1.5, 128 1.4, 256 0.8).
+        chunk: rows at a time; None: 1/25 of them (1/8 on a GPU, where the sum of dW is read and written for each), at least 256,
+            below which matrix products lose (2048 x 1024 x 32000 on two cores, over the plain route: 64 rows 1.5, 128 1.4, 256 0.8).
         The others as for `ABLoss`; mix is 0, and max_weight needs normalizer="none", because the gradient is made before
         log s' is known. With lam=-1, normalizer="none" this is dynamic fine-tuning (`DFT`) of a language model.
 
@@ -97,18 +101,19 @@ class LinearABLoss(ABLoss):
             ranks = self._ranks() if trains else 1
             learns = trains and update
             if self._lam_is_open and learns:
-                losses, valid = head.losses()
+                losses, valid = head.losses(in_place=False)
                 gather = lambda row: self._gather(row, ranks, head.classes)  # noqa: E731
                 self._fix_lam(losses, valid, gather)
-            made = head.gradients(wanted)
+            made = head.gradients(wanted) if any(wanted) else head.nothing_but_losses()
             operators, (log_s, _, lam, *_) = head.operators, self._state(False, 0)
             settled, bounded = self._settle_rows(
                 operators, lambda bound: operators.robust_totals(made.losses, head.score, made.valid, log_s, lam, bound),
                 ranks, head.classes, learns, trains,
             )  # fmt: skip
-            loss, seen, _ = operators.robust_apply(
-                made.losses, head.score, head.sample_weight, made.valid, settled, log_s, lam, bounded, 0.0, self.max_weight, 0
-            )
+            loss, seen, made.row_factor = operators.robust_apply(
+                made.losses, head.score, head.sample_weight, made.valid, settled, log_s, lam, bounded, 0.0, self.max_weight,
+                ops.WITH_GRAD if wanted[0] else 0,
+            )  # fmt: skip
         self._remember(seen)
         if not any(wanted):
             return loss
@@ -138,11 +143,11 @@ class _Made:
 
     losses: Tensor  # (n) real
     valid: Tensor  # (n) bool
-    sizes: list[int]  # rows of each chunk
-    levels: Tensor  # (chunks) float64, a_c: the rows of dH in chunk c count exp(a_c) times
-    hidden: Tensor | None = None  # dH (n, d)
-    weight: _Sum | None = None  # dW (C, d)
-    bias: _Sum | None = None  # db (C)
+    hidden: Tensor | None = None  # (n, d): the rows of dH without
+    row_factor: Tensor | None = None  # (n) real: d loss / d L_i
+    weight: Tensor | None = None  # (C, d), (C) real: dW and db relative to
+    bias: Tensor | None = None
+    point: Tensor | None = None  # reference.settle of a chunk, with a scale of 1
 
 
 class _Head:
@@ -168,9 +173,10 @@ class _Head:
         if spec.adjust is not None:
             spec = spec._replace(adjust=_checks.adjust(spec.adjust, empty))
         self.spec = spec
-        # the CPU's gradient takes the place of the logits; on a GPU it stands beside them
-        self.in_place = operators.in_place
-        self.chunk = criterion.chunk or max(256, math.ceil(len(hidden) / (25 if self.in_place else 50)))
+        if self.mask is not None and not self.target.is_floating_point():  # a row that is ignored anyway may hold anything
+            self.target = self.target.masked_fill(~self.mask, spec.ignore_index)
+        chunks = CHUNKS.get(hidden.device.type, CHUNKS_ELSEWHERE)
+        self.chunk = criterion.chunk or max(LEAST_ROWS, math.ceil(len(hidden) / chunks))
 
     def parts(self):
         """(rows, their logits) of each chunk; the logits of the next take their place."""
@@ -185,99 +191,104 @@ class _Head:
                 torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
             yield part, logits
 
-    def weigh(self, logits: Tensor, part: slice, lam: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
-        """(3, rows): losses, weights, valid of a chunk by itself; and the gradient of its mean of W_i L_i."""
-        spec, criterion, operators = self.spec, self.criterion, self.operators
-        of_rows = [None if t is None else t[part] for t in (self.score, self.sample_weight, self.mask)]
-        loss = (spec.class_weight, spec.adjust, spec.first, spec.second, spec.ignore_index)
-        normalizer = "none" if criterion.normalizer == "none" else "batch"
-        flags = ops.flags(normalizer, "first") | spec.bits
-        target = self.target[part]
-        args = (logits, target, *loss, *of_rows, criterion.log_s, criterion.nonfinite_batches, lam, 1.0, 1.0, 0.0,
-                criterion.max_weight)  # fmt: skip
-        if not wanted:
-            return operators.robust_logit_loss(*args, flags)[1], None
-        if self.in_place:
-            return operators.robust_logit_loss_(*args, flags)[1], logits
-        _, rows, stats = operators.robust_logit_loss(*args, flags | ops.WITH_STATS)
-        one = logits.new_ones((), dtype=rows.dtype)
-        smoothing = spec.first if spec.bits < ops.KIND else 0.0
-        return rows, operators.logit_loss_backward(logits, target, *loss[:2], smoothing, stats, one)
+    def losses_of(self, logits: Tensor, part: slice, in_place: bool) -> tuple[Tensor, Tensor]:
+        """Losses of a chunk, and which rows count; in place: their gradients take the place of the logits."""
+        spec, operator = self.spec, self.operators.logit_loss_ if in_place else self.operators.logit_loss
+        try:
+            losses, *_, valid = operator(logits, self.target[part], *spec)
+        except RuntimeError as error:
+            raise ops.translated(error, part.start) from None
+        valid = valid > 0
+        if self.mask is not None:
+            valid &= self.mask[part]
+            if in_place and spec.soft and self.target.is_floating_point():
+                logits.masked_fill_(~valid.unsqueeze(1), 0.0)
+        return losses, valid
 
-    def losses(self) -> tuple[Tensor, Tensor]:
-        lam = torch.full_like(self.criterion.lam, math.inf)
-        rows = torch.cat([self.weigh(logits, part, lam, False)[0] for part, logits in self.parts()], 1)
-        return rows[0], rows[2] > 0
+    def losses(self, in_place: bool, then=lambda *chunk: None) -> tuple[Tensor, Tensor]:
+        """Losses and validity of all rows. then(part, G or logits, losses, validity) for each chunk."""
+        rows = [(self.hidden.new_empty(0, dtype=real_dtype(self.hidden.dtype)), self.target.new_empty(0, dtype=torch.bool))]
+        for part, logits in self.parts():
+            rows.append(self.losses_of(logits, part, in_place))
+            then(part, logits, *rows[-1])
+        losses, valid = map(torch.cat, zip(*rows))
+        return losses, valid
+
+    def nothing_but_losses(self) -> _Made:
+        out = _Made()
+        out.losses, out.valid = self.losses(in_place=False)
+        return out
 
     def gradients(self, wanted: list[bool]) -> _Made:
         """wanted: of hidden, weight, bias."""
-        lam, out = self.criterion._state(False, 0)[2], _Made()
-        real = real_dtype(self.hidden.dtype)
-        rows, levels, out.sizes = [self.hidden.new_empty((3, 0), dtype=real)], [], []
+        out, real = _Made(), real_dtype(self.hidden.dtype)
         out.hidden = torch.empty_like(self.hidden) if wanted[0] else None
         out.weight, out.bias = (
-            _Sum(t, real, self.operators) if on else None for t, on in zip((self.weight, self.bias), wanted[1:])
+            torch.zeros(t.shape, dtype=real, device=t.device) if on else None for t, on in zip((self.weight, self.bias), wanted[1:])
         )
-        for part, logits in self.parts():
-            seen, grad = self.weigh(logits, part, lam, any(wanted))
-            rows.append(seen)
-            out.sizes.append(seen.shape[1])
-            if grad is None:
-                continue
-            level = self.level(seen, part, lam)
-            levels.append(level)
+        out.point = torch.zeros(6, dtype=torch.float64, device=self.hidden.device)
+
+        def add(part, grad, losses, valid):
             if out.hidden is not None:
                 torch.mm(grad, self.weight, out=out.hidden[part])
+            if out.weight is None and out.bias is None:
+                return
+            weights = self.weights(out, part, losses, valid).unsqueeze(1)
             if out.weight is not None:
-                out.weight.add_product(grad, self.hidden[part], level)
+                _add_product(out.weight, grad.t(), (self.hidden[part] * weights).to(grad.dtype))
             if out.bias is not None:
-                out.bias.add(grad.sum(0, dtype=real), level)
-        seen = torch.cat(rows, 1)
-        out.losses, out.valid = seen[0].contiguous(), seen[2] > 0
-        out.levels = torch.stack(levels) if levels else torch.empty(0, dtype=torch.float64, device=self.hidden.device)
+                _add_product(out.bias.unsqueeze(1), grad.t(), weights.to(grad.dtype))
+
+        out.losses, out.valid = self.losses(True, add)
         return out
 
-    def level(self, seen: Tensor, part: slice, lam: Tensor) -> Tensor:
-        """a_c (0-d float64): exp(a_c) times the gradient of a chunk is that of sum_i exp(z_i) L_i. -inf without a row."""
-        score = None if self.score is None else self.score[part]
-        totals = self.operators.robust_totals(seen[0], score, seen[2] > 0, self.criterion.log_s, lam, None)
-        return totals[1].log() if self.criterion.normalizer == "none" else totals[0]
+    def weights(self, made: _Made, part: slice, losses: Tensor, valid: Tensor) -> Tensor:
+        """sample_weight_i exp(z_i - m) of a chunk, 0 where a row does not count; brings m near the chunk first, and the sums to it. All
+        on the device."""
+        criterion, operators = self.criterion, self.operators
+        log_s, nonfinite, lam, *_ = criterion._state(False, 0)
+        score, sample_weight = (None if t is None else t[part] for t in (self.score, self.sample_weight))
+        bits = ops.flags("none" if criterion.normalizer == "none" else "batch", "first")
+        totals = operators.robust_totals(losses, score, valid, log_s, lam, None)
+        here = operators.robust_settle(totals.unsqueeze(0), log_s, nonfinite, lam, None, 1.0, 1.0, 1.0, bits)
+        here[1] = 1.0
+        point, some = made.point, made.point[4] > 0
+        moves = (here[4] > 0) & (~some | (here[0] > point[0] + REACH))
+        ratio = torch.where(moves & some, (point[0] - here[0]).exp(), 1.0).to(losses.dtype)
+        for total in (made.weight, made.bias):
+            if total is not None:
+                operators.scale_(total, ratio)  # by 1: nothing is read
+        made.point = torch.where(moves, here, point)
+        return operators.robust_apply(
+            losses, score, sample_weight, valid, made.point, log_s, lam, False, 0.0, criterion.max_weight, ops.WITH_GRAD
+        )[2]
 
 
 def _target(target: Tensor, hidden: Tensor, classes: int, spec: LossSpec) -> Tensor:
-    target = _checks.target(hidden.new_empty(()).expand(len(hidden), classes), target, soft=spec.soft)
-    return target if target.is_floating_point() else ops.check_labels(target, classes, spec.ignore_index).contiguous()
+    return _checks.target(hidden.new_empty(()).expand(len(hidden), classes), target, soft=spec.soft).contiguous()
 
 
-class _Sum:
-    """sum_c exp(a_c) part_c, kept as exp(-reference) times it: in float32 for bfloat16."""
-
-    def __init__(self, like: Tensor, real: torch.dtype, operators: ops.Operators):
-        self.total = torch.zeros(like.shape, dtype=real, device=like.device)
-        self.reference = torch.full((), -math.inf, dtype=torch.float64, device=like.device)
-        self.operators = operators
-
-    def _factor(self, level: Tensor) -> Tensor:
-        """What the part of this level is multiplied by; rescales the sum where the reference point moves. All on the device."""
-        moved = torch.where(level > self.reference + REACH, level, self.reference)
-        ratio = torch.where(moved > self.reference, (self.reference - moved).exp(), 1.0)
-        self.operators.scale_(self.total, ratio.to(self.total.dtype))  # by 1: nothing is read
-        self.reference = moved
-        # a chunk without a row that counts: its part is 0, or NaN from a bad row, and stays so
-        return torch.where(level.isneginf(), 1.0, (level - moved).exp()).to(self.total.dtype)
-
-    def add(self, part: Tensor, level: Tensor) -> None:
-        self.total.addcmul_(part, self._factor(level))
-
-    def add_product(self, grad: Tensor, hidden: Tensor, level: Tensor) -> None:
-        """grad (rows, C), hidden (rows, d): grad^T hidden."""
-        factor = self._factor(level)
-        if grad.dtype == self.total.dtype:
-            self.total.addmm_(grad.t(), hidden * factor)
-            return
-        for block in range(0, len(self.total), CLASS_BLOCK):
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b: in float32 for bfloat16."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif _adds_in_float32(total.device):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        for block in range(0, len(total), CLASS_BLOCK):
             of = slice(block, block + CLASS_BLOCK)
-            self.total[of].addcmul_((grad[:, of].t() @ hidden).to(factor.dtype), factor)
+            total[of] += a[of] @ b
+
+
+@cache
+def _adds_in_float32(device: torch.device) -> bool:
+    """Whether torch adds a product of bfloat16 matrices to a float32 one: on CUDA, from 2.10 on."""
+    some = torch.ones(8, 8, dtype=torch.bfloat16, device=device)
+    try:
+        torch.addmm(some.float(), some, some, out_dtype=torch.float32)
+    except RuntimeError:  # NotImplementedError is one
+        return False
+    return True
 
 
 class _Attach(torch.autograd.Function):
@@ -307,17 +318,11 @@ class _Attach(torch.autograd.Function):
             factor = factor.to(grad.dtype) if grad.dtype == torch.float64 else factor.float()
             return (grad * factor if kept else grad.mul_(factor)).to(ctx.dtype)
 
-        to_mean = upstream.double() * ctx.settled[1]
-        rows = to_mean * (made.levels - ctx.settled[0]).exp()
-        rows = rows.masked_fill(made.levels.isneginf(), 1.0)  # no row that counts: 0, or NaN from a bad row
-        per_row = rows.repeat_interleave(
-            torch.tensor(made.sizes, dtype=torch.int64, device=rows.device), output_size=sum(made.sizes)
-        )
-        grads = [finished(made.hidden, per_row.unsqueeze(1))]
-        for total in (made.weight, made.bias):
-            point = None if total is None else total.reference
-            factor = None if total is None else torch.where(point.isneginf(), to_mean, to_mean * (point - ctx.settled[0]).exp())
-            grads.append(None if total is None else finished(total.total, factor))
+        log_s, to_mean, *_ = ctx.settled
+        in_all = 1.0 if made.point is None else torch.where(made.point[4] > 0, (made.point[0] - log_s).exp(), 1.0)  # no row: 0, or NaN
+        sums = upstream.double() * to_mean * in_all
+        rows = None if made.hidden is None else (upstream * made.row_factor).unsqueeze(1)
+        grads = finished(made.hidden, rows), finished(made.weight, sums), finished(made.bias, sums)
         if not kept:
             ctx.made = None
         return (*grads, None)

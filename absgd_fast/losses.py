@@ -74,14 +74,14 @@ class LogitLoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """(B) or (B, d1, ...) losses for reduction="none", else 0-d."""
         spec = self.spec(logits)
-        losses = F.losses_of(logits, target, spec, self.backend)
+        losses, valid = F.losses_and_validity(logits, target, spec, self.backend)
         if self.reduction == "none":
             return losses
         if self.reduction == "sum":
             return losses.sum()
         if target.is_floating_point():
             return losses.mean()
-        valid = spec.valid(target, losses)
+        valid = valid > 0
         losses = losses.where(valid, 0)  # ignored rows have gradient 0 even where nothing is left to divide by
         if self.weight is None:
             return losses.sum() / valid.sum()

@@ -76,10 +76,18 @@ def _made(like: Tensor, rows: tuple, flags: int) -> Tensor:
     return like.new_empty(like.shape if flags & WITH_GRAD else (0,), dtype=dtype)
 
 
-@_define(f"logit_loss({_LOSS}, int flags) -> (Tensor losses, Tensor made)")
+# valid (real): 1 where a row counts; 0 where it is ignored, pruned, or (on a GPU) has a label out of range
+@_define(f"logit_loss({_LOSS}, int flags) -> (Tensor losses, Tensor made, Tensor valid)")
 def _(logits, target, class_weight, adjust, first, second, ignore_index, flags):
-    rows = _rows(logits)
-    return logits.new_empty(rows, dtype=real_dtype(logits.dtype)), _made(logits, rows, flags)
+    rows, real = _rows(logits), real_dtype(logits.dtype)
+    return logits.new_empty(rows, dtype=real), _made(logits, rows, flags), logits.new_empty(rows, dtype=real)
+
+
+# The same, and over the logits ((B, C) contiguous, not float16) the gradient of each row's own loss
+@_define(f"logit_loss_({_LOSS.replace('Tensor logits', 'Tensor(c!) logits')}, int flags) -> (Tensor losses, Tensor valid)")
+def _(logits, target, class_weight, adjust, first, second, ignore_index, flags):
+    rows, real = _rows(logits), real_dtype(logits.dtype)
+    return logits.new_empty(rows, dtype=real), logits.new_empty(rows, dtype=real)
 
 
 # rows (3, ...): losses, weights, validity. weighing (4) float64, csrc/math.h Weighing: where it is given, rows[1] has z instead
@@ -89,17 +97,6 @@ def _(logits, target, class_weight, adjust, first, second, ignore_index, score, 
       gamma, alpha, mix, max_weight, flags, weighing):  # fmt: skip
     rows, real = _rows(logits), real_dtype(logits.dtype)
     return logits.new_empty((), dtype=real), logits.new_empty((3, *rows), dtype=real), _made(logits, rows, flags)
-
-
-# The same on the CPU, and the gradient takes the place of the logits
-@_define(
-    f"robust_logit_loss_({_LOSS.replace('Tensor logits', 'Tensor(c!) logits')}, {_ROWS}, {_STATE}) -> (Tensor loss, Tensor rows)"
-)
-def _(logits, target, class_weight, adjust, first, second, ignore_index, score, sample_weight, mask, log_s, nonfinite, lam,
-      gamma, alpha, mix, max_weight, flags):  # fmt: skip
-    return logits.new_empty((), dtype=real_dtype(logits.dtype)), logits.new_empty(
-        (3, *_rows(logits)), dtype=real_dtype(logits.dtype)
-    )
 
 
 # stats (4, B, ...): max, scale, at_label, spread of each row (csrc/math.h RowGradient); smoothing: of soft targets; rows,
@@ -246,13 +243,13 @@ _backend.load()  # registers the kernels, if they are there
 
 # ---- who serves ----------------------------------------------------------------------------------------------------
 
-_OPERATORS = ("logit_loss", "robust_logit_loss", "settled_logit_loss", "robust_logit_loss_", "logit_loss_backward", "robust_loss", "robust_totals", "robust_settle",
+_OPERATORS = ("logit_loss", "logit_loss_", "robust_logit_loss", "settled_logit_loss", "logit_loss_backward", "robust_loss", "robust_totals", "robust_settle",
               "robust_apply", "robust_weights", "robust_weights_backward", "rule_weights", "group_weights", "rectified", "scale", "scale_",
               "step_", "planned_step", "weighted_step_")  # fmt: skip
 
 
 _TRITON_MODULE = {
-    "losses": ("logit_loss", "robust_logit_loss", "logit_loss_backward"),
+    "losses": ("logit_loss", "logit_loss_", "robust_logit_loss", "logit_loss_backward"),
     "weights": ("robust_loss", "robust_weights", "robust_weights_backward", "rectified", "scale", "scale_"),
     "step": ("step_",),
     "weighted": ("weighted_step_",),
@@ -297,12 +294,17 @@ def stacked_rows(losses: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor
 _IN_TORCH = {"robust_totals": _robust_totals, "robust_settle": _robust_settle, "robust_apply": _robust_apply}
 
 
+# Last arguments that say how CUDA's kernels weigh late; None for all others
+_CUDA_ARGUMENTS = {"robust_logit_loss": 1, "logit_loss_backward": 2}
+
+
 def _triton(module: str, name: str):
     """The Triton function of this name, called as the operator is; Triton is imported by the first call."""
 
     def call(*args):
         function = getattr(import_module(f"absgd_fast.kernels.{module}"), name)
-        if name in ("logit_loss", "robust_logit_loss", "robust_loss", "robust_weights", "weighted_step_"):
+        args = args[: len(args) - _CUDA_ARGUMENTS.get(name, 0)]
+        if name in ("logit_loss", "logit_loss_", "robust_logit_loss", "robust_loss", "robust_weights", "weighted_step_"):
             *args, bits = args
             return function(*args, **_decoded(name, bits))
         return function(*args)
@@ -316,9 +318,10 @@ def _decoded(name: str, bits: int) -> dict:
         return rule
     if name == "robust_loss":
         return rule | dict(update=bool(bits & UPDATE), with_grad=bool(bits & WITH_GRAD))
-    loss = dict(
-        kind=bits // KIND, prune=bool(bits & PRUNE), with_stats=bool(bits & WITH_STATS), report=reported_labels(check=True)
-    )
+    loss = dict(kind=bits // KIND, prune=bool(bits & PRUNE), report=reported_labels(check=True))
+    if name == "logit_loss_":
+        return loss
+    loss["with_stats"] = bool(bits & WITH_STATS)
     return loss if name == "logit_loss" else rule | loss | dict(update=bool(bits & UPDATE))
 
 
@@ -331,10 +334,9 @@ class Operators:
 
     def __init__(self, backend: str, functions: dict, gradient_limit: int, compiled: Operators | None = None):
         self.backend, self.gradient_limit, self.compiled = backend, gradient_limit, compiled or self
+        self.has_rules = backend == "cpu"  # rule_weights and group_weights are there
         # settled_logit_loss is there, and backward makes the weights of what robust_logit_loss left as statistics
         self.weighs_late = backend == "cuda"
-        # robust_logit_loss_, rule_weights and group_weights are there
-        self.in_place = self.has_rules = backend == "cpu"
         vars(self).update(functions)
 
     def __reduce__(self):  # a module that is copied or pickled finds the same ones again
@@ -556,12 +558,15 @@ robust_weights = _RobustWeights.apply
 _BAD_LABEL = re.compile(r"absgd_fast label out of range: label=(-?\d+) row=(\d+) classes=(\d+)( in an earlier call)?;")
 
 
-def translated(error: RuntimeError) -> Exception:
-    """The stable ABI passes every C++ error on as RuntimeError; give a bad label its own type and words."""
+def translated(error: RuntimeError, first_row: int = 0) -> Exception:
+    """The stable ABI passes every C++ error on as RuntimeError; give a bad label its own type and words. first_row: where the rows of
+    this call begin."""
     found = _BAD_LABEL.search(str(error))
     if found is None:
         return error
-    return bad_label(*map(int, found.groups()[:3]), earlier=found.group(4) is not None)
+    label, row, classes = map(int, found.groups()[:3])
+    earlier = found.group(4) is not None
+    return bad_label(label, row if earlier else row + first_row, classes, earlier)
 
 
 def bad_label(label: int, row: int, classes: int, earlier: bool = False) -> IndexError:

@@ -346,7 +346,8 @@ class ABLoss(rules.ExactState):
         if spec is None:
             return self._any_loss(args, sample_weight, mask, score, groups, learns, staged)
         operators = self._operators(logits)
-        if operators is None or staged or by_rule:
+        settled = staged and learns and not by_rule and self._weighs_by_reference(operators, logits)
+        if operators is None or (staged and not settled) or by_rule:
             return self._any_loss(args, sample_weight, mask, score, groups, learns, staged, spec)
         weight, adjust, first, second, ignore_index, bits = spec
         if weight is not None:
@@ -361,16 +362,15 @@ class ABLoss(rules.ExactState):
             mask = _checks.per_sample(mask, "mask", like, torch.bool)
             score = _checks.per_sample(score, "score", like, real)
         if self._lam_is_open and learns:
-            losses = F.losses_of(logits.detach(), target, spec, self._backend())
-            valid = spec.valid(target, losses)
-            self._fix_lam(losses, valid if mask is None else valid & mask)
+            losses, valid = F.losses_and_validity(logits.detach(), target, spec, self._backend())
+            self._fix_lam(losses, valid > 0 if mask is None else (valid > 0) & mask)
         saves = operators.saves(logits) if grad_mode and logits.requires_grad else 0
         weighing = operators.weighing(logits, saves)
+        given = (logits, target, weight, adjust, first, second, ignore_index, score, sample_weight, mask)
         try:
-            loss, rows, made = operators.robust_logit_loss(
-                logits, target, weight, adjust, first, second, ignore_index, score, sample_weight, mask,
-                *self._state(learns, saves | bits), weighing,
-            )  # fmt: skip
+            if settled:
+                return self._by_reference(operators, spec, given)
+            loss, rows, made = operators.robust_logit_loss(*given, *self._state(learns, saves | bits), weighing)
         except RuntimeError as error:
             _checks.target(logits, target, soft=spec.soft)  # the usual mistakes, said in Python's words
             raise ops.translated(error) from None
@@ -382,6 +382,31 @@ class ABLoss(rules.ExactState):
             return ops.attach_rows(
                 operators, logits, loss, (target, weight, adjust, first if bits < ops.KIND else 0.0), made, plain, rows, weighing
             )
+        return ops.attach(operators, logits, loss, made, plain)
+
+    def _weighs_by_reference(self, operators: ops.Operators | None, logits: Tensor) -> bool:
+        """Whether this micro-batch of a deferred step finds the step's reference point, and kernels that use it at once."""
+        step = self._step
+        return (
+            self.deferred
+            and operators is not None
+            and operators.weighs_late
+            and step.totals is not None
+            and self.max_weight == math.inf
+            and logits.requires_grad
+            and not step.cannot_look(step.totals)
+            and step.has_reference()
+        )
+
+    def _by_reference(self, operators: ops.Operators, spec: F.LossSpec, given: tuple) -> Tensor:
+        """sum_i exp(z_i - m) L_i, and its gradient while each row is on the chip: one read and one write of the logits."""
+        log_s, _, lam, *_, flags = self._state(False, spec.bits)
+        loss, rows, made, totals = operators.settled_logit_loss(*given, self._step.reference, log_s, lam, flags)
+        self._add_totals(operators, totals)
+        self._remember(rows)
+        logits, target, sample_weight = given[0], given[1], given[8]
+        factor = rows[1] if sample_weight is None else rows[1] * sample_weight
+        plain = lambda x: (torch.where(rows[2] > 0, factor, 0.0) * spec.plain(x, target)).sum()  # noqa: E731
         return ops.attach(operators, logits, loss, made, plain)
 
     def _plain(self, spec: F.LossSpec, logits: Tensor, target: Tensor, rows: Tensor, weights: Tensor, sample_weight) -> Tensor:
@@ -408,13 +433,10 @@ class ABLoss(rules.ExactState):
         if spec is not None:
             logits = args[0]
             target = _checks.target(logits, args[1], soft=spec.soft)
-            if not target.is_floating_point():
-                if logits.device.type != "cpu" and not ops.transformed():
-                    target = ops.check_labels(target, logits.shape[1], spec.ignore_index)
-                if mask is not None:  # a row that is ignored anyway may hold anything
-                    target = target.masked_fill(~_checks.per_sample(mask, "mask", target, torch.bool), spec.ignore_index)
-            losses = F.losses_of(logits, target, spec, self._backend())
-            valid = spec.valid(target, losses)
+            if mask is not None and not target.is_floating_point():  # a row that is ignored anyway may hold anything
+                target = target.masked_fill(~_checks.per_sample(mask, "mask", target, torch.bool), spec.ignore_index)
+            losses, valid = F.losses_and_validity(logits, target, spec, self._backend())
+            valid = valid > 0
             if mask is not None:
                 valid = valid & _checks.per_sample(mask, "mask", valid, torch.bool)
         else:
@@ -560,8 +582,16 @@ class ABLoss(rules.ExactState):
             step.begin(settle(self._gather(totals, ranks, classes)))
         elif ranks == 1 and step.cannot_look(totals):
             step.begin_where_empty(settle(totals.unsqueeze(0)))
-        step.totals = totals if step.totals is None else settle(torch.stack([step.totals, totals]))[3:]
+        self._add_totals(operators, totals)
         return step.reference, bounded
+
+    def _add_totals(self, operators, totals: Tensor) -> None:
+        """Adds the rows of a micro-batch to what its deferred step has."""
+        if self._step.totals is not None:
+            log_s, nonfinite, lam, gamma, alpha, _, _, flags = self._state(False, 0)
+            both = torch.stack([self._step.totals, totals])
+            totals = operators.robust_settle(both, log_s, nonfinite, lam, None, gamma, alpha, 1.0, flags)[3:]
+        self._step.totals = totals
 
     def _gather(self, totals: Tensor, ranks: int, classes: int = 0) -> Tensor:
         """(ranks, 3 or more): the totals of all processes, which are seen to be set up alike."""

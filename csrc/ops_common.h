@@ -553,6 +553,7 @@ std::string signature(R (*)(A...)) {
 // OP applied to the operators that every device has
 #define ABSGD_OPS(OP)         \
   OP(logit_loss)              \
+  OP(logit_loss_)             \
   OP(robust_logit_loss)       \
   OP(robust_loss)             \
   OP(robust_totals)           \

@@ -106,15 +106,19 @@ struct Logits {
   Dtype real() const { return real_of(args.dtype); }
 
   void stats() {
-    std::vector<int64_t> bad(size_t(args.tiles()), kAllLabelsGood);
-    parallel(args.tiles(), kTileRows * args.classes,
-             [&](int64_t begin, int64_t end) { bad[size_t(begin)] = cpu_kernels().logit_stats(args, begin, end); });
-    for (int64_t row : bad)
-      if (row != kAllLabelsGood) {
-        const long long label = args.target_int64 ? static_cast<const int64_t*>(args.target)[row]
-                                                  : static_cast<const int32_t*>(args.target)[row];
-        raise_bad_label(label, row, args.classes, "");
+    each_tiles([&](int64_t begin, int64_t end) { return cpu_kernels().logit_stats(args, begin, end); });
+  }
+  // Where no weights of the rows stand between losses and gradient: a tile's gradient while its logits are in the cache.
+  void stats_and_grads() {
+    if (args.grad == nullptr) return stats();
+    each_tiles([&](int64_t begin, int64_t end) {
+      int64_t bad = kAllLabelsGood;
+      for (int64_t tile = begin; tile < end; ++tile) {
+        bad = std::min(bad, cpu_kernels().logit_stats(args, tile, tile + 1));
+        cpu_kernels().logit_grads(args, tile, tile + 1);
       }
+      return bad;
+    });
   }
 
   // Room for the gradient, before stats(): the exponentials of the forward pass are kept there while that saves time
@@ -139,8 +143,8 @@ struct Logits {
 
   // The gradient takes the place of the logits: every element is read once more just before it is written.
   void grad_in_place() {
-    STD_TORCH_CHECK(tensors.logits.is_contiguous() && made_as(args.dtype) == args.dtype,
-                    "robust_logit_loss_: expected contiguous logits that are not float16");
+    STD_TORCH_CHECK(tensors.logits.dim() == 2 && tensors.logits.is_contiguous() && made_as(args.dtype) == args.dtype,
+                    "logit_loss_: expected contiguous logits (B, C) that are not float16");
     args.grad = const_cast<void*>(args.logits);
   }
 
@@ -150,19 +154,54 @@ struct Logits {
     parallel(args.tiles(), kTileRows * args.classes,
              [&](int64_t begin, int64_t end) { cpu_kernels().logit_grads(args, begin, end); });
   }
+
+  Tensor losses() const {
+    Tensor out = tensors.per_row_results(0, real(), true);
+    if (args.rows() > 0) std::memcpy(out.data_ptr(), args.losses, size_t(args.rows()) * size_of(real()));
+    return out;
+  }
+  // 1 where a row counts, else 0
+  Tensor valid() const {
+    Tensor out = tensors.per_row_results(0, real(), true);
+    const auto fill = [&](auto* ones) { std::copy_n(args.valid, args.rows(), ones); };
+    real() == Dtype::f64 ? fill(static_cast<double*>(out.data_ptr())) : fill(static_cast<float*>(out.data_ptr()));
+    return out;
+  }
+
+ private:
+  // walk(begin, end) of all tiles, which returns the first row whose label is out of range
+  template <class F>
+  void each_tiles(const F& walk) {
+    std::vector<int64_t> bad(size_t(args.tiles()), kAllLabelsGood);
+    parallel(args.tiles(), kTileRows * args.classes,
+             [&](int64_t begin, int64_t end) { bad[size_t(begin)] = walk(begin, end); });
+    for (int64_t row : bad)
+      if (row != kAllLabelsGood) {
+        const long long label = args.target_int64 ? static_cast<const int64_t*>(args.target)[row]
+                                                  : static_cast<const int32_t*>(args.target)[row];
+        raise_bad_label(label, row, args.classes, "");
+      }
+  }
 };
 
-std::tuple<Tensor, Tensor> logit_loss(const Tensor& logits, const Tensor& target,
-                                      const std::optional<Tensor>& class_weight, const std::optional<Tensor>& adjust,
-                                      double first, double second, int64_t ignore_index, int64_t flags) {
+std::tuple<Tensor, Tensor, Tensor> logit_loss(const Tensor& logits, const Tensor& target,
+                                              const std::optional<Tensor>& class_weight,
+                                              const std::optional<Tensor>& adjust, double first, double second,
+                                              int64_t ignore_index, int64_t flags) {
   Logits rows(logits, target, class_weight, adjust, loss_numbers(first, second, flags), ignore_index, std::nullopt);
   Tensor grad = rows.make_grad((flags & kWithGrad) != 0);
-  rows.stats();
-  rows.grads(nullptr);
-  Tensor losses = rows.tensors.per_row_results(0, rows.real(), true);
-  if (rows.args.rows() > 0)
-    std::memcpy(losses.data_ptr(), rows.args.losses, size_t(rows.args.rows()) * size_of(rows.real()));
-  return {losses, grad};
+  rows.stats_and_grads();
+  return {rows.losses(), grad, rows.valid()};
+}
+
+// After a bad label there may be logits and gradients side by side.
+std::tuple<Tensor, Tensor> logit_loss_(const Tensor& logits, const Tensor& target,
+                                       const std::optional<Tensor>& class_weight, const std::optional<Tensor>& adjust,
+                                       double first, double second, int64_t ignore_index, int64_t flags) {
+  Logits rows(logits, target, class_weight, adjust, loss_numbers(first, second, flags), ignore_index, std::nullopt);
+  rows.grad_in_place();
+  rows.stats_and_grads();
+  return {rows.losses(), rows.valid()};
 }
 
 // ---- robust weights ------------------------------------------------------------------------------------------------
@@ -241,11 +280,18 @@ struct Rows {
   }
 };
 
-// The losses of `rows`, their weights, and the gradient where there is room for it.
-std::tuple<Tensor, Tensor> run_robust_logits(Logits& rows, const std::optional<Tensor>& score,
-                                             const std::optional<Tensor>& sample_weight, const Tensor& log_s,
-                                             const Tensor& nonfinite, const Tensor& lam, double gamma, double alpha,
-                                             double mix, double max_weight, int64_t flags) {
+std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(const Tensor& logits, const Tensor& target,
+                                                     const std::optional<Tensor>& class_weight,
+                                                     const std::optional<Tensor>& adjust, double first, double second,
+                                                     int64_t ignore_index, const std::optional<Tensor>& score,
+                                                     const std::optional<Tensor>& sample_weight,
+                                                     const std::optional<Tensor>& mask, const Tensor& log_s,
+                                                     const Tensor& nonfinite, const Tensor& lam, double gamma,
+                                                     double alpha, double mix, double max_weight, int64_t flags,
+                                                     const std::optional<Tensor>& weighing) {
+  STD_TORCH_CHECK(!weighing.has_value(), "robust_logit_loss: the CPU's kernels make the weights at once");
+  Logits rows(logits, target, class_weight, adjust, loss_numbers(first, second, flags), ignore_index, mask);
+  Tensor grad = rows.make_grad((flags & kWithGrad) != 0);
   const int64_t count = rows.args.rows();
   const Scalar state(log_s, "log_s");
   RobustArgs a = robust_args(rows.real(), count, state, lam, gamma, alpha, flags);
@@ -267,35 +313,7 @@ std::tuple<Tensor, Tensor> run_robust_logits(Logits& rows, const std::optional<T
   Scalar(loss, "loss").set(value);
   rows.grads(rows.factor);
   commit(outcome, flags, state, nonfinite);
-  return {loss, out.tensor};
-}
-
-std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(const Tensor& logits, const Tensor& target,
-                                                     const std::optional<Tensor>& class_weight,
-                                                     const std::optional<Tensor>& adjust, double first, double second,
-                                                     int64_t ignore_index, const std::optional<Tensor>& score,
-                                                     const std::optional<Tensor>& sample_weight,
-                                                     const std::optional<Tensor>& mask, const Tensor& log_s,
-                                                     const Tensor& nonfinite, const Tensor& lam, double gamma,
-                                                     double alpha, double mix, double max_weight, int64_t flags) {
-  Logits rows(logits, target, class_weight, adjust, loss_numbers(first, second, flags), ignore_index, mask);
-  Tensor grad = rows.make_grad((flags & kWithGrad) != 0);
-  const auto [loss, out] =
-      run_robust_logits(rows, score, sample_weight, log_s, nonfinite, lam, gamma, alpha, mix, max_weight, flags);
-  return {loss, out, grad};
-}
-
-std::tuple<Tensor, Tensor> robust_logit_loss_(const Tensor& logits, const Tensor& target,
-                                              const std::optional<Tensor>& class_weight,
-                                              const std::optional<Tensor>& adjust, double first, double second,
-                                              int64_t ignore_index, const std::optional<Tensor>& score,
-                                              const std::optional<Tensor>& sample_weight,
-                                              const std::optional<Tensor>& mask, const Tensor& log_s,
-                                              const Tensor& nonfinite, const Tensor& lam, double gamma, double alpha,
-                                              double mix, double max_weight, int64_t flags) {
-  Logits rows(logits, target, class_weight, adjust, loss_numbers(first, second, flags), ignore_index, mask);
-  rows.grad_in_place();
-  return run_robust_logits(rows, score, sample_weight, log_s, nonfinite, lam, gamma, alpha, mix, max_weight, flags);
+  return {loss, out.tensor, grad};
 }
 
 // The input and the results of an operator on a vector of losses.
@@ -646,7 +664,6 @@ std::string native_signatures();
 
 // Operators that only the CPU has.
 #define ABSGD_HERE_ALONE(OP) \
-  OP(robust_logit_loss_)     \
   OP(rule_weights)           \
   OP(group_weights)
 

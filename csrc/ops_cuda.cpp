@@ -67,17 +67,20 @@ struct Logits {
   }
 };
 
-std::tuple<Tensor, Tensor> logit_loss(const Tensor& logits, const Tensor& target,
-                                      const std::optional<Tensor>& class_weight, const std::optional<Tensor>& adjust,
-                                      double first, double second, int64_t ignore_index, int64_t flags) {
+std::tuple<Tensor, Tensor, Tensor> logit_loss(const Tensor& logits, const Tensor& target,
+                                              const std::optional<Tensor>& class_weight,
+                                              const std::optional<Tensor>& adjust, double first, double second,
+                                              int64_t ignore_index, int64_t flags) {
   STD_TORCH_CHECK((flags & kWithGrad) == 0, "logit_loss: the CUDA kernels leave statistics, not a gradient");
   const OnDevice here(logits);
   Logits rows(logits, target, class_weight, adjust, loss_numbers(first, second, flags), ignore_index, std::nullopt);
   Tensor losses = rows.tensors.per_row_results(0, rows.real(), true);
+  Tensor valid = rows.tensors.per_row_results(0, rows.real(), true);
   Tensor made = (flags & kWithStats) != 0 ? rows.make_stats() : empty_none(here.device, made_as(rows.args.dtype));
   rows.args.losses = losses.data_ptr();
+  rows.args.valid = valid.data_ptr();
   check(gpu::logit_loss_fwd(rows.args, here.stream));
-  return {losses, made};
+  return {losses, made, valid};
 }
 
 Tensor logit_loss_backward(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& class_weight,

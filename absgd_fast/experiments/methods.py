@@ -80,7 +80,7 @@ class _LinearMethod(Method):
         with torch.no_grad():
             logits = layer(pixels)
             *spec, bits = loss.criterion.spec(logits)
-            losses, slopes = OPERATORS["cpu"].logit_loss(logits, labels, *spec, bits | WITH_GRAD)  # what autograd would be told
+            losses, slopes, _ = OPERATORS["cpu"].logit_loss(logits, labels, *spec, bits | WITH_GRAD)  # what autograd would be told
             log_s = ab.functional.weighted_momentum_step_(
                 params, [state[p]["momentum_buffer"] for p in params], [slopes[:, :, None] * pixels[:, None, :], slopes], losses,
                 loss.log_s, lam=loss.lam, gamma=loss.gamma, mix=loss.mix, lr=group["lr"], momentum=group["momentum"],

@@ -98,7 +98,9 @@ def row_losses(
     ADJACENT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """Losses of this program's rows, and what their gradient is made of. One pass over the logits. count (int64): all rows.
-    SHARES: "none", "smooth" (label smoothing) or "soft" (`target` holds probabilities)."""
+    SHARES: "none", "smooth" (label smoothing) or "soft" (`target` holds probabilities).
+
+    Returns label, max, scale, at_label, spread of each row (the last three 0 where it does not count)."""
     T: tl.constexpr = losses.dtype.element_ty
     outer, lane, lanes, classes, offset, stride_class = tile_rows(
         tl.program_id(0), lanes, classes, stride_outer, stride_lane, stride_class, ADJACENT, UNIT, ROWS
@@ -177,12 +179,44 @@ def row_losses(
     tl.store(losses + row, tl.where(valid, loss, 0.0), mask=inside)
     if validity is not None:
         tl.store(validity + row, valid.to(T), mask=inside)
+    scale, at_label = row_gradient(rest, own, c, spread, total)
+    scale, at_label, spread = tl.where(valid, scale, 0.0), tl.where(valid, at_label, 0.0), tl.where(valid, spread, 0.0)
     if stats is not None:
-        scale, at_label = row_gradient(rest, own, c, spread, total)
         tl.store(stats + row, top, mask=inside)
-        tl.store(stats + count + row, tl.where(valid, scale, 0.0), mask=inside)
-        tl.store(stats + 2 * count + row, tl.where(valid, at_label, 0.0), mask=inside)
-        tl.store(stats + 3 * count + row, tl.where(valid, spread, 0.0), mask=inside)
+        tl.store(stats + count + row, scale, mask=inside)
+        tl.store(stats + 2 * count + row, at_label, mask=inside)
+        tl.store(stats + 3 * count + row, spread, mask=inside)
+    return y, top, scale, at_label, spread
+
+
+@triton.jit
+def block_gradient(
+    logits, target, class_weight, adjust, grad, outer, lane, lanes, classes, offset, stride_class, col, y, top, scale, at_label,
+    spread, keep, uniform, SOFT: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """grad_k = S_k (exp(a_k - max) scale - spread weight_k) off the label, S_y (at_label - spread weight_y) on it, for the
+    classes `col`. grad may be logits: what is written has been read just before."""
+    T: tl.constexpr = scale.dtype
+    there = (lane < lanes)[:, None] & (col < classes)[None, :]
+    # a row without a slope is not read: it may hold anything, and exp(NaN) * 0 is not 0
+    x = tl.load(
+        logits + offset[:, None] + col.to(tl.int64)[None, :] * stride_class,
+        mask=there & (scale != 0)[:, None],
+        other=float("-inf"),
+    ).to(T)
+    e = tl.exp(adjusted(x, adjust, col, classes) - top[:, None])
+    g = tl.where(col[None, :] == y[:, None], at_label[:, None], tl.where((scale != 0)[:, None], e * scale[:, None], 0.0))
+    place = soft_place(outer, lane, lanes, classes, col, INNER)
+    if SOFT:
+        g -= spread[:, None] * shares(class_weight, target, place, col, there, classes, keep, uniform, T)
+    elif class_weight is None:
+        g -= spread[:, None]
+    else:  # read where something is smoothed
+        stop = tl.where(tl.max(tl.abs(spread), 0) > 0, classes, 0)
+        g -= spread[:, None] * tl.load(class_weight + col, mask=col < stop, other=0.0)[None, :]
+    if adjust is not None:
+        g *= tl.load(adjust + col, mask=col < classes, other=1.0)[None, :]
+    tl.store(grad + place, g.to(grad.dtype.element_ty), mask=there)
 
 
 # ---- kernels -----------------------------------------------------------------------------------------------------------
@@ -259,7 +293,7 @@ def logit_loss_bwd_kernel(
     EACH: tl.constexpr, SOFT: tl.constexpr, INNER: tl.constexpr,
     ADJACENT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """grad_k = u S_k (exp(a_k - max) scale - spread weight_k) off the label, u S_y (at_label - spread weight_y) on it."""
+    """u times the gradient of each row."""
     T: tl.constexpr = stats.dtype.element_ty
     col_blocks = tl.cdiv(classes, BLOCK)
     program = tl.program_id(0)
@@ -274,34 +308,44 @@ def logit_loss_bwd_kernel(
     scale = tl.load(stats + count + row, mask=inside, other=0.0) * u
     at_label = tl.load(stats + 2 * count + row, mask=inside, other=0.0) * u
     top = tl.load(stats + row, mask=inside, other=0.0)
-    col = program % col_blocks * BLOCK + tl.arange(0, BLOCK)
-    there = inside[:, None] & (col < classes)[None, :]
-    # a row without a slope is not read: it may hold anything, and exp(NaN) * 0 is not 0
-    x = tl.load(
-        logits + offset[:, None] + col.to(tl.int64)[None, :] * stride_class,
-        mask=there & (scale != 0)[:, None],
-        other=float("-inf"),
-    ).to(T)
-    e = tl.exp(adjusted(x, adjust, col, classes) - top[:, None])
-    g = tl.where(col[None, :] == y[:, None], at_label[:, None], tl.where((scale != 0)[:, None], e * scale[:, None], 0.0))
     spread = tl.load(stats + 3 * count + row, mask=inside, other=0.0) * u
-    place = soft_place(outer, lane, lanes, classes, col, INNER)
-    if SOFT:
-        t = shares(
-            class_weight, target, place, col, there, classes, number(keep, keep_low, T), number(uniform, uniform_low, T), T
-        )
-        g -= spread[:, None] * t
-    elif class_weight is None:
-        g -= spread[:, None]
-    else:  # read where something is smoothed
-        stop = tl.where(tl.max(tl.abs(spread), 0) > 0, classes, 0)
-        g -= spread[:, None] * tl.load(class_weight + col, mask=col < stop, other=0.0)[None, :]
-    if adjust is not None:
-        g *= tl.load(adjust + col, mask=col < classes, other=1.0)[None, :]
-    tl.store(grad + place, g.to(grad.dtype.element_ty), mask=there)
+    block_gradient(
+        logits, target, class_weight, adjust, grad, outer, lane, lanes, classes, offset, stride_class,
+        program % col_blocks * BLOCK + tl.arange(0, BLOCK), y, top, scale, at_label, spread, number(keep, keep_low, T),
+        number(uniform, uniform_low, T), SOFT, INNER,
+    )  # fmt: skip
 
 
-KERNELS = (logit_loss_fwd_kernel, robust_logit_loss_fwd_kernel, logit_loss_bwd_kernel)
+@triton.jit(do_not_specialize=_SIZES)
+def logit_loss_in_place_kernel(
+    logits,  # (lanes, classes) contiguous; overwritten by the gradient of each row's own loss
+    target, class_weight, adjust, losses, validity, report,  # as above
+    count, lanes, classes, stride_outer, stride_lane, stride_class, ignore_index, keep, keep_low, uniform, uniform_low, first, first_low, second,
+    second_low, cut, cut_low, least, least_low,
+    KIND: tl.constexpr, PRUNE: tl.constexpr, SHARES: tl.constexpr, INNER: tl.constexpr,
+    ADJACENT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
+    """The second loop over a row finds it in the second-level cache."""
+    T: tl.constexpr = losses.dtype.element_ty
+    keep, uniform = number(keep, keep_low, T), number(uniform, uniform_low, T)
+    y, top, scale, at_label, spread = row_losses(
+        logits, target, class_weight, adjust, None, losses, validity, None, report, count.to(tl.int64), lanes, classes,
+        stride_outer, stride_lane, stride_class, ignore_index, keep, uniform, number(first, first_low, T),
+        number(second, second_low, T), number(cut, cut_low, T), number(least, least_low, T), KIND, PRUNE, SHARES, INNER,
+        ADJACENT, UNIT, ROWS, BLOCK, SKIP,
+    )  # fmt: skip
+    outer, lane, lanes, classes, offset, stride_class = tile_rows(
+        tl.program_id(0), lanes, classes, stride_outer, stride_lane, stride_class, ADJACENT, UNIT, ROWS
+    )
+    tl.debug_barrier()  # every thread has read what another may overwrite
+    for start in range(0, classes, BLOCK):
+        block_gradient(
+            logits, target, class_weight, adjust, logits, outer, lane, lanes, classes, offset, stride_class,
+            start + tl.arange(0, BLOCK), y, top, scale, at_label, spread, keep, uniform, SHARES == "soft", INNER,
+        )  # fmt: skip
+
+
+KERNELS = (logit_loss_fwd_kernel, robust_logit_loss_fwd_kernel, logit_loss_bwd_kernel, logit_loss_in_place_kernel)
 
 
 # ---- launchers -----------------------------------------------------------------------------------------------------------
@@ -406,7 +450,7 @@ def logit_loss(
     prune: bool,
     with_stats: bool,
     report: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Per-sample losses (math.loss_and_slope) on S_k x_k + D_k - M_y 1[k = y].
 
     Args:
@@ -418,17 +462,49 @@ def logit_loss(
             reported as (label, row, classes, 1).
 
     Returns:
-        losses (B, d1, ...), real; stats (4, B, d1, ...) real for `logit_loss_backward`, or (0) without `with_stats`.
+        losses (B, d1, ...), real; stats (4, B, d1, ...) real for `logit_loss_backward`, or (0) without `with_stats`; validity,
+        as the losses: 1, or 0 where a row is ignored, pruned, or has a label out of range.
     """
     real, shape = launch.real_dtype(logits.dtype), _rows_of(logits)
-    losses = logits.new_empty(shape, dtype=real)
+    losses, validity = logits.new_empty(shape, dtype=real), logits.new_empty(shape, dtype=real)
     stats = logits.new_empty((4, *shape) if with_stats else (0,), dtype=real)
     if losses.numel():
         loss = _loss(logits, target, kind, prune, first, second)
-        _losses(
-            logits, target, class_weight, adjust, loss, ignore_index, None, losses, None, stats if with_stats else None, report
-        )
-    return losses, stats
+        made = stats if with_stats else None
+        _losses(logits, target, class_weight, adjust, loss, ignore_index, None, losses, validity, made, report)
+    return losses, stats, validity
+
+
+def logit_loss_(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    adjust: Tensor | None,
+    first: float,
+    second: float,
+    ignore_index: int,
+    *,
+    kind: int,
+    prune: bool,
+    report: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`logit_loss` of contiguous (B, C) logits that are not float16, and over them d loss_i / d logits, 0 for rows that do not count.
+
+    Returns:
+        losses (B), validity (B), both real.
+    """
+    if logits.dim() != 2 or not logits.is_contiguous() or logits.dtype == torch.float16:
+        raise RuntimeError("logit_loss_: expected contiguous logits (B, C) that are not float16")
+    real = launch.real_dtype(logits.dtype)
+    losses, validity = logits.new_empty(len(logits), dtype=real), logits.new_empty(len(logits), dtype=real)
+    if losses.numel():
+        numbers, constants = _loss(logits, target, kind, prune, first, second)
+        walk = _walked(logits)[1]
+        launch.launch(
+            logit_loss_in_place_kernel, walk.programs, logits, logits, target.contiguous(), class_weight, adjust, losses, validity,
+            report, losses.numel(), *walk.numbers, ignore_index, *numbers, num_warps=walk.warps, **constants, **walk.constants,
+        )  # fmt: skip
+    return losses, validity
 
 
 def _losses(logits, target, class_weight, adjust, loss, ignore_index, mask, losses, validity, stats, report) -> None:
