@@ -28,11 +28,11 @@ LOSSES = [path for path in EVERYTHING if path.stem not in NO_LIMIT]
 SUITE = [TESTS / "cuda_on_cpu" / "suite.py"]
 RUNS = {
     "statistics": ("plain", "forward", 0, LOSSES),
-    "one block": ("plain", "random:1", 16384, EVERYTHING),
+    "one block": ("plain", "random:1", 512, EVERYTHING),
     "address": ("address", "random:2", 0, SUITE),
-    "address, one block": ("address", "forward", 16384, [*SUITE, TESTS / "test_robust.py"]),
+    "address, one block": ("address", "forward", 512, [*SUITE, TESTS / "test_robust.py"]),
     "race": ("race", "random:3", 0, SUITE),
-    "race, one block": ("race", "random:4", 16384, SUITE),
+    "race, one block": ("race", "random:4", 512, SUITE),
 }
 
 

@@ -227,7 +227,8 @@ def test_wrapped_torch_loss_with_soft_targets(one_backend, rng):
         target = torch.tensor(rng.dirichlet([1, 1, 1], 6))
         value, names = ops_of(lambda: criterion(logits, target))
         if one_backend != "reference":
-            assert names == ["absgd_fast::robust_logit_loss"]
+            # beside it at most the allocation of what a GPU's backward makes the weights from
+            assert [n for n in names if n != "aten::empty.memory_format"] == ["absgd_fast::robust_logit_loss"]
         losses, grads = oracle.soft_cross_entropy(logits.detach(), target, **keywords)
         forward = exact(losses)
         assert float(value) == pytest.approx(forward.loss, rel=1e-11)

@@ -1,7 +1,7 @@
 """pytest plugin of the runs in which the CUDA operators serve tensors on the CPU, their threads being fibers (test_cuda.py).
 
 SIMT_ORDER    order and seed of threads and blocks, e.g. random:3
-SIMT_LIMIT    logits of up to so many elements get their gradient from the one-block kernel; 0: all from statistics
+SIMT_LIMIT    threads of the one-block kernel, which makes the gradient of batches that fit; 0: all from statistics
 """
 
 import os
@@ -21,7 +21,8 @@ _saves = ops.Operators.saves
 ops.OPERATORS["cuda"].gradient_limit = int(os.environ["SIMT_LIMIT"])
 ops.Operators.saves = lambda self, logits: _saves(ops.OPERATORS["cuda"], logits)
 ops.Operators.saves_losses = ops.WITH_STATS
-ops.OPERATORS["cpu"].in_place = ops.OPERATORS["cpu"].has_rules = False
+for _operators in (ops.OPERATORS["cpu"], ops.OPERATORS["cpu"].compiled):
+    _operators.has_rules, _operators.weighs_late = False, True
 
 # A kernel cannot raise, so a label out of range is ignored and found by a later call: suite.py has the test of that.
 LATER = ("test_loss_errors", "test_bad_label", "test_bad_calls_leave_the_state", "test_no_classes")
