@@ -256,9 +256,9 @@ struct Filler {
   }
 };
 
-// Every size is a kernel of its own (the same registers, other offsets). So there is one of 512 only where the largest is
-// half as large again, and parameters in float16 or float64, which are rare, have two sizes: 1.1 MB of compressed code
-// for sm_90 and 26 s of compilation, where two sizes for all were 0.8 MB and 20 s.
+// Every size is a kernel of its own (the same registers, other offsets). So there is one of 512 only where the largest
+// is half as large again, and parameters in float16 or float64, which are rare, have two sizes: 1.1 MB of compressed
+// code for sm_90 and 26 s of compilation, where two sizes for all were 0.8 MB and 20 s.
 template <class F, class S, class Use>
 void with_room_in_launch(int64_t tensors, Use use) {
   constexpr bool common = std::is_same<S, float>::value || std::is_same<S, __nv_bfloat16>::value;
@@ -365,7 +365,8 @@ const char* step(const StepTable& table, void* stream) {
     const int64_t end = begin + together;
     for (int64_t j = begin; j < end; ++j)
       if (runs[j].function != nullptr) runs[j].function(table, runs.data(), j, end, s);
-    with_room_for<128, 256, 512, kManyCounts>(together, [&](auto room) { advance<decltype(room)::value>(table, begin, end, s); });
+    with_room_for<128, 256, 512, 1024, kManyCounts>(
+        together, [&](auto room) { advance<decltype(room)::value>(table, begin, end, s); });
   }
   return failure();
 }

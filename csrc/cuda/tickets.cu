@@ -1,5 +1,5 @@
-// Where a launch counts its blocks that are done (is_last_block): a number in device memory that no launch which may run
-// at the same time counts in.
+// Where a launch counts its blocks that are done (is_last_block): a number in device memory that no launch which may
+// run at the same time counts in.
 #include <atomic>
 #include <mutex>
 #include <unordered_map>
