@@ -969,8 +969,8 @@ def test_step_table_follows_the_tensors(monkeypatch):
 
 
 def test_step_captured_with_new_addresses(monkeypatch):
-    """Nothing pinned is allocated meanwhile, and what a graph copies from at each replay is never written again. Two sets of tensors
-    in a step, of two dtypes."""
+    """Nothing pinned is allocated meanwhile, and what a graph copies from at each replay is never written again. Two sets of
+    tensors in a step, of two dtypes."""
 
     def made():
         step_of = Step("adam", [(5,), (3, 2), (7,)])

@@ -62,7 +62,8 @@ def test_kernels(running, part):
 
 
 @pytest.mark.parametrize(
-    "triton, numpy, runs", [("3.6.0", "2.3.5", True), ("3.6.0", "2.4.0", False), ("3.5.1", "2.10.0", False), ("3.7.0", "2.5.5", True)]
+    "triton, numpy, runs",
+    [("3.6.0", "2.3.5", True), ("3.6.0", "2.4.0", False), ("3.5.1", "2.10.0", False), ("3.7.0", "2.5.5", True)],
 )
 def test_which_numpy_the_interpreter_needs(triton, numpy, runs):
     assert (why_not_interpreted(triton, numpy) is None) == runs

@@ -1,5 +1,5 @@
-"""Tickets of launches (csrc/cuda/tickets.cu) on the stub of CUDA's runtime, whose streams a test can call captured: no two launches
-that may run at the same time share one, however many there are."""
+"""Tickets of launches (csrc/cuda/tickets.cu) on the stub of CUDA's runtime, whose streams a test can call captured: no two
+launches that may run at the same time share one, however many there are."""
 
 import ctypes
 import threading

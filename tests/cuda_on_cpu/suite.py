@@ -308,8 +308,8 @@ def test_more_tensors_than_one_launch_holds(form):
                                        torch.cat([t.view(-1) for t in flat(wanted)]), **near)  # fmt: skip
 
 
-# tensors of the smallest table that holds them: the next size has one more; what a tensor takes in it is 33 to 58 bytes, 9 for its
-# count, and 16 groups take about 2 KB
+# At and above the limits of the sizes. A tensor takes 33 to 58 bytes of its table and 9 of that of the counts, and 16 groups and
+# the rest of a table less than 3000.
 @pytest.mark.parametrize("form", ["momentum", "adam", "amsgrad"])
 @pytest.mark.parametrize("tensors, room", [(128, 128), (161, 256), (256, 256), (300, 512), (512, 512), (1000, None)])
 def test_a_step_travels_in_the_smallest_table(form, tensors, room, dtype):

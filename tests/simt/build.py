@@ -8,9 +8,9 @@
 
 A library of the kind "address" needs environment("address") in a process of its own. tests/test_simt.py shows which kind
 of bug is caught by which kind of build. None of them sees: what weak memory does while blocks run at the same time, a wait
-on plain loads (it hangs), lifetimes and the order of streams, device pointers on the host, __launch_bounds__, occupancy, the rounding of
-approximate instructions. The race build does not look into memcpy, remembers three unordered reads of an address, and
-reports two threads that write the same value, as the language does.
+on plain loads (it hangs), lifetimes and the order of streams, device pointers on the host, __launch_bounds__, occupancy, the
+rounding of approximate instructions. The race build does not look into memcpy, remembers three unordered reads of an address,
+and reports two threads that write the same value, as the language does.
 """
 
 import ctypes
