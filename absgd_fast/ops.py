@@ -318,7 +318,7 @@ def _decoded(name: str, bits: int) -> dict:
         return rule
     if name == "robust_loss":
         return rule | dict(update=bool(bits & UPDATE), with_grad=bool(bits & WITH_GRAD))
-    loss = dict(kind=bits // KIND, prune=bool(bits & PRUNE), report=reported_labels(check=True))
+    loss = dict(kind=bits // KIND, prune=bool(bits & PRUNE), report=report_of_kernels())
     if name == "logit_loss_":
         return loss
     loss["with_stats"] = bool(bits & WITH_STATS)
@@ -604,9 +604,13 @@ def _report() -> Tensor:
     return torch.zeros(4, dtype=torch.int64, pin_memory=torch.cuda.is_available())
 
 
-@cache
+_seen: dict[torch.device, Tensor] = {}
+
+
 def _seen_labels(device: torch.device) -> Tensor:
-    return torch.zeros(4, dtype=torch.int64, device=device)
+    if device not in _seen:
+        _seen[device] = torch.zeros(4, dtype=torch.int64, device=device)
+    return _seen[device]
 
 
 def reported_labels(check: bool) -> Tensor:
@@ -619,7 +623,22 @@ def reported_labels(check: bool) -> Tensor:
         label, row, classes, found = report.numpy()
         if found == 1:
             report.zero_()
-            for device in range(torch.cuda.device_count()):
-                _seen_labels(torch.device("cuda", device)).zero_()
+            for seen in _seen.values():
+                seen.zero_()
             raise bad_label(int(label), int(row), int(classes), earlier=True)
     return report
+
+
+@cache
+def _kernels_can_report() -> bool:
+    return torch.cuda.is_available() or not torch.xpu.is_available()
+
+
+def report_of_kernels() -> Tensor | None:
+    """`reported_labels(check=True)` for a kernel to write into.
+
+    None on Intel's GPUs, for which that memory is not pinned: there the kernels ignore a label out of range without a word. What
+    `check_labels` finds is copied, and so is heard everywhere.
+    """
+    report = reported_labels(check=True)
+    return report if _kernels_can_report() else None

@@ -82,7 +82,7 @@ with_nvcc() {
     -fPIC,-fvisibility=hidden -I "$root/csrc")
   torch=$("$python" -c 'import torch; print(torch.__path__[0])')
   mkdir -p "$work/objects"
-  for object in ops_cuda.cpp cuda/losses.cu cuda/weights.cu cuda/step.cu; do
+  for object in ops_cuda.cpp cuda/losses.cu cuda/weights.cu cuda/step.cu cuda/tickets.cu; do
     nvcc "${flags[@]}" -isystem "$torch/include" -c "$root/csrc/$object" -o "$work/objects/$(basename "$object").o" &
   done
   wait

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 import absgd_fast as ab
-from absgd_fast import reference
+from absgd_fast import ops, reference
 from absgd_fast.compat.repository import Focal as Repository
 from absgd_fast.functional import logit_loss as public_logit_loss
 from absgd_fast.functional import weighted_momentum_step_
@@ -273,6 +273,31 @@ def test_labels_out_of_range(launches):
             assert report.tolist() == wanted and rows[2].sum() == 67
             again = robust(logits, clean, log_s=0.3)
             assert all(map(torch.equal, (loss, rows, grad, log_s), again))
+
+
+def test_labels_out_of_range_where_no_kernel_can_report(monkeypatch):
+    """On Intel's GPUs: ignored, without a report and without an error."""
+    monkeypatch.setattr(ops, "_kernels_can_report", lambda: False)
+    logits, target = make((5, 3))
+    bad, ignored = target.clone(), target.clone()
+    bad[2], ignored[2] = 3, -100
+    assert torch.equal(public_logit_loss(logits, bad, backend="triton"), public_logit_loss(logits, ignored, backend="triton"))
+    values = []
+    for labels in (bad, ignored):
+        x = logits.clone().requires_grad_()
+        loss = ab.ABLoss(lam=0.5, backend="triton")(x, labels)
+        loss.backward()
+        values.append((loss.detach(), x.grad))
+    assert all(map(torch.equal, *values)) and not values[0][1][2].any()
+    assert not ops.reported_labels(check=True).any()
+
+
+@pytest.mark.parametrize("cuda, xpu, can", [(False, False, True), (True, False, True), (True, True, True), (False, True, False)])
+def test_which_kernels_can_report(monkeypatch, cuda, xpu, can):
+    """The interpreter's, CUDA's and ROCm's; not those of a torch that has Intel's GPUs alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: xpu)
+    assert ops._kernels_can_report.__wrapped__() == can
 
 
 def test_no_classes_and_no_rows():
@@ -941,6 +966,67 @@ def test_step_table_follows_the_tensors(monkeypatch):
     assert len(step._tables) == 2 and torch.equal(p, torch.full((3,), 0.125))
     run_as("sgd", [p[:2]], [g[:2]], lr=0.125)
     assert p.tolist() == [0, 0, 0.125]
+
+
+def test_step_captured_with_new_addresses(monkeypatch):
+    """Nothing pinned is allocated meanwhile, and what a graph copies from at each replay is never written again. Two sets of
+    tensors in a step, of two dtypes."""
+
+    def made():
+        step_of = Step("adam", [(5,), (3, 2), (7,)])
+        for lists in (step_of.params, step_of.grads, *step_of.states[:2]):
+            lists[1] = lists[1].double()
+        return step_of
+
+    def run_and_compare(one):
+        wanted = one.wanted()
+        one.run()
+        one.compare(wanted)
+
+    def refuse(size, device):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    plain = step._pinned
+    monkeypatch.setattr(step, "_reserve", step._Reserve())
+    monkeypatch.setattr(step, "_captured", [])
+    kept = [made() for _ in range(4)]  # so that no address is given away twice
+    run_and_compare(kept[0])
+    for one in kept[1:3]:
+        captured = len(step._captured)
+        monkeypatch.setattr(launch, "captures", lambda like: True)
+        monkeypatch.setattr(step, "_pinned", refuse)
+        run_and_compare(one)
+        uploads = [upload for owned in step._captured[captured:] for upload in owned[:2]]
+        assert len(uploads) == 4 and step._reserve.left == 0
+        monkeypatch.setattr(step, "_pinned", plain)
+        monkeypatch.setattr(launch, "captures", lambda like: False)
+        run_and_compare(kept[0])
+        assert step._reserve.left == step._reserve.needed > 0
+    everything = [upload.host for owned in step._captured for upload in owned[:2]]
+    before = [host.clone() for host in everything]
+    monkeypatch.setattr(launch, "captures", lambda like: True)
+    monkeypatch.setattr(step, "_pinned", plain)
+    run_and_compare(kept[3])
+    assert len({host.data_ptr() for host in everything if len(host)}) == len(everything) == 8
+    assert all(map(torch.equal, everything, before))
+
+
+def test_step_captured_without_one_before(monkeypatch):
+    """Then torch is asked for pinned memory after all; and a table that is there already is used as it is."""
+    asked, plain = [], step._pinned
+    monkeypatch.setattr(step, "_reserve", step._Reserve())
+    monkeypatch.setattr(step, "_captured", [])
+    monkeypatch.setattr(step, "_pinned", lambda size, device: asked.append(size) or plain(size, device))
+    first, second = Step("sgd", [(5,), (3, 2)]), Step("sgd", [(5,), (3, 2)])
+    monkeypatch.setattr(launch, "captures", lambda like: True)
+    first.run()
+    assert asked == [128, 16] and step._reserve.needed == 0
+    monkeypatch.setattr(launch, "captures", lambda like: False)
+    second.run()
+    assert asked == [128, 16, 144]
+    monkeypatch.setattr(launch, "captures", lambda like: True)
+    second.run()
+    assert asked == [128, 16, 144] and step._reserve.left == 144 and len(step._captured) == 2
 
 
 def test_step_table_knows_which_states():

@@ -43,7 +43,7 @@ def package(folder, kind):
     shutil.copytree(Path(_backend.__file__).parent, target, ignore=ignore)
     torch_root = Path(torch.__path__[0])
     simt.build(
-        [ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("losses", "weights", "step", "weighted")],
+        [ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("losses", "weights", "step", "weighted", "tickets")],
         target / "_ops_cpu.so",
         kind,
         include_dirs=[ROOT / "csrc"],

@@ -1,26 +1,44 @@
 """The Triton kernels without a GPU: run in Triton's interpreter (kernels_interpreted.py), compiled for four GPUs
 (kernels_compiled.py). Each in a process of its own: the interpreter must be chosen before triton is imported."""
 
-import importlib.util
 import os
 import subprocess
 import sys
+from importlib import metadata, util
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
-TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 PARTS = {"interpreted": {"TRITON_INTERPRET": "1"}, "compiled": {}}
+
+
+def why_not_interpreted(triton: str, numpy: str) -> str | None:
+    """Before Triton 3.7 an index in the interpreter is int() of an array of one dimension, which numpy 2.4 made an error."""
+
+    def number(version):
+        return tuple(int(part) for part in version.split(".")[:2])
+
+    if number(triton) >= (3, 7) or number(numpy) < (2, 4):
+        return None
+    return f"the interpreter of triton {triton} needs numpy < 2.4, this is {numpy}: pip install 'numpy<2.4'"
+
+
+def why_not(part: str) -> str | None:
+    if util.find_spec("triton") is None:
+        return "triton is not installed"
+    return why_not_interpreted(metadata.version("triton"), metadata.version("numpy")) if part == "interpreted" else None
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
-    """Both started at once: part -> (process, file of its output). The compiler's cache lies in a new folder."""
+    """Those that can run, started at once: part -> (process, file of its output). The compiler's cache lies in a new folder."""
     folder = tmp_path_factory.mktemp("kernels")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "PYTEST_"))}
     out = {}
     for part, extra in PARTS.items():
+        if why_not(part) is not None:
+            continue
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", HERE / f"kernels_{part}.py"]
         env = kept | {"TRITON_CACHE_DIR": str(folder / part), "OMP_NUM_THREADS": "1"} | extra
         with open(folder / f"{part}.txt", "w") as file:
@@ -32,14 +50,23 @@ def running(tmp_path_factory):
         process.wait()
 
 
-@TRITON
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=pytest.mark.skipif(why_not(part) is not None, reason=str(why_not(part)))) for part in PARTS]
+)
 def test_kernels(running, part):
     process, output = running[part]
     code = process.wait(timeout=280)
     text = output.read_text()
     assert code == 0, text[-6000:]
     assert " passed" in text and "skipped" not in text, text[-6000:]
+
+
+@pytest.mark.parametrize(
+    "triton, numpy, runs",
+    [("3.6.0", "2.3.5", True), ("3.6.0", "2.4.0", False), ("3.5.1", "2.10.0", False), ("3.7.0", "2.5.5", True)],
+)
+def test_which_numpy_the_interpreter_needs(triton, numpy, runs):
+    assert (why_not_interpreted(triton, numpy) is None) == runs
 
 
 def test_package_imports_without_triton():

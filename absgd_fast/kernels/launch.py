@@ -66,6 +66,11 @@ def launch(kernel, programs: int, like: Tensor, *args, **options) -> None:
         kernel[(programs,)](*args, **options)
 
 
+def captures(like: Tensor) -> bool:
+    """Whether what is launched now, on the device of `like`, becomes part of a graph."""
+    return like.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 _counters: dict[tuple[int, int], Tensor] = {}
 
 
@@ -75,7 +80,7 @@ def counter(like: Tensor) -> Tensor:
     One for each stream, whose kernels follow each other. A captured graph may run on any stream, so it gets its own.
     """
     index = like.get_device()
-    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+    if captures(like):
         return torch.zeros(1, dtype=torch.int32, device=like.device)
     key = index, 0 if index < 0 else driver.active.get_current_stream(index)
     done = _counters.get(key)

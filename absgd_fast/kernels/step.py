@@ -170,7 +170,7 @@ KERNELS = (step_kernel, count_steps_kernel)
 # elements of a program, 16 (float64: 8) a thread of 4 warps: 4 loads of 16 bytes from each state under way
 _BLOCK = {torch.float32: 2048, torch.float64: 1024}
 _COUNT_BLOCK = 128  # tensors of a program of count_steps_kernel
-_KEPT = 64  # sets of tensors whose table is kept
+_KEPT = 64  # sets of tensors whose table is kept, and for which pinned memory is
 _DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _MAXIMIZE, _NESTEROV, _HEAVY_BALL, _AMSGRAD, _DECOUPLED, _PAPER_FORM, _CENTERED = (1 << j for j in range(7))  # math.h StepFlag
 
@@ -187,10 +187,61 @@ _tables: OrderedDict[tuple, _Table] = OrderedDict()
 _captured: list = []  # what captured graphs read again at every replay
 
 
-def _upload(numbers: list[int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """To the device without waiting for it; the copy there and the one here."""
-    host = torch.tensor(numbers, dtype=dtype, pin_memory=device.type != "cpu")
-    return host.to(device, non_blocking=True), host
+def _pinned(size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=device.type != "cpu")
+
+
+class _Reserve:
+    """Pinned memory for what is uploaded while a stream is captured: then CUDA may refuse to allocate any. A graph copies from it
+    at every replay, so what was taken is neither written again nor given back."""
+
+    def __init__(self):
+        self.memory, self.left = torch.empty(0, dtype=torch.uint8), 0
+        self.sizes: OrderedDict[tuple, int] = OrderedDict()
+        self.needed = 0
+
+    def know(self, tensors: tuple, size: int) -> None:
+        """A set of tensors whose uploads take so many bytes: a graph may want them again, with other addresses."""
+        self.sizes[tensors] = size
+        self.sizes.move_to_end(tensors)
+        if len(self.sizes) > _KEPT:
+            self.sizes.popitem(last=False)
+        self.needed = sum(self.sizes.values())
+
+    def refill(self, device: torch.device) -> None:
+        """Outside of a capture: as much as the graph of a step with all those sets needs."""
+        if self.left < self.needed:
+            self.memory, self.left = _pinned(self.needed, device), self.needed
+
+    def take(self, size: int, device: torch.device) -> Tensor:
+        """More than there is: as torch can get it."""
+        if size > self.left:
+            return _pinned(size, device)
+        taken, self.memory, self.left = self.memory[:size], self.memory[size:], self.left - size
+        return taken
+
+
+_reserve = _Reserve()
+
+
+class _Upload(NamedTuple):
+    device: Tensor
+    host: Tensor
+
+
+def _room(numbers: Tensor) -> int:
+    """Bytes for them, up to where the next may begin."""
+    return -(-numbers.nbytes // 16) * 16
+
+
+def _upload(numbers: list[int], dtype: torch.dtype, device: torch.device, captures: bool) -> _Upload:
+    """To the device without waiting for it."""
+    if captures:
+        plain = torch.tensor(numbers, dtype=dtype)
+        host = _reserve.take(_room(plain), device)[: plain.nbytes].view(dtype).copy_(plain)
+    else:
+        host = torch.tensor(numbers, dtype=dtype, pin_memory=device.type != "cpu")
+    return _Upload(host.to(device, non_blocking=True), host)
 
 
 def _overlaps(ranges: list[tuple[int, int]]) -> bool:
@@ -208,7 +259,7 @@ def _table(
     index = like.get_device()
     stream = 0 if index < 0 else driver.active.get_current_stream(index)
     key = pointers, counts, slots, block, like.dtype, index, stream
-    captures = like.is_cuda and torch.cuda.is_current_stream_capturing()
+    captures = launch.captures(like)
     made = _tables.get(key)
     if made is None:
         real = real_dtype(like.dtype)
@@ -220,21 +271,24 @@ def _table(
         for slot, addresses in zip(slots, states):
             kept[slot] = addresses
         rows = zip(params, grads, counts, first, counters or none, *kept)
-        table = _upload([field for row in rows for field in row], torch.int64, like.device)
-        owner = _upload([j for j, n in enumerate(programs) for _ in range(n)], torch.int32, like.device)
+        table = _upload([field for row in rows for field in row], torch.int64, like.device, captures)
+        owner = _upload([j for j, n in enumerate(programs) for _ in range(n)], torch.int32, like.device, captures)
         corrected = torch.empty(len(counts), 2, dtype=real, device=like.device)
         written = [t for ts in (tensors[0], *tensors[2:], steps) for t in ts]
         shared = _overlaps([(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in written])
         aligned = not any(pointer % 16 for pointer in pointers[: len(pointers) - len(steps)])
-        made = _Table(table[0], owner[0], corrected, aligned, shared)
+        made = _Table(table.device, owner.device, corrected, aligned, shared)
         if captures:  # the copies belong to the graph: nothing has been copied yet, and every replay copies again
             _captured.append((table, owner, corrected))
             return made
+        _reserve.know(key[1:], _room(table.host) + _room(owner.host))
         _tables[key] = made
         if len(_tables) > _KEPT:
             _tables.popitem(last=False)
     if captures:
         _captured.append(made)
+    else:
+        _reserve.refill(like.device)
     _tables.move_to_end(key)
     return made
 

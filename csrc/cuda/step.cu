@@ -1,5 +1,7 @@
 // The steps of math.h over many tensors: one launch for all that take the same step, because the table of tensors
-// travels in the kernel's argument (32 KB since CUDA 12.1), and one for their counts of steps.
+// travels in the kernel's argument (up to 32 KB since CUDA 12.1), and one for their counts of steps.
+#include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "tile.cuh"
@@ -10,7 +12,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kGroups = 16;
-constexpr int kFew = 128;                    // tensors of a small launch: what need not travel is left at home
 constexpr int64_t kMost = int64_t(1) << 31;  // elements of one entry; a larger tensor takes several
 constexpr int kArgumentLimit = 32764;
 
@@ -57,6 +58,15 @@ struct Launch {
 template <class F>
 constexpr int kMany =
     (kArgumentLimit - int(sizeof(StepGroup)) * kGroups - 64) / (8 * (2 + kRows<F>)+(kReadsCount<F> ? 18 : 9));
+
+// An argument travels whole, however few tensors are in it: so there are several sizes of it, and a launch takes the
+// smallest that holds its tensors. use(their number): the first of kRooms that is enough, or the last.
+template <int kRoom, int... kRooms, class Use>
+void with_room_for(int64_t tensors, Use use) {
+  if constexpr (sizeof...(kRooms) > 0)
+    if (tensors > kRoom) return with_room_for<kRooms...>(tensors, use);
+  use(std::integral_constant<int, kRoom>{});
+}
 
 __device__ __forceinline__ bool is_skipped(const float* found_inf, const Settled* robust) {
   return (found_inf != nullptr && *found_inf != 0) || (robust != nullptr && robust->bad > 0);
@@ -246,39 +256,55 @@ struct Filler {
   }
 };
 
+// Every size is a kernel of its own (the same registers, other offsets). So there is one of 512 only where the largest
+// is half as large again, and parameters in float16 or float64, which are rare, have two sizes: 1.1 MB of compressed
+// code for sm_90 and 26 s of compilation, where two sizes for all were 0.8 MB and 20 s.
+template <class F, class S, class Use>
+void with_room_in_launch(int64_t tensors, Use use) {
+  constexpr bool common = std::is_same<S, float>::value || std::is_same<S, __nv_bfloat16>::value;
+  if constexpr (common && kMany<F> >= 768)
+    with_room_for<128, 256, 512, kMany<F>>(tensors, use);
+  else if constexpr (common)
+    with_room_for<128, 256, kMany<F>>(tensors, use);
+  else
+    with_room_for<128, kMany<F>>(tensors, use);
+}
+
 // How a tensor is stepped: `function` takes the first of the tensors [begin, end) and all others among them whose
 // function it is, and clears these functions.
 struct Run {
   void (*function)(const StepTable&, Run* runs, int64_t begin, int64_t end, cudaStream_t);
 };
-template <class F, class S, int kTensors>
+template <class F, class S>
 void run_all(const StepTable& table, Run* runs, int64_t begin, int64_t end, cudaStream_t stream) {
-  Filler<F, S, kTensors> filler(table, stream);
   const auto own = runs[begin].function;
-  for (int64_t j = begin; j < end; ++j) {
-    if (runs[j].function != own) continue;
-    filler.add(table.tensors[j]);
-    runs[j].function = nullptr;
-  }
-  filler.start();
+  const int64_t tensors = std::count_if(runs + begin, runs + end, [&](const Run& run) { return run.function == own; });
+  with_room_in_launch<F, S>(tensors, [&](auto room) {
+    Filler<F, S, decltype(room)::value> filler(table, stream);
+    for (int64_t j = begin; j < end; ++j) {
+      if (runs[j].function != own) continue;
+      filler.add(table.tensors[j]);
+      runs[j].function = nullptr;
+    }
+    filler.start();
+  });
 }
 
 // Called by for_step, on the host.
 template <class S>
 struct Choice {
   Run& out;
-  bool few;
 
   template <class F>
   ABSGD_FN void operator()(const F&) const {
-    out.function = few ? run_all<F, S, kFew> : run_all<F, S, kMany<F>>;
+    out.function = run_all<F, S>;
   }
 };
-Run run_for(const StepGroup& group, Dtype dtype, bool few) {
+Run run_for(const StepGroup& group, Dtype dtype) {
   Run out{};
   for_storage(dtype, [&](auto stored, auto real) {
     using T = typename decltype(real)::type;
-    for_step<Lane<T>, T>(group, 0, {1, 1}, Choice<typename decltype(stored)::type>{out, few});
+    for_step<Lane<T>, T>(group, 0, {1, 1}, Choice<typename decltype(stored)::type>{out});
   });
   return out;
 }
@@ -330,17 +356,17 @@ const char* step(const StepTable& table, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   const int64_t count = table.tensor_count;
   const int64_t together = table.overlap ? 1 : count;  // tensors that share memory are stepped one after the other
-  const bool few = together <= kFew;
   std::vector<Run> runs(static_cast<size_t>(count));
   for (int64_t j = 0; j < count; ++j) {
     const StepTensor& t = table.tensors[j];
-    runs[j] = run_for(table.groups[t.group], t.dtype, few);
+    runs[j] = run_for(table.groups[t.group], t.dtype);
   }
   for (int64_t begin = 0; begin < count; begin += together) {
     const int64_t end = begin + together;
     for (int64_t j = begin; j < end; ++j)
       if (runs[j].function != nullptr) runs[j].function(table, runs.data(), j, end, s);
-    few ? advance<kFew>(table, begin, end, s) : advance<kManyCounts>(table, begin, end, s);
+    with_room_for<128, 256, 512, 1024, kManyCounts>(
+        together, [&](auto room) { advance<decltype(room)::value>(table, begin, end, s); });
   }
   return failure();
 }

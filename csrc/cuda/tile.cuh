@@ -253,7 +253,8 @@ __device__ __forceinline__ bool is_last_block(unsigned* ticket) {
   return last[0];
 }
 
-// A ticket that no launch which may run at the same time uses (weights.cu).
+// A ticket that no launch which may run at the same time uses (tickets.cu): the stream's, whose launches follow each
+// other, or, of a captured launch, its own. Null: failure() has the reason.
 unsigned* ticket_for(cudaStream_t stream);
 
 }  // namespace gpu

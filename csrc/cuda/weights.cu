@@ -1,21 +1,15 @@
 // Robust weights of any vector of losses, their vjp, rectified weights, and scaling a gradient. One launch up to
 // kOneBlock losses; beyond, one for the sums, the last block of which settles log s', and one for the weights.
-#include <mutex>
-#include <unordered_map>
-
 #include "weights.cuh"
 
 namespace absgd {
 namespace gpu {
 namespace {
 
-constexpr int kThreads = 256;      // of a block of kLossBlock losses
+constexpr int kThreads = 256;  // of a block of kLossBlock losses
 template <class T>
 constexpr int kResident = sizeof(T) == 8 ? 2 : 4;  // such blocks in a multiprocessor: more of double would spill
-constexpr int kAlone = 512;        // where one block does it all (1024 would leave 32 registers a thread, and spill)
-constexpr int kTickets = 1 << 14;  // 64 KB
-
-__device__ unsigned tickets[kTickets];
+constexpr int kAlone = 512;    // where one block does it all (1024 would leave 32 registers a thread, and spill)
 
 // All of it by one block, or one of the stages.
 template <class T>
@@ -183,28 +177,6 @@ __global__ void __launch_bounds__(kThreads, 4) scale_kernel(const ScaleArgs __gr
 }
 
 }  // namespace
-
-// One per stream, whose launches follow each other; a captured launch keeps its own, because its graph may run
-// anywhere.
-unsigned* ticket_for(cudaStream_t stream) {
-  constexpr unsigned kForStreams = 1024;
-  constexpr int kDevices = 64;
-  static std::mutex guard;
-  static std::unordered_map<cudaStream_t, unsigned> of_stream;
-  static unsigned streams = 0, captured = 0;
-  static unsigned* on_device[kDevices] = {};
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  int device = 0;
-  if (cudaStreamIsCapturing(stream, &status) != cudaSuccess || cudaGetDevice(&device) != cudaSuccess) return nullptr;
-  const std::lock_guard<std::mutex> lock(guard);
-  unsigned*& first = on_device[device % kDevices];
-  if (first == nullptr && cudaGetSymbolAddress(reinterpret_cast<void**>(&first), tickets) != cudaSuccess)
-    return nullptr;
-  if (status != cudaStreamCaptureStatusNone) return first + kForStreams + captured++ % (kTickets - kForStreams);
-  const auto found = of_stream.find(stream);
-  const unsigned slot = found != of_stream.end() ? found->second : of_stream[stream] = streams++ % kForStreams;
-  return first + slot;
-}
 
 Versions versions() {
   Versions out{0, 0};

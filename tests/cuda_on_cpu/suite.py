@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from conftest import DTYPES, LOSSES
+from plugin import simt
 
 import absgd_fast as ab
 from absgd_fast import ops, reference
@@ -305,6 +306,28 @@ def test_more_tensors_than_one_launch_holds(form):
             near = dict(rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(torch.cat([t.view(-1).double() for t in flat(tensors)]),
                                        torch.cat([t.view(-1) for t in flat(wanted)]), **near)  # fmt: skip
+
+
+# At and above the limits of the sizes. A tensor takes 33 to 58 bytes of its table and 9 of that of the counts, and 16 groups and
+# the rest of a table less than 3000.
+@pytest.mark.parametrize("form", ["momentum", "adam", "amsgrad"])
+@pytest.mark.parametrize("tensors, room", [(128, 128), (161, 256), (256, 256), (300, 512), (512, 512), (1000, None)])
+def test_a_step_travels_in_the_smallest_table(form, tensors, room, dtype):
+    counts, bytes_each = FORMS[form].counts, {"momentum": 33, "adam": 50, "amsgrad": 58}[form]
+    largest = {"momentum": 959, "adam": 633, "amsgrad": 546}[form]
+    if room is not None and (room > 128 and dtype in (torch.float16, torch.float64) or room > 256 and form != "momentum"):
+        room = largest
+    simt.clear()
+    ours = FORMS[form].tensors([1 + j % 5 for j in range(tensors)], dtype)
+    exact = in_double(ours)
+    FORMS[form](*ours)
+    FORMS[form].exact(*exact)
+    assert_near(ours, exact)
+    launches = -(-tensors // (room or largest))
+    assert simt.launches == launches + counts
+    table = launches * (room or largest) * bytes_each
+    count = 9 * next(size for size in (128, 256, 512, 1024, 3600) if tensors <= size) if counts else 0
+    assert 0 <= simt.parameter_bytes - table - count < launches * 3000
 
 
 @pytest.mark.parametrize("form", ONE_OF_EACH)

@@ -8,9 +8,9 @@
 
 A library of the kind "address" needs environment("address") in a process of its own. tests/test_simt.py shows which kind
 of bug is caught by which kind of build. None of them sees: what weak memory does while blocks run at the same time, a wait
-on plain loads (it hangs), streams and lifetimes, device pointers on the host, __launch_bounds__, occupancy, the rounding of
-approximate instructions. The race build does not look into memcpy, remembers three unordered reads of an address, and
-reports two threads that write the same value, as the language does.
+on plain loads (it hangs), lifetimes and the order of streams, device pointers on the host, __launch_bounds__, occupancy, the
+rounding of approximate instructions. The race build does not look into memcpy, remembers three unordered reads of an address,
+and reports two threads that write the same value, as the language does.
 """
 
 import ctypes
@@ -21,6 +21,7 @@ import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -137,7 +138,9 @@ class Simt:
         self.library = ctypes.CDLL(str(library))
         self.library.simt_failure.restype = ctypes.c_char_p
         self.library.simt_configure.argtypes = [ctypes.c_int, ctypes.c_uint64]
-        self.library.simt_launches.restype = self.library.simt_blocks.restype = ctypes.c_uint64
+        for count in ("simt_launches", "simt_blocks", "simt_parameter_bytes"):
+            getattr(self.library, count).restype = ctypes.c_uint64
+        self.library.simt_capture.argtypes = [ctypes.c_void_p, ctypes.c_int]
 
     def configure(self, order="forward", seed=0):
         """order: forward, reverse, random, of threads and of blocks. seed: of that, and of the fill of shared memory
@@ -155,6 +158,15 @@ class Simt:
     def clear(self):
         self.library.simt_clear()
 
+    @contextmanager
+    def captured(self, stream):
+        """While this stream (its handle, a number) is captured, with the rules of cudaStreamCaptureModeGlobal."""
+        self.library.simt_capture(stream, True)
+        try:
+            yield
+        finally:
+            self.library.simt_capture(stream, False)
+
     @property
     def launches(self):
         return self.library.simt_launches()
@@ -162,3 +174,8 @@ class Simt:
     @property
     def blocks(self):
         return self.library.simt_blocks()
+
+    @property
+    def parameter_bytes(self):
+        """Of the parameters of all launches."""
+        return self.library.simt_parameter_bytes()

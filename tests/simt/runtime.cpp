@@ -72,7 +72,7 @@ struct alignas(64) Thread {
 std::mutex one_at_a_time;
 Launch launch;
 bool running, failed, strict;
-uint64_t launches, blocks, launch_serial, seed;
+uint64_t launches, blocks, parameter_bytes, launch_serial, seed;
 
 Thread threads[kMaxThreads];
 Thread* current;
@@ -438,6 +438,7 @@ cudaError_t run() {
   if (const cudaError_t error = refusal()) return error;
   prepare_stacks();
   ++launches;
+  parameter_bytes += launch.parameter_bytes;
   ++launch_serial;
   failed = false;
   state.arguments = static_cast<const char*>(launch.arguments);
@@ -600,7 +601,8 @@ void simt_clear() {
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   forget_reports();
   last_error = cudaSuccess;
-  launches = blocks = 0;
+  launches = blocks = parameter_bytes = 0;
 }
 uint64_t simt_launches() { return launches; }
 uint64_t simt_blocks() { return blocks; }
+uint64_t simt_parameter_bytes() { return parameter_bytes; }
