@@ -31,17 +31,17 @@ struct Label {
 // What stands in memory of a row's label and mask, to be read long before it is looked at.
 struct RawLabel {
   int64_t y;
-  bool on;
+  uint8_t on;
 
   __device__ __forceinline__ RawLabel(const LogitInput& a, int64_t i) {
     y = a.soft != nullptr   ? -1
         : a.target_int64 ? static_cast<const long long*>(a.target)[i]
                          : static_cast<const int*>(a.target)[i];
-    on = a.mask == nullptr || a.mask[i] != 0;
+    on = a.mask == nullptr ? 1 : a.mask[i];
   }
   // By one thread of a row (`first`) the label is also checked for the report.
   __device__ __forceinline__ Label checked(const LogitInput& a, LabelReport* report, int64_t i, bool first) const {
-    if (a.soft != nullptr) return {-1, on};
+    if (a.soft != nullptr) return {-1, on != 0};
     if (y == a.ignore_index) return {0, false};
     if (y < 0 || y >= a.classes) {
       if (first && report != nullptr) {  // two stores of 16 bytes: rows that report at once do not mix
@@ -51,8 +51,17 @@ struct RawLabel {
       }
       return {0, false};
     }
-    return {y, on};
+    return {y, on != 0};
   }
+};
+
+// Row i as (batch, inner): a division of 64 bits is 60 instructions, and most logits have no inner dimensions.
+struct Spot {
+  int64_t batch, inner;
+  __device__ __forceinline__ Spot(const LogitInput& a, int64_t i)
+      : batch(a.inner == 1 ? i : i / a.inner), inner(a.inner == 1 ? 0 : i - batch * a.inner) {}
+  // in (batch, classes, inner) contiguous
+  __device__ __forceinline__ int64_t of_class_0(const LogitInput& a) const { return batch * a.classes * a.inner + inner; }
 };
 
 // ---- walking over a row --------------------------------------------------------------------------------------------
@@ -65,10 +74,10 @@ struct FromMemory {
 };
 
 // f.pack(values, first class, number of the pack) for N adjacent classes at a time, f.one(value, class) for those before
-// the first multiple of 16 bytes and after the last. `from(first pack)` makes the source of the packs. The first loads are
-// under way before `counts` is needed, which may hang on the label; where it is false nothing is called.
-template <class S, class Team, class From, class F>
-__device__ __forceinline__ void walk_adjacent(const S* x, int classes, bool counts, const Team& team, From from, F& f) {
+// the first multiple of 16 bytes and after the last. `from(first pack)` makes the source of the packs. `begin` is asked
+// once, when the first loads are under way, whether the row counts, which may hang on its label; else nothing is called.
+template <class S, class Team, class From, class Begin, class F>
+__device__ __forceinline__ void walk_adjacent(const S* x, int classes, const Team& team, From from, Begin begin, F& f) {
   constexpr int N = Pack<S>::N, kAtOnce = F::kGeneral ? 1 : kInFlight;  // class vectors take the registers
   const int boundary = to_boundary(x), head = boundary < classes ? boundary : classes;
   const int packs = (classes - head) / N, width = team.width;
@@ -81,7 +90,7 @@ __device__ __forceinline__ void walk_adjacent(const S* x, int classes, bool coun
       if (p + u * width < packs) in[u] = source(p + u * width);
   };
   load();
-  if (!counts) return;
+  if (!begin()) return;
   for (int k = team.lane; k < head; k += width) f.one(to_real(x[k]), k);
   while (p + (kAtOnce - 1) * width < packs) {
 #pragma unroll
@@ -136,8 +145,7 @@ struct RowView {
     margin = s != nullptr && y >= 0 ? s[2 * a.classes + y] : T(0);
     spreads = a.spreads();
     soft_stride = a.inner;
-    soft =
-        a.soft == nullptr ? nullptr : static_cast<const T*>(a.soft) + i / a.inner * a.classes * a.inner + i % a.inner;
+    soft = a.soft == nullptr ? nullptr : static_cast<const T*>(a.soft) + Spot(a, i).of_class_0(a);
     shares = ClassShares<T>::of(a);
   }
   __device__ __forceinline__ bool is_soft() const { return kGeneral && soft != nullptr; }
@@ -163,8 +171,8 @@ struct RowSums {
   Powers<T> powers;
   T rest, others, total;
 
-  __device__ __forceinline__ RowSums(const RowView<T, kGeneral>& view, T reference)
-      : view(view), reference(reference), powers(Powers<T>::start()), rest(0), others(0), total(0) {}
+  explicit __device__ __forceinline__ RowSums(const RowView<T, kGeneral>& view)
+      : view(view), reference(0), powers(Powers<T>::start()), rest(0), others(0), total(0) {}
 
   __device__ __forceinline__ void raise(T top) {
     if (top > powers.max) {
@@ -277,7 +285,8 @@ __device__ __forceinline__ T reference_for(T own_logit) {
 
 template <class S>
 __device__ __forceinline__ const S* row_of(const LogitInput& a, int64_t i) {
-  return static_cast<const S*>(a.logits) + i / a.inner * a.stride_batch + i % a.inner * a.stride_inner;
+  const Spot spot(a, i);
+  return static_cast<const S*>(a.logits) + spot.batch * a.stride_batch + spot.inner * a.stride_inner;
 }
 
 // The rows that a block works on together, and which of them this thread has. `width`: lanes that share a row
@@ -307,10 +316,9 @@ __device__ __forceinline__ void for_tiles(const LogitForward& a, int width, F f)
   int64_t tile = blockIdx.x;
   RawLabel next(a, Place<walk>(rows, width, tile).row);
   for (; tile < tiles; tile += gridDim.x) {
-    const Place<walk> place(rows, width, tile);
     const RawLabel label = next;
     if (tile + gridDim.x < tiles) next = RawLabel(a, Place<walk>(rows, width, tile + gridDim.x).row);
-    f(place, label.checked(a, a.report, place.row, place.inside && place.lane == 0));
+    f(Place<walk>(rows, width, tile), label);
   }
 }
 
@@ -331,24 +339,42 @@ __device__ __forceinline__ auto team_of(int lane, int width) {
     return WarpTeam{lane, width};
 }
 
-// The sums of one row, complete in all threads of its team. `seen(sums)`: what walks over the packs, to see them too.
-template <class S, class T, Walk walk, bool kGeneral, class F>
-__device__ __forceinline__ RowSums<T, kGeneral> sums_of_row(const LogitForward& a, const Place<walk>& place, int width,
-                                                            Label label, const S* x, T own_logit,
-                                                            const RowView<T, kGeneral>& view, F seen) {
-  RowSums<T, kGeneral> sums(view,
-                            reference_for(view.is_soft() && a.classes > 0 ? view.logit(to_real(x[0]), 0) : own_logit));
-  if constexpr (walk == Walk::columns) {
-    walk_apart(x, label.valid ? int(a.classes) : 0, a.stride_class, sums);
-    sums.rest *= sums.powers.exact();
-  } else {
-    const auto team = team_of<walk>(place.lane, width);
-    auto walker = seen(sums);
-    walk_adjacent(x, int(a.classes), label.valid, team, StartInMemory<S>(), walker);
-    sums.combine(team);
+// One row while it is walked over: its label, and its sums, complete in all threads of its team.
+template <class S, class T, Walk walk, bool kGeneral>
+struct RowAtWork {
+  using Sums = RowSums<T, kGeneral>;
+  int64_t i;
+  const S* x;
+  Label label;
+  T own_logit;
+  Sums sums;
+
+  // seen(sums): what walks over the packs, to see them too.
+  template <class F>
+  __device__ __forceinline__ RowAtWork(const LogitForward& a, const Place<walk>& place, int width, const RawLabel& raw, F seen)
+      : i(place.row), x(row_of<S>(a, i)), label{0, false}, own_logit(0), sums(RowView<T, kGeneral>(a, i, -1)) {
+    auto begin = [&] {
+      label = raw.checked(a, a.report, i, place.inside && place.lane == 0);
+      sums.view = RowView<T, kGeneral>(a, i, label.y);
+      own_logit = own_logit_of<S, T, kGeneral>(a, x, label, sums.view);
+      const bool first = sums.view.is_soft() && a.classes > 0;
+      sums.reference = reference_for(first ? sums.view.logit(to_real(x[0]), 0) : own_logit);
+      return label.valid;
+    };
+    if constexpr (walk == Walk::columns) {
+      walk_apart(x, begin() ? int(a.classes) : 0, a.stride_class, sums);
+      sums.rest *= sums.powers.exact();
+    } else {
+      const auto team = team_of<walk>(place.lane, width);
+      auto walker = seen(sums);
+      walk_adjacent(x, int(a.classes), team, StartInMemory<S>(), begin, walker);
+      sums.combine(team);
+    }
   }
-  return sums;
-}
+  __device__ __forceinline__ RowResult<T> finish(const LogitForward& a) const {
+    return finish_row(a, label, own_logit, sums);
+  }
+};
 template <class Sums>
 struct Only {  // nothing but the sums
   static constexpr bool kGeneral = Sums::kGeneral;
@@ -400,18 +426,15 @@ __global__ void __launch_bounds__(threads_of(walk), blocks_of<T>(walk, !kGeneral
                           unsigned* ticket) {
   const bool robust = ticket != nullptr;
   RobustRows<T> all(r);
-  for_tiles<walk>(a, width, [&](const Place<walk>& place, Label label) {
+  for_tiles<walk>(a, width, [&](const Place<walk>& place, const RawLabel& label) {
     const int64_t i = place.row;
     const bool writes = place.inside && place.lane == 0;
     const T t = robust && writes ? all.sample_weight(i) : T(1), score = robust && writes ? all.score(i) : T(0);
-    const S* x = row_of<S>(a, i);
-    const RowView<T, kGeneral> view(a, i, label.y);
-    const T own_logit = own_logit_of<S, T, kGeneral>(a, x, label, view);
-    using Sums = RowSums<T, kGeneral>;
-    const Sums sums = sums_of_row<S, T, walk, kGeneral>(a, place, width, label, x, own_logit, view,
-                                                        [](Sums& sums) { return Only<Sums>{sums}; });
+    using Work = RowAtWork<S, T, walk, kGeneral>;
+    using Sums = typename Work::Sums;
+    const Work work(a, place, width, label, [](Sums& sums) { return Only<Sums>{sums}; });
     if (!writes) return;
-    const RowResult<T> row = finish_row(a, label, own_logit, sums);
+    const RowResult<T> row = work.finish(a);
     store_row(a, i, row, t);
     if (!robust) return;
     const Sample<T> sample = all.sample(row, score);
@@ -510,14 +533,15 @@ template <class S, class G, Walk walk, class T, bool kGeneral, class From>
 __device__ __forceinline__ void write_row(const LogitInput& a, G* grads, int64_t i, int lane, int width, const S* x,
                                           const RowGradients<T, kGeneral>& row, From from) {
   const int classes = int(a.classes);
-  G* grad = grads + i / a.inner * a.classes * a.inner + i % a.inner;
+  G* grad = grads + Spot(a, i).of_class_0(a);
   const bool counts = row.scale != 0;
   if constexpr (walk == Walk::columns) {
     const WriteApart<G, T, kGeneral> write{row, grad, a.inner};
     walk_apart(x, counts ? classes : 0, a.stride_class, write);
   } else {
     const WriteGradient<S, T, G, kGeneral> write(row, grad, x);
-    walk_adjacent(x, classes, counts, WarpTeam{lane, width} /* only who takes which classes */, from, write);
+    const WarpTeam team{lane, width};  // only who takes which classes
+    walk_adjacent(x, classes, team, from, [&] { return counts; }, write);
   }
   if (counts) return;
   const int64_t stride = walk == Walk::columns ? a.inner : 1;  // ignored, or of weight 0: whatever stands in the logits
@@ -608,21 +632,18 @@ __global__ void __launch_bounds__(threads_of(walk), sizeof(T) == 8 ? 1 : blocks_
   RobustRows<T> all(r);
   const auto numbers = RobustNumbers<Lane<T>>::template of<T>(
       robust ? Weighing{r.settled->log_s, r.settled->scale, 0, INFINITY} : Weighing{0, 1, 0, INFINITY});
-  for_tiles<walk>(a, width, [&](const Place<walk>& place, Label label) {
+  for_tiles<walk>(a, width, [&](const Place<walk>& place, const RawLabel& label) {
     const int64_t i = place.row;
     const bool writes = place.inside && place.lane == 0;
     const T t = robust ? all.sample_weight(i) : T(1), score = robust ? all.score(i) : T(0);
-    const S* x = row_of<S>(a, i);
-    const RowView<T, kGeneral> view(a, i, label.y);
-    const T own_logit = own_logit_of<S, T, kGeneral>(a, x, label, view);
-    using Sums = RowSums<T, kGeneral>;
+    using Work = RowAtWork<S, T, walk, kGeneral>;
+    using Sums = typename Work::Sums;
     using Keeping = typename Kept<S>::template Keeping<Sums>;
-    const Sums sums = sums_of_row<S, T, walk, kGeneral>(a, place, width, label, x, own_logit, view,
-                                                        [&](Sums& sums) { return Keeping{sums, kept}; });
+    const Work work(a, place, width, label, [&](Sums& sums) { return Keeping{sums, kept}; });
     RowResult<T> row{};
     T factor = 0;
     if (walk != Walk::block || threadIdx.x < kWarp) {  // the other warps wait for the first
-      row = finish_row(a, label, own_logit, sums);
+      row = work.finish(a);
       factor = T(row.counts);
       if (robust) {
         const Sample<T> sample = all.sample(row, score);
@@ -637,10 +658,10 @@ __global__ void __launch_bounds__(threads_of(walk), sizeof(T) == 8 ? 1 : blocks_
     }
     share_row<walk>(row, factor);
     if (!place.inside) return;
-    const RowView<T, kGeneral> again(a, i, row.counts ? label.y : -1);
+    const RowView<T, kGeneral> again(a, i, row.counts ? work.label.y : -1);
     const RowGradients<T, kGeneral> gradients(again, row.max, row.gradient, factor);
     const int step = walk == Walk::columns ? 1 : walk == Walk::block ? blockDim.x : width;
-    write_row<S, G, walk>(a, static_cast<G*>(a.grad), i, place.lane, step, x, gradients, kept);
+    write_row<S, G, walk>(a, static_cast<G*>(a.grad), i, place.lane, step, work.x, gradients, kept);
   });
   BatchSums total;
   if (!robust || !all.finish(ticket, total) || threadIdx.x != 0) return;
@@ -674,8 +695,8 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
   const Label label = raw.checked(a, a.report, i, writes);
   const RowView<T, kGeneral> view(a, i, label.y);
   const T own_logit = own_logit_of<S, T, kGeneral>(a, x, label, view);
-  RowSums<T, kGeneral> sums(view,
-                            reference_for(view.is_soft() && classes > 0 ? view.logit(to_real(x[0]), 0) : own_logit));
+  RowSums<T, kGeneral> sums(view);
+  sums.reference = reference_for(view.is_soft() && classes > 0 ? view.logit(to_real(x[0]), 0) : own_logit);
   const int count = label.valid ? classes : 0;
 #pragma unroll
   for (int u = 0; u < kTeamClasses; ++u)
@@ -698,7 +719,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
   if (place.inside) {
     const RowView<T, kGeneral> again(a, i, row.counts ? label.y : -1);
     const RowGradients<T, kGeneral> gradients(again, row.max, row.gradient, own.factor);
-    G* out = static_cast<G*>(a.grad) + i / a.inner * a.classes * a.inner + i % a.inner;
+    G* out = static_cast<G*>(a.grad) + Spot(a, i).of_class_0(a);
 #pragma unroll
     for (int u = 0; u < kTeamClasses; ++u) {
       const int k = lane + u * width;

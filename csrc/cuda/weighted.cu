@@ -33,7 +33,7 @@ static_assert(sizeof(WeightedLaunch<kMany>) <= kArgumentLimit, "the limit of a k
 
 // Blocks of a multiprocessor at once: fewer where registers would be spilled.
 template <class S>
-constexpr int kResident = sizeof(S) == 8 ? 2 : 3;
+constexpr int kResident = sizeof(S) == 4 ? 3 : 2;
 
 // The columns of one thread: N adjacent ones in 16 bytes where every row lies so, else as many that lie `apart`.
 template <class S>
@@ -64,24 +64,33 @@ struct Columns {
       each([&](int j, unsigned i) { out[j] = p[i]; });
     }
   }
-  // mean += factor_r block_r over rows first, first + step, ... below `rows`; a row of factor 0 takes no part, whatever
+  // The rows under way in a thread.
+  struct Ahead {
+    Pack<S> held[kAhead];
+  };
+  // Rows first, first + step, ... below `rows`: where they lie in 16 bytes, their loads are under way when it returns.
+  __device__ __forceinline__ void load_rows(Ahead& ahead, const S* block, int64_t stride, int first_row, int step,
+                                            int rows) const {
+    if (!whole) return;
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u)
+      if (first_row + u * step < rows) ahead.held[u] = load_pack(block + (first_row + u * step) * stride + first);
+  }
+  // mean += factor_r block_r over these rows, the first of which are in `ahead`; a row of factor 0 takes no part, whatever
   // it holds.
   template <class T>
-  __device__ __forceinline__ void add_rows(T (&mean)[N], const S* block, int64_t stride, const T* factors,
+  __device__ __forceinline__ void add_rows(T (&mean)[N], Ahead& ahead, const S* block, int64_t stride, const T* factors,
                                            int first_row, int step, int rows) const {
     if (whole) {
 #pragma unroll 1
       for (int r = first_row; r < rows; r += kAhead * step) {
-        Pack<S> held[kAhead];
-#pragma unroll
-        for (int u = 0; u < kAhead; ++u)
-          if (r + u * step < rows) held[u] = load_pack(block + (r + u * step) * stride + first);
+        if (r != first_row) load_rows(ahead, block, stride, r, step, rows);
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
           const T factor = r + u * step < rows ? factors[r + u * step] : T(0);
           if (factor == T(0)) continue;
 #pragma unroll
-          for (int j = 0; j < N; ++j) mean[j] += factor * to_real(held[u].value[j]);
+          for (int j = 0; j < N; ++j) mean[j] += factor * to_real(ahead.held[u].value[j]);
         }
       }
     } else {
@@ -138,6 +147,10 @@ __global__ void __launch_bounds__(kThreads, kResident<S>)
   columns.first = begin + unsigned(aligned ? lane * N : lane);
   columns.whole = aligned && columns.first + N <= columns.count;
 
+  // The first rows come while log s' is settled.
+  typename Columns<S>::Ahead ahead;
+  columns.load_rows(ahead, block, stride, team, teams, batch < kPiece ? int(batch) : kPiece);
+
   SHARED(Outcome[1], outcome);
   const Robust& robust = a.robust;
   const double lam = lam_of(robust);
@@ -169,7 +182,8 @@ __global__ void __launch_bounds__(kThreads, kResident<S>)
         factors[i - piece] = Weighed<T>(numbers, in.sample(robust, T(lam), T(INFINITY)), in.t).factor;
       });
     __syncthreads();
-    columns.add_rows(mean, block + piece * stride, stride, factors, team, teams, rows);
+    if (piece > 0) columns.load_rows(ahead, block + piece * stride, stride, team, teams, rows);
+    columns.add_rows(mean, ahead, block + piece * stride, stride, factors, team, teams, rows);
   }
 
   if (teams > 1) {
