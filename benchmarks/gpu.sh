@@ -155,7 +155,7 @@ prove() {
   ((rehearse)) && device=(--device cpu) short=test_certain_rows
   begin smoke 35
   if run "$python" tests/gpu_smoke.py "${device[@]}" --out "$out/pieces/smoke.jsonl"; then
-    begin cuda 80 && tests cuda cuda '' || true
+    begin cuda 78 && tests cuda cuda '' || true
     begin triton 55 && tests triton triton,reference '' || true
     begin compile 14 && bench gpu --prepare || true
     begin probe 20 && bench gpu-probe --out "$out/pieces/bench.json" --seconds 0.4 || true
@@ -169,7 +169,7 @@ again() {
   local failed='' large=test_more_than_2_to_the_31 all=cuda,triton,reference
   ((rehearse)) && large=test_certain_rows
   ((dry)) || failed=$("$python" -m benchmarks.gpu_report failed "$from/prove.json")
-  begin failed 36
+  begin failed 34
   if [[ -n $failed ]] || ((dry)); then tests failed $all "$failed" || true; else run echo "nothing failed in $from/prove.json" || true; fi
   begin large 28 && tests large cuda,triton $large --jobs 1 || true
   begin memcheck 31
@@ -183,7 +183,7 @@ again() {
   fi
 }
 
-measure() { begin bench 229 && bench gpu --out "$out/pieces/bench.json" --seconds 1 || true; }
+measure() { begin bench 227 && bench gpu --out "$out/pieces/bench.json" --seconds 1 || true; }
 
 # Reads the log, and prints the table; what it writes is there for the next call, on a machine that is still warm.
 report() {

@@ -190,8 +190,11 @@ def smoked(text, stage):
     done = [line for line in lines if line["status"] != "begun"]
     out = {"operators": done}
     if stage["exit"] not in (0, 1) or not done:
-        last = f"{lines[-1]['operator']} ({lines[-1]['backend']})" if lines else "before its first operator"
-        out["died"] = f"exit code {stage['exit']}, {'in' if lines and lines[-1] not in done else 'after'} {last}"
+        where = "before its first operator"
+        if lines:
+            place = "in" if lines[-1]["status"] == "begun" else "after"
+            where = f"{place} {lines[-1]['operator']} ({lines[-1]['backend']})"
+        out["died"] = f"exit code {stage['exit']}, {where}"
     return out
 
 
