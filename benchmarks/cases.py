@@ -477,7 +477,8 @@ FEW_CLASSES, FEW_ROWS = (16384, 10), (2, 8142)
 # around the border of the kernel that is one block: at most 128 classes, and 512 lanes of 4 classes each
 ONE_BLOCK = [(128, 10), (256, 4), (16, 100), (5, 128), (32, 16)]
 PROBE = {  # the cases of a run that may stay the only one
-    "8192 × 32000 bf16", "16384 × 10 fp32", "128 × 10 fp32", "2 × 8142 fp32", "ResNet-50, 161 tensors", "16 × 5 fp32", "three tensors",
+    "8192 × 32000 bf16", "16384 × 10 fp32", "128 × 10 fp32", "2 × 8142 fp32", "ResNet-50, 161 tensors",
+    "16 × 5 fp32", "three tensors",
 }  # fmt: skip
 ANY = math.inf
 

@@ -93,8 +93,8 @@ def _events(device, run):
 def kernels(device, run):
     """Names of the kernels that one call of `run` put on the GPU, without copies and fills; None where there is no GPU.
 
-    A small kernel marks the beginning and another one the end: what the profiler saw between the two is the call's, whatever it is
-    named. RuntimeError if it did not see these two."""
+    A small kernel marks the beginning and another one the end: what the profiler saw between the two is the call's, whatever it
+    is named. RuntimeError if it did not see these two."""
     if device.type != "cuda":
         run()
         return None

@@ -6,10 +6,11 @@
 #     gpu.sh again [OUT]         at most 100 s: what failed, more than 2^31 elements, memcheck
 #     gpu.sh measure [OUT]       at most 235 s: the benchmark
 #
-# $PYTHON (python3) has torch; `prepare` builds for it and for $CUDAARCHS (90-real). The others run from FOLDER, on any machine with
-# that Python and torch, as `bash FOLDER/gpu.sh CALL`. Each leaves CALL.json and CALL.log in OUT (FOLDER/results), `prove` also
-# caches.tar.zst (or .gz) of what it compiled, and prints a table last. `again` and `measure` read prove.json and these caches, where
-# they are there. Every stage has a limit; what it leaves of it goes to the next. Exit code 1: something failed; 2: it cannot run here.
+# $PYTHON (python3) has torch; `prepare` builds for it and for $CUDAARCHS (90-real). The others run from FOLDER, on any machine
+# with that Python and torch, as `bash FOLDER/gpu.sh CALL`. Each leaves CALL.json and CALL.log in OUT (FOLDER/results), `prove`
+# also caches.tar.zst (or .gz) of what it compiled, and prints a table last. `again` and `measure` read prove.json and these
+# caches, where they are there. Every stage has a limit; what it leaves of it goes to the next. Exit code 1: something failed;
+# 2: it cannot run here.
 #
 #     --from DIR    where prove.json and the caches are (default: FOLDER)
 #     --rehearse    on the CPU with tiny cases, to try the script itself; `prepare` then takes the kernels of the source tree
@@ -45,7 +46,7 @@ fi
 from=$(realpath -m "${from:-$folder}")
 log=$out/$call.log
 
-# a virtual environment has its tools beside its Python; nvcc and the sanitizer are where torch finds them, or in their usual place
+# a virtual environment has its tools beside its Python; nvcc and the sanitizer are on the path, or in their usual place
 PATH=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH:/usr/local/cuda/bin
 # Triton writes absolute paths into its cache, so the cache lies in the same place on every machine of a run
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/absgd_fast_gpu
@@ -79,7 +80,8 @@ run() {
 
 native() {
   local made generator=()
-  made=$root/build/$("$python" -c 'import sys, torch; print("cp%d%d-torch" % sys.version_info[:2] + torch.__version__)')-$CUDAARCHS
+  made=$("$python" -c 'import sys, torch; print("cp%d%d-torch" % sys.version_info[:2] + torch.__version__)')
+  made=$root/build/$made-$CUDAARCHS
   command -v ninja >/dev/null && generator=(-GNinja)
   cmake -S "$root" -B "$made" "${generator[@]}" -DPython_EXECUTABLE="$python"
   cmake --build "$made" --parallel
@@ -87,8 +89,8 @@ native() {
 }
 
 sources() {
-  tar -C "$root" --exclude='_*.so' --exclude=_build_info.json --exclude=__pycache__ --exclude=results -cf - absgd_fast benchmarks tests |
-    tar -C "$folder" -xf -
+  local built=(--exclude='_*.so' --exclude=_build_info.json --exclude=__pycache__ --exclude=results)
+  tar -C "$root" "${built[@]}" -cf - absgd_fast benchmarks tests | tar -C "$folder" -xf -
   echo 'exec bash "$(dirname "${BASH_SOURCE[0]}")/benchmarks/gpu.sh" "$@"' >"$folder/gpu.sh"
 }
 
@@ -104,13 +106,13 @@ prepare() {
   else
     begin kernels 1500 && run bash -euo pipefail -c native || return 1
     begin competitors 90
-    run "$python" -m pip install --quiet --no-deps --no-compile --only-binary :all: --target "$folder/competitors" liger-kernel absgd ||
+    run "$python" -m pip install --quiet --no-deps --no-compile --only-binary :all: --target "$folder/competitors" \
+      liger-kernel absgd ||
       echo "gpu.sh: the competitors' packages cannot be had; the run goes on without them (see $log)"
   fi
   begin check 60
-  (((dry)) || cd "$folder") && run "$python" -m benchmarks.gpu_folder "$folder" --commit "$(commit)" --archs "$CUDAARCHS" && return
-  ((dry)) || tail -n 8 "$log" | sed '/^====/d' >&2
-  return 1
+  if ((!dry)); then cd "$folder"; fi
+  run "$python" -m benchmarks.gpu_folder "$folder" --commit "$(commit)" --archs "$CUDAARCHS"
 }
 commit() { git -C "$root" describe --always --dirty --abbrev=40 2>/dev/null || echo unknown; }
 
@@ -170,7 +172,7 @@ again() {
   ((rehearse)) && large=test_certain_rows
   ((dry)) || failed=$("$python" -m benchmarks.gpu_report failed "$from/prove.json")
   begin failed 34
-  if [[ -n $failed ]] || ((dry)); then tests failed $all "$failed" || true; else run echo "nothing failed in $from/prove.json" || true; fi
+  if [[ -n $failed ]] || ((dry)); then tests failed $all "$failed"; else run echo "nothing failed in $from/prove.json"; fi || true
   begin large 28 && tests large cuda,triton $large --jobs 1 || true
   begin memcheck 31
   # our kernels only, each tensor in an allocation of its own, so that a step beyond its end is seen
@@ -199,9 +201,10 @@ report() {
 export root folder out cache python
 export -f native sources pack
 if [[ $call == prepare ]]; then
-  prepare || exit 1
-  ((dry)) || sed -n '/^==== check: at/,/^==== check: exit/{/^====/!p}' "$log"
-  exit 0
+  code=0
+  prepare || code=1
+  ((dry)) || tail -n 9 "$log" | sed '/^====/d' # what the last stage said
+  exit "$code"
 fi
 gpu="none: a rehearsal on the CPU"
 if ((!rehearse && !dry)); then

@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_folder FOLDER --commit COMMIT --archs ARCHITECTURES
 
-manifest.json: commit, date, python, torch, cuda, nvcc, architectures, libraries {name: {bytes, sha256}}, competitors [distributions],
-megabytes, and wrong: why a run cannot begin with it. Exit code 1 if there is such a reason.
+manifest.json: commit, date, python, torch, cuda, nvcc, architectures, libraries {name: {bytes, sha256}}, competitors
+[distributions], megabytes, and wrong: why a run cannot begin with it. Exit code 1 if there is such a reason.
 """
 
 import argparse
@@ -60,7 +60,8 @@ def main(argv=None):
     options = parser.parse_args(argv)
     found = look(options.folder, options.commit, options.archs)
     (options.folder / "manifest.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(f"prepared {options.folder}: {found['megabytes']} MiB for Python {found['python']}, torch {found['torch']}, {options.archs}")
+    made_for = f"Python {found['python']}, torch {found['torch']}, {options.archs}"
+    print(f"{options.folder}: {found['megabytes']} MiB for {made_for}")
     for name, library in found["libraries"].items():
         print(f"  {name}: {library['bytes'] / 2**20:.1f} MiB")
     print(f"  competitors: {', '.join(found['competitors']) or 'none'}")

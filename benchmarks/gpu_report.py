@@ -1,7 +1,7 @@
 """What is told of a run on a GPU: the figures it was to reach, and short tables in plain text.
 
-    python -m benchmarks.gpu_report call CALL OUT [--gpu NAME]     what one call of gpu.sh left in the folder OUT, as OUT/CALL.json
-    python -m benchmarks.gpu_report merge FILE.json CALL.json ...  several calls as one, the later ones' results before the earlier
+    python -m benchmarks.gpu_report call CALL OUT [--gpu NAME]     what one call of gpu.sh left in OUT, as OUT/CALL.json
+    python -m benchmarks.gpu_report merge FILE.json CALL.json ...  several calls as one; later results stand for earlier ones
     python -m benchmarks.gpu_report failed CALL.json               what is to run again, as test_gpu.py --only takes it
 
 A report, of one call or of several:
@@ -10,7 +10,8 @@ A report, of one call or of several:
     manifest     of the folder that `gpu.sh prepare` built (see gpu_folder.py)
     calls        {call: {stage: {exit, seconds, limit}}}; exit 124: stopped at its limit
     logs         {call: {stage: the end of what it said}}, of stages that did not end with 0
-    smoke        of tests/gpu_smoke.py: [{operator, backend, status, message, seconds}], and died: the operator that was not finished
+    smoke        of tests/gpu_smoke.py: operators [{operator, backend, status, message, seconds}]; died, where it did: how and
+                 in which operator
     tests        {test: {status, seconds, message where it did not pass}}; skips {reason: tests}
     sanitizer    {memcheck: {errors: a number, or null with `reason`}}
     benchmark    the rest of the benchmark's report; of the probe, where there was no other
@@ -190,7 +191,7 @@ def smoked(text, stage):
     done = [line for line in lines if line["status"] != "begun"]
     out = {"operators": done}
     if stage["exit"] not in (0, 1) or not done:
-        where = "before its first operator"
+        where = " | ".join(["before its first operator", *stage["said"][-1:]])
         if lines:
             place = "in" if lines[-1]["status"] == "begun" else "after"
             where = f"{place} {lines[-1]['operator']} ({lines[-1]['backend']})"
@@ -231,7 +232,8 @@ def gather(call, out, gpu=None):
     bench = _json(pieces / "bench.json")
     report = {name: bench.pop(name, None) for name in OF_THE_BENCHMARK}
     report["gpu"] = report["gpu"] or {"name": gpu}
-    report |= {"manifest": _json(Path("manifest.json")), "smoke": {}, "tests": {}, "skips": {}, "sanitizer": {}, "benchmark": bench}
+    report |= {"manifest": _json(Path("manifest.json")), "benchmark": bench}
+    report |= {name: {} for name in ("smoke", "tests", "skips", "sanitizer")}
     if "smoke" in ran:
         report["smoke"] = smoked(_text(pieces / "smoke.jsonl"), ran["smoke"])
     for name in ("cuda", "triton", "failed", "large"):

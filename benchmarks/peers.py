@@ -330,8 +330,8 @@ def _from_statistics(data):
 
 
 def _micro_batches(data, criterion, finish=None, lam=LAM, init="first", logits=None):
-    """criterion(logits, target), forward and backward, for each micro-batch. finish(): what the gradients of all are multiplied by,
-    where that is known last; by default they are means of one micro-batch each."""
+    """criterion(logits, target), forward and backward, for each micro-batch. finish(): what the gradients of all are multiplied
+    by, where that is known last; by default they are means of one micro-batch each."""
     targets = data.target.chunk(data.count)
     leaves = [x.detach().requires_grad_() for x in (data.logits if logits is None else logits).chunk(data.count)]
     finish = finish or (lambda: 1 / data.count)

@@ -280,6 +280,12 @@ def _add_graphs(values, peers, device, seconds):
         values[name]["graph_us"] = spread(times)
 
 
+def _empty(device):
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _numbers_to_copy(device):
     """float32: 1 GB of them, far more than a cache holds, where that leaves most of the memory free."""
     if device.type != "cuda":
@@ -311,9 +317,7 @@ def measure_gpu(report, cases, device, seconds, end, keep):
             result, right = {"suite": case.suite, "case": case.name, "wrong": reason}, False
         report["results"].append(result)
         print(gpu_report.progress(result), flush=True)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        _empty(device)
         gpu_report.finish(report, cases)
         keep()
     copy()
@@ -334,11 +338,13 @@ def compile_for(k, suite, device, tiny):
             PEERS[case.suite][name](data).run()
         except Exception as error:
             wrong.append(f"{case.suite}: {case.name}: {name}: {_reason(error)}")
+    del data
+    _empty(torch.device(device))  # others want the memory
     return wrong
 
 
 def prepare(count, suite, device, tiny, jobs):
-    """compile_for each of `count` cases, so that the benchmark need not wait; in `jobs` processes, for a compiler uses one core."""
+    """compile_for each of `count` cases, so that the benchmark need not wait. In `jobs` processes, for a compiler uses one core."""
     one = partial(compile_for, suite=suite, device=str(device), tiny=tiny)
     if jobs == 1:
         return [wrong for k in range(count) for wrong in one(k)]
