@@ -404,7 +404,7 @@ def _torch_linear(data):
 
 def _whole(data, criterion, optimizer, lam=LAM, **options):
     model, batches, seen = data.model(), cycle(data.batches), []
-    optimizer = optimizer(model.parameters(), **data.rule.options, **options)
+    optimizer = optimizer(model.parameters(), **data.rule.options | {"lr": 1e-3}, **options)  # large models diverge at 0.1
 
     def run():
         x, y = next(batches)

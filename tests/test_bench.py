@@ -759,7 +759,7 @@ def test_what_a_sanitizer_said(log, code, errors, reason):
     assert found["errors"] == errors and (reason is None or reason in found["reason"])
 
 
-def tests_json(**statuses):
+def left_by_tests(**statuses):
     """What test_gpu.py leaves; names with _ for what an identifier cannot hold."""
     found = {name.replace("__", "[cuda-") + "]": status for name, status in statuses.items()}
     failures = [dict(test=name, message="off\nby one") for name, status in found.items() if status == "failed"]
@@ -798,8 +798,8 @@ def a_bench(**changes):
 
 
 ALL_WELL = dict(smoke=0, cuda=0, triton=0, compile=0, probe=0, caches=0)
-LEFT = {"smoke.jsonl": smoke_lines(*RIGHT), "cuda.json": tests_json(test_a__x="passed", test_b__y="skipped"),
-        "triton.json": tests_json(test_c__x="passed"), "bench.json": a_bench()}  # fmt: skip
+LEFT = {"smoke.jsonl": smoke_lines(*RIGHT), "cuda.json": left_by_tests(test_a__x="passed", test_b__y="skipped"),
+        "triton.json": left_by_tests(test_c__x="passed"), "bench.json": a_bench()}  # fmt: skip
 
 
 def test_one_call_in_one_json(a_call, capsys):
@@ -819,9 +819,9 @@ def test_one_call_in_one_json(a_call, capsys):
     (dict(smoke=1), {"smoke.jsonl": smoke_lines(*RIGHT, ("scale", "cuda", "failed"))},
      ["smoke: 1 operators failed", "FAILED scale (cuda)"]),
     (dict(smoke=139), {"smoke.jsonl": smoke_lines(("scale", "cuda", "begun"))}, ["DIED: exit code 139, in scale (cuda)"]),
-    (dict(cuda=1), {"cuda.json": tests_json(test_a__x="failed", test_b__x="passed")},
+    (dict(cuda=1), {"cuda.json": left_by_tests(test_a__x="failed", test_b__x="passed")},
      ["1 failed, 0 not run", "FAILED test_a[cuda-x]: off by one"]),
-    (dict(cuda=1), {"cuda.json": tests_json(test_a__x="not run", test_b__x="passed")}, ["0 failed, 1 not run"]),
+    (dict(cuda=1), {"cuda.json": left_by_tests(test_a__x="not run", test_b__x="passed")}, ["0 failed, 1 not run"]),
     (dict(cuda=124), {"cuda.json": ""}, ["FAILED stage cuda: no result: exit code 124 after 5 s", "cuda 5 s, stopped"]),
     (dict(probe=1), {"bench.json": a_bench(results=[dict(suite="gpu loss", case="y", wrong="off by 1")])}, ["wrong at y"]),
     (dict(probe=1), {"bench.json": "{"}, ["benchmark: no result"]),
@@ -834,14 +834,14 @@ def test_a_failure_ends_in_exit_code_1(a_call, capsys, codes, left, words):
 
 def test_several_calls_as_one(a_call, tmp_path, capsys):
     """What `again` found stands for what `prove` did, and the benchmark for the probe."""
-    tests = tests_json(test_a__x="failed", test_b__y="not run", test_d__z="failed", test_e__z="passed")
+    tests = left_by_tests(test_a__x="failed", test_b__y="not run", test_d__z="failed", test_e__z="passed")
     tests["tests"].append(dict(test="test_f[cuda-sgd, dampening 0.5]", status="failed", seconds=1))
     a_call("prove", ALL_WELL | dict(cuda=1, probe=1), LEFT | {"cuda.json": tests, "bench.json": a_bench(results=[])})
     assert gpu_report.main(["failed", "prove.json"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "test_a[cuda-x],test_b[cuda-y],test_d[cuda-z],test_f[cuda-sgd"
-    left = tests_json(test_a__x="passed", test_b__y="passed", test_d__z="failed")
+    left = left_by_tests(test_a__x="passed", test_b__y="passed", test_d__z="failed")
     left["tests"].append(dict(test="test_f[cuda-sgd, dampening 0.5]", status="passed", seconds=1))
-    a_call("again", dict(failed=1, large=0, memcheck=0), {"failed.json": left, "large.json": tests_json(test_g__z="passed")})
+    a_call("again", dict(failed=1, large=0, memcheck=0), {"failed.json": left, "large.json": left_by_tests(test_g__z="passed")})
     a_call("measure", dict(bench=0), {"bench.json": a_bench(not_measured=[])})
     calls = [f"{name}.json" for name in ("prove", "again", "measure")]
     assert gpu_report.main(["merge", "all.json", *calls]) == 1
@@ -915,7 +915,8 @@ with_bash = pytest.mark.skipif(shutil.which("bash") is None or not sys.platform.
 
 def gpu_sh(*arguments, script=GPU_SH, cwd=None, **environment):
     """Torch's compiler is no part of a rehearsal: it costs ten seconds a case."""
-    environment = os.environ | {"PYTHON": sys.executable, "TORCH_COMPILE_DISABLE": "1"} | environment
+    quick = {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHON": sys.executable} | quick | environment
     return subprocess.run(["bash", script, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment)
 
 
