@@ -271,7 +271,7 @@ def failed(report):
     out, bench = [], report["benchmark"]
     if "died" in report["smoke"]:
         out.append(f"smoke: {report['smoke']['died']}")
-    wrong = [line for line in report["smoke"].get("operators", ()) if line["status"] == "failed"]
+    wrong = [line for line in report["smoke"].get("operators", ()) if line["status"] != "passed"]
     out += [f"smoke: {len(wrong)} operators failed"] * bool(wrong)
     found = count(report["tests"])
     out += [f"tests: {found['failed']} failed, {found['not run']} not run"] * bool(found["failed"] or found["not run"])
@@ -297,7 +297,7 @@ def summary(report, most_failures=12):
         out += lines(report["benchmark"])
     if manifest:
         out.append(f"built from {manifest['commit']} for torch {manifest['torch']}, {manifest['architectures']}")
-    wrong = [line for line in report["smoke"].get("operators", ()) if line["status"] == "failed"]
+    wrong = [line for line in report["smoke"].get("operators", ()) if line["status"] != "passed"]
     if report["smoke"]:
         out.append(f"smoke: {len(report['smoke']['operators']) - len(wrong)} operators right, {len(wrong)} wrong")
         out += [f"  FAILED {line['operator']} ({line['backend']}): {' '.join(line['message'].split())[:240]}" for line in wrong]
