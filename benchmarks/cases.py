@@ -5,8 +5,8 @@ how far a competitor's result is from it. Nothing is timed that is further away 
 """
 
 import math
-from copy import copy
 from collections.abc import Callable, Mapping
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -16,6 +16,8 @@ import absgd_fast as ab
 from absgd_fast import reference
 from absgd_fast.experiments import data as experiments
 from absgd_fast.experiments.models import make_model
+
+from . import models
 
 STEPS = 3  # taken before the check: from the second on, momentum and the moving average have a past
 LAM, GAMMA = -1.0, 0.9
@@ -107,6 +109,55 @@ class Logits:
         parts = zip(*(t.split(self._part) for t in (grad, slopes, factors)))
         errors = [distance(got, slope * factor) for got, slope, factor in parts]
         return float(torch.stack([*errors, distance(loss.detach()[None], exact[None])]).max())
+
+
+class MicroBatches(Logits):
+    """The logits of `count` micro-batches of so many rows each, one optimizer step together."""
+
+    def __init__(self, count, rows, classes, dtype=torch.float32, device="cpu"):
+        super().__init__(count * rows, classes, dtype, device)
+        self.count = count
+        self.moved = 2 * self.bytes  # read once, and the gradient written
+
+
+class Head:
+    """hidden (rows, width), the weight of a linear head (classes, width), labels."""
+
+    def __init__(self, rows, width, classes, dtype=torch.float32, device="cpu"):
+        self.device, self.tolerance = torch.device(device), 0.03 if dtype == torch.bfloat16 else 1e-4
+        draw = torch.Generator(self.device).manual_seed(0)
+        self.hidden, self.weight = (torch.randn(n, width, generator=draw, device=self.device) for n in (rows, classes))
+        self.hidden, self.weight = self.hidden.to(dtype), (self.weight / width**0.5).to(dtype)
+        self.target = torch.randint(classes, (rows,), generator=draw, device=self.device)
+        self.bytes = rows * classes * self.hidden.element_size()  # of the logits
+        self.moved = 2 * (self.hidden.nbytes + self.weight.nbytes)
+        self._part, self._exact = max(1, 2**26 // classes), {}
+
+    def forget(self):
+        """Lets go of the right answers."""
+        self._exact = {}
+
+    def _make_exact(self, lam, init):
+        """Loss and the gradients of hidden and weight in float64, a part of the rows at a time."""
+        hidden, weight = self.hidden.double(), self.weight.double()
+        parts = list(zip(hidden.split(self._part), self.target.split(self._part)))
+        losses, log_s = torch.cat([reference.logit_loss(h @ weight.t(), y) for h, y in parts]), -math.inf
+        for _ in range(STEPS):
+            loss, weights, log_s, _ = reference.robust_loss(losses, log_s, lam, gamma=GAMMA, init=init)
+        of_hidden, of_weight = [], torch.zeros_like(weight)
+        for (h, y), w in zip(parts, (weights / len(losses)).split(self._part)):
+            logits = (h @ weight.t()).requires_grad_()
+            (slopes,) = torch.autograd.grad((reference.logit_loss(logits, y) * w).sum(), logits)
+            of_hidden.append(slopes @ weight)
+            of_weight.addmm_(slopes.t(), h)
+        return loss, torch.cat(of_hidden), of_weight
+
+    def error(self, loss, grads, lam, init):
+        """Of the loss and of the gradients of hidden and weight, as wholes, in step number STEPS."""
+        if (lam, init) not in self._exact:
+            self._exact[lam, init] = self._make_exact(lam, init)
+        given = (loss.detach(), *grads)
+        return max(float((g.double() - e).norm() / e.norm()) for g, e in zip(given, self._exact[lam, init]))
 
 
 class Rule:
@@ -253,6 +304,53 @@ class Training:
         return _way_off(start, list(model.parameters()), params)
 
 
+class Whole:
+    """Steps of a whole training in bfloat16 autocast: a model, its batches, and one of RULES.
+
+    What is checked is the loss, from the logits that the model gave: a float64 copy of such a network goes another way."""
+
+    tolerance = 1e-3
+
+    def __init__(self, make, batch, rule, device="cpu", memory_format=torch.contiguous_format):
+        self.device, self.rule = torch.device(device), RULES[rule]
+        start = models.made_on(self.device, make, memory_format)
+        self.model = lambda: deepcopy(start)
+        draw = torch.Generator(self.device).manual_seed(0)
+        self.batches = [batch(draw, self.device) for _ in range(2)]
+        self.bytes, self.moved = LARGE, 12 * models.sizes(start)  # no graphs; at least the parameters, read and written
+
+    def forget(self):
+        """There is nothing to let go of."""
+
+    def autocast(self):
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def error(self, loss, seen, lam, init):
+        """Of the last loss, given the logits and labels of every step so far."""
+        log_s = -math.inf
+        for logits, y in seen:
+            losses = torch.cat([reference.logit_loss(x.double(), t) for x, t in zip(logits.split(1024), y.split(1024))])
+            exact, _, log_s, _ = reference.robust_loss(losses, log_s, lam, gamma=GAMMA, init=init)
+        return float(distance(loss.detach()[None], exact[None]))
+
+
+def _images(count, size, classes, memory_format, draw, device):
+    x = torch.rand(count, 3, size, size, generator=draw, device=device).to(memory_format=memory_format)
+    return x, torch.randint(classes, (count,), generator=draw, device=device)
+
+
+def _text(count, length, vocabulary, draw, device):
+    """Each token is to be told from those before it."""
+    tokens = torch.randint(vocabulary, (count, length + 1), generator=draw, device=device)
+    return tokens[:, :-1], tokens[:, 1:].flatten()
+
+
+def _torchvision_resnet50():
+    from torchvision.models import resnet50
+
+    return resnet50()
+
+
 @torch.no_grad()
 def _way_off(start, given, exact):
     ways = [((g.double() - s).flatten(), (e - s).flatten()) for s, g, e in zip(start, given, exact)]
@@ -262,13 +360,15 @@ def _way_off(start, given, exact):
 @dataclass(frozen=True, eq=False)
 class Case:
     """targets: at most this share of the competitor's time; for suite memory, of what is measured.
-    bounds: (least, most) of what is measured of ours alone on a GPU (see run.py)."""
+    bounds: (least, most) of what is measured of ours alone on a GPU; memory: at most this share of the competitor's peak there
+    (see run.py)."""
 
     suite: str
     name: str
     data: Callable
     targets: Mapping[str, float] = field(default_factory=dict)
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    memory: Mapping[str, float] = field(default_factory=dict)
 
 
 # ---- tensor lists ----------------------------------------------------------------------------------------------------
@@ -371,19 +471,42 @@ CASES = [
 
 # ---- the cases of a GPU ----------------------------------------------------------------------------------------------
 
-SHAPES = [(128, 10), (128, 100), (256, 365), (512, 1000), (512, 8142), (8192, 32000), (8192, 128256)]
+# those that memory bounds first: should time run out, they are the ones to have
+SHAPES = [(8192, 32000), (8192, 128256), (512, 8142), (512, 1000), (256, 365), (128, 100), (128, 10)]
+FEW_CLASSES, FEW_ROWS = (16384, 10), (2, 8142)
+# around the border of the kernel that is one block: at most 128 classes, and 512 lanes of 4 classes each
+ONE_BLOCK = [(128, 10), (256, 4), (16, 100), (5, 128), (32, 16)]
+PROBE = {  # the cases of a run that may stay the only one
+    "8192 × 32000 bf16", "16384 × 10 fp32", "128 × 10 fp32", "2 × 8142 fp32", "ResNet-50, 161 tensors",
+    "16 × 5 fp32", "three tensors",
+}  # fmt: skip
 ANY = math.inf
 
 
-def _gpu_loss(rows, classes, dtype, device):
+def _share_of_copy(classes, card):
+    """Of three passes over the logits: the tail that makes the weights counts for less the more classes there are, and for more
+    the faster the memory is."""
+    if classes >= 128256:
+        return 0.90
+    return 0.85 if "H200" in card else 0.88
+
+
+def _gpu_loss(rows, classes, dtype, device, card, **more):
+    """Three passes of ours (read; read, write) against two of Liger's where memory bounds both: 1.5 times its time is par."""
     large = rows * classes * torch.finfo(dtype).bits / 8 >= LARGE
-    targets = {"absgd package": 0.4 if large else 0.25, "Liger": 1.0}
+    targets = {"absgd package": 0.4 if large else 0.25, "Liger": 1.5 if large else 1.0} | more
     if classes < 1000:
         targets["torch.compile"] = 0.7
     bounds = {"forward launches": (1, 1), "backward launches": (0, 1)}
     if large:
-        bounds["share of copy"] = (0.85, ANY)
+        bounds["share of copy"] = (_share_of_copy(classes, card), ANY)
     return Case("gpu loss", _size(rows, classes, dtype), partial(Logits, rows, classes, dtype, device, None), targets, bounds)
+
+
+def _gpu_deferred(count, rows, classes, dtype, device):
+    """Two passes, as Liger has them."""
+    name = f"{count} of {_size(rows, classes, dtype)}"
+    return Case("gpu deferred", name, partial(MicroBatches, count, rows, classes, dtype, device), {"Liger": 1.0})
 
 
 def _gpu_step(name, shapes, device, fused=None, **bounds):
@@ -391,33 +514,69 @@ def _gpu_step(name, shapes, device, fused=None, **bounds):
     return Case("gpu step", name, partial(Tensors, shapes, device), targets, {"step launches": (1, 1)} | bounds)
 
 
-def _gpu_limit(elements, classes, device):
-    """Where one block that makes the gradient at once stops to pay (ops.OPERATORS["cuda"].gradient_limit)."""
-    rows = elements // classes
-    return Case("gpu limit", f"{rows} × {classes}: {elements} logits", partial(Logits, rows, classes, device=device))
+def _gpu_weighted(name, rows, shapes, device, **bounds):
+    data = partial(Samples, rows, shapes, device)
+    return Case("gpu weighted", name, data, {"torch": 1.0}, {"step launches": (1, 1)} | bounds)
 
 
-def gpu_cases(device="cuda", tiny=False):
-    """What is timed on a GPU, the quickest first. tiny: a few sizes to try the benchmark itself with, on any device."""
-    steps = [
+def _gpu_linear(rows, width, classes, dtype, device):
+    peers = ("Liger", "torch, chunked")
+    data = partial(Head, rows, width, classes, dtype, device)
+    name = f"{rows} × {width} × {_size(0, classes, dtype).removeprefix('0 × ')}"
+    return Case("gpu linear", name, data, dict.fromkeys(peers, 1.05), memory=dict.fromkeys(peers, 1.1))
+
+
+def _gpu_train(name, make, batch, rule, device, memory_format=torch.contiguous_format):
+    return Case("gpu train", name, partial(Whole, make, batch, rule, device, memory_format), {"plain": 1.0})
+
+
+def _gpu_limit(rows, classes, device):
+    """What one block that makes the gradient at once saves, where it serves (ops.Operators.saves)."""
+    return Case("gpu limit", f"{rows} × {classes}", partial(Logits, rows, classes, device=device))
+
+
+def _gpu_rule(rule, name, shapes, device):
+    return Case("gpu rules", f"{rule}, {name}", partial(Tensors, shapes, device, rule))
+
+
+def gpu_cases(device="cuda", card="", tiny=False):
+    """What is timed on a GPU, the most wanted first. card: its name, on which some figures depend. tiny: a few sizes to try the
+    benchmark itself with, on any device."""
+    if tiny:
+        return _tiny_cases(device)
+    bf16, fp32, last = torch.bfloat16, torch.float32, torch.channels_last
+    return [
+        *(_gpu_loss(*shape, dtype, device, card) for shape in SHAPES for dtype in (bf16, fp32)),
+        _gpu_loss(*FEW_CLASSES, fp32, device, card, cross_entropy=1.3),
+        _gpu_loss(*FEW_ROWS, fp32, device, card, cross_entropy=1.5),
+        _gpu_deferred(4, 8192, 32000, bf16, device),
         _gpu_step("ResNet-32, 94 tensors", resnet32(), device, 0.5),
-        _gpu_step("ResNet-50, 161 tensors", resnet50(), device, 0.9, **{"host us": (0, 20)}),
+        _gpu_step("ResNet-50, 161 tensors", resnet50(), device, 0.9, **{"host us": (0, 35)}),
         _gpu_step("ResNet-152, 467 tensors", resnet152(), device),
         _gpu_step("1 B parameters, 300 tensors", [(2048, 1628)] * 300, device, **{"share of copy": (0.9, ANY)}),
+        _gpu_weighted("64 × 4 M", 64, [(2048, 2048)], device, **{"share of copy": (0.8, ANY)}),
+        _gpu_linear(8192, 4096, 128256, bf16, device),
+        _gpu_train("ResNet-50, 128 images", _torchvision_resnet50, partial(_images, 128, 224, 1000, last), "SGD", device, last),
+        _gpu_train("decoder of 124 M, 8 × 1024 tokens", models.Decoder, partial(_text, 8, 1024, 50304), "AdamW", device),
+        *(_gpu_rule(rule, "ResNet-50, 161 tensors", resnet50(), device) for rule in RULES if rule != "SGD"),
+        *(_gpu_limit(*shape, device) for shape in ONE_BLOCK),
     ]
-    rules = [("ResNet-50, 161 tensors", resnet50(), rule) for rule in RULES if rule != "SGD"]
-    weighted = [("64 × 4 M", 64, [(2048, 2048)], {"share of copy": (0.8, ANY)})]
-    shapes, elements, classes = SHAPES, (1024, 2048, 4096, 8192, 16384), (10, 128, 1000)
-    if tiny:
-        bounds = {"host us": (0, 20), "share of copy": (0.9, ANY)}
-        steps = [_gpu_step("three tensors", [(3, 4), (5,), (70,)], device, 0.9, **bounds)]
-        rules = [("three tensors", [(3, 4), (5,), (70,)], "AdamW")]
-        weighted = [("8 × 87", 8, [(3, 4), (5,), (70,)], {})]
-        shapes, elements, classes = [(16, 5), (64, 300)], (64,), (8,)
-    losses = [_gpu_loss(*shape, dtype, device) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
-    rules = [Case("gpu rules", f"{rule}, {name}", partial(Tensors, tensors, device, rule)) for name, tensors, rule in rules]
-    weighted = [
-        Case("gpu weighted", name, partial(Samples, rows, tensors, device), {"torch": 1.0}, {"step launches": (1, 1)} | bounds)
-        for name, rows, tensors, bounds in weighted
+
+
+def _tiny_cases(device):
+    shapes, decoder = [(3, 4), (5,), (70,)], partial(models.Decoder, 64, 8, 16, 2, 1)
+    return [
+        *(_gpu_loss(*size, dtype, device, "") for size, dtype in (((64, 300), torch.bfloat16), ((16, 5), torch.float32))),
+        _gpu_deferred(4, 6, 11, torch.bfloat16, device),
+        _gpu_step("three tensors", shapes, device, 0.9, **{"host us": (0, 35), "share of copy": (0.9, ANY)}),
+        _gpu_weighted("8 × 87", 8, shapes, device),
+        _gpu_linear(40, 8, 300, torch.float32, device),
+        _gpu_train("decoder", decoder, partial(_text, 4, 8, 64), "AdamW", device),
+        _gpu_rule("AdamW", "three tensors", shapes, device),
+        _gpu_limit(8, 8, device),
     ]
-    return [*steps, *losses, *rules, *weighted, *(_gpu_limit(e, c, device) for c in classes for e in elements)]
+
+
+def gpu_probe(cases):
+    """Those of the cases that one short look is for."""
+    return [case for case in cases if case.name in PROBE and case.suite in ("gpu loss", "gpu step")]

@@ -91,13 +91,29 @@ def _events(device, run):
 
 
 def kernels(device, run):
-    """Names of what one call of `run` put on the GPU (kernels and fills, no copies); None where there is no GPU."""
+    """Names of the kernels that one call of `run` put on the GPU, without copies and fills; None where there is no GPU.
+
+    A small kernel marks the beginning and another one the end: what the profiler saw between the two is the call's, whatever it
+    is named. RuntimeError if it did not see these two."""
     if device.type != "cuda":
         run()
         return None
-    on_gpu = [e for e in _events(device, run) if e.device_type == torch.autograd.DeviceType.CUDA]
-    launched = [e.name for e in on_gpu if not getattr(e, "is_user_annotation", False)]
-    return [name for name in launched if not name.startswith(("Memcpy", "Optimizer."))]
+    mark = torch.zeros(1, device=device)
+
+    def marked():
+        mark.add_(1)
+        synchronize(device)
+        run()
+        synchronize(device)  # also what other streams do
+        mark.add_(1)
+
+    for _ in range(2):
+        on_gpu = [e for e in _events(device, marked) if e.device_type == torch.autograd.DeviceType.CUDA]
+        launched = [e for e in on_gpu if not (getattr(e, "is_user_annotation", False) or e.name.startswith("Optimizer."))]
+        names = [e.name for e in sorted(launched, key=lambda e: e.time_range.start)]
+        if len(names) > 1 and names[0] == names[-1]:
+            return [name for name in names[1:-1] if not any(what in name.lower() for what in ("memcpy", "memset"))]
+    raise RuntimeError(f"the profiler did not see the marks around the call, but {names}")
 
 
 def waits(device, run):
@@ -120,3 +136,16 @@ def copy_ns(device, numbers):
     """ns that each of 30 copies of so many float32 numbers took, device to device."""
     source, target = torch.ones(numbers, device=device), torch.empty(numbers, device=device)
     return [block_ns(device, lambda: target.copy_(source), 2) for _ in range(30)]
+
+
+def peak_allocated(device, run):
+    """Most memory that torch had in use during a call, beyond what was before; None where there is no GPU."""
+    if device.type != "cuda":
+        run()
+        return None
+    synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before

@@ -1,191 +1,221 @@
 #!/usr/bin/env bash
-# The one command for a machine with an NVIDIA GPU: builds, proves and measures, within ten minutes and without a network.
+# A run on an NVIDIA GPU in four calls (docs/gpu.md), of which the first needs no GPU and the others ten minutes of one together.
 #
-#     benchmarks/gpu.sh [--dry-run] [--no-build] [--rehearse] [OUT_DIR]        (OUT_DIR: benchmarks/results/gpu)
+#     gpu.sh prepare [FOLDER]    builds what the others need into FOLDER (build/gpu): at most 64 MiB, and no path of this machine
+#     gpu.sh prove [OUT]         at most 215 s: every operator once, then the tests, then a short benchmark
+#     gpu.sh again [OUT]         at most 100 s: what failed, more than 2^31 elements, memcheck
+#     gpu.sh measure [OUT]       at most 235 s: the benchmark
 #
-# Needs a python3 (or $PYTHON) with torch and CUDA, and nvcc with cmake, or nvcc alone; uses what it finds of ninja, Python.h,
-# compute-sanitizer, Liger and the reference package, and says what it did without. It works in build/gpu on a copy of the
-# package, so an installation in the source tree stays as it is. Every stage has its own time limit; a stage that fails is
-# recorded and the next one runs. What comes out is OUT_DIR/<gpu>.json (described in gpu_report.py), the logs beside it, and the
-# tables as the last lines printed. Exit code 1: a build, a test, a sanitizer or a result of ours failed; 2: there is no GPU.
+# $PYTHON (python3) has torch; `prepare` builds for it and for $CUDAARCHS (90-real). The others run from FOLDER, on any machine
+# with that Python and torch, as `bash FOLDER/gpu.sh CALL`. Each leaves CALL.json and CALL.log in OUT (FOLDER/results), `prove`
+# also caches.tar.zst (or .gz) of what it compiled, and prints a table last. `again` and `measure` read prove.json and these
+# caches, where they are there. Every stage has a limit; what it leaves of it goes to the next. Exit code 1: something failed;
+# 2: it cannot run here.
 #
-#     --dry-run    shows the stages and runs none
-#     --no-build   takes the kernels that the last run built
-#     --rehearse   everything on the CPU with tiny cases, to try the script itself
+#     --from DIR    where prove.json and the caches are (default: FOLDER)
+#     --rehearse    on the CPU with tiny cases, to try the script itself; `prepare` then takes the kernels of the source tree
+#     --dry-run     shows the stages and runs none
 set -euo pipefail
 
-readonly LIMIT_BUILD=120 LIMIT_TESTS=175 LIMIT_SANITIZER=60 LIMIT_BENCH=215 LIMIT_ALL=585
-
-usage() { sed -n '2,/^set -/{/^set -/!s/^# \{0,1\}//p}' "$0"; }
-build=1 dry=0 rehearse=0 out=
-for argument; do
-  case $argument in
+complain() { echo "gpu.sh: $1" >&2 && exit 2; }
+dry=0 rehearse=0 call='' place='' from=''
+while (($#)); do
+  case $1 in
     --dry-run) dry=1 ;;
-    --no-build) build=0 ;;
     --rehearse) rehearse=1 ;;
-    -h | --help) usage && exit 0 ;;
-    -*) echo "gpu.sh: unknown option $argument (see --help)" >&2 && exit 2 ;;
-    *) out=$argument ;;
+    --from) shift && from=${1:-} ;;
+    -h | --help) sed -n '2,/^set -/{/^set -/!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit 0 ;;
+    -*) complain "unknown option $1 (see --help)" ;;
+    *) if [[ -z $call ]]; then call=$1; else place=$1; fi ;;
   esac
+  shift
 done
+[[ $call =~ ^(prepare|prove|again|measure)$ ]] || complain "got '$call', expected prepare, prove, again or measure (see --help)"
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-out=$(realpath -m "${out:-$root/benchmarks/results/gpu}")
-work=$root/build/gpu
-tree=$work/tree
-python=$(command -v "${PYTHON:-python3}") || { echo "gpu.sh: no ${PYTHON:-python3}; set PYTHON" >&2 && exit 2; }
-
-# what torch says of this machine: the capability of the GPU as nvcc writes it, and its name
-if ((rehearse)); then
-  capability=90 gpu="none: a rehearsal on the CPU"
+python=$(command -v "${PYTHON:-python3}") || complain "no ${PYTHON:-python3}; set PYTHON"
+folder=$root
+[[ -e $root/manifest.json ]] || folder=$root/build/gpu
+if [[ $call == prepare ]]; then
+  [[ ! -e $root/manifest.json ]] || complain "prepare runs in the source tree, this is a folder that it made"
+  folder=$(realpath -m "${place:-$folder}") out=$folder
 else
-  found=$("$python" -c '
-import sys
-try:
-    import torch
-except ImportError as error:
-    sys.exit(f"gpu.sh: {sys.executable} has no torch: {error}; set PYTHON")
-if not torch.cuda.is_available():
-    sys.exit(f"gpu.sh: torch {torch.__version__} sees no CUDA GPU; --rehearse tries the script on the CPU")
-print("%d%d" % torch.cuda.get_device_capability(), torch.cuda.get_device_name())') || exit 2
-  read -r capability gpu <<<"$found"
+  [[ -e $folder/manifest.json ]] || ((dry)) || complain "no manifest.json in $folder; run \`gpu.sh prepare\` first"
+  out=$(realpath -m "${place:-$folder/results}")
 fi
+from=$(realpath -m "${from:-$folder}")
+log=$out/$call.log
 
-# a virtual environment has its tools beside its Python; nvcc is where torch finds it, or in its usual place
+# a virtual environment has its tools beside its Python; nvcc and the sanitizer are on the path, or in their usual place
 PATH=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH:/usr/local/cuda/bin
-export PATH PYTHONPATH=$tree PYTHONUNBUFFERED=1 CUDAARCHS=$capability-real
-export TRITON_CACHE_DIR=$work/cache/triton TORCHINDUCTOR_CACHE_DIR=$work/cache/inductor # what tests compile serves the benchmark
+# Triton writes absolute paths into its cache, so the cache lies in the same place on every machine of a run
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/absgd_fast_gpu
+export PATH PYTHONPATH=$folder:$folder/competitors PYTHONUNBUFFERED=1
+export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor TORCHINDUCTOR_COMPILE_THREADS=1
 unset ABSGD_FAST_BACKEND ABSGD_FAST_ISA TRITON_INTERPRET
-jobs=$(nproc)
 
-# ---- stages: functions of what they do --------------------------------------------------------------------------------
+# ---- stages ------------------------------------------------------------------------------------------------------------
 
-# Headers of pybind11, from torch where the package is missing.
-pybind11_or_torchs() {
-  "$python" -c 'import pybind11' 2>/dev/null && return
-  mkdir -p "$work/torchs"
-  echo 'import os, torch; get_include = lambda: os.path.join(torch.__path__[0], "include")' >"$work/torchs/pybind11.py"
-  export PYTHONPATH=$PYTHONPATH:$work/torchs
+spare=0 limit=0 name=''
+
+# begin NAME SECONDS: the next `run` is this stage; `limit` becomes its seconds and what the stages before left of theirs
+begin() {
+  name=$1 limit=$(($2 + spare))
+  ((limit > 0)) || limit=1
+  if ((dry)); then echo "$name: at most $2 s"; else echo "==== $name: at most $limit s" >>"$log"; fi
 }
 
-with_cmake() {
-  local generator=()
-  command -v ninja >/dev/null && generator=(-GNinja)
-  cmake -S "$root" -B "$work/cmake" "${generator[@]}" -DPython_EXECUTABLE="$python"
-  cmake --build "$work/cmake" --parallel "$jobs"
-  cmake --install "$work/cmake" --prefix "$tree/absgd_fast"
-}
-
-# The CUDA operators alone, without the StepPlan and the CPU's kernels.
-with_nvcc() {
-  local torch object flags=(-O3 -std=c++17 "-arch=sm_$capability" -DTORCH_TARGET_VERSION=0x020a000000000000 -Xcompiler
-    -fPIC,-fvisibility=hidden -I "$root/csrc")
-  torch=$("$python" -c 'import torch; print(torch.__path__[0])')
-  mkdir -p "$work/objects"
-  for object in ops_cuda.cpp cuda/losses.cu cuda/weights.cu cuda/step.cu cuda/tickets.cu; do
-    nvcc "${flags[@]}" -isystem "$torch/include" -c "$root/csrc/$object" -o "$work/objects/$(basename "$object").o" &
-  done
-  wait
-  local with=(-ltorch_cpu) there=false
-  [[ -e $torch/lib/libtorch_cuda.so ]] && with+=(-ltorch_cuda) there=true
-  nvcc -shared -cudart static "$work"/objects/*.o -o "$tree/absgd_fast/_ops_cuda.so" -L "$torch/lib" "${with[@]}"
-  "$python" - "$tree/absgd_fast/_build_info.json" "$capability" "$there" <<'PY'
-import json, re, subprocess, sys
-path, capability, there = sys.argv[1:]
-nvcc = re.search(r"V([\d.]+)", subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout)[1]
-reason = "cmake not found: the CUDA operators alone were built"
-info = dict(native=True, host=False, reason=reason, compiler=f"nvcc {nvcc}", isas=[], cuda_reason=None, torch=None)
-info["cuda"] = dict(nvcc=nvcc, architectures=[int(capability)], torch_cuda=there == "true")
-open(path, "w").write(json.dumps(info) + "\n")
-PY
-}
-
-stage_build() {
-  rm -rf "$work/cmake" "$work/objects"
-  pybind11_or_torchs
-  if command -v cmake >/dev/null; then with_cmake; else with_nvcc; fi
-}
-
-# Every test; and meanwhile, on the other cores, what the benchmark's competitors have to compile.
-stage_tests() {
-  cd "$tree"
-  if ((rehearse)); then
-    "$python" tests/test_gpu.py --device cpu --jobs 1 --only test_certain_rows,test_groups --out "$work/tests.json"
-    return
-  fi
-  timeout $((LIMIT_TESTS - 10)) "$python" -m benchmarks.run --suite gpu --prepare &
-  local preparing=$! code=0
-  "$python" tests/test_gpu.py --jobs $((jobs > 11 ? 8 : jobs > 3 ? jobs / 2 : 1)) --limit $((LIMIT_TESTS - 20)) --out "$work/tests.json" || code=$?
-  wait "$preparing" || true
+# run COMMAND...: within the limit; its output and exit code into the log
+run() {
+  local start=$SECONDS code=0
+  if ((dry)); then echo "    $*" && return; fi
+  timeout --kill-after=3 "$limit" "$@" >>"$log" 2>&1 </dev/null || code=$?
+  spare=$((limit - SECONDS + start))
+  echo "==== $name: exit code $code after $((SECONDS - start)) s" >>"$log"
+  echo "$name: exit code $code, $((SECONDS - start)) of $limit s"
   return "$code"
 }
 
-# Our kernels only, each tensor in an allocation of its own, so that a step beyond its end is seen.
-sanitize() {
-  cd "$tree"
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --kernel-name kns=absgd --target-processes application-only \
-    --error-exitcode 9 "${@:2}" "$python" tests/test_gpu.py --backends cuda --only test_tour --jobs 0
-}
-stage_memcheck() { sanitize memcheck --report-api-errors no; }
-stage_racecheck() { sanitize racecheck; }
+# ---- prepare -----------------------------------------------------------------------------------------------------------
 
-stage_bench() {
-  cd "$tree"
-  local options=(--limit $(($1 - 15)))
-  ((rehearse)) && options+=(--rehearse --seconds 0.02 --threads 1)
-  "$python" -m benchmarks.run --suite gpu --out "$work/bench.json" "${options[@]}"
+native() {
+  local made generator=()
+  made=$("$python" -c 'import sys, torch; print("cp%d%d-torch" % sys.version_info[:2] + torch.__version__)')
+  made=$root/build/$made-$CUDAARCHS
+  command -v ninja >/dev/null && generator=(-GNinja)
+  cmake -S "$root" -B "$made" "${generator[@]}" -DPython_EXECUTABLE="$python"
+  cmake --build "$made" --parallel
+  cmake --install "$made" --prefix "$folder/absgd_fast" --strip
 }
 
-# What is written in Python, without what is built.
-copy_sources() {
-  mkdir -p "$tree"
-  tar -C "$root" --exclude='_*.so' --exclude=_build_info.json --exclude=__pycache__ --exclude=results -cf - absgd_fast benchmarks tests |
-    tar -C "$tree" -xf -
+sources() {
+  local built=(--exclude='_*.so' --exclude=_build_info.json --exclude=__pycache__ --exclude=results)
+  tar -C "$root" "${built[@]}" -cf - absgd_fast benchmarks tests | tar -C "$folder" -xf -
+  echo 'exec bash "$(dirname "${BASH_SOURCE[0]}")/benchmarks/gpu.sh" "$@"' >"$folder/gpu.sh"
 }
 
-# ---- running them -----------------------------------------------------------------------------------------------------
-
-export root work tree python capability jobs rehearse LIMIT_TESTS
-for name in $(compgen -A function); do export -f "${name?}"; done
-
-# run NAME LIMIT: the stage within its limit and within that of all; its exit code, seconds and limit into stages.txt
-run() {
-  local name=$1 limit=$2 start=$SECONDS code=0
-  ((limit < LIMIT_ALL - start)) || limit=$((LIMIT_ALL - start))
-  if ((dry)); then
-    echo "$name: at most $2 s"
-    declare -f "stage_$name" | sed '1,2d;$d'
-    return
+prepare() {
+  export CUDAARCHS=${CUDAARCHS:-90-real}
+  if ((!dry)); then
+    [[ -z $(ls -A "$folder" 2>/dev/null) || -e $folder/manifest.json ]] || complain "$folder holds something else"
+    rm -rf "$folder" && mkdir -p "$folder" && echo '{}' >"$folder/manifest.json"
   fi
-  timeout --kill-after 5 "$((limit > 1 ? limit : 1))" bash -c "set -euo pipefail; stage_$name $limit" >"$work/$name.log" 2>&1 || code=$?
-  echo "$name $code $((SECONDS - start)) $limit" >>"$work/stages.txt"
-  echo "$name: exit code $code after $((SECONDS - start)) s"
+  begin sources 20 && run bash -euo pipefail -c sources || return 1
+  if ((rehearse)); then
+    begin kernels 20 && run cp "$root"/absgd_fast/_*.so "$root/absgd_fast/_build_info.json" "$folder/absgd_fast" || return 1
+  else
+    begin kernels 1500 && run bash -euo pipefail -c native || return 1
+    begin competitors 90
+    run "$python" -m pip install --quiet --no-deps --no-compile --only-binary :all: --target "$folder/competitors" \
+      liger-kernel absgd ||
+      echo "gpu.sh: the competitors' packages cannot be had; the run goes on without them (see $log)"
+  fi
+  begin check 60
+  if ((!dry)); then cd "$folder"; fi
+  run "$python" -m benchmarks.gpu_folder "$folder" --commit "$(commit)" --archs "$CUDAARCHS"
+}
+commit() { git -C "$root" describe --always --dirty --abbrev=40 2>/dev/null || echo unknown; }
+
+# ---- what needs the GPU ------------------------------------------------------------------------------------------------
+
+# tests NAME BACKENDS PARTS OPTIONS...: those whose names have one of the PARTS (all, if empty); pieces/NAME.json
+tests() {
+  local only=$3 how=(--backends "$2" --jobs 8 --each 30 --limit $((limit - 12)))
+  ((rehearse)) && how=(--device cpu --jobs 0) only=${only:-test_certain_rows}
+  run "$python" tests/test_gpu.py --out "$out/pieces/$1.json" --only "$only" "${how[@]}" "${@:4}"
 }
 
-echo "gpu.sh: $gpu, $python, results in $out"
-if ((!dry)); then
-  mkdir -p "$work" "$out"
-  rm -f "$work"/*.log "$work"/*.json "$work"/*.txt
-  echo "$gpu" >"$work/gpu.txt"
-  (cd "$root" && git describe --always --dirty --abbrev=40 2>/dev/null) >"$work/commit.txt" || true
-fi
-if ((build)); then
-  ((dry)) || { rm -rf "$tree" && copy_sources; }
-  run build $LIMIT_BUILD
-elif ((!dry)); then
-  copy_sources
-fi
-((dry)) || cp "$tree/absgd_fast/_build_info.json" "$work/build.json" || echo "gpu.sh: there are no kernels; the rest shows what runs without"
-run tests $LIMIT_TESTS
-if command -v compute-sanitizer >/dev/null && ((!rehearse)); then
-  for tool in memcheck racecheck; do
-    if ((dry)); then run $tool $LIMIT_SANITIZER; else run $tool $LIMIT_SANITIZER & fi
-  done
-  wait
-fi
-run bench $LIMIT_BENCH
-if ((dry)); then exit 0; fi
+bench() { # SUITE OPTIONS...
+  local tiny=()
+  ((rehearse)) && tiny=(--rehearse --seconds 0.01 --threads 1)
+  run "$python" -m benchmarks.run --suite "$1" --limit $((limit - 6)) "${@:2}" "${tiny[@]}"
+}
 
-cd "$tree"
-cp "$work"/*.log "$out"
-"$python" -m benchmarks.gpu_report "$work" "$out"
+# One archive that comes back: all, or where that is too much what Triton compiled.
+pack() {
+  local parts file=$out/caches.tar.zst with=(zstd -q -9 -T0)
+  command -v zstd >/dev/null || file=$out/caches.tar.gz with=(gzip -6)
+  mkdir -p "$TRITON_CACHE_DIR" "$TORCHINDUCTOR_CACHE_DIR"
+  for parts in "triton inductor" triton; do
+    tar -C "$cache" --exclude='tmp.pid_*' --exclude='*.lock' -cf - $parts | "${with[@]}" >"$file"
+    (($(stat -c %s "$file") > 16 * 1024 * 1024)) || { cp "$file" "$folder" && return; }
+  done
+  rm "$file" && echo "the caches are larger than 16 MiB" && return 1
+}
+
+unpack() {
+  local file
+  for file in "$from"/caches.tar.*; do
+    [[ -e $file ]] || continue
+    mkdir -p "$cache"
+    tar -C "$cache" --skip-old-files -xf "$file" || echo "gpu.sh: $file cannot be unpacked; everything is compiled anew"
+  done
+}
+
+prove() {
+  local device=(--device cuda --backends cuda) short=test_tour,test_losses,test_robust_loss,test_step
+  ((rehearse)) && device=(--device cpu) short=test_certain_rows
+  begin smoke 35
+  if run "$python" tests/gpu_smoke.py "${device[@]}" --out "$out/pieces/smoke.jsonl"; then
+    begin cuda 78 && tests cuda cuda '' || true
+    begin triton 55 && tests triton triton,reference '' || true
+    begin compile 14 && bench gpu --prepare || true
+    begin probe 20 && bench gpu-probe --out "$out/pieces/bench.json" --seconds 0.4 || true
+  else # a kernel that breaks its process would break every worker: what is left is what does not need it
+    begin triton 60 && tests triton triton,reference "$short" || true
+  fi
+  begin caches 6 && run bash -euo pipefail -c pack || true
+}
+
+again() {
+  local failed='' large=test_more_than_2_to_the_31 all=cuda,triton,reference
+  ((rehearse)) && large=test_certain_rows
+  ((dry)) || failed=$("$python" -m benchmarks.gpu_report failed "$from/prove.json")
+  begin failed 34
+  if [[ -n $failed ]] || ((dry)); then tests failed $all "$failed"; else run echo "nothing failed in $from/prove.json"; fi || true
+  begin large 28 && tests large cuda,triton $large --jobs 1 || true
+  begin memcheck 31
+  # our kernels only, each tensor in an allocation of its own, so that a step beyond its end is seen
+  if ((rehearse)); then
+    run echo "========= ERROR SUMMARY: 0 errors" || true
+  else
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run compute-sanitizer --tool memcheck --report-api-errors no --kernel-name kns=absgd \
+      --target-processes application-only --error-exitcode 9 \
+      "$python" tests/test_gpu.py --backends cuda --only test_tour --jobs 0 || true
+  fi
+}
+
+measure() { begin bench 227 && bench gpu --out "$out/pieces/bench.json" --seconds 1 || true; }
+
+# Reads the log, and prints the table; what it writes is there for the next call, on a machine that is still warm.
+report() {
+  local code=0
+  if ((dry)); then begin report 5 && return; fi
+  timeout --kill-after=1 5 "$python" -m benchmarks.gpu_report call "$call" "$out" --gpu "$gpu" || code=$?
+  if [[ $call == prove && -e $out/prove.json ]]; then cp "$out/prove.json" "$folder"; fi
+  return "$code"
+}
+
+# ---- one call ----------------------------------------------------------------------------------------------------------
+
+export root folder out cache python
+export -f native sources pack
+if [[ $call == prepare ]]; then
+  code=0
+  prepare || code=1
+  ((dry)) || tail -n 9 "$log" | sed '/^====/d' # what the last stage said
+  exit "$code"
+fi
+gpu="none: a rehearsal on the CPU"
+if ((!rehearse && !dry)); then
+  gpu=$(timeout 20 nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1) && [[ -n $gpu ]] ||
+    complain "nvidia-smi shows no GPU; --rehearse tries the script on the CPU"
+fi
+if ((!dry)); then
+  rm -rf "$out/pieces" && mkdir -p "$out/pieces" && : >"$log"
+  cd "$folder"
+  unpack
+  echo "gpu.sh $call: $gpu"
+fi
+"$call"
+report

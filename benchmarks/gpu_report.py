@@ -1,29 +1,35 @@
 """What is told of a run on a GPU: the figures it was to reach, and short tables in plain text.
 
-    python -m benchmarks.gpu_report WORK OUT_DIR
+    python -m benchmarks.gpu_report call CALL OUT [--gpu NAME]     what one call of gpu.sh left in OUT, as OUT/CALL.json
+    python -m benchmarks.gpu_report merge FILE.json CALL.json ...  several calls as one; later results stand for earlier ones
+    python -m benchmarks.gpu_report failed CALL.json               what is to run again, as test_gpu.py --only takes it
 
-puts together what benchmarks/gpu.sh left in the folder WORK (stages.txt, build.txt, tests.json, bench.json and the logs) as
-OUT_DIR/<gpu>.json:
+A report, of one call or of several:
 
-    date, commit, gpu, hardware, versions     of the benchmark's report (see run.py)
-    stages       {name: {exit, seconds, limit}}; exit 124: stopped at its limit
-    build        _build_info.json of what was built, log: the end of the log
-    tests        passed, failed, skipped, not_run, failures [{test, message}], skips {reason: tests}, tests (see tests/test_gpu.py)
-    sanitizer    {tool: {errors: a number, or null with `reason`}, log: the end of the log}
-    benchmark    the rest of the benchmark's report
+    date, gpu, hardware, versions, compiler, load_at_start     of the benchmark's report (see run.py)
+    manifest     of the folder that `gpu.sh prepare` built (see gpu_folder.py)
+    calls        {call: {stage: {exit, seconds, limit}}}; exit 124: stopped at its limit
+    logs         {call: {stage: the end of what it said}}, of stages that did not end with 0
+    smoke        of tests/gpu_smoke.py: operators [{operator, backend, status, message, seconds}]; died, where it did: how and
+                 in which operator
+    tests        {test: {status, seconds, message where it did not pass}}; skips {reason: tests}
+    sanitizer    {memcheck: {errors: a number, or null with `reason`}}
+    benchmark    the rest of the benchmark's report; of the probe, where there was no other
     failed       what ends in exit code 1
 
-and prints the tables. Exit code 1 if the build or a test failed, a sanitizer found something, or a result of ours was wrong.
+Exit code 1 if something failed: an operator, a test, the sanitizer, or a result of ours that was wrong.
 """
 
+import argparse
 import json
 import re
+import shutil
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 
 OURS = "absgd_fast"
-TOOLS = ("memcheck", "racecheck")
 
 
 # ---- the benchmark's figures -----------------------------------------------------------------------------------------
@@ -45,6 +51,10 @@ def finish(report, cases):
         for name, most in case.targets.items():
             if name in result["peers"]:
                 _judge(report, result, f"time over {name}", result["peers"][name]["ratio"]["median"], 0, most)
+        for name, most in case.memory.items():
+            if name in result["peers"]:
+                theirs = result["peers"][name]["peak_bytes"]
+                _judge(report, result, f"memory over {name}", ours["peak_bytes"] / theirs if theirs else None, 0, most)
         for name, (least, most) in case.bounds.items():
             _judge(report, result, name, _value(ours, name), least, most)
 
@@ -89,7 +99,7 @@ def _line(result, others):
         return [result["case"], "WRONG", *[""] * (len(HEAD) - 1 + len(others))]
     ours = result["peers"][OURS]
     width = (ours["us"]["q3"] - ours["us"]["q1"]) / ours["us"]["median"]
-    launches = "+".join("–" if seen is None else str(len(seen)) for seen in ours["launches"].values())
+    launches = "+".join("–" if seen is None else str(len(seen)) for seen in ours["launches"].values()) or "–"
     share = f"{100 * ours['share']['median']:.0f}%" if "share" in ours else "–"
     times = [_us(ours["us"]), f"{100 * width:.0f}%", _us(ours["host_us"]), _us(ours.get("graph_us"))]
     line = [result["case"], *times, share, launches]
@@ -146,7 +156,9 @@ def _limit(results):
     return out
 
 
-# ---- everything that gpu.sh left -------------------------------------------------------------------------------------
+# ---- what a call of gpu.sh left --------------------------------------------------------------------------------------
+
+OF_THE_BENCHMARK = ("date", "gpu", "hardware", "versions", "compiler", "load_at_start")
 
 
 def _text(path):
@@ -160,101 +172,190 @@ def _json(path):
         return {}
 
 
-def _end(text, lines=30):
-    return [line[:300] for line in text.splitlines()[-lines:]]
+def stages(log):
+    """{name: {exit, seconds, limit, said: [lines]}} from the log of a call. A stage without an end was killed with the call."""
+    out = {}
+    for line in log.splitlines():
+        if begun := re.fullmatch(r"==== (\w+): at most (\d+) s", line):
+            stage = out[begun[1]] = {"exit": None, "seconds": None, "limit": int(begun[2]), "said": []}
+        elif ended := re.fullmatch(r"==== (\w+): exit code (\d+) after (\d+) s", line):
+            out[ended[1]] |= {"exit": int(ended[2]), "seconds": int(ended[3])}
+        elif out:
+            stage["said"].append(line[:300])
+    return out
 
 
-def stages(text):
-    """stages.txt: name, exit code, seconds, limit; one stage a line."""
-    rows = (line.split() for line in text.splitlines())
-    return {name: {"exit": int(code), "seconds": int(seconds), "limit": int(limit)} for name, code, seconds, limit in rows}
+def smoked(text, stage):
+    """What the smoke test came to, and the operator that it did not finish."""
+    lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    done = [line for line in lines if line["status"] != "begun"]
+    out = {"operators": done}
+    if stage["exit"] not in (0, 1) or not done:
+        where = " | ".join(["before its first operator", *stage["said"][-1:]])
+        if lines:
+            place = "in" if lines[-1]["status"] == "begun" else "after"
+            where = f"{place} {lines[-1]['operator']} ({lines[-1]['backend']})"
+        out["died"] = f"exit code {stage['exit']}, {where}"
+    return out
 
 
-def sanitized(log, stage):
-    """What a sanitizer said: {errors, reason if it could not say}. It was shown no other kernels than ours."""
-    if stage is None:
-        return {"errors": None, "reason": "not run"}
-    found = re.search(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: \d+ hazards? displayed \()(\d+) error", log)
+def tested(report, stage, name):
+    """{test: result} and skips of one run of test_gpu.py; a run without a report is one test that failed."""
+    if not report:
+        said = " | ".join(stage["said"][-3:])
+        message = f"no result: exit code {stage['exit']} after {stage['seconds']} s: {said}"
+        return {f"stage {name}": {"status": "failed", "seconds": stage["seconds"], "message": message}}, {}
+    messages = {failure["test"]: failure["message"] for failure in report["failures"]}
+    results = {
+        test["test"]: {"status": test["status"], "seconds": test["seconds"]}
+        | ({"message": messages[test["test"]]} if test["test"] in messages else {})
+        for test in report["tests"]
+    }
+    return results, report["skips"]
+
+
+def sanitized(stage):
+    """What memcheck said: {errors, reason if it could not say}. It was shown no other kernels than ours."""
+    said = "\n".join(stage["said"])
+    found = re.search(r"ERROR SUMMARY: (\d+) error", said)
     if stage["exit"] == 124:
         return {"errors": None, "reason": f"stopped after {stage['limit']} s"}
-    if found is None or "Device not supported" in log:
-        said = [line for line in log.splitlines() if line.startswith("=========") and line.strip("= ")]
-        return {"errors": None, "reason": said[-1] if said else "it said nothing: see the log"}
+    if found is None or "Device not supported" in said:
+        lines = [line for line in stage["said"] if line.startswith("=========") and line.strip("= ")]
+        return {"errors": None, "reason": lines[-1] if lines else "it said nothing: see the log"}
     return {"errors": int(found[1])} | ({} if stage["exit"] in (0, 9) else {"reason": "what ran under it failed: see the log"})
 
 
-def collect(work):
-    """The whole report."""
-    logs = {name: _text(work / f"{name}.log") for name in ("build", "tests", "bench", *TOOLS)}
-    ran, tests, bench = stages(_text(work / "stages.txt")), _json(work / "tests.json"), _json(work / "bench.json")
-    report = {name: bench.pop(name, None) for name in ("date", "gpu", "hardware", "versions", "compiler", "load_at_start")}
-    sanitizer = {tool: sanitized(logs[tool], ran.get(tool)) | {"log": _end(logs[tool])} for tool in TOOLS}
-    failed = []
-    if ran.get("build", {}).get("exit"):
-        failed.append(f"build: exit code {ran['build']['exit']}")
-    if not tests or tests["failed"] or tests["not_run"] or not tests["passed"]:
-        failed.append(f"tests: {tests['failed']} failed, {tests['not_run']} not run" if tests else "tests: no result")
-    failed += [f"{tool}: {found['errors']} errors" for tool, found in sanitizer.items() if found["errors"]]
+def gather(call, out, gpu=None):
+    """The report of one call."""
+    ran, pieces = stages(_text(out / f"{call}.log")), out / "pieces"
+    bench = _json(pieces / "bench.json")
+    report = {name: bench.pop(name, None) for name in OF_THE_BENCHMARK}
+    report["gpu"] = report["gpu"] or {"name": gpu}
+    report |= {"manifest": _json(Path("manifest.json")), "benchmark": bench}
+    report |= {name: {} for name in ("smoke", "tests", "skips", "sanitizer")}
+    if "smoke" in ran:
+        report["smoke"] = smoked(_text(pieces / "smoke.jsonl"), ran["smoke"])
+    for name in ("cuda", "triton", "failed", "large"):
+        of_tests = _json(pieces / f"{name}.json")
+        if name in ran and (of_tests or ran[name]["exit"] != 0):  # 0 without a result: there was nothing to run again
+            results, skips = tested(of_tests, ran[name], name)
+            report["tests"] |= results
+            report["skips"] |= skips
+    if "memcheck" in ran:
+        report["sanitizer"]["memcheck"] = sanitized(ran["memcheck"])
+    report["logs"] = {call: {name: stage["said"][-30:] for name, stage in ran.items() if stage["exit"]}}
+    report["calls"] = {call: {name: {k: stage[k] for k in ("exit", "seconds", "limit")} for name, stage in ran.items()}}
+    return report | {"failed": failed(report)}
+
+
+def merge(reports):
+    """Several calls as one report. A later result of a test stands for an earlier one, the benchmark for the probe."""
+    merged = {"smoke": {}, "benchmark": {}} | {name: {} for name in ("calls", "logs", "tests", "skips", "sanitizer")}
+    for report in reports:
+        for name in ("calls", "logs", "tests", "skips", "sanitizer"):
+            merged[name] |= report[name]
+        merged["smoke"] = report["smoke"] or merged["smoke"]
+        if report["benchmark"].get("results") or not merged["benchmark"]:
+            merged |= {name: report[name] for name in (*OF_THE_BENCHMARK, "manifest", "benchmark")}
+    return merged | {"failed": failed(merged)}
+
+
+def count(tests):
+    """How many tests ended in which way."""
+    return Counter(test["status"] for test in tests.values())
+
+
+def failed(report):
+    """What ends in exit code 1."""
+    out, bench = [], report["benchmark"]
+    if "died" in report["smoke"]:
+        out.append(f"smoke: {report['smoke']['died']}")
+    wrong = [line for line in report["smoke"].get("operators", ()) if line["status"] != "passed"]
+    out += [f"smoke: {len(wrong)} operators failed"] * bool(wrong)
+    found = count(report["tests"])
+    out += [f"tests: {found['failed']} failed, {found['not run']} not run"] * bool(found["failed"] or found["not run"])
+    out += ["tests: none passed"] * (bool(report["tests"]) and not found["passed"])
+    out += [f"{tool}: {said['errors']} errors" for tool, said in report["sanitizer"].items() if said["errors"]]
+    measured = any({"probe", "bench"} & stages.keys() for stages in report["calls"].values())
     wrong = [result["case"] for result in bench.get("results", []) if "wrong" in result]
-    if wrong or not bench.get("results"):
-        failed.append(f"benchmark: wrong at {', '.join(wrong)}" if wrong else "benchmark: no result")
-    return report | {
-        "commit": _text(work / "commit.txt").strip() or None,
-        "stages": ran,
-        "build": _json(work / "build.json") | {"log": _end(logs["build"])},
-        "tests": tests | ({} if tests else {"log": _end(logs["tests"])}),
-        "sanitizer": sanitizer,
-        "benchmark": bench | ({} if bench else {"log": _end(logs["bench"])}),
-        "failed": failed,
-    }
+    out += [f"benchmark: wrong at {', '.join(wrong)}"] * bool(wrong)
+    out += ["benchmark: no result"] * (measured and not bench.get("results"))
+    return out
+
+
+def to_run_again(report):
+    """Parts of the names of tests that failed or had no time. A comma separates names, so none is in one."""
+    again = [name for name, test in report["tests"].items() if test["status"] in ("failed", "not run") and "[" in name]
+    return list(dict.fromkeys(name.split(",")[0] for name in again))
 
 
 def summary(report, most_failures=12):
     """Lines of the whole report, what matters most at the end."""
-    out, tests, build = [], report["tests"], report["build"]
+    out, tests, manifest = [], report["tests"], report["manifest"]
     if report["benchmark"].get("results"):
         out += lines(report["benchmark"])
-    elif "log" in report["benchmark"]:
-        out += ["benchmark: no result; its log ends:", *report["benchmark"]["log"][-8:]]
-    cuda = build.get("cuda")
-    built = f"no CUDA kernels: {build.get('cuda_reason', 'no build')}"
-    if cuda:
-        built = f"nvcc {cuda['nvcc']} for {cuda['architectures']}"
-    host = "with StepPlan" if build.get("host") else f"StepPlan left out: {build.get('reason')}"
-    out.append(f"build: {built}; {host}")
-    if not cuda:
-        out += report["build"]["log"][-6:]
-    if "passed" in tests:
-        numbers = ", ".join(f"{tests[name]} {name.replace('_', ' ')}" for name in ("passed", "failed", "skipped", "not_run"))
-        out.append(f"tests: {numbers} in {tests['seconds']} s")
-        out += [f"  skipped {count}: {reason}" for reason, count in tests["skips"].items()]
-        for failure in tests["failures"][:most_failures]:
-            out.append(f"  FAILED {failure['test']}: {' '.join(failure['message'].split())[:240]}")
-        if len(tests["failures"]) > most_failures:
-            out.append(f"  and {len(tests['failures']) - most_failures} more")
-    else:
-        out += ["tests: no result; the log ends:", *tests.get("log", [])[-8:]]
-    for tool, found in report["sanitizer"].items():
-        said = [] if found["errors"] is None else [f"{found['errors']} errors"]
-        out.append(f"{tool}: {'; '.join([*said, *([found['reason']] if 'reason' in found else [])])}")
-    for name, stage in report["stages"].items():
-        if stage["exit"] == 124:
-            out.append(f"{name}: stopped after {stage['limit']} s")
-    out.append("stages: " + ", ".join(f"{name} {stage['seconds']} s" for name, stage in report["stages"].items()))
-    out.append("; ".join(report["failed"]) if report["failed"] else "everything passed")
+    if manifest:
+        out.append(f"built from {manifest['commit']} for torch {manifest['torch']}, {manifest['architectures']}")
+    wrong = [line for line in report["smoke"].get("operators", ()) if line["status"] != "passed"]
+    if report["smoke"]:
+        out.append(f"smoke: {len(report['smoke']['operators']) - len(wrong)} operators right, {len(wrong)} wrong")
+        out += [f"  FAILED {line['operator']} ({line['backend']}): {' '.join(line['message'].split())[:240]}" for line in wrong]
+        out += [f"  DIED: {died}" for died in [report["smoke"].get("died")] if died]
+    if tests:
+        found = count(tests)
+        out.append("tests: " + ", ".join(f"{found[status]} {status}" for status in ("passed", "failed", "skipped", "not run")))
+        out += [f"  skipped {n}: {reason}" for reason, n in report["skips"].items()]
+        failures = [(name, test.get("message", "")) for name, test in tests.items() if test["status"] == "failed"]
+        out += [f"  FAILED {name}: {' '.join(message.split())[:240]}" for name, message in failures[:most_failures]]
+        out += [f"  and {len(failures) - most_failures} more"] * (len(failures) > most_failures)
+    for tool, said in report["sanitizer"].items():
+        words = None if said["errors"] is None else f"{said['errors']} errors", said.get("reason")
+        out.append(f"{tool}: {'; '.join(filter(None, words))}")
+    for call, ran in report["calls"].items():
+        out.append(f"{call}: " + ", ".join(f"{name} {_took(stage)}" for name, stage in ran.items()))
+    out.append("FAILED: " + "; ".join(report["failed"]) if report["failed"] else "everything passed")
     return out
 
 
-def main(argv):
-    work, out = map(Path, argv)
-    report = collect(work)
-    name = (report["gpu"] or {}).get("name") or _text(work / "gpu.txt").strip() or "gpu"
-    path = out / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
+def _took(stage):
+    if stage["exit"] is None:
+        return "not finished"
+    how = {0: "", 124: ", stopped"}.get(stage["exit"], f", exit code {stage['exit']}")
+    return f"{stage['seconds']} s{how}"
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def _finish(report, path):
     path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print("\n".join(summary(report)))
     print(f"written: {path}")
     return 1 if report["failed"] else 0
 
 
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report", description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    one = verbs.add_parser("call")
+    one.add_argument("call")
+    one.add_argument("out", type=Path)
+    one.add_argument("--gpu")
+    many = verbs.add_parser("merge")
+    many.add_argument("out", type=Path)
+    many.add_argument("calls", type=Path, nargs="+")
+    verbs.add_parser("failed").add_argument("call", type=Path)
+    options = parser.parse_args(argv)
+    if options.verb == "failed":
+        print(",".join(to_run_again(_json(options.call) or {"tests": {}})))
+        return 0
+    if options.verb == "merge":
+        return _finish(merge([json.loads(path.read_text(encoding="utf-8")) for path in options.calls]), options.out)
+    code = _finish(gather(options.call, options.out, options.gpu), options.out / f"{options.call}.json")
+    shutil.rmtree(options.out / "pieces", ignore_errors=True)  # they are in the report now
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -4,9 +4,11 @@ Every competitor is used as its users would use it, and at its fastest too: torc
 fused; the log-domain formula well written and compiled for each shape. The suites named "gpu ..." are those of a GPU.
 """
 
+import importlib
 import importlib.util
 import math
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
@@ -271,24 +273,34 @@ def _package_or_twin(data):
     return peer
 
 
-def _liger(data):
-    """Liger's cross-entropy writes the gradient over the logits, so it has its own; fresh ones as long as results are checked."""
+def _from_liger(module, name):
     try:
-        from liger_kernel.transformers.cross_entropy import LigerCrossEntropyLoss
+        return getattr(importlib.import_module(f"liger_kernel.transformers.{module}"), name)()
     except ImportError as error:
         raise LeftOut(f"{error}: pip install liger-kernel") from error
-    copies = [x.clone() for x in data.copies]
-    peer = _loss(data, LigerCrossEntropyLoss(), lam=math.inf, copies=copies)
+
+
+def _liger_cross_entropy():
+    return _from_liger("cross_entropy", "LigerCrossEntropyLoss")
+
+
+def _on_fresh(peer, own, logits):
+    """A competitor that writes its gradient over its own logits gets fresh ones as long as results are checked."""
     run, checked = peer.run, iter(range(STEPS))
 
     def on_fresh_logits():
         if next(checked, None) is not None:
-            for copy in copies:
-                copy.copy_(data.logits)
+            for x in own:
+                x.copy_(logits)
         return run()
 
     peer.run = on_fresh_logits
     return peer
+
+
+def _liger(data):
+    own = [x.clone() for x in data.copies]
+    return _on_fresh(_loss(data, _liger_cross_entropy(), lam=math.inf, copies=own), own, data.logits)
 
 
 def _triton(factory):
@@ -306,12 +318,112 @@ def _from_statistics(data):
     """Ours, the gradient made in backward whatever the size of the batch."""
     criterion = _ours(data.device)
     operators = ops.serving(data.device, None)
-    if operators is None:
-        raise LeftOut("plain torch serves here")
-    other = object.__new__(ops.Operators)
-    vars(other).update(vars(operators), gradient_limit=0)
+    if operators is None or operators.backend == "cpu":
+        raise LeftOut("there is no such choice here")
+    other = copy(operators)
+    other.saves = lambda logits: ops.WITH_STATS
     criterion.__dict__["_served"] = (data.logits.device, other)  # what ABLoss remembers of its first call on a device
     return _loss(data, criterion)
+
+
+# ---- deferred: several micro-batches, one step ------------------------------------------------------------------------
+
+
+def _micro_batches(data, criterion, finish=None, lam=LAM, init="first", logits=None):
+    """criterion(logits, target), forward and backward, for each micro-batch. finish(): what the gradients of all are multiplied
+    by, where that is known last; by default they are means of one micro-batch each."""
+    targets = data.target.chunk(data.count)
+    leaves = [x.detach().requires_grad_() for x in (data.logits if logits is None else logits).chunk(data.count)]
+    finish = finish or (lambda: 1 / data.count)
+
+    def run():
+        losses = []
+        for x, y in zip(leaves, targets):
+            x.grad = None
+            loss = criterion(x, y)
+            loss.backward()
+            losses.append(loss.detach())
+        return losses, finish()
+
+    def error(result):
+        losses, factor = result
+        return data.error(torch.stack(losses).sum() * factor, torch.cat([x.grad for x in leaves]) * factor, lam, init)
+
+    return Peer(run, error)
+
+
+def _deferred(data, backend=None):
+    """The gradients stay as they are: an optimizer with robust= multiplies the factor in its step."""
+    with data.device:
+        criterion = ab.ABLoss(lam=LAM, gamma=GAMMA, deferred=True, backend=backend)
+    return _micro_batches(data, criterion, lambda: criterion.settle()[1])
+
+
+def _deferred_liger(data):
+    own = data.logits.clone()  # Liger writes its gradients there
+    peer = _micro_batches(data, _liger_cross_entropy(), lam=math.inf, logits=own)
+    return _on_fresh(peer, [own], data.logits)
+
+
+# ---- a linear head and its loss ----------------------------------------------------------------------------------------
+
+
+def _head(data, criterion, lam=LAM, init="first"):
+    """criterion(hidden, weight, target) on leaves of its own."""
+    hidden, weight = (t.detach().requires_grad_() for t in (data.hidden, data.weight))
+
+    def run():
+        hidden.grad = weight.grad = None
+        loss = criterion(hidden, weight, data.target)
+        loss.backward()
+        return loss
+
+    return Peer(run, lambda loss: data.error(loss, (hidden.grad, weight.grad), lam, init))
+
+
+def _linear(data):
+    with data.device:
+        return _head(data, ab.LinearABLoss(lam=LAM, gamma=GAMMA))
+
+
+def _liger_linear(data):
+    criterion = _from_liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyLoss")
+    return _head(data, lambda hidden, weight, target: criterion(weight, hidden, target), lam=math.inf)
+
+
+def _torch_linear(data):
+    """torch's own loss of a linear head in chunks, in torch >= 2.13."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise LeftOut(f"torch {torch.__version__} has no linear_cross_entropy")
+    criterion = partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
+    return _head(data, criterion, lam=math.inf)
+
+
+# ---- whole steps of large models ---------------------------------------------------------------------------------------
+
+
+def _whole(data, criterion, optimizer, lam=LAM, **options):
+    model, batches, seen = data.model(), cycle(data.batches), []
+    optimizer = optimizer(model.parameters(), **data.rule.options | {"lr": 1e-3}, **options)  # large models diverge at 0.1
+
+    def run():
+        x, y = next(batches)
+        optimizer.zero_grad()
+        with data.autocast():
+            logits = model(x)
+            loss = criterion(logits, y)
+        loss.backward()
+        optimizer.step()
+        if len(seen) < STEPS:  # until the check
+            seen.append((logits.detach(), y))
+        return loss.detach()
+
+    def error(loss):
+        out = data.error(loss, seen, lam, "first")
+        seen[:] = [None] * STEPS
+        return out
+
+    return Peer(run, error)
 
 
 # ---- training: batch, forward, backward, step ------------------------------------------------------------------------
@@ -357,6 +469,17 @@ PEERS = {
         "absgd package": _package_or_twin,
         "torch.compile": _compiled,
         "Liger": _liger,
+    },
+    "gpu deferred": {
+        OURS: _deferred,
+        OURS_ON_TRITON: _triton(_deferred),
+        "cross_entropy": lambda data: _micro_batches(data, F.cross_entropy, lam=math.inf),
+        "Liger": _deferred_liger,
+    },
+    "gpu linear": {OURS: _linear, "Liger": _liger_linear, "torch, chunked": _torch_linear},
+    "gpu train": {
+        OURS: lambda data: _whole(data, _ours(data.device), data.rule.ours),
+        "plain": lambda data: _whole(data, F.cross_entropy, data.rule.theirs, math.inf, **data.rule.fastest),
     },
     "gpu step": {
         OURS: _step,

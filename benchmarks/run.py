@@ -1,4 +1,4 @@
-"""How it is timed: `absgd-fast bench [--suite loss|family|step|weighted|train|all|gpu] [--out FILE.json]`.
+"""How it is timed: `absgd-fast bench [--suite loss|family|step|weighted|train|all|gpu|gpu-probe] [--out FILE.json]`.
 
 Every competitor's result is checked against the float64 oracle before it is timed; who is wrong is left out with the
 reason, and if ours is wrong nothing is reported. Then come rounds: in each, every competitor runs one block of calls,
@@ -16,15 +16,16 @@ The JSON. A spread is {"median", "q1", "q3"} over the rounds.
                 and for competitors ratio: spread of ours / theirs, target, met}}; absent {name: why it was left out}.
                 For suite memory: peers {name: {measure: value}}, targets, met.
 
-Suite gpu (of all its cases gpu_cases in cases.py tells; it is measured in device.py) adds
+Suite gpu (of all its cases gpu_cases in cases.py tells, gpu-probe is a few of them; it is measured in device.py) adds
 
     gpu         name, memory, multiprocessors, capability, cache, driver, cuda, nvcc, state at the start; versions of triton
                 and Liger among the versions
     copy        what a copy of `numbers` float32 from device to device moved, read and written, in bytes_per_us (spread)
     results     also bytes: what forward and backward or the step have to move; per peer host_us (spread: µs in which a call
                 returns), graph_us (spread: µs of a replay of the captured call, for what fits the cache) or graph_failed,
-                launches {part: [kernels]}, share (spread: of the copy's bytes_per_us), note. us is by the device's clock, many
-                calls in a row. wrong: why ours counts for nothing here (and peers are missing).
+                launches {part: [kernels]}, share (spread: of the copy's bytes_per_us), peak_bytes (where a case asks for memory),
+                note. us is by the device's clock, many calls in a row. wrong: why ours counts for nothing here (and peers are
+                missing). seconds: what the case took in all.
     figures     what was to be reached: case, figure, value, least, most, met
     not_measured  cases for which there was no time
 """
@@ -35,11 +36,13 @@ import datetime
 import gc
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,8 +53,8 @@ import torch
 from absgd_fast import _backend
 
 from . import gpu_report
-from .cases import CASES, IN_CACHE, gpu_cases
-from .device import block_ns, captured, copy_ns, host_us, kernels, synchronize
+from .cases import CASES, IN_CACHE, gpu_cases, gpu_probe
+from .device import block_ns, captured, copy_ns, host_us, kernels, peak_allocated, synchronize
 from .peers import OURS, OURS_ON_TRITON, PEERS, LeftOut, ready
 
 SUITES = {
@@ -62,10 +65,12 @@ SUITES = {
     "weighted": ("weighted",),
     "all": ("loss", "family", "memory", "step", "rules", "weighted", "train"),
 }
+GPU_SUITES = {"gpu": lambda cases: cases, "gpu-probe": gpu_probe}
 CPU = torch.device("cpu")
 BLOCK = 5e6  # ns: long against the clock and a cold start, short against what changes on a machine
 ROUNDS = (7, 101)  # at least, at most
 GROWTH_STEPS = 5000
+BUDGET = 15.0  # s: who is not ready by then is left out of a GPU's case
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------
@@ -215,8 +220,10 @@ def _reason(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
-def tolerant(factory, data):
+def tolerant(factory, data, end=float("inf")):
     """`ready` where anything may be missing or fail: it leaves one competitor out, with the reason."""
+    if perf_counter() > end:
+        raise LeftOut("no time was left for it")
     try:
         return ready(factory, data)
     except LeftOut:
@@ -227,8 +234,10 @@ def tolerant(factory, data):
 
 def explore(case, seconds, everybody):
     """One case of a GPU: a dict ready for JSON. everybody: launches are counted for the competitors too."""
+    start = perf_counter()
     data = case.data()
-    found, absent = gather(case, data, lambda peer, error: (peer, error), tolerant)
+    in_time = partial(tolerant, end=start + BUDGET)
+    found, absent = gather(case, data, lambda peer, error: (peer, error), in_time)
     data.forget()
     times = interleave({name: peer.run for name, (peer, _) in found.items()}, seconds, data.device)
     result = _timed(case, data, times, {name: error for name, (_, error) in found.items()}, absent) | {"bytes": data.moved}
@@ -238,13 +247,24 @@ def explore(case, seconds, everybody):
         values["host_us"] = spread(host_us(data.device, peer.run, *((20, 15) if values["us"]["median"] < 500 else (3, 5))))
         if peer.note:
             values["note"] = peer.note
+        if case.memory:
+            values["peak_bytes"] = peak_allocated(data.device, peer.run)
         if name in (OURS, OURS_ON_TRITON):
-            values["launches"] = {part: kernels(data.device, prepare()) for part, prepare in peer.parts.items()}
+            values["launches"] = {part: _launched(data.device, prepare()) for part, prepare in peer.parts.items()}
         elif everybody:
-            values["launches"] = {"all": kernels(data.device, peer.run)}
+            values["launches"] = {"all": _launched(data.device, peer.run)}
     if data.bytes < IN_CACHE:
         _add_graphs(result["peers"], {name: peer for name, (peer, _) in found.items()}, data.device, seconds / 2)
-    return result
+    return result | {"seconds": round(perf_counter() - start, 1)}
+
+
+def _launched(device, run):
+    """Names of kernels, or None where nobody could see them."""
+    try:
+        return kernels(device, run)
+    except RuntimeError as unseen:
+        print(unseen)
+        return None
 
 
 def _add_graphs(values, peers, device, seconds):
@@ -258,6 +278,12 @@ def _add_graphs(values, peers, device, seconds):
             synchronize(device)
     for name, times in interleave(replays, seconds, device).items() if replays else ():
         values[name]["graph_us"] = spread(times)
+
+
+def _empty(device):
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _numbers_to_copy(device):
@@ -285,15 +311,13 @@ def measure_gpu(report, cases, device, seconds, end, keep):
             result = explore(case, share * seconds, first.setdefault(case.suite, case) is case)
         except Exception as error:
             reason = str(error) if isinstance(error, LeftOut) else _reason(error)
-            if "OutOfMemoryError" in reason:
+            if "OutOfMemoryError" in reason or isinstance(error, ImportError):  # of what only this case needs
                 report["not_measured"].append(f"{case.suite}: {case.name}: {reason}")
                 continue
             result, right = {"suite": case.suite, "case": case.name, "wrong": reason}, False
         report["results"].append(result)
         print(gpu_report.progress(result), flush=True)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        _empty(device)
         gpu_report.finish(report, cases)
         keep()
     copy()
@@ -302,14 +326,30 @@ def measure_gpu(report, cases, device, seconds, end, keep):
     return right
 
 
-def prepare(cases):
-    """Compiles what the competitors compile for each case, into the caches on the disk, so that the benchmark need not wait."""
-    for case in cases:
-        for name in {OURS_ON_TRITON, "torch.compile"} & PEERS[case.suite].keys():
-            try:
-                PEERS[case.suite][name](case.data()).run()
-            except Exception as error:
-                print(f"{case.suite}: {case.name}: {name}: {_reason(error)}")
+COMPILING = (OURS_ON_TRITON, "torch.compile", "Liger")
+
+
+def compile_for(k, suite, device, tiny):
+    """What the competitors of case k of a suite compile, into the caches on the disk. Returns what went wrong."""
+    case, wrong, data = GPU_SUITES[suite](gpu_cases(device, tiny=tiny))[k], [], None
+    for name in (name for name in COMPILING if name in PEERS[case.suite]):
+        try:
+            data = data or case.data()
+            PEERS[case.suite][name](data).run()
+        except Exception as error:
+            wrong.append(f"{case.suite}: {case.name}: {name}: {_reason(error)}")
+    del data
+    _empty(torch.device(device))  # others want the memory
+    return wrong
+
+
+def prepare(count, suite, device, tiny, jobs):
+    """compile_for each of `count` cases, so that the benchmark need not wait. In `jobs` processes, for a compiler uses one core."""
+    one = partial(compile_for, suite=suite, device=str(device), tiny=tiny)
+    if jobs == 1:
+        return [wrong for k in range(count) for wrong in one(k)]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return [wrong for found in pool.map(one, range(count)) for wrong in found]
 
 
 def gpu_environment(device):
@@ -498,14 +538,14 @@ def _positive(kind):
 
 def _parser():
     parser = _Parser("absgd-fast bench", description="Time the kernels against their peers.", allow_abbrev=False)
-    suites = [*SUITES, "gpu"]
+    suites = [*SUITES, *GPU_SUITES]
     parser.add_argument("--suite", choices=suites, default="all", help="what to time (default: all of a CPU, four minutes)")
     parser.add_argument("--out", type=_file, metavar="FILE.json", help="where the results go, beside the screen")
     parser.add_argument("--threads", type=_positive(int), default=2, help="CPU threads (default: 2)")
     parser.add_argument("--seconds", type=_positive(float), help="of timing per case, about (default: 5; on a GPU 2.5)")
-    parser.add_argument("--limit", type=_positive(float), default=600.0, help="suite gpu: seconds in all (default: 600)")
-    parser.add_argument("--rehearse", action="store_true", help="suite gpu: a few tiny cases, on the CPU")
-    parser.add_argument("--prepare", action="store_true", help="suite gpu: compile what has to be, measure nothing")
+    parser.add_argument("--limit", type=_positive(float), default=600.0, help="suites gpu: seconds in all (default: 600)")
+    parser.add_argument("--rehearse", action="store_true", help="suites gpu: a few tiny cases, on the CPU")
+    parser.add_argument("--prepare", action="store_true", help="suites gpu: compile what has to be, measure nothing")
     return parser
 
 
@@ -531,7 +571,9 @@ def main(argv=None):
     before = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)
     try:
-        return _main_gpu(arguments, parser, end + arguments.limit) if arguments.suite == "gpu" else _main_cpu(arguments, parser)
+        if arguments.suite in GPU_SUITES:
+            return _main_gpu(arguments, parser, end + arguments.limit)
+        return _main_cpu(arguments, parser)
     finally:
         torch.set_num_threads(before)
 
@@ -566,11 +608,13 @@ def _main_gpu(arguments, parser, end):
     if not (arguments.rehearse or torch.cuda.is_available()):
         parser.error(f"--suite gpu needs a CUDA GPU: {_backend.why_not('cuda')}; --rehearse tries a few tiny cases on the CPU")
     device = CPU if arguments.rehearse else torch.device("cuda", torch.cuda.current_device())
-    cases, seconds = gpu_cases(device, tiny=arguments.rehearse), arguments.seconds or 2.5
+    here, seconds, tiny = gpu_environment(device), arguments.seconds or 2.5, arguments.rehearse
+    cases = GPU_SUITES[arguments.suite](gpu_cases(device, here["name"], tiny))
     if arguments.prepare:
-        prepare(cases)
+        jobs = 1 if tiny else min(8, os.cpu_count() or 1)
+        print(*prepare(len(cases), arguments.suite, device, tiny, jobs), sep="\n")
         return 0
-    report = environment() | {"seconds_per_case": seconds, "gpu": gpu_environment(device)}
+    report = environment() | {"seconds_per_case": seconds, "gpu": here}
     report["hardware"]["backend"] = report["hardware"]["backend"] if device == CPU else _backend.select(device)
     report["versions"] |= {"triton": _version("triton"), "liger-kernel": _version("liger-kernel")}
     report |= {"copy": None, "results": [], "figures": [], "not_measured": []}
