@@ -76,9 +76,7 @@ def logit_loss(logits, target, weight=None, smoothing=0.0, report=None, each=Tru
 
 def in_place(logits, weight=None, smoothing=0.0, report=None, kind=0, second=0.0, adjust=None, target=None):
     target = labels(len(logits)) if target is None else target
-    losses.logit_loss_(
-        logits, target, weight, adjust, smoothing, second, -100, kind=kind, prune=kind == 2, report=report
-    )  # fmt: skip
+    losses.logit_loss_(logits, target, weight, adjust, smoothing, second, -100, kind=kind, prune=kind == 2, report=report)
 
 
 def robust_logit_loss(logits, weight=None, smoothing=0.0, rows=None, report=None, normalizer=0, mix=0.0, update=True):

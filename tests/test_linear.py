@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import absgd_fast as ab
-from absgd_fast import _backend, ops
+from absgd_fast import _backend, linear, ops
 from absgd_fast.functional import losses_and_validity
 from absgd_fast.reference import real_dtype
 from two_processes import RANKS, needs_gloo, run
@@ -376,8 +376,8 @@ ISAS = _backend.cpu_isas() if _backend.available("cpu") else []
 
 
 def rows_of(case, classes, dtype):
-    """Logits (35 rows: two whole tiles and a short one), labels, the spec of the loss. Every other label is likely. Row 3 is ignored
-    and holds NaN."""
+    """Logits (35 rows: two whole tiles and a short one), labels, the spec of the loss. Every other label is likely. Row 3 is
+    ignored and holds NaN."""
     draw = torch.Generator().manual_seed(classes)
     logits = 3 * torch.randn(35, classes, generator=draw, dtype=torch.float64)
     target = torch.randint(classes, (35,), generator=draw)
@@ -506,7 +506,8 @@ def test_a_gpu_is_not_waited_for(rows, chunks, dtype, monkeypatch):
         criterion(hidden, weight, target, bias, mask=each > 0, sample_weight=each).backward()
     assert seen.calls.count("absgd_fast.logit_loss_.default") == chunks
     products = [name for name in seen.calls if "addmm" in name and "out" in name and "dtype" in name]
-    assert len(products) == (2 * chunks if dtype == torch.bfloat16 else 0)
+    sums = dtype == torch.bfloat16 and linear._adds_in_float32(hidden.device)  # in torch 2.11 not on `meta`
+    assert len(products) == (2 * chunks if sums else 0)
     assert [t.grad.shape for t in (hidden, weight, bias)] == [t.shape for t in (hidden, weight, bias)]
 
 
