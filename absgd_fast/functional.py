@@ -155,8 +155,8 @@ def losses_of(logits: Tensor, target: Tensor, spec: LossSpec, backend: str | Non
 
 
 def losses_and_validity(logits: Tensor, target: Tensor, spec: LossSpec, backend: str | None) -> tuple[Tensor, Tensor]:
-    """The same, and which rows count: not 0 where they do. A row that is ignored or pruned does not, nor does one whose label a GPU
-    found out of range."""
+    """The same, and which rows count: not 0 where they do. A row that is ignored or pruned does not, nor does one whose label
+    a GPU found out of range."""
     target = _checks.target(logits, target, soft=spec.soft)
     spec = spec._replace(class_weight=_checks.class_weight(spec.class_weight, logits), adjust=_checks.adjust(spec.adjust, logits))
     operators = ops.serving(logits.device, backend)

@@ -37,7 +37,8 @@ class LinearABLoss(ABLoss):
     Args:
         criterion: one of the fused losses (default `CrossEntropy()`) or torch.nn.CrossEntropyLoss(reduction="none").
         chunk: rows at a time; None: 1/25 of them (1/8 on a GPU, where the sum of dW is read and written for each), at least 256,
-            below which matrix products lose (2048 x 1024 x 32000 on two cores, over the plain route: 64 rows 1.5, 128 1.4, 256 0.8).
+            below which matrix products lose (2048 x 1024 x 32000 on two cores, over the plain route: 64 rows 1.5, 128 1.4,
+            256 0.8).
         The others as for `ABLoss`; mix is 0, and max_weight needs normalizer="none", because the gradient is made before
         log s' is known. With lam=-1, normalizer="none" this is dynamic fine-tuning (`DFT`) of a language model.
 
@@ -143,11 +144,11 @@ class _Made:
 
     losses: Tensor  # (n) real
     valid: Tensor  # (n) bool
-    hidden: Tensor | None = None  # (n, d): the rows of dH without
+    hidden: Tensor | None = None  # (n, d): G weight, the rows of dH but for
     row_factor: Tensor | None = None  # (n) real: d loss / d L_i
-    weight: Tensor | None = None  # (C, d), (C) real: dW and db relative to
-    bias: Tensor | None = None
-    point: Tensor | None = None  # reference.settle of a chunk, with a scale of 1
+    weight: Tensor | None = None  # (C, d) real: dW relative to the reference point
+    bias: Tensor | None = None  # (C) real: db, likewise
+    point: Tensor  # (6) float64, reference.settle of the chunk the reference point is from, but its scale is 1
 
 
 class _Head:
@@ -224,7 +225,7 @@ class _Head:
         out, real = _Made(), real_dtype(self.hidden.dtype)
         out.hidden = torch.empty_like(self.hidden) if wanted[0] else None
         out.weight, out.bias = (
-            torch.zeros(t.shape, dtype=real, device=t.device) if on else None for t, on in zip((self.weight, self.bias), wanted[1:])
+            t.new_zeros(t.shape, dtype=real) if on else None for t, on in zip((self.weight, self.bias), wanted[1:])
         )
         out.point = torch.zeros(6, dtype=torch.float64, device=self.hidden.device)
 
@@ -243,8 +244,8 @@ class _Head:
         return out
 
     def weights(self, made: _Made, part: slice, losses: Tensor, valid: Tensor) -> Tensor:
-        """sample_weight_i exp(z_i - m) of a chunk, 0 where a row does not count; brings m near the chunk first, and the sums to it. All
-        on the device."""
+        """sample_weight_i exp(z_i - m) of a chunk, 0 where a row does not count. First m is brought near the chunk, and the sums
+        to it. All on the device."""
         criterion, operators = self.criterion, self.operators
         log_s, nonfinite, lam, *_ = criterion._state(False, 0)
         score, sample_weight = (None if t is None else t[part] for t in (self.score, self.sample_weight))
@@ -282,11 +283,11 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 @cache
 def _adds_in_float32(device: torch.device) -> bool:
-    """Whether torch adds a product of bfloat16 matrices to a float32 one: on CUDA, from 2.10 on."""
+    """Whether torch adds a product of bfloat16 matrices to a float32 one. CUDA does; the CPU does not as of torch 2.13."""
     some = torch.ones(8, 8, dtype=torch.bfloat16, device=device)
     try:
         torch.addmm(some.float(), some, some, out_dtype=torch.float32)
-    except RuntimeError:  # NotImplementedError is one
+    except (RuntimeError, TypeError):  # NotImplementedError is the first; torch 2.11's decomposition for `meta` raises the second
         return False
     return True
 
@@ -319,8 +320,9 @@ class _Attach(torch.autograd.Function):
             return (grad * factor if kept else grad.mul_(factor)).to(ctx.dtype)
 
         log_s, to_mean, *_ = ctx.settled
-        in_all = 1.0 if made.point is None else torch.where(made.point[4] > 0, (made.point[0] - log_s).exp(), 1.0)  # no row: 0, or NaN
-        sums = upstream.double() * to_mean * in_all
+        # without a row that counts the sums are 0, or NaN from bad rows, and stay so
+        moved = torch.where(made.point[4] > 0, (made.point[0] - log_s).exp(), 1.0)
+        sums = upstream.double() * to_mean * moved
         rows = None if made.hidden is None else (upstream * made.row_factor).unsqueeze(1)
         grads = finished(made.hidden, rows), finished(made.weight, sums), finished(made.bias, sums)
         if not kept:

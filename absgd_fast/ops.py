@@ -559,8 +559,8 @@ _BAD_LABEL = re.compile(r"absgd_fast label out of range: label=(-?\d+) row=(\d+)
 
 
 def translated(error: RuntimeError, first_row: int = 0) -> Exception:
-    """The stable ABI passes every C++ error on as RuntimeError; give a bad label its own type and words. first_row: where the rows of
-    this call begin."""
+    """The stable ABI passes every C++ error on as RuntimeError; give a bad label its own type and words. first_row: where the
+    rows of this call begin."""
     found = _BAD_LABEL.search(str(error))
     if found is None:
         return error

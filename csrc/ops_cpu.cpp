@@ -108,7 +108,7 @@ struct Logits {
   void stats() {
     each_tiles([&](int64_t begin, int64_t end) { return cpu_kernels().logit_stats(args, begin, end); });
   }
-  // Where no weights of the rows stand between losses and gradient: a tile's gradient while its logits are in the cache.
+  // Where no weights stand between losses and gradient: a tile's gradient is made while its logits are in the cache.
   void stats_and_grads() {
     if (args.grad == nullptr) return stats();
     each_tiles([&](int64_t begin, int64_t end) {

@@ -74,6 +74,11 @@ def logit_loss(logits, target, weight=None, smoothing=0.0, report=None, each=Tru
     losses.logit_loss_backward(logits, target, weight, adjust, smoothing if kind == 0 else 0.0, stats, upstream)
 
 
+def in_place(logits, weight=None, smoothing=0.0, report=None, kind=0, second=0.0, adjust=None, target=None):
+    target = labels(len(logits)) if target is None else target
+    losses.logit_loss_(logits, target, weight, adjust, smoothing, second, -100, kind=kind, prune=kind == 2, report=report)
+
+
 def robust_logit_loss(logits, weight=None, smoothing=0.0, rows=None, report=None, normalizer=0, mix=0.0, update=True):
     real = launch.real_dtype(logits.dtype)
     losses.robust_logit_loss(
@@ -170,6 +175,12 @@ CALLS = {
     "64 x 100 fp32, sce": lambda: logit_loss(torch.zeros(64, 100), labels(64), smoothing=0.1, kind=3, second=1.0),
     "4 x 10 x 64 fp16, soft": lambda: logit_loss(torch.zeros(4, 10, 64, dtype=F16), torch.zeros(4, 10, 64), smoothing=0.1),
     "64 x 100 fp64, weighted focal": lambda: logit_loss(torch.zeros(64, 100, dtype=F64), labels(64), smoothing=2.0, kind=4),
+    "in place 512 x 1000 fp32": lambda: in_place(torch.zeros(512, 1000), report=torch.zeros(4).long()),
+    "in place 64 x 32000 bf16": lambda: in_place(torch.zeros(64, 32000, dtype=BF16)),
+    "in place 64 x 1000 fp64": lambda: in_place(torch.zeros(64, 1000, dtype=F64), torch.zeros(1000, dtype=F64), 0.1),
+    "in place 64 x 1000 bf16, class vectors": lambda: in_place(torch.zeros(64, 1000, dtype=BF16), adjust=torch.zeros(3, 1000)),
+    "in place 64 x 10 fp32, gce": lambda: in_place(torch.zeros(64, 10), smoothing=0.7, kind=2, second=0.5),
+    "in place 64 x 1000 fp32, soft": lambda: in_place(torch.zeros(64, 1000), smoothing=0.1, target=torch.zeros(64, 1000)),
     "robust 128 x 10 fp32": lambda: robust_logit_loss(torch.zeros(128, 10), rows=torch.zeros(128), report=torch.zeros(4).long()),
     "robust 512 x 1000 fp32": lambda: robust_logit_loss(torch.zeros(512, 1000)),
     "robust 8192 x 100 bf16": lambda: robust_logit_loss(torch.zeros(8192, 100, dtype=BF16), torch.zeros(100), 0.1, normalizer=1),
@@ -244,7 +255,7 @@ def test_no_global_constants():
 
 # Every kernel and type at least once; all calls on sm_90
 ELSEWHERE = [
-    "512 x 1000 fp32", "64 x 32000 bf16", "64 x 1000 fp64", "robust 128 x 10 fp32", "robust 8192 x 100 bf16",
+    "512 x 1000 fp32", "64 x 32000 bf16", "64 x 1000 fp64", "in place 64 x 32000 bf16", "in place 64 x 1000 fp64", "robust 128 x 10 fp32", "robust 8192 x 100 bf16",
     "robust 128 x 1000 fp64", "9000 losses fp64", "90000 losses fp32", "900 weights fp32", "90000 weights fp64",
     "900 rectified weights fp32", "90 rectified weights fp64", "scale",
     "step, nesterov", "step, heavy ball fp64", "step, amsgrad", "step, amsgrad fp64", "step, adamw fp16", "step, paper form bf16",
@@ -285,6 +296,7 @@ def stack_of(cubin):
 
 LAUNCHES = {
     "512 x 1000 fp32": "logit_loss_fwd logit_loss_bwd",
+    "in place 64 x 32000 bf16": "logit_loss_in_place",
     "robust 128 x 10 fp32": "robust_logit_loss_fwd",
     "robust 512 x 1000 fp32": "robust_logit_loss_fwd",
     "robust 8192 x 100 bf16": "robust_logit_loss_fwd",
@@ -357,6 +369,8 @@ WIDE = {
     "64 x 32000 bf16": {"logit_loss_fwd_kernel": (2, 0), "logit_loss_bwd_kernel": (2, 2)},
     "64 x 1000 fp64": {"logit_loss_fwd_kernel": (4, 0), "logit_loss_bwd_kernel": (8, 8)},
     "4 x 21 x 32 x 32 fp32": {"logit_loss_fwd_kernel": (4, 0), "logit_loss_bwd_kernel": (4, 4)},
+    "in place 512 x 1000 fp32": {"logit_loss_in_place_kernel": (4, 2)},
+    "in place 64 x 32000 bf16": {"logit_loss_in_place_kernel": (4, 2)},
     "robust 512 x 1000 fp32": {"robust_logit_loss_fwd_kernel": (2, 0)},
     "scale": {"scale_kernel": (2, 1)},
     "step, plain": {"step_kernel": (8, 4)},

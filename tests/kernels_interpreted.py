@@ -75,7 +75,7 @@ def exact_of(logits, target, **options):
 
 def fused(logits, target, upstream, weight=None, label_smoothing=0.0, ignore_index=-100, report=None):
     """Losses, gradient."""
-    values, stats = losses.logit_loss(
+    values, stats, _ = losses.logit_loss(
         logits, target, weight, None, label_smoothing, 0.0, ignore_index, kind=0, prune=False, with_stats=True, report=report
     )
     return values, losses.logit_loss_backward(logits, target, weight, None, label_smoothing, stats, upstream)
@@ -1254,3 +1254,80 @@ def test_loss_family(name, shape):
         value.sum().backward()
         wanted.sum().backward()
         torch.testing.assert_close(x.grad.double(), wide.grad, rtol=2e-5, atol=2e-6 * float(wide.grad.abs().max()))
+
+
+def in_place(logits, target, spec):
+    """Losses, G, validity, and that the other kernels say the same."""
+    grad = logits.clone()
+    one = ops.OPERATORS["triton"]
+    values, valid = one.logit_loss_(grad, target, *spec)
+    others = one.logit_loss(logits, target, *spec._replace(bits=spec.bits | ops.WITH_STATS))
+    upstream = torch.ones((), dtype=wide(logits.dtype))
+    smoothing = spec.first if spec.bits < ops.KIND else 0.0
+    again = one.logit_loss_backward(logits, target, spec.class_weight, spec.adjust, smoothing, others[1], upstream)
+    assert torch.equal(values, others[0]) and torch.equal(valid, others[2]) and torch.equal(grad, again)
+    return values, grad, valid
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FAMILY)
+def test_gradient_in_place(name, dtype):
+    """Rows of 10 classes, many in a tile; of 4100 (twice, for the time), whose second loop has another block. A row that is ignored
+    holds NaN."""
+    for classes in (10, 4100) if name in ("soft", "tce") and dtype == torch.bfloat16 else (10,):
+        logits, target = make((6, classes), dtype, seed=1)
+        target[:4] = torch.tensor([0, 9, 3, -100])
+        logits[3] = NAN
+        if name == "soft":
+            logits[3], target = 0.0, torch.randn(6, classes, dtype=wide(dtype)).softmax(1)
+        loss = FAMILY[name]().to(wide(dtype))
+        if loss.weight is not None:
+            loss.weight = torch.linspace(0.5, 2, classes, dtype=wide(dtype))
+        spec = loss.spec(logits)
+        values, grad, valid = in_place(logits, target, spec)
+        leaf = logits.double().requires_grad_()
+        exact = spec._replace(class_weight=None if spec.class_weight is None else spec.class_weight.double())
+        wanted = exact.plain(leaf, target.double() if name == "soft" else target)
+        wanted.sum().backward()
+        tol = 4 * tolerance(dtype)
+        torch.testing.assert_close(values.double(), wanted.detach(), rtol=tol, atol=tol)
+        torch.testing.assert_close(grad.double(), leaf.grad, rtol=tol, atol=tol / 64)
+        assert torch.equal(valid > 0, exact.valid(target, wanted)), name
+        if name != "soft":
+            assert valid[3] == 0 and not grad[3].any()
+
+
+def test_gradient_in_place_of_bad_rows():
+    """NaN stays in its row; a label out of range is reported, and its row does not count."""
+    logits, target = make((4, 4100))
+    logits[1, 7], target[2] = NAN, 4100
+    report = torch.zeros(4, dtype=torch.int64)
+    grad = logits.clone()
+    values, valid = losses.logit_loss_(grad, target, None, None, 0.0, 0.0, -100, kind=0, prune=False, report=report)
+    assert valid.tolist() == [1, 1, 0, 1] and report.tolist() == [4100, 2, 4100, 1]
+    assert grad[1].isnan().all() and not grad[2].any() and values[2] == 0
+    close(grad[[0, 3]], exact_of(logits[[0, 3]], target[[0, 3]])[1], 1e-5, 1e-8)
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(2, 3, dtype=torch.float16), torch.zeros(3, 2).t(), torch.zeros(2, 3, 1)])
+def test_what_has_no_gradient_in_place(wrong):
+    with pytest.raises(RuntimeError, match="logit_loss_: expected contiguous"):
+        losses.logit_loss_(wrong, torch.zeros(2).long(), None, None, 0.0, 0.0, -100, kind=0, prune=False, report=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_head(dtype):
+    """LinearABLoss on these kernels: three chunks, one of them all ignored, a masked row, against plain torch in float64."""
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*n, generator=draw).to(dtype).requires_grad_() for n in ((12, 5), (30, 5), (30,)))
+    target = torch.randint(30, (12,), generator=draw)
+    target[4:8] = -100
+    mask = torch.arange(12) != 1
+    one, two = ab.LinearABLoss(lam=0.5, chunk=4, backend="triton"), ab.ABLoss(lam=0.5, backend="reference").double()
+    one(hidden, weight, target, bias, mask=mask).backward()
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight, bias)]
+    two(F.linear(*wide), target, mask=mask).backward()
+    for ours, exact in zip((hidden, weight, bias), wide):
+        error = (ours.grad.double() - exact.grad).norm() / exact.grad.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 2e-2), error
+    close(one.log_s, two.log_s, 1e-2 if dtype == torch.bfloat16 else 1e-5)

@@ -1,15 +1,20 @@
 """LinearABLoss against ABLoss on logits that are stored."""
 
+import contextlib
 import copy
 import math
 
+import oracle
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import absgd_fast as ab
-from absgd_fast import _backend
+from absgd_fast import _backend, linear, ops
+from absgd_fast.functional import losses_and_validity
+from absgd_fast.reference import real_dtype
 from two_processes import RANKS, needs_gloo, run
 
 native = pytest.mark.skipif(not _backend.available("cpu"), reason="the native library is not built here")
@@ -363,6 +368,147 @@ def test_bad_options(options, error, message):
 def test_a_criterion_that_is_not_fused():
     with pytest.raises(TypeError, match="criterion: got function, expected one of the fused losses"):
         ab.LinearABLoss(lambda x, y: x.sum(1), lam=0.5)(torch.ones(3, 4), torch.ones(10, 4), torch.tensor([0, 1, 2]))
+
+
+# ---- each row's own gradient, in place of the logits ------------------------------------------------------------------
+
+ISAS = _backend.cpu_isas() if _backend.available("cpu") else []
+
+
+def rows_of(case, classes, dtype):
+    """Logits (35 rows: two whole tiles and a short one), labels, the spec of the loss. Every other label is likely. Row 3 is
+    ignored and holds NaN."""
+    draw = torch.Generator().manual_seed(classes)
+    logits = 3 * torch.randn(35, classes, generator=draw, dtype=torch.float64)
+    target = torch.randint(classes, (35,), generator=draw)
+    logits[range(0, 35, 2), target[::2]] += 9.0
+    logits = logits.to(dtype)
+    spec = case.module(classes, real_dtype(dtype)).spec(logits)
+    target[3], logits[3] = spec.ignore_index, math.nan
+    if spec.adjust is not None:
+        spec = spec._replace(adjust=spec.adjust.to(real_dtype(dtype)))
+    return logits, target, spec
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_gradient_in_place(isa, dtype, case):
+    """Rows side by side; a tile of rows together; row by row."""
+    before = _backend.set_cpu_isa(isa)
+    try:
+        for classes in (10, 100) if case.sparse else (10, 100, 2100):
+            check_in_place(case, classes, dtype)
+    finally:
+        _backend.set_cpu_isa(before)
+
+
+def check_in_place(case, classes, dtype):
+    logits, target, spec = rows_of(case, classes, dtype)
+    grad = logits.clone()
+    losses, valid = ops.OPERATORS["cpu"].logit_loss_(grad, target, *spec)
+    others = losses_and_validity(logits, target, spec, "cpu")
+    assert torch.equal(losses, others[0]) and torch.equal(valid, others[1])
+    kept = logits.double()
+    kept[3] = 0.0
+    exact, slopes = case.exact(kept, target.tolist(), **case.options(classes))
+    ulp = 64 * torch.finfo(real_dtype(dtype)).eps
+    rounding = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0
+    torch.testing.assert_close(losses.double(), torch.tensor(exact), rtol=ulp, atol=ulp)
+    torch.testing.assert_close(grad.double(), torch.tensor(slopes), rtol=ulp + rounding, atol=ulp / 8)
+    counts = torch.tensor(case.valid(kept, target.tolist(), **case.options(classes)))
+    assert torch.equal(valid, counts.to(valid.dtype)) and 1 <= (valid == 0).sum() < 35
+    assert not grad[valid == 0].any()
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
+@native
+def test_gradient_in_place_of_a_bad_row(soft, classes):
+    """NaN stays in its row, which counts; every other has the gradient that it has without."""
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, classes, generator=draw)
+    target = torch.rand(5, classes, generator=draw).softmax(1) if soft else torch.tensor([0, 1, 2, -100, 4])
+    spec = ab.CrossEntropy(label_smoothing=0.1).spec(logits)
+    grads = []
+    for bad in (False, True):
+        logits[1, 6] = math.nan if bad else 0.0
+        grads.append(logits.clone())
+        losses, valid = ops.OPERATORS["cpu"].logit_loss_(grads[-1], target, *spec)
+        assert losses.isnan().tolist() == [False, bad, False, False, False]
+        assert valid.tolist() == ([1] * 5 if soft else [1, 1, 1, 0, 1])
+    assert grads[1][1].isnan().all()
+    assert torch.equal(grads[0][[0, 2, 3, 4]], grads[1][[0, 2, 3, 4]])
+    if soft:
+        exact, slopes = oracle.soft_cross_entropy(logits.nan_to_num().double(), target, label_smoothing=0.1)
+        torch.testing.assert_close(grads[0].double(), torch.tensor(slopes), rtol=1e-5, atol=1e-6)
+
+
+@native
+def test_what_has_no_gradient_in_place():
+    spec = ab.CrossEntropy().spec(torch.zeros(2, 3))
+    for wrong in (torch.zeros(2, 3).half(), torch.zeros(3, 2).t(), torch.zeros(2, 3, 4)):
+        target = torch.zeros(wrong.shape[:1] + wrong.shape[2:], dtype=torch.int64)
+        with pytest.raises(RuntimeError, match="logit_loss_: expected contiguous logits"):
+            ops.OPERATORS["cpu"].logit_loss_(wrong, target, *spec)
+
+
+@native
+def test_masked_rows_hold_anything():
+    """Hidden rows whose logits overflow, and labels out of range: as if the rows were not there; with soft targets too."""
+    hidden, weight, bias, target = inputs(10)
+    mask = torch.arange(N) % 5 != 1
+    with torch.no_grad():
+        weight[4] *= 1e200
+        hidden[mask] *= 1e-200
+        hidden[~mask] = 1e200
+    for soft in (False, True):
+        y = torch.rand(N, 10, dtype=torch.float64).softmax(1) if soft else target.where(mask, 77)
+        one, two = (ab.LinearABLoss(lam=0.5, chunk=CHUNK).double() for _ in range(2))
+        got = gradients(one(hidden, weight, y, bias, mask=mask), (weight, bias))
+        assert_close(got, gradients(two(hidden[mask], weight, y[mask], bias), (weight, bias)), 1e-12)
+
+
+@native
+def test_a_bad_label_is_named_by_its_row():
+    """In the second chunk: counted over the whole target; and the state stays."""
+    hidden, weight, bias, target = inputs(10)
+    target[45] = 10
+    one = ab.LinearABLoss(lam=0.5, chunk=CHUNK).double()
+    with pytest.raises(IndexError, match="label 10 in row 45 "):
+        one(hidden, weight, target, bias)
+    assert one.log_s == -math.inf
+
+
+class Counter(TorchDispatchMode):
+    """Calls of every operator, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows, chunks", [(4001, 8), (700, 3)])  # at least 256 rows
+def test_a_gpu_is_not_waited_for(rows, chunks, dtype, monkeypatch):
+    """On `meta` tensors, which have no numbers to look at: the operators of a GPU, in eight chunks, with sums in float32."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # neither knows `meta`
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    criterion = ab.LinearABLoss(lam=0.5).to("meta")
+    criterion.__dict__["_served"] = (torch.device("meta"), ops.OPERATORS["cuda"])
+    hidden, weight, bias = (torch.empty(n, dtype=dtype, device="meta", requires_grad=True) for n in ((rows, 6), (50, 6), (50,)))
+    target = torch.empty(rows, dtype=torch.int64, device="meta")
+    each = torch.empty(rows, device="meta")
+    with Counter() as seen:
+        criterion(hidden, weight, target, bias, mask=each > 0, sample_weight=each).backward()
+    assert seen.calls.count("absgd_fast.logit_loss_.default") == chunks
+    products = [name for name in seen.calls if "addmm" in name and "out" in name and "dtype" in name]
+    sums = dtype == torch.bfloat16 and linear._adds_in_float32(hidden.device)  # in torch 2.11 not on `meta`
+    assert len(products) == (2 * chunks if sums else 0)
+    assert [t.grad.shape for t in (hidden, weight, bias)] == [t.shape for t in (hidden, weight, bias)]
 
 
 @native

@@ -16,7 +16,7 @@ from absgd_fast.meta import rectified
 
 # the planned step reads a table of addresses, which cannot be copied, faked or traced: its tests are those of the optimizer
 ADDRESSES = {"planned_step"}
-CPU_ONLY = {"robust_logit_loss_", "rule_weights", "group_weights"}  # see ops.py
+CPU_ONLY = {"logit_loss_", "rule_weights", "group_weights"}  # see ops.py
 native = pytest.mark.skipif(not _backend.available("cpu"), reason="the native library is not built here")
 
 
@@ -119,7 +119,8 @@ def use_everything():
             criterion(*args, update=False, **keywords)
     for bits in ({}, {"mask": target > 0, "sample_weight": three, "score": three}):
         hidden, head = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
-        ab.LinearABLoss(lam=0.7)(hidden, head, target, **bits).backward()
+        for loss in (ab.CrossEntropy(), ab.CrossEntropy(weight, label_smoothing=0.1), ab.LDAM(range(1, 6))):
+            ab.LinearABLoss(loss, lam=0.7)(hidden, head, target, **bits).backward()
     deferred = ab.ABLoss(lambda x: x * 1, lam=0.7, deferred=True, loss_divisor=2)
     for keywords in (arguments, {}, arguments):
         deferred(three.clone().requires_grad_(), **keywords).backward()

@@ -488,7 +488,8 @@ def logit_loss_(
     prune: bool,
     report: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`logit_loss` of contiguous (B, C) logits that are not float16, and over them d loss_i / d logits, 0 for rows that do not count.
+    """`logit_loss` of contiguous (B, C) logits that are not float16, and over them d loss_i / d logits: 0 for rows that do not
+    count.
 
     Returns:
         losses (B), validity (B), both real.
@@ -501,8 +502,9 @@ def logit_loss_(
         numbers, constants = _loss(logits, target, kind, prune, first, second)
         walk = _walked(logits)[1]
         launch.launch(
-            logit_loss_in_place_kernel, walk.programs, logits, logits, target.contiguous(), class_weight, adjust, losses, validity,
-            report, losses.numel(), *walk.numbers, ignore_index, *numbers, num_warps=walk.warps, **constants, **walk.constants,
+            logit_loss_in_place_kernel, walk.programs, logits, logits, target.contiguous(), class_weight, adjust, losses,
+            validity, report, losses.numel(), *walk.numbers, ignore_index, *numbers, num_warps=walk.warps, **constants,
+            **walk.constants,
         )  # fmt: skip
     return losses, validity
 

@@ -176,6 +176,13 @@ class Simt:
         return self.library.simt_blocks()
 
     @property
+    def longest(self):
+        """Accesses to memory of the thread that made most of them, in the block of the last launch that ran last and in those
+        before it: their difference is the work that no other block shares. Of a library of the kind "race"."""
+        self.library.simt_longest.restype = ctypes.c_uint64
+        return self.library.simt_longest(0), self.library.simt_longest(1)
+
+    @property
     def parameter_bytes(self):
         """Of the parameters of all launches."""
         return self.library.simt_parameter_bytes()

@@ -217,9 +217,16 @@ inline void for_cells(const void* p, size_t bytes, F f) {
   }
 }
 
+// How many accesses to memory each thread of the running block has made: a measure of its work that repeats exactly.
+unsigned long long accesses[kMaxThreads];
+unsigned long long longest_before;  // of a thread, in all blocks of a launch but the one that ran last
+
+unsigned long long longest_now() { return *std::max_element(accesses, accesses + kMaxThreads); }
+
 template <Kind kind>
 inline void access(const void* p, size_t bytes, const void* pc) {
   if (!tracked(p)) return;
+  ++accesses[state.thread];
   const Label me = block << 40 | uint64_t{state.thread} << 30 | now << 1;
   const uint32_t packed = pack(pc);
   for_cells(p, bytes, [=](Cell& c, bool shared) { check<kind>(c, shared, me, packed); });
@@ -231,6 +238,8 @@ struct Checker : Observer {
   Checker() { observer = this; }
 
   void launch(uint64_t blocks) override {
+    longest_before = 0;
+    memset(accesses, 0, sizeof accesses);
     if (block + blocks >= kMaxBlocks || pages.size() > kMaxPages) {
       pages.clear();
       memset(recent, 0, sizeof recent);
@@ -246,6 +255,8 @@ struct Checker : Observer {
   }
 
   void start_block(const unsigned* index) override {
+    longest_before = std::max(longest_before, longest_now());
+    memset(accesses, 0, sizeof accesses);
     ++block;
     block_index.push_back({index[0], index[1], index[2]});
     now = 1;
@@ -358,6 +369,9 @@ struct Checker : Observer {
 
 }  // namespace
 }  // namespace simt
+
+// Accesses of the thread that made most: in the block that ran last, or in those before it.
+SIMT_API uint64_t simt_longest(int before) { return before ? simt::longest_before : simt::longest_now(); }
 
 // ---- What the compiler calls --------------------------------------------------------------------------------------
 
