@@ -16,7 +16,7 @@ from absgd_fast.meta import rectified
 
 # the planned step reads a table of addresses, which cannot be copied, faked or traced: its tests are those of the optimizer
 ADDRESSES = {"planned_step"}
-CPU_ONLY = {"logit_loss_", "rule_weights", "group_weights"}  # see ops.py
+CPU_ONLY = {"rule_weights", "group_weights"}  # see ops.py
 native = pytest.mark.skipif(not _backend.available("cpu"), reason="the native library is not built here")
 
 
@@ -124,6 +124,11 @@ def use_everything():
     deferred = ab.ABLoss(lambda x: x * 1, lam=0.7, deferred=True, loss_divisor=2)
     for keywords in (arguments, {}, arguments):
         deferred(three.clone().requires_grad_(), **keywords).backward()
+    deferred.settle()
+    deferred = ab.ABLoss(ab.CrossEntropy(weight), lam=0.7, deferred=True)
+    for keywords in ({}, {}, arguments):  # where kernels weigh late, all but the first find the reference point
+        deferred(logits, target, **keywords).backward(retain_graph=True)
+        deferred(logits, target, **keywords).backward()
     deferred.settle()
     parameters = [torch.nn.Parameter(torch.randn(n)) for n in (3, 20)]
     for make, options in (

@@ -125,13 +125,67 @@ def test_rectified_weights(count):
         torch.testing.assert_close(weights.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=0, equal_nan=True)
 
 
+# a row on lanes, in a block, in a block with more of it than shared memory keeps, with its classes apart, more of them than
+# blocks that run at once
+MADE = {
+    "lanes": ((70, 37), None), "block": ((5, 4101), None), "long": ((2, 30_000), None), "apart": ((9, 40), 0),
+    "images": ((3, 6, 35), None), "many": ((700, 600), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MADE)
+def test_gradients_made_on_the_chip(case, dtype):
+    """Each row's own gradient over its logits, and the weighed one of a micro-batch whose reference point is known."""
+    (shape, first), real = MADE[case], reference.real_dtype(dtype)
+    draw = torch.randn(shape, dtype=torch.float64).mul(3).to(dtype)
+    logits = draw if first is None else draw.transpose(0, 1).contiguous().transpose(0, 1)
+    rows = shape[:1] + shape[2:]
+    target = torch.randint(shape[1], rows)
+    target.view(-1)[1] = -100
+    logits.movedim(1, -1)[target == -100] = math.nan
+    wide = logits.double().requires_grad_()
+    exact = reference.logit_loss(wide, target)
+    near = {torch.float64: 1e-11, torch.float32: 5e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    score, t, mask = torch.randn(rows, dtype=real), torch.rand(rows, dtype=real), torch.rand(rows) > 0.2
+    settled = torch.tensor([0.4, 1.0, 60.4, 0.0, 1.0, 0.0], dtype=torch.float64)
+    lam, log_s = torch.tensor(0.5, dtype=real), torch.tensor(0.1, dtype=real)
+    given = (logits, target, None, None, 0.0, 0.0, -100, score, t, mask, settled, log_s, lam, 0)
+    loss, seen, made, totals = torch.ops.absgd_fast.settled_logit_loss(*given)
+    weights = torch.where((target != -100) & mask, (score.double() / 0.5 - 0.4).exp(), 0)
+    wanted = torch.autograd.grad((weights * t * exact.where(weights > 0, 0)).sum(), wide, retain_graph=True)[0]
+    torch.testing.assert_close(seen[1].double(), weights, rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss.double(), (weights * t * exact.where(weights > 0, 0)).sum(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(totals, reference.totals(exact.detach(), log_s, lam, score=score, mask=weights > 0), rtol=1e-5, atol=1e-6)
+    assert made.dtype == (torch.float32 if dtype == torch.float16 else dtype)
+    torch.testing.assert_close(made.double().nan_to_num(9), wanted.nan_to_num(0), rtol=2 * near, atol=2 * near)
+    if logits.is_contiguous():
+        slopes = torch.autograd.grad(exact.sum(), wide)[0].nan_to_num(0)
+        losses, valid = torch.ops.absgd_fast.logit_loss_(logits, target, None, None, 0.0, 0.0, -100, 0)
+        torch.testing.assert_close(losses.double(), exact.detach(), rtol=3e-6, atol=1e-6)
+        assert torch.equal(valid > 0, target != -100)
+        torch.testing.assert_close(logits.double(), slopes, rtol=2 * near, atol=2 * near)
+
+
+def test_the_last_block_combines_sums_only():
+    """At 16384 rows the longest thread of the last block makes so many accesses to memory more than that of any other block. It
+    made {BASE} where the last block weighed all losses (commit caf1499): a sixteenth of that at most."""
+    if not hasattr(simt.library, "simt_longest"):
+        pytest.skip("accesses are counted by the race checker's build")
+    criterion = ab.ABLoss(lam=0.7)
+    simt.configure("forward")
+    criterion(torch.randn(ONE_LAUNCH, 10, requires_grad=True), torch.randint(10, (ONE_LAUNCH,)))
+    last, before = simt.longest
+    print(f"accesses of the longest thread: {last} in the last block, {before} in the others")
+    assert 0 < last - before <= BASE / 16
+
+
 def test_the_two_ways_to_the_gradient_agree():
     """One block that makes it at once, and statistics from which backward makes it."""
     operators = ops.OPERATORS["cuda"]
     before = operators.gradient_limit
     grads = []
     try:
-        for limit in (0, ONE_LAUNCH):
+        for limit in (0, ops.ONE_BLOCK):
             operators.gradient_limit = limit
             torch.manual_seed(1)
             for dtype in (torch.float32, torch.bfloat16, torch.float16):

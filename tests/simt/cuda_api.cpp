@@ -189,6 +189,8 @@ cudaError_t cudaDeviceSynchronize() {
   for (auto& [stream, writes] : made) finish(writes);
   return cudaSuccess;
 }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 }
 
 void simt_capture(void* stream, int captures) {
@@ -197,6 +199,4 @@ void simt_capture(void* stream, int captures) {
     captured.insert(static_cast<cudaStream_t>(stream));
   else
     captured.erase(static_cast<cudaStream_t>(stream));
-cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
-cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 }
