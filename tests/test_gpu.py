@@ -385,7 +385,7 @@ def check_robust(criterion, exact, x, target, p, dtype, upstream=-3.0, ulps=512,
     assert int(criterion.nonfinite_batches) == exact.nonfinite_batches
 
 
-RULES = {
+ROBUST = {
     "default": dict(lam=0.75),
     "negative": dict(lam=-0.5, gamma=0.3, alpha=0.5),
     "zero": dict(lam=2.0, init="zero"),
@@ -418,7 +418,7 @@ def steps_of(where, rule, given, dtype, losses=("ce", "all")):
             check_robust(criterion, exact, where.leaf(p.logits), p.target.to(where.device), p, dtype, **rows)
 
 
-@over(dtype={name: DTYPES[name] for name in ("fp32", "fp64", "bf16")}, rule=RULES)
+@over(dtype={name: DTYPES[name] for name in ("fp32", "fp64", "bf16")}, rule=ROBUST)
 def test_robust_loss(where, dtype, rule):
     steps_of(where, rule, (), dtype, ("ce",) if where.backend == "triton" and dtype != torch.float32 else ("ce", "all"))
 
@@ -429,7 +429,7 @@ def test_robust_loss_of_given_rows(where, given):
     steps_of(where, dict(lam=0.75, max_weight=2.0), given, torch.float64, ("ce",))
 
 
-@over(dtype={name: DTYPES[name] for name in ("fp32", "fp64")}, rule=RULES)
+@over(dtype={name: DTYPES[name] for name in ("fp32", "fp64")}, rule=ROBUST)
 def test_robust_loss_of_given_losses(where, dtype, rule):
     """Any losses at all: one, some, and more than one launch weighs."""
     for count in (1, 300, ONE_LAUNCH + 617):
@@ -715,7 +715,7 @@ def torch_sgd(params, **options):
     return torch.optim.SGD(params, **{"lr": 0.02, "foreach": True} | options)
 
 
-RULES = {
+OPTIMIZERS = {
     "adam": (ab.ABAdam, torch.optim.Adam, dict(lr=2**-6, weight_decay=0.01)),
     "adam, amsgrad": (ab.ABAdam, torch.optim.Adam, dict(lr=2**-6, amsgrad=True, maximize=True)),
     "adamw": (ab.ABAdamW, torch.optim.AdamW, dict(lr=2**-6, betas=(0.5, 0.75))),
@@ -775,8 +775,8 @@ def test_step(where, options, dtype, offset):
             same(ours, theirs, 1e-5 if dtype == torch.float32 else 1e-13, slack=10)
 
 
-@over(rule=RULES, dtype={"fp32": torch.float32, "fp64": torch.float64}, offset=[0, 1])
-def test_rules(where, rule, dtype, offset):
+@over(rule=OPTIMIZERS, dtype={"fp32": torch.float32, "fp64": torch.float64}, offset=[0, 1])
+def test_rules_of_the_step(where, rule, dtype, offset):
     """20 steps, gradients missing now and then, a checkpoint on the way; the lr in a tensor on the device, which changes."""
     make, torch_make, options = rule
     for path in paths(where):
@@ -800,10 +800,10 @@ def test_rules(where, rule, dtype, offset):
 
 
 @over(
-    rule=RULES | {"sgd": (ab.ABSGD, torch.optim.SGD, dict(lr=2**-6, momentum=0.5))},
+    rule=OPTIMIZERS | {"sgd": (ab.ABSGD, torch.optim.SGD, dict(lr=2**-6, momentum=0.5))},
     dtype={"bf16": torch.bfloat16, "fp16": torch.float16},
 )
-def test_rules_in_half_precision(where, rule, dtype):
+def test_rules_of_the_step_in_half_precision(where, rule, dtype):
     """States in float32 as exact as such, and each step's parameters correctly rounded: torch's, from the same ones, in float64."""
     make, torch_make, options = rule
     params, expected = parameters(where, dtype=dtype), parameters(where)
@@ -892,7 +892,8 @@ def test_memory_shared_by_two_parameters(where):
 
 
 @over(
-    rule=RULES | {f"sgd, dampening {d}": (ab.ABSGD, torch.optim.SGD, dict(lr=0.1, momentum=0.9, dampening=d)) for d in (0.0, 0.5)}
+    rule=OPTIMIZERS
+    | {f"sgd, dampening {d}": (ab.ABSGD, torch.optim.SGD, dict(lr=0.1, momentum=0.9, dampening=d)) for d in (0.0, 0.5)}
 )
 def test_grad_scaler(where, rule):
     """The first step skipped, another one later, gradients unscaled by hand in between: as torch's unfused loop."""
@@ -1175,7 +1176,7 @@ def no_waiting(where):
 
 
 @over(rule=WEIGHTINGS, shape={"small": (37, 5), "large": (BEYOND[0] * 30, 5)})
-def test_rules(where, rule, shape):
+def test_rules_from_losses_to_weights(where, rule, shape):
     """As on the CPU in float64, and without waiting; one loss is ignored, one is bad."""
     logits, target = torch.randn(shape, generator=torch.Generator().manual_seed(1)), torch.arange(shape[0]) % shape[1]
     target[3] = -100
@@ -1365,7 +1366,7 @@ def test_tour(where):
             Weighted(where, [0, 1, 5, 64, 650], rows, dtype, gap).check(**options)
     Weighted(where, [3], ONE_LAUNCH + 3, torch.float32).check()
     sgd = [(ab.ABSGD, torch.optim.SGD, {"lr": 0.1} | {k: v for k, v in o.items() if v is not None}) for o in OPTIONS.values()]
-    for rule, dtype, offset in itertools.product([*sgd, *RULES.values()], (torch.float32, torch.float64), (0, 1)):
+    for rule, dtype, offset in itertools.product([*sgd, *OPTIMIZERS.values()], (torch.float32, torch.float64), (0, 1)):
         make, torch_make, options = rule
         params, expected = parameters(where, dtype=dtype, offset=offset), parameters(where)
         ours = make(params, **options, backend=where.backend)
