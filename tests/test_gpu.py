@@ -2,7 +2,8 @@
 
     pytest tests/test_gpu.py                    the same bodies on the CPU's backends; what only a GPU can show is skipped
     python tests/test_gpu.py [--out FILE.json]  on a machine with a GPU, without pytest: worker processes take the tests, so that a
-                                                kernel that hangs or breaks its CUDA context costs one test and not the run
+                                                kernel that hangs or breaks its CUDA context costs one test and not the run; a
+                                                backend that does so again and again is given up
 
 A body is a function of `where`, a device and a backend on it, and of the names of its tables.
 """
@@ -407,8 +408,8 @@ def test_half_precision_is_no_worse_than_eager(where, dtype):
     assert our_loss <= their_loss and our_grad <= their_grad * (1 + 1e-3), errors  # the same rounding of the same number, at best
 
 
-def check_loss(where, criterion, p, dtype, what, cancels=False):
-    """Losses and gradient of logit_loss with the options of p, of the module `criterion`, and a step of ABLoss on it."""
+def check_losses(where, criterion, p, dtype, what, cancels=False):
+    """Losses and gradient of logit_loss with the options of p, and of the module `criterion`."""
     x, target = where.leaf(p.logits), p.target.to(where.device)
     upstream = torch.linspace(-2, 1.5, p.losses.size, dtype=wide(dtype), device=where.device).reshape(p.losses.shape)
     options = tensors_of(p.options, dtype, where.device)
@@ -417,6 +418,12 @@ def check_loss(where, criterion, p, dtype, what, cancels=False):
         close(losses, p.losses, dtype, f"losses, {what}", cancels=cancels)
         exact = p.grads * along(numpy(upstream), p.grads)
         close(grad, exact, dtype, f"gradient, {what}", ulps=128, cancels=cancels, stored=True)
+
+
+def check_loss(where, criterion, p, dtype, what, cancels=False):
+    """The same, and a step of ABLoss on it."""
+    check_losses(where, criterion, p, dtype, what, cancels)
+    x, target = where.leaf(p.logits), p.target.to(where.device)
     check_robust(where.robust(criterion, dtype, lam=-0.75), oracle.ABLoss(-0.75), x, target, p, dtype, cancels=cancels)
 
 
@@ -1029,6 +1036,20 @@ def same(ours, theirs, tolerance, slack=1):
             given = ours.state[p][name].to(value.device, value.dtype)
             message = lambda text, name=name: f"{name}: {text}"  # noqa: E731
             torch.testing.assert_close(given, value, rtol=tolerance, atol=slack * tolerance, msg=message)
+
+
+def check_steps(where, rule, dtype, offset=0):
+    """Two steps of one of OPTIMIZERS or the like."""
+    make, torch_make, options = rule
+    params, expected = parameters(where, dtype=dtype, offset=offset), parameters(where)
+    ours = make(params, **options, backend=where.backend)
+    theirs = torch_make(expected, **options, foreach=False)
+    for step in range(2):
+        set_grads(params, expected, seed=step)
+        ours.step()
+        theirs.step()
+    double, slack = (1e-13, 10) if make is ab.ABSGD else (1e-12, 1)
+    same(ours, theirs, 1e-5 if dtype == torch.float32 else double, slack)
 
 
 def paths(where):
@@ -2030,16 +2051,7 @@ def test_tour(where):
     Weighted(where, [3], ONE_LAUNCH + 3, torch.float32).check()
     sgd = [(ab.ABSGD, torch.optim.SGD, {"lr": 0.1} | {k: v for k, v in o.items() if v is not None}) for o in OPTIONS.values()]
     for rule, dtype, offset in itertools.product([*sgd, *OPTIMIZERS.values()], (torch.float32, torch.float64), (0, 1)):
-        make, torch_make, options = rule
-        params, expected = parameters(where, dtype=dtype, offset=offset), parameters(where)
-        ours = make(params, **options, backend=where.backend)
-        theirs = torch_make(expected, **options, foreach=False)
-        for step in range(2):
-            set_grads(params, expected, seed=step)
-            ours.step()
-            theirs.step()
-        double, slack = (1e-13, 10) if make is ab.ABSGD else (1e-12, 1)
-        same(ours, theirs, 1e-5 if dtype == torch.float32 else double, slack)
+        check_steps(where, rule, dtype, offset)
 
 
 # ---- without pytest --------------------------------------------------------------------------------------------------
@@ -2121,7 +2133,8 @@ class Worker:
         except (BrokenPipeError, json.JSONDecodeError):
             message = f"the process died with exit code {self.process.wait()}"
             self.stop()
-            return dict(test=id, status="failed", message=message, seconds=round(time.perf_counter() - start, 2))
+            seconds = round(time.perf_counter() - start, 2)
+            return dict(test=id, status="failed", message=message, seconds=seconds, usable=False)
 
     def stop(self):
         if self.process is not None:
@@ -2130,9 +2143,13 @@ class Worker:
             self.process = None
 
 
+CRASHES = 3  # A start costs a worker seconds. A backend that broke so many has a fault that more tests would only meet again.
+
+
 def run_all(tests, jobs, limit, each, arguments, on_result):
-    """Every test in one of `jobs` workers (0: in this process); those that want the memory for themselves come last."""
-    end = time.perf_counter() + limit
+    """Every test in one of `jobs` workers (0: in this process); those that want the memory for themselves come last, one at a
+    time. After CRASHES workers that died or lost their CUDA context the rest of that backend's tests are not run."""
+    end, crashes = time.perf_counter() + limit, Counter()
     queue = [id for id, (function, _) in tests.items() if not getattr(function, "alone", False)]
     alone = [id for id in tests if id not in set(queue)]
     lock = threading.Lock()
@@ -2143,11 +2160,14 @@ def run_all(tests, jobs, limit, each, arguments, on_result):
                 id = ids.pop(0) if ids else None
             if id is None:
                 return
-            left = end - time.perf_counter()
+            left, backend = end - time.perf_counter(), tests[id][1]["where"].backend
             result = dict(test=id, status="not run", message="out of time", seconds=0)
-            if left > 0:
+            if crashes[backend] >= CRASHES:
+                result["message"] = "the backend keeps crashing"
+            elif left > 0:
                 result = run(id, min(each, left + 5))
             with lock:
+                crashes[backend] += not result.get("usable", True)  # a test that took too long says nothing of the next
                 on_result(result)
 
     if not jobs:
@@ -2170,9 +2190,10 @@ def main(argv=None):
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the bodies that need no GPU, to try them")
     parser.add_argument("--backends", help="with commas; default: all of the device")
     parser.add_argument("--only", default="", help="parts of names, with commas")
+    parser.add_argument("--only-file", type=Path, help="a file of whole names, one a line: what failed in an earlier run")
     parser.add_argument("--jobs", type=int, default=min(8, max(1, (os.cpu_count() or 2) // 2)), help="processes; 0: this one")
     parser.add_argument("--limit", type=float, default=170, help="seconds for all")
-    parser.add_argument("--each", type=float, default=90, help="seconds for one test")
+    parser.add_argument("--each", type=float, default=30, help="seconds for one test")
     parser.add_argument("--out", type=Path, help="where the results go, as JSON")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -2191,15 +2212,22 @@ def main(argv=None):
         serve(tests)
         return 0
     start = time.perf_counter()
+    results = []
     # a backend that cannot run here has proved nothing
-    results = [dict(test=f"backend {name}", status="failed", message=reason, seconds=0) for name, reason in missing.items()]
+    unknown = {f"backend {name}": reason for name, reason in missing.items()}
+    if options.only_file:
+        wanted = list(dict.fromkeys(filter(None, map(str.strip, options.only_file.read_text().splitlines()))))
+        unknown = {id: "there is no test of this name for these backends" for id in wanted if id not in tests} | unknown
+        tests = {id: test for id, test in tests.items() if id in set(wanted)}
 
     def on_result(result):
         results.append(result)
         if result["status"] != "passed":
             print(f"{result['status']}: {result['test']}: {result['message']}", flush=True)
 
-    arguments = ["--device", options.device, "--backends", ",".join(backends), "--only", options.only]
+    for id, reason in unknown.items():
+        on_result(dict(test=id, status="failed", message=reason, seconds=0))
+    arguments = ["--device", options.device, "--backends", ",".join(backends)]
     run_all(tests, options.jobs, options.limit, options.each, arguments, on_result)
     count = Counter(result["status"] for result in results)
     report = {
