@@ -112,7 +112,7 @@ OF_KERNELS = ("scale", "scale_")  # plain torch has no such operators
 
 
 def chosen(where):
-    """{name: function} of the operators to try. Triton's are compiled when they are called, a second each, so only cross-entropy."""
+    """{name: function} of the operators to try; Triton's, which take a second each to compile, for cross-entropy only."""
     if where.backend == "triton":
         return CE
     left_out = (*OF_KERNELS, *["graph"] * where.gpu) if where.backend == "reference" else ()  # nor does it promise graphs

@@ -154,14 +154,18 @@ _settings = []
 
 
 def setup_function(function=None):
-    """torch.empty returns NaN, so that a read of uninitialised memory shows; torch's own operators are not meant by it."""
-    _settings.append((torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()))
+    """torch.empty returns NaN, so that a read of uninitialised memory shows; torch's own operators are not meant by it. One
+    thread, because on small tensors two would mostly wait for each other."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    _settings.append((*before, torch.get_num_threads()))
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    torch.set_num_threads(1)
 
 
 def teardown_function(function=None):
-    enabled, warn_only = _settings.pop()
+    enabled, warn_only, threads = _settings.pop()
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+    torch.set_num_threads(threads)
 
 
 @contextmanager
@@ -867,7 +871,7 @@ FORMS = {
 
 @over(form=FORMS)
 def test_label_out_of_range_in_every_form(where, form):
-    """The row is ignored where it cannot be refused, a later call raises, and what was trained meanwhile is as if it had said so."""
+    """The row is ignored where it cannot be refused, a later call raises, and the training goes on as if it had been ignored."""
     if where.backend == "triton" and form not in (FORMS["ce"], FORMS["all"], FORMS["deferred"], FORMS["cvar"]):
         raise SkipTest("each kernel costs a second to compile")
     p = problem(HELD, torch.float32)
@@ -908,7 +912,8 @@ def test_a_batch_on_another_device_than_the_state(where):
     weight = torch.eye(HELD[1], device=where.device)
     for form in (lambda: criterion(x, target), lambda: head(x, weight, target)):
         raises(ValueError, (f"got a batch on {x.device}", "its state is on cpu", f"criterion.to('{x.device}')"), form)
-    raises(ValueError, ("target: got a tensor on cpu", f"expected {x.device}"), lambda: logit_loss(x, p.target, backend=where.backend))
+    elsewhere = ("target: got a tensor on cpu", f"expected {x.device}")
+    raises(ValueError, elsewhere, lambda: logit_loss(x, p.target, backend=where.backend))
     on_device = where.criterion(lam=0.75)
     raises(ValueError, ("cpu",), lambda: on_device(x, p.target))  # Triton's launcher has words of its own
     raises(ValueError, ("sample_weight",), lambda: on_device(x, target, sample_weight=torch.ones(HELD[0])))
@@ -1376,7 +1381,7 @@ class Loop:
 
 
 class Micro(Loop):
-    """The same in deferred micro-batches of these sizes, finished in the optimizer's kernel, or (`finish`) by finish_ before it."""
+    """The same in deferred micro-batches of these sizes, finished in the optimizer's kernel or (`finish`) by finish_."""
 
     def __init__(self, where, sizes, classes, optimizer=ab.ABSGD, finish=False, lam=-0.75, **options):
         super().__init__(where, (sum(sizes), classes))
@@ -1404,7 +1409,7 @@ class Micro(Loop):
 
 
 MICRO = {"uneven": (7, 5, 25), "first empty": (0, 12, 25), "many rows": (300, 1, ONE_LAUNCH + 316)}
-# eps is far above the rounding of a gradient: a first step of Adam is lr g / (|g| + eps), and a g of rounding alone would be a step
+# eps is far above the rounding of a gradient: Adam's first step is lr g / (|g| + eps), where a g of rounding alone were a step
 WITH_EPS = {name: (*kinds, options | {"eps": 1e-4}) for name, (*kinds, options) in OPTIMIZERS.items()}
 SGDS = {
     "robust=": (ab.ABSGD, torch.optim.SGD, dict(lr=0.05, momentum=0.9, weight_decay=0.01), False),
