@@ -1,0 +1,190 @@
+"""The two programs that take tests to a GPU without pytest: the runner of test_gpu.py, and gpu_smoke.py."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_smoke
+import pytest
+import test_gpu
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+
+
+# ---- test_gpu.py --------------------------------------------------------------------------------------------------------
+
+
+# Answers like a worker, and does what the test's name says; leaves a mark for each process that was started.
+WORKER = """
+import json, os, pathlib, sys, time
+pathlib.Path(sys.argv[1], str(os.getpid())).touch()
+for line in sys.stdin:
+    if "hang" in line: time.sleep(60)
+    if "die" in line: os.kill(os.getpid(), 11)
+    print(json.dumps(dict(test=line.strip(), status="passed", message="", seconds=0, usable="lost" not in line)), flush=True)
+"""
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """A folder with one file for each worker process that was started."""
+
+    class Worker(test_gpu.Worker):
+        def __init__(self, arguments):
+            super().__init__(arguments)
+            self.command = [sys.executable, "-c", WORKER, str(tmp_path)]
+
+    monkeypatch.setattr(test_gpu, "Worker", Worker)
+    return tmp_path
+
+
+def run_all(ids, jobs=1, each=10):
+    """{id: (status, message)} of tests that are named after their backend: "cuda die 1"."""
+    results = []
+    tests = {id: (None, {"where": test_gpu.Where("cpu", id.split()[0])}) for id in ids}
+    test_gpu.run_all(tests, jobs, 60, each, [], results.append)
+    assert sorted(result["test"] for result in results) == sorted(ids)
+    return {result["test"]: (result["status"], result["message"]) for result in results}
+
+
+GIVEN_UP = ("not run", "the backend keeps crashing")
+
+
+@pytest.mark.parametrize("how", ["die", "lost"])
+def test_a_backend_that_keeps_crashing_is_given_up(started, how):
+    """Its other tests are not run, whoever else's are; no more processes start than crashes explain."""
+    bad = [f"cuda {how} {i}" for i in range(20)]
+    found = run_all([*bad, "cuda fine", "triton fine", "reference fine"])
+    assert [found[id] == GIVEN_UP for id in bad] == [False] * test_gpu.CRASHES + [True] * (20 - test_gpu.CRASHES)
+    assert found["cuda fine"] == GIVEN_UP and found["triton fine"] == found["reference fine"] == ("passed", "")
+    assert len(list(started.iterdir())) == test_gpu.CRASHES + 1
+    if how == "die":
+        assert found[bad[0]] == ("failed", "the process died with exit code -11")
+
+
+def test_crashes_of_workers_side_by_side_are_counted_together(started):
+    found = run_all([f"cuda die {i}" for i in range(40)], jobs=4)
+    run = [id for id, result in found.items() if result != GIVEN_UP]
+    assert test_gpu.CRASHES <= len(run) <= test_gpu.CRASHES + 3  # those that were under way
+    assert len(list(started.iterdir())) <= len(run)
+
+
+def test_those_who_want_to_be_alone_are_given_up_too(started):
+    def alone():
+        pass
+
+    alone.alone, results = True, []
+    tests = {f"cuda die {i}": (None, {"where": test_gpu.Where("cpu", "cuda")}) for i in range(3)}
+    tests["cuda alone"] = (alone, {"where": test_gpu.Where("cpu", "cuda")})
+    test_gpu.run_all(tests, 1, 60, 10, [], results.append)
+    assert (results[-1]["test"], results[-1]["status"], results[-1]["message"]) == ("cuda alone", *GIVEN_UP)
+
+
+def test_tests_that_take_too_long_are_no_crashes(started):
+    ids = [f"cuda hang {i}" for i in range(test_gpu.CRASHES + 1)]
+    found = run_all([*ids, "cuda fine"], each=0.2)
+    assert [found[id][1] for id in ids] == ["no answer within 0 s"] * len(ids)
+
+
+def test_failures_are_run_again_by_their_whole_names(tmp_path):
+    """Names with commas; those that begin like another; and one that is no test, which is a failure and not a shorter run."""
+    wanted = ["test_grad_scaler[cpu-sgd, dampening 0.5]", "test_certain_rows[cpu]"]
+    names, out = tmp_path / "names", tmp_path / "out.json"
+    for extra, code in ([], 0), (["test_certain[cpu]"], 1):
+        names.write_text("\n".join([*wanted, "", *extra]) + "\n")
+        arguments = ["--device", "cpu", "--backends", "cpu", "--jobs", "0", "--only-file", str(names), "--out", str(out)]
+        assert test_gpu.main(arguments) == code
+        report = json.loads(out.read_text())
+        assert sorted(test["test"] for test in report["tests"]) == sorted([*wanted, *extra])
+        assert [failure["test"] for failure in report["failures"]] == extra
+
+
+def test_a_worker_finds_what_the_runner_asks_for(tmp_path):
+    names, out = tmp_path / "names", tmp_path / "out.json"
+    names.write_text("test_grad_scaler[reference-sgd, dampening 0.5]\n")
+    command = [sys.executable, TESTS / "test_gpu.py", "--device", "cpu", "--jobs", "1", "--only-file", names, "--out", out]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(out.read_text())["passed"] == 1
+
+
+def test_what_only_a_gpu_shows_runs_one_at_a_time_where_it_needs_the_memory():
+    found = test_gpu.collect("cuda", {"cuda", "triton", "reference"}, ["hundred_million", "2_to_the_31"])
+    assert found and all(function.alone for function, _ in found.values())
+    assert {id for id in found if "hundred_million" in id} == {
+        f"test_weights_of_a_hundred_million_losses[{backend}]" for backend in ("cuda", "triton")
+    }
+
+
+# ---- gpu_smoke.py -------------------------------------------------------------------------------------------------------
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_operator_on_the_cpu(tmp_path):
+    """In a process of its own, as on a GPU: a line before and one after each operator."""
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, TESTS / "gpu_smoke.py", "--device", "cpu", "--out", out]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = lines(out)
+    assert found and all(set(line) == {"operator", "backend", "status", "message", "seconds"} for line in found)
+    assert [line["status"] for line in found] == ["begun", "passed"] * (len(found) // 2)
+    pairs = [(line["operator"], line["backend"]) for line in found]
+    assert pairs[::2] == pairs[1::2] and {backend for _, backend in pairs} == {"cpu", "reference"}
+    assert {operator for operator, backend in pairs if backend == "cpu"} == set(gpu_smoke.OPERATORS)
+
+
+def test_triton_is_asked_for_cross_entropy_alone_and_plain_torch_for_no_graph():
+    cuda, triton, reference = (gpu_smoke.chosen(where) for where in test_gpu.GPU)
+    assert set(triton) < set(reference) < set(cuda)
+    assert set(cuda) - set(reference) == {"scale", "scale_", "graph"}
+    assert {"logit_loss", "robust_logit_loss, many rows"} <= set(triton) and len(triton) <= 6
+
+
+def test_an_operator_that_fails_fails_the_run(monkeypatch, tmp_path, capsys):
+    def wrong(where):
+        assert 1 == 2, "one is not two"
+
+    monkeypatch.setattr(gpu_smoke, "OPERATORS", {"wrong": wrong, "right": lambda where: None})
+    arguments = ["--device", "cpu", "--backends", "reference", "--out", str(tmp_path / "out.jsonl")]
+    assert gpu_smoke.main(arguments) == 1
+    found = lines(tmp_path / "out.jsonl")
+    assert [line["status"] for line in found] == ["begun", "failed", "begun", "passed"]
+    assert "one is not two" in found[1]["message"]
+    assert "1 of 2 operators passed" in capsys.readouterr().out
+
+
+def test_nothing_is_tried_after_the_context_is_lost(monkeypatch, tmp_path):
+    attempt = test_gpu.attempt
+    monkeypatch.setattr(gpu_smoke, "OPERATORS", {"breaks": lambda where: None, "next": lambda where: None})
+    monkeypatch.setattr(test_gpu, "attempt", lambda *args: attempt(*args) | {"status": "failed", "usable": False})
+    assert gpu_smoke.main(["--device", "cpu", "--backends", "reference", "--out", str(tmp_path / "out.jsonl")]) == 1
+    assert [line["status"] for line in lines(tmp_path / "out.jsonl")] == ["begun", "failed", "not run"]
+
+
+def test_the_last_line_names_the_operator_that_crashed(tmp_path):
+    script = (
+        f"import os, sys; sys.path[:0] = [{str(TESTS)!r}, {str(ROOT)!r}]\n"
+        "import gpu_smoke\n"
+        "gpu_smoke.OPERATORS = {'fine': lambda where: None, 'crashes': lambda where: os.kill(os.getpid(), 11)}\n"
+        "gpu_smoke.main(sys.argv[1:])\n"
+    )
+    out = tmp_path / "out.jsonl"
+    arguments = ["--device", "cpu", "--backends", "reference", "--out", str(out)]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True)
+    assert done.returncode == -11
+    assert [(line["operator"], line["status"]) for line in lines(out)] == [
+        ("fine", "begun"), ("fine", "passed"), ("crashes", "begun"),
+    ]  # fmt: skip
+
+
+def test_a_backend_that_cannot_run_has_proved_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(test_gpu.Where, "why_not", lambda self: "it is not there")
+    assert gpu_smoke.main(["--device", "cpu", "--backends", "cpu", "--out", str(tmp_path / "out.jsonl")]) == 1
+    found = lines(tmp_path / "out.jsonl")
+    assert {line["status"] for line in found} == {"not run"} and found[0]["message"] == "it is not there"
