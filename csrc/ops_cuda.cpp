@@ -223,7 +223,8 @@ std::tuple<Tensor, Tensor> logit_loss_(const Tensor& logits, const Tensor& targe
                                        const std::optional<Tensor>& class_weight, const std::optional<Tensor>& adjust,
                                        double first, double second, int64_t ignore_index, int64_t flags) {
   const OnDevice here(logits);
-  STD_TORCH_CHECK(logits.is_contiguous(), "logit_loss_: expected contiguous logits, over which the gradient is written");
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous() && code_of(logits) != kHalf,
+                  "logit_loss_: expected contiguous logits (B, C) that are not float16");
   Logits rows(logits, target, class_weight, adjust, loss_numbers(first, second, flags), ignore_index, std::nullopt);
   Tensor losses = rows.tensors.per_row_results(0, rows.real(), true);
   Tensor valid = rows.tensors.per_row_results(0, rows.real(), true);

@@ -1,5 +1,6 @@
 """The CUDA files compile for every generation without spilling, in the registers and shared memory of tests/cuda_resources.json."""
 
+import importlib.util
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("losses", "weights", "step", "weighted")
+FILES = ("losses", "weights", "step", "weighted", "tickets")
 ARCHITECTURES = (80, 90, 100)
 TABLE = Path(__file__).with_name("cuda_resources.json")
 NVCC = shutil.which("nvcc")
@@ -35,12 +36,13 @@ def short(name: str) -> str:
 
 
 def compiled(file: str, architecture: int, folder: Path) -> dict:
-    """kernel -> [registers, bytes of static shared memory, bytes spilled], and the PTX beside it."""
-    ptx = folder / f"{file}-{architecture}.ptx"
-    source = [NVCC, "-std=c++17", f"-arch=sm_{architecture}", ROOT / "csrc" / "cuda" / f"{file}.cu"]
-    subprocess.run([*source, "-ptx", "-o", ptx], check=True)
-    done = subprocess.run([*source, "-Xptxas", "-v", "-cubin", "-o", ptx.with_suffix(".cubin")], capture_output=True, text=True)
+    """kernel -> [registers, bytes of static shared memory, bytes spilled]; PTX and machine code are left in the folder."""
+    cubin, kept = folder / f"{file}-{architecture}.cubin", folder / f"{file}-{architecture}.kept"
+    kept.mkdir()
+    command = [NVCC, "-std=c++17", f"-arch=sm_{architecture}", "-Xptxas", "-v", "--keep", "--keep-dir", kept, "-cubin"]
+    done = subprocess.run([*command, ROOT / "csrc" / "cuda" / f"{file}.cu", "-o", cubin], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    (kept / f"{file}.ptx").rename(cubin.with_suffix(".ptx"))
     out = {}
     for part in done.stderr.split("Compiling entry function")[1:]:
         spilled = sum(map(int, re.findall(r"(\d+) bytes spill", part)))
@@ -96,7 +98,7 @@ def test_accesses_are_16_bytes_wide(builds, architecture):
     seen = set()
     for name, body in re.findall(r"\.entry (\w+)\(.*?\n\{(.*?)\n\}", text, re.S):
         kernel = short(name)
-        adjacent = re.match(r"(robust_)?logit_loss_(fwd|bwd)_kernel<.*, [01], (true|false)>|(weighted_)?step_kernel", kernel)
+        adjacent = re.match(r"logit_loss_(fwd|bwd|made)_kernel<.*, [01], (true|false)>|(weighted_)?step_kernel", kernel)
         if adjacent:
             seen.add(kernel)
             assert re.search(wide[0], body), kernel
@@ -105,6 +107,81 @@ def test_accesses_are_16_bytes_wide(builds, architecture):
     sizes = 2 * (6 * 4 + 5 * 3) + 2 * (11 * 2)  # of tables: float32 and bfloat16 have three or four for a form, the others two
     assert len(seen) == 4 * 2 * 3 * 2 + sizes + 4 * 2
 
+
+def disassembler():
+    """cuobjdump, of the CUDA toolkit or from Triton's wheel; None if there is none."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    spec = importlib.util.find_spec("triton")
+    bundled = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if spec and spec.origin else None
+    return bundled if bundled and bundled.exists() else None
+
+
+def machine_code(cubin: Path) -> dict[str, list[str]]:
+    """kernel -> its instructions."""
+    text = subprocess.run([disassembler(), "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    parts = (part.split("\n", 1) for part in re.split(r"Function : ", text)[1:])
+    return {short(name): re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);", body) for name, body in parts}
+
+
+def loads_together(instructions: list[str], least: int = 4) -> int:
+    """At how many places so many loads from memory are under way at once: nothing between them uses what one of them brings."""
+    pending, loads, places, counted = {}, 0, 0, False
+    for instruction in instructions:
+        operation, _, rest = re.sub(r"^@!?U?P\w+\s+", "", instruction).partition(" ")
+        operands = [operand.strip() for operand in rest.split(",")]
+        read = operands[1:] if not operation.startswith(("ST", "BRA", "EXIT", "RED")) else operands
+        used = set(map(int, re.findall(r"\bR(\d+)", " ".join(read))))
+        if operation.startswith(("D", "STG.E.64", "STG.E.128")):  # pairs of registers
+            used |= {register + 1 for register in used}
+        if waited := [pending[register] for register in used if register in pending]:
+            pending = {register: load for register, load in pending.items() if load > max(waited)}
+            counted = counted and len(set(pending.values())) >= least
+        if operation.startswith("LDG") and (target := re.match(r"R(\d+)", operands[0])):
+            width = 4 if ".128" in operation else 2 if ".64" in operation else 1
+            pending |= {int(target[1]) + j: loads for j in range(width)}
+            loads += 1
+            if len(set(pending.values())) >= least and not counted:
+                places, counted = places + 1, True
+    return places
+
+
+# The loops over losses, over sums of blocks and over gradients that each kernel has. Where they had one serial load a turn,
+# robust_fwd, robust_sums and rectified came out with 0 and robust_apply with 1.
+LOOPS = {
+    "robust_fwd": 2, "robust_sums": 2, "robust_apply": 2, "robust_weights_dot": 3, "robust_weights_bwd": 1, "rectified": 2,
+    "scale": 1, "bounded_loss": 2, "weighted_step": 2, "logit_loss_fwd": 2, "logit_loss_made": 2,
+}  # fmt: skip
+
+
+@pytest.mark.skipif(disassembler() is None, reason="needs cuobjdump, from a CUDA toolkit or Triton's wheel")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loads_do_not_wait_for_each_other(builds, architecture):
+    """Four at once in every loop over losses: one after the other they cost 800 cycles a turn (cuda/weights.cuh kAtOnce)."""
+    seen = set()
+    for file in ("losses", "weights", "weighted"):
+        for kernel, instructions in machine_code(builds[0] / f"{file}-{architecture}.cubin").items():
+            name = kernel.partition("_kernel")[0]
+            if name in LOOPS:
+                seen.add(name)
+                assert loads_together(instructions) >= LOOPS[name], kernel
+    assert seen == LOOPS.keys()
+
+
+def test_serial_loads_are_seen():
+    serial = ["LDG.E R4, desc[UR4][R2.64]", "FADD R5, R5, R4", "IADD3 R2, R2, 0x4, RZ"] * 8
+    together = [f"LDG.E R{r}, desc[UR4][R2.64]" for r in range(4, 8)] + [f"FADD R9, R9, R{r}" for r in range(4, 8)]
+    assert loads_together(serial) == 0 and loads_together(together) == 1 and loads_together(together * 3) == 3
+
+
+@pytest.mark.skipif(disassembler() is None, reason="needs cuobjdump, from a CUDA toolkit or Triton's wheel")
+def test_a_row_does_not_wait_for_its_label(builds):
+    """The 16-byte loads of a row come before the comparison of its label with the number of classes, which stops the kernel
+    until the label is there. (In the machine code of one kernel, where they are told apart by the fence of the report.)"""
+    code = machine_code(builds[0] / "losses-90.cubin")["logit_loss_fwd_kernel<bfloat16, float, 1, false>"]
+    first = next(i for i, text in enumerate(code) if "LDG.E.128" in text)
+    report = next(i for i, text in enumerate(code) if "MEMBAR" in text and "SYS" in text)
+    assert first < report
 
 def test_float_kernels_compute_in_float(builds):
     """No double arithmetic in the loops over float32, bfloat16 and float16 (state and numbers are double, once per launch)."""

@@ -855,11 +855,10 @@ int most_shared() {
   return most - 2048 < kKeptBytes ? most - 2048 : kKeptBytes;  // the kernel's own, and what the system takes
 }
 
-// f(storage, gradient's type, real): the gradient has the logits' dtype, float32 for float16 where it is kept for a
-// loss scale to come.
+// f(storage, gradient's type, real): the gradient has the logits' dtype, float32 for float16 (ops_common.h made_as).
 template <class F>
-void for_made(Dtype dtype, bool in_place, F f) {
-  if (dtype == Dtype::f16 && !in_place) return f(Tag<__half>{}, Tag<float>{}, Tag<float>{});
+void for_made(Dtype dtype, F f) {
+  if (dtype == Dtype::f16) return f(Tag<__half>{}, Tag<float>{}, Tag<float>{});
   for_storage(dtype, [&](auto storage, auto real) { f(storage, storage, real); });
 }
 
@@ -877,7 +876,7 @@ const char* logit_loss_made(const LogitForward& a, const Robust& r, void* stream
   unsigned* const ticket = robust ? ticket_for(s) : nullptr;
   if (robust && ticket == nullptr) return failure();
   const Shape shape = shape_of(a);
-  for_made(a.dtype, a.grad == a.logits, [&](auto storage, auto gradient, auto real) {
+  for_made(a.dtype, [&](auto storage, auto gradient, auto real) {
     using S = typename decltype(storage)::type;
     using G = typename decltype(gradient)::type;
     using T = typename decltype(real)::type;
@@ -930,7 +929,7 @@ const char* robust_logit_loss_fwd(const LogitForward& a, const Robust& r, void* 
 const char* robust_logit_loss_block(const LogitForward& a, const Robust& r, void* stream) {
   if (a.rows() == 0) return robust_fwd(r, stream);
   const int width = lanes_for(a.classes, kTeamClasses);
-  for_made(a.dtype, false, [&](auto storage, auto gradient, auto real) {
+  for_made(a.dtype, [&](auto storage, auto gradient, auto real) {
     using S = typename decltype(storage)::type;
     using G = typename decltype(gradient)::type;
     using T = typename decltype(real)::type;

@@ -168,10 +168,18 @@ __global__ void __launch_bounds__(kThreads, 4) scale_kernel(const ScaleArgs __gr
   const int64_t count = a.batch * a.classes * a.inner;
   for (int64_t begin = int64_t(blockIdx.x) * kScaleBlock; begin < count; begin += int64_t(gridDim.x) * kScaleBlock) {
     const int64_t end = begin + kScaleBlock < count ? begin + kScaleBlock : count;
-#pragma unroll 4
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-      const T u = constant ? one : upstream[i / (a.classes * a.inner) * a.inner + i % a.inner];
-      out[i] = to_storage<G>(to_real(in[i]) * u);
+    for (int64_t i = begin + threadIdx.x; i < end; i += kAtOnce * kThreads) {
+      S given[kAtOnce];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u)
+        if (i + u * kThreads < end) given[u] = in[i + u * kThreads];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int64_t k = i + u * kThreads;
+        if (k >= end) continue;
+        const T factor = constant ? one : upstream[k / (a.classes * a.inner) * a.inner + k % a.inner];
+        out[k] = to_storage<G>(to_real(given[u]) * factor);
+      }
     }
   }
 }

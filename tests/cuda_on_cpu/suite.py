@@ -158,7 +158,7 @@ def test_gradients_made_on_the_chip(case, dtype):
     torch.testing.assert_close(totals, reference.totals(exact.detach(), log_s, lam, score=score, mask=weights > 0), rtol=1e-5, atol=1e-6)
     assert made.dtype == (torch.float32 if dtype == torch.float16 else dtype)
     torch.testing.assert_close(made.double().nan_to_num(9), wanted.nan_to_num(0), rtol=2 * near, atol=2 * near)
-    if logits.is_contiguous():
+    if logits.is_contiguous() and logits.dim() == 2 and dtype != torch.float16:
         slopes = torch.autograd.grad(exact.sum(), wide)[0].nan_to_num(0)
         losses, valid = torch.ops.absgd_fast.logit_loss_(logits, target, None, None, 0.0, 0.0, -100, 0)
         torch.testing.assert_close(losses.double(), exact.detach(), rtol=3e-6, atol=1e-6)
@@ -168,7 +168,7 @@ def test_gradients_made_on_the_chip(case, dtype):
 
 def test_the_last_block_combines_sums_only():
     """At 16384 rows the longest thread of the last block makes so many accesses to memory more than that of any other block. It
-    made {BASE} where the last block weighed all losses (commit caf1499): a sixteenth of that at most."""
+    made 1442 where the last block weighed all losses (commit caf1499): a sixteenth of that at most, and 66 when this was written."""
     if not hasattr(simt.library, "simt_longest"):
         pytest.skip("accesses are counted by the race checker's build")
     criterion = ab.ABLoss(lam=0.7)
@@ -176,7 +176,7 @@ def test_the_last_block_combines_sums_only():
     criterion(torch.randn(ONE_LAUNCH, 10, requires_grad=True), torch.randint(10, (ONE_LAUNCH,)))
     last, before = simt.longest
     print(f"accesses of the longest thread: {last} in the last block, {before} in the others")
-    assert 0 < last - before <= BASE / 16
+    assert 0 < last - before <= 1442 / 16
 
 
 def test_the_two_ways_to_the_gradient_agree():
