@@ -528,8 +528,9 @@ struct WriteApart {
   __device__ __forceinline__ void one(T x, int k) const { grad[k * stride] = to_storage<G>(row.value(x, k)); }
 };
 
-// One row's gradient, by the threads of its team. from: where packs are read.
-template <class S, class G, Walk walk, class T, bool kGeneral, class From>
+// One row's gradient, by the threads of its team. from: where packs are read; early: before it is known whether the row
+// counts (not where the gradient takes the place of the logits: others may write what is read in vain).
+template <class S, class G, Walk walk, bool early, class T, bool kGeneral, class From>
 __device__ __forceinline__ void write_row(const LogitInput& a, G* grads, int64_t i, int lane, int width, const S* x,
                                           const RowGradients<T, kGeneral>& row, From from) {
   const int classes = int(a.classes);
@@ -541,7 +542,7 @@ __device__ __forceinline__ void write_row(const LogitInput& a, G* grads, int64_t
   } else {
     const WriteGradient<S, T, G, kGeneral> write(row, grad, x);
     const WarpTeam team{lane, width};  // only who takes which classes
-    walk_adjacent(x, classes, team, from, [&] { return counts; }, write);
+    walk_adjacent(x, early || counts ? classes : 0, team, from, [&] { return counts; }, write);
   }
   if (counts) return;
   const int64_t stride = walk == Walk::columns ? a.inner : 1;  // ignored, or of weight 0: whatever stands in the logits
@@ -567,7 +568,7 @@ __global__ void __launch_bounds__(threads_of(walk), blocks_of<T>(walk, !kGeneral
   const Label label = raw.checked(a, nullptr, i, false);
   const RowGradients<T, kGeneral> row(RowView<T, kGeneral>(a, i, counts && label.valid ? label.y : -1), stats[0], g, factor);
   const int step = walk == Walk::columns ? 1 : walk == Walk::block ? blockDim.x : width;
-  write_row<S, S, walk>(a, static_cast<S*>(a.grad), i, place.lane, step, row_of<S>(a, i), row, StartInMemory<S>());
+  write_row<S, S, walk, true>(a, static_cast<S*>(a.grad), i, place.lane, step, row_of<S>(a, i), row, StartInMemory<S>());
 }
 
 // ---- the gradient while the row is on the chip ----------------------------------------------------------------------
@@ -661,7 +662,7 @@ __global__ void __launch_bounds__(threads_of(walk), sizeof(T) == 8 ? 1 : blocks_
     const RowView<T, kGeneral> again(a, i, row.counts ? work.label.y : -1);
     const RowGradients<T, kGeneral> gradients(again, row.max, row.gradient, factor);
     const int step = walk == Walk::columns ? 1 : walk == Walk::block ? blockDim.x : width;
-    write_row<S, G, walk>(a, static_cast<G*>(a.grad), i, place.lane, step, work.x, gradients, kept);
+    write_row<S, G, walk, false>(a, static_cast<G*>(a.grad), i, place.lane, step, work.x, gradients, kept);
   });
   BatchSums total;
   if (!robust || !all.finish(ticket, total) || threadIdx.x != 0) return;
