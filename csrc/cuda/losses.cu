@@ -304,7 +304,7 @@ struct Place {
     lane = walk == Walk::columns ? 0 : walk == Walk::block ? threadIdx.x : threadIdx.x % width;
     row = tile * each(width) + (walk == Walk::columns ? threadIdx.x : walk == Walk::block ? 0 : threadIdx.x / width);
     inside = row < rows;
-    if (!inside) row = rows - 1;  // goes along with the shuffles, writes nothing
+    if (!inside) row = rows - 1;  // goes along with the shuffles, reads and writes nothing of the row
   }
 };
 
@@ -355,9 +355,10 @@ struct RowAtWork {
       : i(place.row), x(row_of<S>(a, i)), label{0, false}, own_logit(0), sums(RowView<T, kGeneral>(a, i, -1)) {
     auto begin = [&] {
       label = raw.checked(a, a.report, i, place.inside && place.lane == 0);
+      label.valid &= place.inside;
       sums.view = RowView<T, kGeneral>(a, i, label.y);
       own_logit = own_logit_of<S, T, kGeneral>(a, x, label, sums.view);
-      const bool first = sums.view.is_soft() && a.classes > 0;
+      const bool first = sums.view.is_soft() && label.valid && a.classes > 0;
       sums.reference = reference_for(first ? sums.view.logit(to_real(x[0]), 0) : own_logit);
       return label.valid;
     };
@@ -367,7 +368,7 @@ struct RowAtWork {
     } else {
       const auto team = team_of<walk>(place.lane, width);
       auto walker = seen(sums);
-      walk_adjacent(x, int(a.classes), team, StartInMemory<S>(), begin, walker);
+      walk_adjacent(x, place.inside ? int(a.classes) : 0, team, StartInMemory<S>(), begin, walker);
       sums.combine(team);
     }
   }
