@@ -353,8 +353,8 @@ class Operators:
         return WITH_GRAD if classes <= 128 and logits.numel() <= classes * (limit // _lanes(classes)) else WITH_STATS
 
     def weighing(self, logits: Tensor, saves: int) -> Tensor | None:
-        """Room for what the weights are made from later; None where the forward pass makes them."""
-        if not self.weighs_late or saves == WITH_GRAD:
+        """Room for what the weights are made from later; None where the forward pass makes them. Where `weighs_late`."""
+        if saves == WITH_GRAD:
             return None
         return torch.empty(4, dtype=torch.float64, device=logits.device)
 

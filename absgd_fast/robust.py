@@ -365,7 +365,7 @@ class ABLoss(rules.ExactState):
             losses, valid = F.losses_and_validity(logits.detach(), target, spec, self._backend())
             self._fix_lam(losses, valid > 0 if mask is None else (valid > 0) & mask)
         saves = operators.saves(logits) if grad_mode and logits.requires_grad else 0
-        weighing = operators.weighing(logits, saves)
+        weighing = operators.weighing(logits, saves) if operators.weighs_late else None
         given = (logits, target, weight, adjust, first, second, ignore_index, score, sample_weight, mask)
         try:
             if settled:

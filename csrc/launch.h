@@ -291,11 +291,11 @@ struct Versions {
 };
 Versions versions();
 
-constexpr int64_t kOneBlock = 2048;     // so many losses are weighted by one block: four for each of its threads
-constexpr int64_t kLossBlock = 1024;    // beyond, losses of a block
-constexpr int64_t kMostBlocks = 2048;   // of a launch over rows of logits, each of which leaves one LossSums
-constexpr int64_t kTeamThreads = 512;   // of the one block that keeps a small batch of logits in its registers
-constexpr int kTeamClasses = 4;         // of a row, in one of these threads
+constexpr int64_t kOneBlock = 2048;    // so many losses are weighted by one block: four for each of its threads
+constexpr int64_t kLossBlock = 1024;   // beyond, losses of a block
+constexpr int64_t kMostBlocks = 2048;  // of a launch over rows of logits, each of which leaves one LossSums
+constexpr int64_t kTeamThreads = 512;  // of the one block that keeps a small batch of logits in its registers
+constexpr int kTeamClasses = 4;        // of a row, in one of these threads
 
 // Lanes of a warp that share a row, a power of two: each takes at least `per_lane` classes, if the row has them.
 inline int lanes_for(int64_t classes, int per_lane) {
@@ -377,8 +377,8 @@ struct Robust : RobustArgs {
 // Losses and, where asked for, validity and statistics.
 const char* logit_loss_fwd(const LogitForward&, void* stream);
 const char* logit_loss_bwd(const LogitBackward&, void* stream);
-// The same, and robust.loss, z and weighing, in one launch; two with a finite max_weight, whose loss needs log s' first.
-// robust.sums: (kMostBlocks).
+// The same, and robust.loss, z and weighing, in one launch; two with a finite max_weight, whose loss needs log s'
+// first. robust.sums: (kMostBlocks).
 const char* robust_logit_loss_fwd(const LogitForward&, const Robust&, void* stream);
 // The same with weights and the gradient made at once by one block, for what fits_one_block and no f64; the gradient is
 // of the logits' dtype but f32 for f16.

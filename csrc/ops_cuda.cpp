@@ -203,9 +203,9 @@ std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(
                 : (flags & kWithStats) != 0 ? rows.make_stats()
                                             : empty_none(here.device, made_as(rows.args.dtype));
   if (!weighing.has_value()) {
-    STD_TORCH_CHECK((flags & kWithGrad) != 0 && gpu::fits_one_block(rows.args.rows(), rows.args.classes) &&
-                        real == Dtype::f32,
-                    "robust_logit_loss: more than one block holds, or no gradient; expected weighing, and statistics");
+    STD_TORCH_CHECK(
+        (flags & kWithGrad) != 0 && gpu::fits_one_block(rows.args.rows(), rows.args.classes) && real == Dtype::f32,
+        "robust_logit_loss: more than one block holds, or no gradient; expected weighing, and statistics");
     op.args.weights = out.row(1);
     check(gpu::robust_logit_loss_block(rows.args, op.args, here.stream));
   } else {
@@ -506,8 +506,8 @@ std::string cuda_signatures() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(absgd_fast, ABSGD_DISPATCH_KEY, m){
-    ABSGD_OPS(ABSGD_IMPL)
-        ABSGD_IMPL(logit_loss_backward) ABSGD_IMPL(settled_logit_loss)} STABLE_TORCH_LIBRARY_IMPL(absgd_fast, CompositeExplicitAutograd, m) {
+    ABSGD_OPS(ABSGD_IMPL) ABSGD_IMPL(logit_loss_backward)
+        ABSGD_IMPL(settled_logit_loss)} STABLE_TORCH_LIBRARY_IMPL(absgd_fast, CompositeExplicitAutograd, m) {
   ABSGD_IMPL(cuda_signatures) ABSGD_IMPL(cuda_unbound) ABSGD_IMPL(cuda_versions)
 }
 

@@ -32,8 +32,9 @@ inline TorchStream find_torch_stream() {
 inline const char* torch_stream_unbound() {
   if (find_torch_stream() != nullptr) return nullptr;
   void* const library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
-  return library == nullptr ? "no libtorch_cuda.so is loaded in this process"
-                            : "libtorch_cuda.so has no aoti_torch_get_current_cuda_stream, which torch 2.10 and later have";
+  return library == nullptr
+             ? "no libtorch_cuda.so is loaded in this process"
+             : "libtorch_cuda.so has no aoti_torch_get_current_cuda_stream, which torch 2.10 and later have";
 }
 
 // The stream that torch uses on `device`: null, or what failed.

@@ -460,9 +460,7 @@ def soft_problem(shape, dtype, loss, seed=0):
     losses = F.cross_entropy(a, target.double(), reduction="none", **exact)
     (grads,) = torch.autograd.grad(losses.sum(), x)
     valid = np.ones(losses.shape, bool)
-    return SimpleNamespace(
-        logits=logits, target=target, options=options, losses=numpy(losses), grads=numpy(grads), valid=valid
-    )
+    return SimpleNamespace(logits=logits, target=target, options=options, losses=numpy(losses), grads=numpy(grads), valid=valid)
 
 
 @over(loss=list(SOFT), dtype=DTYPES, path=PATHS)

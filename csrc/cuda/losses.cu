@@ -34,9 +34,9 @@ struct RawLabel {
   uint8_t on;
 
   __device__ __forceinline__ RawLabel(const LogitInput& a, int64_t i) {
-    y = a.soft != nullptr   ? -1
-        : a.target_int64 ? static_cast<const long long*>(a.target)[i]
-                         : static_cast<const int*>(a.target)[i];
+    y = a.soft != nullptr ? -1
+        : a.target_int64  ? static_cast<const long long*>(a.target)[i]
+                          : static_cast<const int*>(a.target)[i];
     on = a.mask == nullptr ? 1 : a.mask[i];
   }
   // By one thread of a row (`first`) the label is also checked for the report.
@@ -61,7 +61,9 @@ struct Spot {
   __device__ __forceinline__ Spot(const LogitInput& a, int64_t i)
       : batch(a.inner == 1 ? i : i / a.inner), inner(a.inner == 1 ? 0 : i - batch * a.inner) {}
   // in (batch, classes, inner) contiguous
-  __device__ __forceinline__ int64_t of_class_0(const LogitInput& a) const { return batch * a.classes * a.inner + inner; }
+  __device__ __forceinline__ int64_t of_class_0(const LogitInput& a) const {
+    return batch * a.classes * a.inner + inner;
+  }
 };
 
 // ---- walking over a row --------------------------------------------------------------------------------------------
@@ -73,9 +75,10 @@ struct FromMemory {
   __device__ __forceinline__ Pack<S> operator()(int p) const { return load_pack(packs + p * Pack<S>::N); }
 };
 
-// f.pack(values, first class, number of the pack) for N adjacent classes at a time, f.one(value, class) for those before
-// the first multiple of 16 bytes and after the last. `from(first pack)` makes the source of the packs. `begin` is asked
-// once, when the first loads are under way, whether the row counts, which may hang on its label; else nothing is called.
+// f.pack(values, first class, number of the pack) for N adjacent classes at a time, f.one(value, class) for those
+// before the first multiple of 16 bytes and after the last. `from(first pack)` makes the source of the packs. `begin`
+// is asked once, when the first loads are under way, whether the row counts, which may hang on its label; else nothing
+// is called.
 template <class S, class Team, class From, class Begin, class F>
 __device__ __forceinline__ void walk_adjacent(const S* x, int classes, const Team& team, From from, Begin begin, F& f) {
   constexpr int N = Pack<S>::N, kAtOnce = F::kGeneral ? 1 : kInFlight;  // class vectors take the registers
@@ -245,7 +248,8 @@ __device__ __forceinline__ RowResult<T> finish_row(const LogitForward& a, Label 
   const T gap = soft ? T(0) : max - own_logit;
   const Row<L> row{gap, sums.rest * exp_below(sums.powers.max - max), soft ? T(0) : L::exp(-gap)};
   const bool prunes = a.loss.least < kLargest;
-  RowResult<T> out{0, max, label.valid && !(prunes && row.nll() >= T(a.loss.least)) /* pruned rows do not */, {0, 0, 0}};
+  RowResult<T> out{
+      0, max, label.valid && !(prunes && row.nll() >= T(a.loss.least)) /* pruned rows do not */, {0, 0, 0}};
   if (!out.counts) return out;
   T c = 0;
   if (!soft) {
@@ -309,7 +313,8 @@ struct Place {
 };
 
 // f(place, label) for every tile of this block, which walks over all tiles with the stride of the launch: so a launch
-// has no more blocks than the chip holds, and leaves as few sums. The label of the next row comes while this one is read.
+// has no more blocks than the chip holds, and leaves as few sums. The label of the next row comes while this one is
+// read.
 template <Walk walk, class F>
 __device__ __forceinline__ void for_tiles(const LogitForward& a, int width, F f) {
   const int64_t rows = a.rows(), each = Place<walk>::each(width), tiles = (rows + each - 1) / each;
@@ -351,7 +356,8 @@ struct RowAtWork {
 
   // seen(sums): what walks over the packs, to see them too.
   template <class F>
-  __device__ __forceinline__ RowAtWork(const LogitForward& a, const Place<walk>& place, int width, const RawLabel& raw, F seen)
+  __device__ __forceinline__ RowAtWork(const LogitForward& a, const Place<walk>& place, int width, const RawLabel& raw,
+                                       F seen)
       : i(place.row), x(row_of<S>(a, i)), label{0, false}, own_logit(0), sums(RowView<T, kGeneral>(a, i, -1)) {
     auto begin = [&] {
       label = raw.checked(a, a.report, i, place.inside && place.lane == 0);
@@ -452,11 +458,11 @@ __global__ void __launch_bounds__(threads_of(walk), blocks_of<T>(walk, !kGeneral
 
 // (1/n) sum_i t_i (min(W_i, max_weight) + mix) L_i: what the sums of a launch do not hold.
 template <class T>
-__global__ void __launch_bounds__(256, 4)
-    bounded_loss_kernel(const Robust __grid_constant__ r, unsigned* ticket) {
+__global__ void __launch_bounds__(256, 4) bounded_loss_kernel(const Robust __grid_constant__ r, unsigned* ticket) {
   const auto numbers = RobustNumbers<Lane<T>>::template of<T>(*r.weighing);
   const T* z = static_cast<const T*>(r.z);
-  const int64_t begin = int64_t(blockIdx.x) * kLossBlock, end = begin + kLossBlock < r.count ? begin + kLossBlock : r.count;
+  const int64_t begin = int64_t(blockIdx.x) * kLossBlock,
+                end = begin + kLossBlock < r.count ? begin + kLossBlock : r.count;
   T sum = 0;
   for_losses<T>(r, begin, end, [&](int64_t i, const Given<T>& in) {
     if (z[i] != T(-INFINITY)) sum += numbers.factor(numbers.weight(z[i]), in.t) * in.loss;
@@ -477,7 +483,8 @@ struct RowGradients {
   Powers<T> powers;
   T scale, at_label, spread, inner;  // inner: scale for the powers as they come
 
-  __device__ __forceinline__ RowGradients(const RowView<T, kGeneral>& view, T max, const RowGradient<Lane<T>>& g, T factor)
+  __device__ __forceinline__ RowGradients(const RowView<T, kGeneral>& view, T max, const RowGradient<Lane<T>>& g,
+                                          T factor)
       : view(view),
         powers(max),
         scale(g.scale * factor),
@@ -502,7 +509,9 @@ struct WriteGradient {
   bool wide;  // grad has the alignment of the logits, and their dtype
 
   __device__ __forceinline__ WriteGradient(const RowGradients<T, kGeneral>& row, G* grad, const S* x)
-      : row(row), grad(grad), wide(sizeof(G) == sizeof(S) && to_boundary(grad) == to_boundary(reinterpret_cast<const G*>(x))) {}
+      : row(row),
+        grad(grad),
+        wide(sizeof(G) == sizeof(S) && to_boundary(grad) == to_boundary(reinterpret_cast<const G*>(x))) {}
   __device__ __forceinline__ void one(T x, int k) const { grad[k] = to_storage<G>(row.value(x, k)); }
   __device__ __forceinline__ void pack(const Pack<S>& in, int first, int) const {
     constexpr int N = Pack<S>::N;
@@ -567,9 +576,11 @@ __global__ void __launch_bounds__(threads_of(walk), blocks_of<T>(walk, !kGeneral
   }
   const bool counts = g.scale != 0 || g.at_label != 0;
   const Label label = raw.checked(a, nullptr, i, false);
-  const RowGradients<T, kGeneral> row(RowView<T, kGeneral>(a, i, counts && label.valid ? label.y : -1), stats[0], g, factor);
+  const RowGradients<T, kGeneral> row(RowView<T, kGeneral>(a, i, counts && label.valid ? label.y : -1), stats[0], g,
+                                      factor);
   const int step = walk == Walk::columns ? 1 : walk == Walk::block ? blockDim.x : width;
-  write_row<S, S, walk, true>(a, static_cast<S*>(a.grad), i, place.lane, step, row_of<S>(a, i), row, StartInMemory<S>());
+  write_row<S, S, walk, true>(a, static_cast<S*>(a.grad), i, place.lane, step, row_of<S>(a, i), row,
+                              StartInMemory<S>());
 }
 
 // ---- the gradient while the row is on the chip ----------------------------------------------------------------------
@@ -678,7 +689,8 @@ __global__ void __launch_bounds__(threads_of(walk), sizeof(T) == 8 ? 1 : blocks_
 // made; then its gradient is written. One read and one write.
 template <class S, class T, class G, bool kGeneral>
 __global__ void __launch_bounds__(kTeamThreads, 1)
-    robust_logit_loss_block_kernel(const LogitForward __grid_constant__ a, const Robust __grid_constant__ r, int width) {
+    robust_logit_loss_block_kernel(const LogitForward __grid_constant__ a, const Robust __grid_constant__ r,
+                                   int width) {
   const int64_t rows = a.rows();
   const int classes = int(a.classes);
   const Place<Walk::lanes> place(rows, width, 0);
@@ -936,7 +948,8 @@ const char* robust_logit_loss_block(const LogitForward& a, const Robust& r, void
     using G = typename decltype(gradient)::type;
     using T = typename decltype(real)::type;
     if constexpr (sizeof(T) == sizeof(float)) {
-      const auto kernel = is_general(a) ? robust_logit_loss_block_kernel<S, T, G, true> : robust_logit_loss_block_kernel<S, T, G, false>;
+      const auto kernel = is_general(a) ? robust_logit_loss_block_kernel<S, T, G, true>
+                                        : robust_logit_loss_block_kernel<S, T, G, false>;
       LAUNCH(kernel, 1, kTeamThreads, 0, static_cast<cudaStream_t>(stream), a, r, width);
     }
   });

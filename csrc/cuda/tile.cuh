@@ -92,8 +92,8 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return ::exp2f(x);
 #endif
 }
-// exp(x) for x <= 0: relative error below 1e-7 |x|, so what is far below 1 is less exact, and counts for as much less in
-// the sum it enters.
+// exp(x) for x <= 0: relative error below 1e-7 |x|, so what is far below 1 is less exact, and counts for as much less
+// in the sum it enters.
 __device__ __forceinline__ float exp_below(float x) { return exp2_fast(x * 1.44269504088896341f); }
 __device__ __forceinline__ double exp_below(double x) { return ::exp(x); }
 

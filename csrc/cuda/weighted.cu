@@ -76,8 +76,8 @@ struct Columns {
     for (int u = 0; u < kAhead; ++u)
       if (first_row + u * step < rows) ahead.held[u] = load_pack(block + (first_row + u * step) * stride + first);
   }
-  // mean += factor_r block_r over these rows, the first of which are in `ahead`; a row of factor 0 takes no part, whatever
-  // it holds.
+  // mean += factor_r block_r over these rows, the first of which are in `ahead`; a row of factor 0 takes no part,
+  // whatever it holds.
   template <class T>
   __device__ __forceinline__ void add_rows(T (&mean)[N], Ahead& ahead, const S* block, int64_t stride, const T* factors,
                                            int first_row, int step, int rows) const {
@@ -166,8 +166,8 @@ __global__ void __launch_bounds__(kThreads, kResident<S>)
   }
   __syncthreads();
   if (outcome[0].bad > 0) return;  // all threads alike
-  const auto numbers = RobustNumbers<Lane<T>>::template of<T>(
-      Weighing::of(lam, robust.mix, robust.max_weight, outcome[0]));
+  const auto numbers =
+      RobustNumbers<Lane<T>>::template of<T>(Weighing::of(lam, robust.mix, robust.max_weight, outcome[0]));
 
   SHARED(T[kPiece], factors);
   T mean[N] = {};

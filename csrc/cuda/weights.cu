@@ -9,7 +9,7 @@ namespace {
 constexpr int kThreads = 256;  // of a block of kLossBlock losses
 template <class T>
 constexpr int kResident = sizeof(T) == 8 ? 2 : 4;  // such blocks in a multiprocessor: more of double would spill
-constexpr int kAlone = 512;    // where one block does it all (1024 would leave 32 registers a thread, and spill)
+constexpr int kAlone = 512;  // where one block does it all (1024 would leave 32 registers a thread, and spill)
 
 // All of it by one block, or one of the stages.
 template <class T>
@@ -31,13 +31,15 @@ __global__ void __launch_bounds__(kAlone, 1) robust_fwd_kernel(const Robust __gr
 // The losses of one block.
 struct Range {
   int64_t begin, end;
-  explicit __device__ __forceinline__ Range(int64_t count) : begin(int64_t(blockIdx.x) * kLossBlock), end(begin + kLossBlock) {
+  explicit __device__ __forceinline__ Range(int64_t count)
+      : begin(int64_t(blockIdx.x) * kLossBlock), end(begin + kLossBlock) {
     if (end > count) end = count;
   }
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kResident<T>) robust_sums_kernel(const Robust __grid_constant__ a, unsigned* ticket) {
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    robust_sums_kernel(const Robust __grid_constant__ a, unsigned* ticket) {
   const Range own(a.count);
   const double lam = lam_of(a);
   const BatchSums sums = vector_sums<T>(a, lam, own.begin, own.end);
@@ -51,7 +53,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) robust_sums_kernel(con
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kResident<T>) robust_apply_kernel(const Robust __grid_constant__ a, unsigned* ticket) {
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    robust_apply_kernel(const Robust __grid_constant__ a, unsigned* ticket) {
   const Range range(a.count);
   const Outcome outcome = a.settled != nullptr ? known(*a.settled) : *a.outcome;
   const double own = apply<T>(a, lam_of(a), outcome, range.begin, range.end);
@@ -111,7 +114,8 @@ __device__ void vjp(const Vjp& a, double dot, int64_t begin, int64_t end) {
 
 // sum of W_i d_i; a row without a usable loss has weight NaN, and keeps that to itself. One block goes on to the vjp.
 template <class T>
-__global__ void __launch_bounds__(kAlone, 1) robust_weights_dot_kernel(const Vjp __grid_constant__ a, unsigned* ticket) {
+__global__ void __launch_bounds__(kAlone, 1)
+    robust_weights_dot_kernel(const Vjp __grid_constant__ a, unsigned* ticket) {
   const BlockTeam team = BlockTeam::here();
   const bool alone = gridDim.x == 1;
   Range own(a.count);
@@ -155,7 +159,7 @@ __global__ void __launch_bounds__(kAlone, 1) rectified_kernel(const T* products,
 
 // ---- gradient scaling ----------------------------------------------------------------------------------------------
 
-constexpr int kScaleBlock = 4096;     // elements of a block at a time
+constexpr int kScaleBlock = 4096;        // elements of a block at a time
 constexpr unsigned kScaleBlocks = 4096;  // at most: 128000 blocks that have nothing to do are not free
 
 template <class S, class T, class G>

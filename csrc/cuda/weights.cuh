@@ -91,8 +91,8 @@ struct BatchSums {
   long long good, bad;
 };
 
-// f(sums of a warp), by thread 0 for one warp after the other: the same order on every run. The block's other threads go
-// on, so a barrier has to come before the next call, which writes `of_warps` again.
+// f(sums of a warp), by thread 0 for one warp after the other: the same order on every run. The block's other threads
+// go on, so a barrier has to come before the next call, which writes `of_warps` again.
 template <class T, class F>
 __device__ __forceinline__ void each_warp(const LossSums<T>& own, F f) {
   SHARED(LossSums<T>[kWarp], of_warps);
@@ -141,7 +141,8 @@ __device__ __forceinline__ LossSums<T> narrow(const BatchSums& s) {
   return {T(s.max), T(s.sum), T(s.weighted), T(s.plain), int(s.good), int(s.bad)};
 }
 
-// The sums of all blocks of a launch, by its last one: in thread 0. Each block left one LossSums, so a thread adds a few.
+// The sums of all blocks of a launch, by its last one: in thread 0. Each block left one LossSums, so a thread adds a
+// few.
 template <class T>
 __device__ __forceinline__ BatchSums launch_sums(const LossSums<T>* parts, int blocks) {
   LossSums<T> own{lowest(T()), 0, 0, 0, 0, 0};
