@@ -1264,7 +1264,9 @@ def in_place(logits, target, spec):
     others = one.logit_loss(logits, target, *spec._replace(bits=spec.bits | ops.WITH_STATS))
     upstream = torch.ones((), dtype=wide(logits.dtype))
     smoothing = spec.first if spec.bits < ops.KIND else 0.0
-    again = one.logit_loss_backward(logits, target, spec.class_weight, spec.adjust, smoothing, others[1], upstream)
+    again = one.logit_loss_backward(
+        logits, target, spec.class_weight, spec.adjust, smoothing, others[1], upstream, None, None
+    )
     assert torch.equal(values, others[0]) and torch.equal(valid, others[2]) and torch.equal(grad, again)
     return values, grad, valid
 

@@ -189,4 +189,5 @@ def test_float_kernels_compute_in_float(builds):
     for name, body in re.findall(r"\.entry (\w+)\(.*?\n\{(.*?)\n\}", text, re.S):
         kernel = short(name)
         if "double" not in kernel and "_bwd_" in kernel:
-            assert not re.search(r"\b(add|mul|fma|sub|div)[.\w]*\.f64", body), kernel
+            # of log s' in two parts, once a row
+            assert re.findall(r"\b(?:add|mul|fma|sub|div)[.\w]*\.f64", body) in ([], ["sub.f64"]), kernel

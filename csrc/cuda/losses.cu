@@ -312,19 +312,12 @@ struct Place {
   }
 };
 
-// f(place, label) for every tile of this block, which walks over all tiles with the stride of the launch: so a launch
-// has no more blocks than the chip holds, and leaves as few sums. The label of the next row comes while this one is
-// read.
+// f(place) for every tile of this block, which walks over all tiles with the stride of the launch: so a launch has no
+// more blocks than the chip holds, and leaves as few sums.
 template <Walk walk, class F>
 __device__ __forceinline__ void for_tiles(const LogitForward& a, int width, F f) {
   const int64_t rows = a.rows(), each = Place<walk>::each(width), tiles = (rows + each - 1) / each;
-  int64_t tile = blockIdx.x;
-  RawLabel next(a, Place<walk>(rows, width, tile).row);
-  for (; tile < tiles; tile += gridDim.x) {
-    const RawLabel label = next;
-    if (tile + gridDim.x < tiles) next = RawLabel(a, Place<walk>(rows, width, tile + gridDim.x).row);
-    f(Place<walk>(rows, width, tile), label);
-  }
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) f(Place<walk>(rows, width, tile));
 }
 
 // The logit of the label, adjusted and less its margin.
@@ -356,9 +349,9 @@ struct RowAtWork {
 
   // seen(sums): what walks over the packs, to see them too.
   template <class F>
-  __device__ __forceinline__ RowAtWork(const LogitForward& a, const Place<walk>& place, int width, const RawLabel& raw,
-                                       F seen)
+  __device__ __forceinline__ RowAtWork(const LogitForward& a, const Place<walk>& place, int width, F seen)
       : i(place.row), x(row_of<S>(a, i)), label{0, false}, own_logit(0), sums(RowView<T, kGeneral>(a, i, -1)) {
+    const RawLabel raw(a, i);
     auto begin = [&] {
       label = raw.checked(a, a.report, i, place.inside && place.lane == 0);
       label.valid &= place.inside;
@@ -433,13 +426,13 @@ __global__ void __launch_bounds__(threads_of(walk), blocks_of<T>(walk, !kGeneral
                           unsigned* ticket) {
   const bool robust = ticket != nullptr;
   RobustRows<T> all(r);
-  for_tiles<walk>(a, width, [&](const Place<walk>& place, const RawLabel& label) {
+  for_tiles<walk>(a, width, [&](const Place<walk>& place) {
     const int64_t i = place.row;
     const bool writes = place.inside && place.lane == 0;
     const T t = robust && writes ? all.sample_weight(i) : T(1), score = robust && writes ? all.score(i) : T(0);
     using Work = RowAtWork<S, T, walk, kGeneral>;
     using Sums = typename Work::Sums;
-    const Work work(a, place, width, label, [](Sums& sums) { return Only<Sums>{sums}; });
+    const Work work(a, place, width, [](Sums& sums) { return Only<Sums>{sums}; });
     if (!writes) return;
     const RowResult<T> row = work.finish(a);
     store_row(a, i, row, t);
@@ -645,14 +638,14 @@ __global__ void __launch_bounds__(threads_of(walk), sizeof(T) == 8 ? 1 : blocks_
   RobustRows<T> all(r);
   const auto numbers = RobustNumbers<Lane<T>>::template of<T>(
       robust ? Weighing{r.settled->log_s, r.settled->scale, 0, INFINITY} : Weighing{0, 1, 0, INFINITY});
-  for_tiles<walk>(a, width, [&](const Place<walk>& place, const RawLabel& label) {
+  for_tiles<walk>(a, width, [&](const Place<walk>& place) {
     const int64_t i = place.row;
     const bool writes = place.inside && place.lane == 0;
     const T t = robust ? all.sample_weight(i) : T(1), score = robust ? all.score(i) : T(0);
     using Work = RowAtWork<S, T, walk, kGeneral>;
     using Sums = typename Work::Sums;
     using Keeping = typename Kept<S>::template Keeping<Sums>;
-    const Work work(a, place, width, label, [&](Sums& sums) { return Keeping{sums, kept}; });
+    const Work work(a, place, width, [&](Sums& sums) { return Keeping{sums, kept}; });
     RowResult<T> row{};
     T factor = 0;
     if (walk != Walk::block || threadIdx.x < kWarp) {  // the other warps wait for the first
@@ -872,8 +865,16 @@ int most_shared() {
 // f(storage, gradient's type, real): the gradient has the logits' dtype, float32 for float16 (ops_common.h made_as).
 template <class F>
 void for_made(Dtype dtype, F f) {
-  if (dtype == Dtype::f16) return f(Tag<__half>{}, Tag<float>{}, Tag<float>{});
-  for_storage(dtype, [&](auto storage, auto real) { f(storage, storage, real); });
+  switch (dtype) {
+    case Dtype::f64:
+      return f(Tag<double>{}, Tag<double>{}, Tag<double>{});
+    case Dtype::bf16:
+      return f(Tag<__nv_bfloat16>{}, Tag<__nv_bfloat16>{}, Tag<float>{});
+    case Dtype::f16:
+      return f(Tag<__half>{}, Tag<float>{}, Tag<float>{});
+    default:
+      return f(Tag<float>{}, Tag<float>{}, Tag<float>{});
+  }
 }
 
 }  // namespace
