@@ -72,7 +72,7 @@ struct Spot {
 template <class S>
 struct FromMemory {
   const S* packs;
-  __device__ __forceinline__ Pack<S> operator()(int p) const { return load_pack(packs + p * Pack<S>::N); }
+  __device__ __forceinline__ uint4 operator()(int p) const { return load_raw(packs + p * Pack<S>::N); }
 };
 
 // f.pack(values, first class, number of the pack) for N adjacent classes at a time, f.one(value, class) for those
@@ -85,7 +85,7 @@ __device__ __forceinline__ void walk_adjacent(const S* x, int classes, const Tea
   const int boundary = to_boundary(x), head = boundary < classes ? boundary : classes;
   const int packs = (classes - head) / N, width = team.width;
   const auto source = from(x + head);
-  Pack<S> in[kAtOnce];
+  uint4 in[kAtOnce];
   int p = team.lane;
   auto load = [&] {
 #pragma unroll
@@ -97,14 +97,14 @@ __device__ __forceinline__ void walk_adjacent(const S* x, int classes, const Tea
   for (int k = team.lane; k < head; k += width) f.one(to_real(x[k]), k);
   while (p + (kAtOnce - 1) * width < packs) {
 #pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) f.pack(in[u], head + (p + u * width) * N, p + u * width);
+    for (int u = 0; u < kAtOnce; ++u) f.template pack<S>(in[u], head + (p + u * width) * N, p + u * width);
     p += kAtOnce * width;
     load();
   }
   if constexpr (kAtOnce > 1) {
 #pragma unroll
     for (int u = 0; u < kAtOnce - 1; ++u)  // the last of them would have been in the loop
-      if (p + u * width < packs) f.pack(in[u], head + (p + u * width) * N, p + u * width);
+      if (p + u * width < packs) f.template pack<S>(in[u], head + (p + u * width) * N, p + u * width);
   }
   for (int k = head + packs * N + team.lane; k < classes; k += width) f.one(to_real(x[k]), k);
 }
@@ -199,11 +199,12 @@ struct RowSums {
     rest += powers(other);
   }
   template <class S>
-  __device__ __forceinline__ void pack(const Pack<S>& in, int first, int) {
+  __device__ __forceinline__ void pack(const uint4& in, int first, int) {
     constexpr int N = Pack<S>::N;
     T a[N];
+    unpack<S>(in, a);
 #pragma unroll
-    for (int j = 0; j < N; ++j) a[j] = view.logit(to_real(in.value[j]), first + j);
+    for (int j = 0; j < N; ++j) a[j] = view.logit(a[j], first + j);
     if (view.has_shares())
       for (int j = 0; j < N; ++j) spread(a[j], first + j);
     const unsigned own = unsigned(view.label - first);
@@ -383,9 +384,9 @@ struct Only {  // nothing but the sums
   __device__ __forceinline__ void one(T x, int k) {
     sums.one(x, k);
   }
-  template <class P>
-  __device__ __forceinline__ void pack(const P& in, int first, int p) {
-    sums.pack(in, first, p);
+  template <class S>
+  __device__ __forceinline__ void pack(const uint4& in, int first, int p) {
+    sums.template pack<S>(in, first, p);
   }
 };
 
@@ -486,11 +487,25 @@ struct RowGradients {
         inner(scale * powers.exact()) {}
   __device__ __forceinline__ T value(T x, int k) const { return finish(powers(view.logit(x, k)) * inner, k); }
   // from exp(a_k - max) * scale
-  __device__ __forceinline__ T finish(T e, int k) const {
-    if (k == view.label) e = at_label;
+  __device__ __forceinline__ T finish(T e, int k) const { return shaped(k == view.label ? at_label : e, k); }
+  // what class vectors and shares make of it
+  __device__ __forceinline__ T shaped(T e, int k) const {
     if (!kGeneral) return e;
     if (spread != 0) e -= spread * view.share(k);
     return e * view.slope(k);
+  }
+  // the same of N adjacent classes, only one pack of which holds the label
+  template <int N>
+  __device__ __forceinline__ void values(T (&x)[N], int first) const {
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[j] = powers(view.logit(x[j], first + j)) * inner;
+    const unsigned own = unsigned(view.label - first);
+    if (own < unsigned(N)) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) x[j] = own == unsigned(j) ? at_label : x[j];
+    }
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[j] = shaped(x[j], first + j);
   }
 };
 
@@ -506,19 +521,16 @@ struct WriteGradient {
         grad(grad),
         wide(sizeof(G) == sizeof(S) && to_boundary(grad) == to_boundary(reinterpret_cast<const G*>(x))) {}
   __device__ __forceinline__ void one(T x, int k) const { grad[k] = to_storage<G>(row.value(x, k)); }
-  __device__ __forceinline__ void pack(const Pack<S>& in, int first, int) const {
+  template <class>
+  __device__ __forceinline__ void pack(const uint4& in, int first, int) const {
     constexpr int N = Pack<S>::N;
-    if constexpr (sizeof(G) == sizeof(S)) {
-      Pack<G> out;
+    T x[N];
+    unpack<S>(in, x);
+    row.values(x, first);
+    if constexpr (sizeof(G) == sizeof(S))
+      if (wide) return store_raw(grad + first, absgd::gpu::pack<G>(x));
 #pragma unroll
-      for (int j = 0; j < N; ++j) out.value[j] = to_storage<G>(row.value(to_real(in.value[j]), first + j));
-      if (wide) return store_pack(grad + first, out);
-#pragma unroll
-      for (int j = 0; j < N; ++j) grad[first + j] = out.value[j];
-    } else {
-#pragma unroll
-      for (int j = 0; j < N; ++j) grad[first + j] = to_storage<G>(row.value(to_real(in.value[j]), first + j));
-    }
+    for (int j = 0; j < N; ++j) grad[first + j] = to_storage<G>(x[j]);
   }
 };
 
@@ -582,7 +594,7 @@ __global__ void __launch_bounds__(threads_of(walk), blocks_of<T>(walk, !kGeneral
 // second-level cache. A thread reads only what it kept itself.
 template <class S>
 struct Kept {
-  Pack<S>* shared;
+  uint4* shared;
   int capacity;  // in packs
 
   template <class Sums>
@@ -594,16 +606,17 @@ struct Kept {
     __device__ __forceinline__ void one(T x, int k) {
       sums.one(x, k);
     }
-    __device__ __forceinline__ void pack(const Pack<S>& in, int first, int p) {
+    template <class>
+    __device__ __forceinline__ void pack(const uint4& in, int first, int p) {
       if (p < kept.capacity) kept.shared[p] = in;
-      sums.pack(in, first, p);
+      sums.template pack<S>(in, first, p);
     }
   };
   struct Source {
     Kept kept;
     const S* packs;
-    __device__ __forceinline__ Pack<S> operator()(int p) const {
-      return p < kept.capacity ? kept.shared[p] : load_pack(packs + p * Pack<S>::N);
+    __device__ __forceinline__ uint4 operator()(int p) const {
+      return p < kept.capacity ? kept.shared[p] : load_raw(packs + p * Pack<S>::N);
     }
   };
   __device__ __forceinline__ Source operator()(const S* packs) const { return {*this, packs}; }
@@ -632,7 +645,7 @@ template <class S, class T, class G, Walk walk, bool kGeneral>
 __global__ void __launch_bounds__(threads_of(walk), sizeof(T) == 8 ? 1 : blocks_of<T>(walk))
     logit_loss_made_kernel(const LogitForward __grid_constant__ a, const Robust __grid_constant__ r, int width,
                            int capacity, unsigned* ticket) {
-  DYN_SHARED(Pack<S>, shared);
+  DYN_SHARED(uint4, shared);
   const Kept<S> kept{shared, capacity};
   const bool robust = ticket != nullptr;
   RobustRows<T> all(r);

@@ -156,6 +156,40 @@ __device__ __forceinline__ double to_storage(double x) {
   return x;
 }
 
+// Two numbers of 16 bits in a word, the first in its lower half.
+template <class S>
+__device__ __forceinline__ void unpack_word(unsigned word, float& first, float& second);
+template <>
+__device__ __forceinline__ void unpack_word<__nv_bfloat16>(unsigned word, float& first, float& second) {
+  const unsigned bits[2] = {word << 16, word & 0xffff0000u};
+  memcpy(&first, bits, sizeof(float));
+  memcpy(&second, bits + 1, sizeof(float));
+}
+template <>
+__device__ __forceinline__ void unpack_word<__half>(unsigned word, float& first, float& second) {
+  __half2 both;
+  memcpy(&both, &word, sizeof(word));
+  const float2 wide = __half22float2(both);
+  first = wide.x;
+  second = wide.y;
+}
+template <class S>
+__device__ __forceinline__ unsigned pack_word(float first, float second);
+template <>
+__device__ __forceinline__ unsigned pack_word<__nv_bfloat16>(float first, float second) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
+  unsigned word;
+  memcpy(&word, &both, sizeof(word));
+  return word;
+}
+template <>
+__device__ __forceinline__ unsigned pack_word<__half>(float first, float second) {
+  const __half2 both = __floats2half2_rn(first, second);
+  unsigned word;
+  memcpy(&word, &both, sizeof(word));
+  return word;
+}
+
 // 16 bytes, the widest access of a thread.
 template <class S>
 struct alignas(16) Pack {
@@ -174,6 +208,36 @@ __device__ __forceinline__ void store_pack(S* p, const Pack<S>& x) {
   uint4 raw;
   memcpy(&raw, &x, sizeof(raw));
   *reinterpret_cast<uint4*>(p) = raw;
+}
+// 16 bytes as they are, and the numbers in them. A bfloat16 is the upper half of a float: two of a word are two
+// instructions, and back to a word one, where 16-bit values in registers of their own would take two more each.
+template <class S>
+__device__ __forceinline__ uint4 load_raw(const S* p) {
+  return *reinterpret_cast<const uint4*>(p);
+}
+template <class S>
+__device__ __forceinline__ void store_raw(S* p, const uint4& raw) {
+  *reinterpret_cast<uint4*>(p) = raw;
+}
+template <class S, class T>
+__device__ __forceinline__ void unpack(const uint4& raw, T (&out)[Pack<S>::N]) {
+  if constexpr (sizeof(S) == 2) {
+    const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int w = 0; w < 4; ++w) unpack_word<S>(words[w], out[2 * w], out[2 * w + 1]);
+  } else {
+    memcpy(out, &raw, sizeof(raw));
+  }
+}
+template <class S, class T>
+__device__ __forceinline__ uint4 pack(const T (&in)[Pack<S>::N]) {
+  uint4 raw;
+  if constexpr (sizeof(S) == 2)
+    raw = {pack_word<S>(in[0], in[1]), pack_word<S>(in[2], in[3]), pack_word<S>(in[4], in[5]),
+           pack_word<S>(in[6], in[7])};
+  else
+    memcpy(&raw, in, sizeof(raw));
+  return raw;
 }
 // Elements of p before its first multiple of 16 bytes.
 template <class S>

@@ -66,7 +66,7 @@ struct Columns {
   }
   // The rows under way in a thread.
   struct Ahead {
-    Pack<S> held[kAhead];
+    uint4 held[kAhead];
   };
   // Rows first, first + step, ... below `rows`: where they lie in 16 bytes, their loads are under way when it returns.
   __device__ __forceinline__ void load_rows(Ahead& ahead, const S* block, int64_t stride, int first_row, int step,
@@ -74,7 +74,7 @@ struct Columns {
     if (!whole) return;
 #pragma unroll
     for (int u = 0; u < kAhead; ++u)
-      if (first_row + u * step < rows) ahead.held[u] = load_pack(block + (first_row + u * step) * stride + first);
+      if (first_row + u * step < rows) ahead.held[u] = load_raw(block + (first_row + u * step) * stride + first);
   }
   // mean += factor_r block_r over these rows, the first of which are in `ahead`; a row of factor 0 takes no part,
   // whatever it holds.
@@ -89,8 +89,10 @@ struct Columns {
         for (int u = 0; u < kAhead; ++u) {
           const T factor = r + u * step < rows ? factors[r + u * step] : T(0);
           if (factor == T(0)) continue;
+          T row[N];
+          unpack<S>(ahead.held[u], row);
 #pragma unroll
-          for (int j = 0; j < N; ++j) mean[j] += factor * to_real(ahead.held[u].value[j]);
+          for (int j = 0; j < N; ++j) mean[j] += factor * row[j];
         }
       }
     } else {
