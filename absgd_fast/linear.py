@@ -49,8 +49,9 @@ class LinearABLoss(ABLoss):
 
     Raises:
         ValueError: shapes or devices that do not fit each other; mix, or max_weight with a normaliser. TypeError: a criterion that
-        is not fused, dtypes that differ, float16. IndexError: a label out of range. RuntimeError: a second derivative
-        (backend="reference" has it, and stores the logits).
+        is not fused, dtypes that differ, float16. IndexError: a label out of range (on a GPU by a
+        later call, which counts its row within its chunk). RuntimeError: a second derivative (backend="reference" has it, and
+        stores the logits).
 
     >>> hidden = torch.randn(64, 16, requires_grad=True)
     >>> head = torch.nn.Linear(16, 1000)
