@@ -8,6 +8,7 @@ from pathlib import Path
 import gpu_smoke
 import pytest
 import test_gpu
+import torch
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -116,6 +117,56 @@ def test_what_only_a_gpu_shows_runs_one_at_a_time_where_it_needs_the_memory():
     assert {id for id in found if "hundred_million" in id} == {
         f"test_weights_of_a_hundred_million_losses[{backend}]" for backend in ("cuda", "triton")
     }
+
+
+# ---- after one test -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """The CPU as a GPU: what the tests' clean-up asks of torch.cuda, to be made fail."""
+    for name, value in (("synchronize", None), ("empty_cache", None), ("memory_reserved", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    where = test_gpu.Where("cpu", "reference")
+    where.gpu = True
+    return where
+
+
+def raising(error):
+    def function(*args, **kwargs):
+        raise error
+
+    return function
+
+
+def test_a_cache_that_cannot_be_emptied_is_no_lost_context(monkeypatch, pretended):
+    """As after a capture that failed. What failed stays the test's own message, and a test that passed has passed."""
+    monkeypatch.setattr(torch.cuda, "empty_cache", raising(RuntimeError("captures_underway.empty()")))
+    result = test_gpu.attempt("id", raising(ValueError("not captured")), {"where": pretended})
+    assert result["status"] == "failed" and result["usable"] is True
+    assert result["message"].startswith("ValueError: not captured") and "captures_underway" in result["message"]
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2**32)
+    result = test_gpu.attempt("id", lambda where: None, {"where": pretended})
+    assert (result["status"], result["usable"]) == ("passed", True) and "captures_underway" in result["message"]
+
+
+def test_one_of_our_operators_that_cannot_run_is_no_lost_context(monkeypatch, pretended):
+    monkeypatch.setattr(test_gpu, "one_row", raising(RuntimeError("no kernel image")))
+    result = test_gpu.attempt("id", raising(ValueError("wrong")), {"where": pretended})
+    assert result["status"] == "failed" and result["usable"] is True and "no kernel image" in result["message"]
+
+
+def test_a_device_that_does_not_answer_is_lost(monkeypatch, pretended):
+    monkeypatch.setattr(torch.cuda, "synchronize", raising(RuntimeError("illegal memory access")))
+    result = test_gpu.attempt("id", lambda where: None, {"where": pretended})
+    assert result["status"] == "failed" and result["usable"] is False
+    assert "the CUDA context is lost: illegal memory access" in result["message"]
+
+
+def test_a_device_that_computes_nothing_is_lost(monkeypatch, pretended):
+    monkeypatch.setattr(torch, "ones", raising(RuntimeError("unspecified launch failure")))
+    result = test_gpu.attempt("id", lambda where: None, {"where": pretended})
+    assert result["usable"] is False and "unspecified launch failure" in result["message"]
 
 
 # ---- gpu_smoke.py -------------------------------------------------------------------------------------------------------
