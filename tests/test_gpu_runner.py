@@ -128,7 +128,7 @@ def pretended(monkeypatch):
     for name, value in (("synchronize", None), ("empty_cache", None), ("memory_reserved", 0)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     where = test_gpu.Where("cpu", "reference")
-    where.gpu = True
+    where.gpu, where.why_not = True, lambda: None
     return where
 
 
@@ -214,8 +214,41 @@ def test_nothing_is_tried_after_the_context_is_lost(monkeypatch, tmp_path):
     attempt = test_gpu.attempt
     monkeypatch.setattr(gpu_smoke, "OPERATORS", {"breaks": lambda where: None, "next": lambda where: None})
     monkeypatch.setattr(test_gpu, "attempt", lambda *args: attempt(*args) | {"status": "failed", "usable": False})
-    assert gpu_smoke.main(["--device", "cpu", "--backends", "reference", "--out", str(tmp_path / "out.jsonl")]) == 1
+    assert gpu_smoke.main(["--device", "cpu", "--backends", "reference", "--out", str(tmp_path / "out.jsonl")]) == 3
     assert [line["status"] for line in lines(tmp_path / "out.jsonl")] == ["begun", "failed", "not run"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_a_gpu_is_unusable(tmp_path):
+    assert gpu_smoke.main(["--device", "cuda", "--out", str(tmp_path / "out.jsonl")]) == 3
+    assert {line["status"] for line in lines(tmp_path / "out.jsonl")} == {"not run"}
+
+
+def fails(where):
+    raise ValueError("wrong number")
+
+
+@pytest.mark.parametrize("operators, lost, code", [
+    ({"right": lambda where: None}, False, 0),
+    ({"right": lambda where: None, "wrong": fails}, False, 1),
+    ({"wrong": fails, "right": lambda where: None}, True, 3),
+    ({"right": lambda where: None, "wrong": fails}, True, 3),  # the last one too
+])  # fmt: skip
+def test_the_exit_code_says_whether_the_device_can_still_be_used(monkeypatch, pretended, tmp_path, operators, lost, code):
+    """A wrong number leaves the rest to be tried; a lost context does not."""
+
+    def synchronize():
+        if lost and found and found[-1] == "wrong":
+            raise RuntimeError("an illegal memory access was encountered")
+
+    found = []
+    tried = {name: lambda where, name=name, function=function: (found.append(name), function(where))
+             for name, function in operators.items()}  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(gpu_smoke, "OPERATORS", tried)
+    monkeypatch.setattr(test_gpu, "CPU", [pretended])
+    assert gpu_smoke.main(["--device", "cpu", "--backends", "reference", "--out", str(tmp_path / "out.jsonl")]) == code
+    assert found == (list(operators)[: list(operators).index("wrong") + 1] if lost else list(operators))
 
 
 def test_the_last_line_names_the_operator_that_crashed(tmp_path):
