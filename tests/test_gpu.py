@@ -32,6 +32,7 @@ from typing import NamedTuple
 from unittest import SkipTest
 from unittest.mock import patch
 
+STARTED = time.perf_counter()  # before torch, whose import counts as time of the run
 TESTS = Path(__file__).resolve().parent
 if __name__ == "__main__":
     sys.path[:0] = [str(TESTS), str(TESTS.parent)]
@@ -2168,7 +2169,9 @@ class Worker:
                 self.stop()
             return result
         except (BrokenPipeError, json.JSONDecodeError):
-            message = f"the process died with exit code {self.process.wait()}"
+            with suppress(subprocess.TimeoutExpired):  # it has closed its pipe, and ends now
+                self.process.wait(PATIENCE)
+            message = f"the process died with exit code {self.process.poll()}"
             self.stop()
             seconds = round(time.perf_counter() - start, 2)
             return dict(test=id, status="failed", message=message, seconds=seconds, usable=False)
@@ -2176,8 +2179,21 @@ class Worker:
     def stop(self):
         if self.process is not None:
             self.process.kill()
-            self.process.wait()
+            with suppress(subprocess.TimeoutExpired):  # one that waits in the driver ends when that lets it go
+                self.process.wait(PATIENCE)
             self.process = None
+
+
+PATIENCE = 1.5  # Seconds for a worker to end.
+MARGIN = 4.0  # Seconds before the limit at which no test runs any more: a worker may end twice, and the report is written.
+
+def stop(workers):
+    """All at once, so that they wait together."""
+    for worker in workers:
+        if worker.process is not None:
+            worker.process.kill()
+    for worker in workers:
+        worker.stop()
 
 
 CRASHES = 3  # A start costs a worker seconds. A backend that broke so many has a fault that more tests would only meet again.
@@ -2198,11 +2214,11 @@ def run_all(tests, jobs, limit, each, arguments, on_result):
             if id is None:
                 return
             left, backend = end - time.perf_counter(), tests[id][1]["where"].backend
-            result = dict(test=id, status="not run", message="out of time", seconds=0)
+            result = not_run(id)
             if crashes[backend] >= CRASHES:
                 result["message"] = "the backend keeps crashing"
             elif left > 0:
-                result = run(id, min(each, left + 5))
+                result = run(id, min(each, left))
             with lock:
                 crashes[backend] += not result.get("usable", True)  # a test that took too long says nothing of the next
                 on_result(result)
@@ -2216,22 +2232,70 @@ def run_all(tests, jobs, limit, each, arguments, on_result):
         thread.start()
     for thread in threads:
         thread.join()
-    for worker in workers[1:]:
-        worker.stop()
+    stop(workers[1:])
     take(alone, workers[0].run)
-    workers[0].stop()
+    stop(workers)
 
 
-def main(argv=None):
+def not_run(id):
+    return dict(test=id, status="not run", message="out of time", seconds=0)
+
+
+class Report:
+    """The results so far, on paper every few seconds: whoever is stopped in between leaves what it knows."""
+
+    EVERY = 1.0  # seconds
+
+    def __init__(self, tests, out, **about):
+        self.queued, self.out, self.about = dict.fromkeys(tests), out, about
+        self.results, self.start, self.written = [], time.perf_counter(), -INF
+        self.write()
+
+    def add(self, result):
+        self.queued.pop(result["test"], None)
+        self.results.append(result)
+        if result["status"] != "passed":
+            print(f"{result['status']}: {result['test']}: {result['message']}", flush=True)
+        if time.perf_counter() > self.written + self.EVERY:
+            self.write()
+
+    def content(self):
+        results = self.results + [not_run(id) for id in self.queued]
+        count = Counter(result["status"] for result in results)
+        return {
+            **self.about,
+            "seconds": round(time.perf_counter() - self.start, 1),
+            **{name.replace(" ", "_"): count[name] for name in STATUSES},
+            "failures": [{k: result[k] for k in ("test", "message")} for result in results if result["status"] == "failed"],
+            "skips": dict(Counter(result["message"] for result in results if result["status"] == "skipped")),
+            "tests": [{k: result[k] for k in ("test", "status", "seconds")} for result in results],
+        }
+
+    def write(self):
+        """Never half of it: a reader finds the one before or this one."""
+        content, self.written = self.content(), time.perf_counter()
+        if self.out:
+            new = self.out.with_name(self.out.name + ".new")
+            new.write_text(json.dumps(content, indent=1) + "\n")
+            os.replace(new, self.out)
+        return content
+
+
+STATUSES = ("passed", "failed", "skipped", "not run")
+
+
+def main(argv=None, started=None):
+    """started: since when the limit counts."""
+    started = time.perf_counter() if started is None else started
     parser = argparse.ArgumentParser("test_gpu.py", description="Every backend of a GPU against the oracle, without pytest.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the bodies that need no GPU, to try them")
     parser.add_argument("--backends", help="with commas; default: all of the device")
     parser.add_argument("--only", default="", help="parts of names, with commas")
     parser.add_argument("--only-file", type=Path, help="a file of whole names, one a line: what failed in an earlier run")
-    parser.add_argument("--jobs", type=int, default=min(8, max(1, (os.cpu_count() or 2) // 2)), help="processes; 0: this one")
-    parser.add_argument("--limit", type=float, default=170, help="seconds for all")
+    parser.add_argument("--jobs", type=int, default=min(8, max(1, (os.cpu_count() or 2) // 2)), help="processes; 0: this one, where nobody stops a test")
+    parser.add_argument("--limit", type=float, default=170, help="seconds for all, the start of this process included")
     parser.add_argument("--each", type=float, default=30, help="seconds for one test")
-    parser.add_argument("--out", type=Path, help="where the results go, as JSON")
+    parser.add_argument("--out", type=Path, help="where the results go, as JSON, from the first one on")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -2248,8 +2312,6 @@ def main(argv=None):
         torch.set_num_threads(1)  # the cores have other workers
         serve(tests)
         return 0
-    start = time.perf_counter()
-    results = []
     # a backend that cannot run here has proved nothing
     unknown = {f"backend {name}": reason for name, reason in missing.items()}
     if options.only_file:
@@ -2257,30 +2319,18 @@ def main(argv=None):
         unknown = {id: "there is no test of this name for these backends" for id in wanted if id not in tests} | unknown
         tests = {id: test for id, test in tests.items() if id in set(wanted)}
 
-    def on_result(result):
-        results.append(result)
-        if result["status"] != "passed":
-            print(f"{result['status']}: {result['test']}: {result['message']}", flush=True)
-
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    report = Report(tests, options.out, device=device, backends=backends)
     for id, reason in unknown.items():
-        on_result(dict(test=id, status="failed", message=reason, seconds=0))
+        report.add(dict(test=id, status="failed", message=reason, seconds=0))
     arguments = ["--device", options.device, "--backends", ",".join(backends)]
-    run_all(tests, options.jobs, options.limit, options.each, arguments, on_result)
-    count = Counter(result["status"] for result in results)
-    report = {
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
-        "backends": backends,
-        "seconds": round(time.perf_counter() - start, 1),
-        **{name.replace(" ", "_"): count[name] for name in ("passed", "failed", "skipped", "not run")},
-        "failures": [{k: result[k] for k in ("test", "message")} for result in results if result["status"] == "failed"],
-        "skips": dict(Counter(result["message"] for result in results if result["status"] == "skipped")),
-        "tests": [{k: result[k] for k in ("test", "status", "seconds")} for result in results],
-    }
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(", ".join(f"{count[name]} {name}" for name in ("passed", "failed", "skipped", "not run")), f"in {report['seconds']} s")
+    left = options.limit - MARGIN - (time.perf_counter() - started)
+    run_all(tests, options.jobs, left, options.each, arguments, report.add)
+    found = report.write()
+    count = {name: found[name.replace(" ", "_")] for name in STATUSES}
+    print(", ".join(f"{count[name]} {name}" for name in STATUSES), f"in {found['seconds']} s")
     return 1 if count["failed"] or count["not run"] or not count["passed"] else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(started=STARTED))

@@ -1,8 +1,10 @@
 """The two programs that take tests to a GPU without pytest: the runner of test_gpu.py, and gpu_smoke.py."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gpu_smoke
@@ -87,6 +89,69 @@ def test_tests_that_take_too_long_are_no_crashes(started):
     ids = [f"cuda hang {i}" for i in range(test_gpu.CRASHES + 1)]
     found = run_all([*ids, "cuda fine"], each=0.2)
     assert [found[id][1] for id in ids] == ["no answer within 0 s"] * len(ids)
+
+
+def read(out):
+    report = json.loads(out.read_text())
+    return report, {test["test"]: test["status"] for test in report["tests"]}
+
+
+def test_the_run_is_over_at_its_limit(started, monkeypatch, tmp_path):
+    """However many workers hang, and with the time before the run counted; those that hang are no longer there afterwards."""
+    ids = [f"cpu hang {i}" for i in range(6)]
+    tests = {"cpu fine": None} | dict.fromkeys(ids)
+    where = test_gpu.CPU[0]
+    monkeypatch.setattr(test_gpu, "collect", lambda *args: {id: (None, {"where": where}) for id in tests})
+    out, before, begin = tmp_path / "out.json", 20, time.perf_counter()
+    limit = before + test_gpu.MARGIN + 1.5
+    arguments = ["--device", "cpu", "--backends", "cpu", "--jobs", "3", "--limit", str(limit), "--out", str(out)]
+    assert test_gpu.main(arguments, begin - before) == 1
+    assert 1 < time.perf_counter() - begin <= limit - before
+    report, found = read(out)
+    assert found["cpu fine"] == "passed" and set(found) == set(tests)
+    assert [found[id] for id in ids] == ["failed"] * 3 + ["not run"] * 3
+    assert (report["passed"], report["failed"], report["not_run"]) == (1, 3, 3)
+    assert all(failure["message"].startswith("no answer within") for failure in report["failures"])
+    for mark in started.iterdir():
+        if mark.name.isdecimal():
+            with pytest.raises(ProcessLookupError):
+                os.kill(int(mark.name), 0)
+
+
+def test_a_run_that_is_killed_leaves_what_it_knows(tmp_path):
+    """The report is a whole one at any time, with those that were waiting or under way as not run."""
+    script = (
+        f"import sys; sys.path[:0] = [{str(TESTS)!r}, {str(ROOT)!r}]\n"
+        "import test_gpu, time\n"
+        "test_gpu.Report.EVERY = 0\n"
+        "functions = {'first': lambda where: None, 'second': lambda where: time.sleep(60), 'third': lambda where: None}\n"
+        "tests = {id: (function, {'where': test_gpu.CPU[1]}) for id, function in functions.items()}\n"
+        "test_gpu.collect = lambda *args: tests\n"
+        "test_gpu.main(sys.argv[1:])\n"
+    )
+    out = tmp_path / "out.json"
+    arguments = ["--device", "cpu", "--backends", "reference", "--jobs", "0", "--out", str(out)]
+    process = subprocess.Popen([sys.executable, "-c", script, *arguments], cwd=ROOT)
+    end = time.perf_counter() + 60
+    while time.perf_counter() < end and process.poll() is None and not (out.exists() and read(out)[0]["passed"]):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    report, found = read(out)
+    assert found == {"first": "passed", "second": "not run", "third": "not run"}
+    assert (report["passed"], report["not_run"], report["device"]) == (1, 2, "cpu")
+
+
+def test_results_are_not_written_one_by_one(tmp_path):
+    """A file for each of a thousand results would take the time of tests."""
+    report = test_gpu.Report(["a", "b"], tmp_path / "out.json", device="cpu")
+    assert read(tmp_path / "out.json")[1] == {"a": "not run", "b": "not run"}
+    report.add(dict(test="a", status="passed", message="", seconds=1))
+    assert read(tmp_path / "out.json")[1] == {"a": "not run", "b": "not run"}
+    report.written -= report.EVERY
+    report.add(dict(test="b", status="skipped", message="why", seconds=1))
+    assert read(tmp_path / "out.json")[1] == {"a": "passed", "b": "skipped"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
 
 def test_failures_are_run_again_by_their_whole_names(tmp_path):
