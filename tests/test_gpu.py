@@ -2184,8 +2184,11 @@ class Worker:
             self.process = None
 
 
-PATIENCE = 1.5  # Seconds for a worker to end.
-MARGIN = 4.0  # Seconds before the limit at which no test runs any more: a worker may end twice, and the report is written.
+PATIENCE = 1.2  # Seconds for a worker to end.
+# Seconds before the limit at which no test runs any more: time for four waits of PATIENCE, two for a worker that died at the last
+# moment and two for the others, and for the report.
+MARGIN = 5.0
+
 
 def stop(workers):
     """All at once, so that they wait together."""
@@ -2194,6 +2197,13 @@ def stop(workers):
             worker.process.kill()
     for worker in workers:
         worker.stop()
+
+
+STATUSES = ("passed", "failed", "skipped", "not run")
+
+
+def not_run(id):
+    return dict(test=id, status="not run", message="out of time", seconds=0)
 
 
 CRASHES = 3  # A start costs a worker seconds. A backend that broke so many has a fault that more tests would only meet again.
@@ -2219,6 +2229,8 @@ def run_all(tests, jobs, limit, each, arguments, on_result):
                 result["message"] = "the backend keeps crashing"
             elif left > 0:
                 result = run(id, min(each, left))
+                if result["status"] == "failed" and time.perf_counter() > end:
+                    result["message"] += " (the time of the run was over)"
             with lock:
                 crashes[backend] += not result.get("usable", True)  # a test that took too long says nothing of the next
                 on_result(result)
@@ -2237,12 +2249,8 @@ def run_all(tests, jobs, limit, each, arguments, on_result):
     stop(workers)
 
 
-def not_run(id):
-    return dict(test=id, status="not run", message="out of time", seconds=0)
-
-
 class Report:
-    """The results so far, on paper every few seconds: whoever is stopped in between leaves what it knows."""
+    """The results so far, on disk every second: whoever is stopped in between leaves what it knows."""
 
     EVERY = 1.0  # seconds
 
@@ -2279,9 +2287,6 @@ class Report:
             new.write_text(json.dumps(content, indent=1) + "\n")
             os.replace(new, self.out)
         return content
-
-
-STATUSES = ("passed", "failed", "skipped", "not run")
 
 
 def main(argv=None, started=None):

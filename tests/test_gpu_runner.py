@@ -111,7 +111,8 @@ def test_the_run_is_over_at_its_limit(started, monkeypatch, tmp_path):
     assert found["cpu fine"] == "passed" and set(found) == set(tests)
     assert [found[id] for id in ids] == ["failed"] * 3 + ["not run"] * 3
     assert (report["passed"], report["failed"], report["not_run"]) == (1, 3, 3)
-    assert all(failure["message"].startswith("no answer within") for failure in report["failures"])
+    said = {failure["message"] for failure in report["failures"]}
+    assert all(text.startswith("no answer within") and text.endswith("(the time of the run was over)") for text in said)
     for mark in started.iterdir():
         if mark.name.isdecimal():
             with pytest.raises(ProcessLookupError):
