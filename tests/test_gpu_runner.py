@@ -1,13 +1,16 @@
 """The two programs that take tests to a GPU without pytest: the runner of test_gpu.py, and gpu_smoke.py."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gpu_smoke
 import pytest
 import test_gpu
+import torch
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -88,6 +91,70 @@ def test_tests_that_take_too_long_are_no_crashes(started):
     assert [found[id][1] for id in ids] == ["no answer within 0 s"] * len(ids)
 
 
+def read(out):
+    report = json.loads(out.read_text())
+    return report, {test["test"]: test["status"] for test in report["tests"]}
+
+
+def test_the_run_is_over_at_its_limit(started, monkeypatch, tmp_path):
+    """However many workers hang, and with the time before the run counted; those that hang are no longer there afterwards."""
+    ids = [f"cpu hang {i}" for i in range(6)]
+    tests = {"cpu fine": None} | dict.fromkeys(ids)
+    where = test_gpu.CPU[0]
+    monkeypatch.setattr(test_gpu, "collect", lambda *args: {id: (None, {"where": where}) for id in tests})
+    out, before, begin = tmp_path / "out.json", 20, time.perf_counter()
+    limit = before + test_gpu.MARGIN + 1.5
+    arguments = ["--device", "cpu", "--backends", "cpu", "--jobs", "3", "--limit", str(limit), "--out", str(out)]
+    assert test_gpu.main(arguments, begin - before) == 1
+    assert 1 < time.perf_counter() - begin <= limit - before
+    report, found = read(out)
+    assert found["cpu fine"] == "passed" and set(found) == set(tests)
+    assert [found[id] for id in ids] == ["failed"] * 3 + ["not run"] * 3
+    assert (report["passed"], report["failed"], report["not_run"]) == (1, 3, 3)
+    said = {failure["message"] for failure in report["failures"]}
+    assert all(text.startswith("no answer within") and text.endswith("(the time of the run was over)") for text in said)
+    for mark in started.iterdir():
+        if mark.name.isdecimal():
+            with pytest.raises(ProcessLookupError):
+                os.kill(int(mark.name), 0)
+
+
+def test_a_run_that_is_killed_leaves_what_it_knows(tmp_path):
+    """The report is a whole one at any time, with those that were waiting or under way as not run."""
+    script = (
+        f"import sys; sys.path[:0] = [{str(TESTS)!r}, {str(ROOT)!r}]\n"
+        "import test_gpu, time\n"
+        "test_gpu.Report.EVERY = 0\n"
+        "functions = {'first': lambda where: None, 'second': lambda where: time.sleep(60), 'third': lambda where: None}\n"
+        "tests = {id: (function, {'where': test_gpu.CPU[1]}) for id, function in functions.items()}\n"
+        "test_gpu.collect = lambda *args: tests\n"
+        "test_gpu.main(sys.argv[1:])\n"
+    )
+    out = tmp_path / "out.json"
+    arguments = ["--device", "cpu", "--backends", "reference", "--jobs", "0", "--out", str(out)]
+    process = subprocess.Popen([sys.executable, "-c", script, *arguments], cwd=ROOT)
+    end = time.perf_counter() + 60
+    while time.perf_counter() < end and process.poll() is None and not (out.exists() and read(out)[0]["passed"]):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    report, found = read(out)
+    assert found == {"first": "passed", "second": "not run", "third": "not run"}
+    assert (report["passed"], report["not_run"], report["device"]) == (1, 2, "cpu")
+
+
+def test_results_are_not_written_one_by_one(tmp_path):
+    """A file for each of a thousand results would take the time of tests."""
+    report = test_gpu.Report(["a", "b"], tmp_path / "out.json", device="cpu")
+    assert read(tmp_path / "out.json")[1] == {"a": "not run", "b": "not run"}
+    report.add(dict(test="a", status="passed", message="", seconds=1))
+    assert read(tmp_path / "out.json")[1] == {"a": "not run", "b": "not run"}
+    report.written -= report.EVERY
+    report.add(dict(test="b", status="skipped", message="why", seconds=1))
+    assert read(tmp_path / "out.json")[1] == {"a": "passed", "b": "skipped"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
 def test_failures_are_run_again_by_their_whole_names(tmp_path):
     """Names with commas; those that begin like another; and one that is no test, which is a failure and not a shorter run."""
     wanted = ["test_grad_scaler[cpu-sgd, dampening 0.5]", "test_certain_rows[cpu]"]
@@ -116,6 +183,56 @@ def test_what_only_a_gpu_shows_runs_one_at_a_time_where_it_needs_the_memory():
     assert {id for id in found if "hundred_million" in id} == {
         f"test_weights_of_a_hundred_million_losses[{backend}]" for backend in ("cuda", "triton")
     }
+
+
+# ---- after one test -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """The CPU as a GPU: what the tests' clean-up asks of torch.cuda, to be made fail."""
+    for name, value in (("synchronize", None), ("empty_cache", None), ("memory_reserved", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    where = test_gpu.Where("cpu", "reference")
+    where.gpu, where.why_not = True, lambda: None
+    return where
+
+
+def raising(error):
+    def function(*args, **kwargs):
+        raise error
+
+    return function
+
+
+def test_a_cache_that_cannot_be_emptied_is_no_lost_context(monkeypatch, pretended):
+    """As after a capture that failed. What failed stays the test's own message, and a test that passed has passed."""
+    monkeypatch.setattr(torch.cuda, "empty_cache", raising(RuntimeError("captures_underway.empty()")))
+    result = test_gpu.attempt("id", raising(ValueError("not captured")), {"where": pretended})
+    assert result["status"] == "failed" and result["usable"] is True
+    assert result["message"].startswith("ValueError: not captured") and "captures_underway" in result["message"]
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2**32)
+    result = test_gpu.attempt("id", lambda where: None, {"where": pretended})
+    assert (result["status"], result["usable"]) == ("passed", True) and "captures_underway" in result["message"]
+
+
+def test_one_of_our_operators_that_cannot_run_is_no_lost_context(monkeypatch, pretended):
+    monkeypatch.setattr(test_gpu, "one_row", raising(RuntimeError("no kernel image")))
+    result = test_gpu.attempt("id", raising(ValueError("wrong")), {"where": pretended})
+    assert result["status"] == "failed" and result["usable"] is True and "no kernel image" in result["message"]
+
+
+def test_a_device_that_does_not_answer_is_lost(monkeypatch, pretended):
+    monkeypatch.setattr(torch.cuda, "synchronize", raising(RuntimeError("illegal memory access")))
+    result = test_gpu.attempt("id", lambda where: None, {"where": pretended})
+    assert result["status"] == "failed" and result["usable"] is False
+    assert "the CUDA context is lost: illegal memory access" in result["message"]
+
+
+def test_a_device_that_computes_nothing_is_lost(monkeypatch, pretended):
+    monkeypatch.setattr(torch, "ones", raising(RuntimeError("unspecified launch failure")))
+    result = test_gpu.attempt("id", lambda where: None, {"where": pretended})
+    assert result["usable"] is False and "unspecified launch failure" in result["message"]
 
 
 # ---- gpu_smoke.py -------------------------------------------------------------------------------------------------------
@@ -163,8 +280,41 @@ def test_nothing_is_tried_after_the_context_is_lost(monkeypatch, tmp_path):
     attempt = test_gpu.attempt
     monkeypatch.setattr(gpu_smoke, "OPERATORS", {"breaks": lambda where: None, "next": lambda where: None})
     monkeypatch.setattr(test_gpu, "attempt", lambda *args: attempt(*args) | {"status": "failed", "usable": False})
-    assert gpu_smoke.main(["--device", "cpu", "--backends", "reference", "--out", str(tmp_path / "out.jsonl")]) == 1
+    assert gpu_smoke.main(["--device", "cpu", "--backends", "reference", "--out", str(tmp_path / "out.jsonl")]) == 3
     assert [line["status"] for line in lines(tmp_path / "out.jsonl")] == ["begun", "failed", "not run"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_a_gpu_is_unusable(tmp_path):
+    assert gpu_smoke.main(["--device", "cuda", "--out", str(tmp_path / "out.jsonl")]) == 3
+    assert {line["status"] for line in lines(tmp_path / "out.jsonl")} == {"not run"}
+
+
+def fails(where):
+    raise ValueError("wrong number")
+
+
+@pytest.mark.parametrize("operators, lost, code", [
+    ({"right": lambda where: None}, False, 0),
+    ({"right": lambda where: None, "wrong": fails}, False, 1),
+    ({"wrong": fails, "right": lambda where: None}, True, 3),
+    ({"right": lambda where: None, "wrong": fails}, True, 3),  # the last one too
+])  # fmt: skip
+def test_the_exit_code_says_whether_the_device_can_still_be_used(monkeypatch, pretended, tmp_path, operators, lost, code):
+    """A wrong number leaves the rest to be tried; a lost context does not."""
+
+    def synchronize():
+        if lost and found and found[-1] == "wrong":
+            raise RuntimeError("an illegal memory access was encountered")
+
+    found = []
+    tried = {name: lambda where, name=name, function=function: (found.append(name), function(where))
+             for name, function in operators.items()}  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(gpu_smoke, "OPERATORS", tried)
+    monkeypatch.setattr(test_gpu, "CPU", [pretended])
+    assert gpu_smoke.main(["--device", "cpu", "--backends", "reference", "--out", str(tmp_path / "out.jsonl")]) == code
+    assert found == (list(operators)[: list(operators).index("wrong") + 1] if lost else list(operators))
 
 
 def test_the_last_line_names_the_operator_that_crashed(tmp_path):
