@@ -180,7 +180,7 @@ def stages(log):
             stage = out[begun[1]] = {"exit": None, "seconds": None, "limit": int(begun[2]), "said": []}
         elif ended := re.fullmatch(r"==== (\w+): exit code (\d+) after (\d+) s", line):
             out[ended[1]] |= {"exit": int(ended[2]), "seconds": int(ended[3])}
-        elif out:
+        elif out and line:
             stage["said"].append(line[:300])
     return out
 
@@ -281,13 +281,18 @@ def failed(report):
     wrong = [result["case"] for result in bench.get("results", []) if "wrong" in result]
     out += [f"benchmark: wrong at {', '.join(wrong)}"] * bool(wrong)
     out += ["benchmark: no result"] * (measured and not bench.get("results"))
+    last = [(name, ran[name]["exit"]) for ran in report["calls"].values() for name in ("probe", "bench") if name in ran][-1:]
+    explained = (0, 124, 1) if wrong else (0, 124)  # the benchmark ends with 1 if ours was wrong
+    out += [f"{name}: exit code {code}" for name, code in last if code not in explained]
     return out
 
 
 def to_run_again(report):
-    """Parts of the names of tests that failed or had no time. A comma separates names, so none is in one."""
-    again = [name for name, test in report["tests"].items() if test["status"] in ("failed", "not run") and "[" in name]
-    return list(dict.fromkeys(name.split(",")[0] for name in again))
+    """Parts of the names of tests that failed or had no time; of a stage without results, what all its tests have in their names.
+    A comma separates names, so none is in one."""
+    again = [name for name, test in report["tests"].items() if test["status"] in ("failed", "not run")]
+    whole = {"stage cuda": "[cuda", "stage triton": "[triton"}
+    return list(dict.fromkeys(whole.get(name, name.split(",")[0]) for name in again if name in whole or "[" in name))
 
 
 def summary(report, most_failures=12):

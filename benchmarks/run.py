@@ -281,9 +281,13 @@ def _add_graphs(values, peers, device, seconds):
 
 
 def _empty(device):
+    """Memory that is not in use goes back, as far as the allocator can: what was measured must not be lost over it."""
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            print(f"the allocator cannot be emptied: {_reason(error)}", flush=True)
 
 
 def _numbers_to_copy(device):
@@ -317,9 +321,9 @@ def measure_gpu(report, cases, device, seconds, end, keep):
             result, right = {"suite": case.suite, "case": case.name, "wrong": reason}, False
         report["results"].append(result)
         print(gpu_report.progress(result), flush=True)
-        _empty(device)
         gpu_report.finish(report, cases)
         keep()
+        _empty(device)
     copy()
     gpu_report.finish(report, cases)
     keep()
@@ -611,7 +615,7 @@ def _main_gpu(arguments, parser, end):
     here, seconds, tiny = gpu_environment(device), arguments.seconds or 2.5, arguments.rehearse
     cases = GPU_SUITES[arguments.suite](gpu_cases(device, here["name"], tiny))
     if arguments.prepare:
-        jobs = 1 if tiny else min(8, os.cpu_count() or 1)
+        jobs = 1 if tiny else min(14, os.cpu_count() or 1)
         print(*prepare(len(cases), arguments.suite, device, tiny, jobs), sep="\n")
         return 0
     report = environment() | {"seconds_per_case": seconds, "gpu": here}

@@ -469,7 +469,7 @@ def pretended(monkeypatch):
 
     class Stream:
         def __init__(self, device):
-            pass
+            self.device_index = 0
 
         def wait_stream(self, other):
             done.append("wait")
@@ -478,8 +478,13 @@ def pretended(monkeypatch):
         def replay(self):
             done.append("replay")
 
-    fake = dict(Event=Event, Stream=Stream, CUDAGraph=Graph, stream=contextlib.nullcontext, graph=contextlib.nullcontext)
-    fake |= dict(current_stream=Stream, synchronize=lambda *_: None)
+    class Capture(contextlib.nullcontext):
+        def __init__(self, graph, pool):
+            super().__init__()
+
+    fake = dict(Event=Event, Stream=Stream, CUDAGraph=Graph, stream=contextlib.nullcontext, graph=Capture)
+    fake |= dict(current_stream=lambda *_: Stream(0), synchronize=lambda *_: None, graph_pool_handle=lambda: (0, 1))
+    fake |= dict(get_sync_debug_mode=lambda: 0, set_sync_debug_mode=done.append, set_stream=lambda stream: done.append("stream"))
     for name, value in fake.items():
         monkeypatch.setattr(torch.cuda, name, value)
     return types.SimpleNamespace(type="cuda"), done
@@ -489,10 +494,51 @@ def test_the_clock_and_the_graphs_of_a_gpu(pretended):
     where, done = pretended
     assert device.block_ns(where, lambda: done.append("run"), 4) == 1e6
     replay, result = device.captured(where, lambda: done.append("run") or 7)
-    assert result == 7 and done[-6:] == ["wait", "run", "run", "run", "wait", "run"]  # the last one while it is captured
+    assert result == 7 and done[-9:] == ["wait", "run", "run", "run", "wait", "error", "run", 0, "run"]  # the last one while it is captured
     replay()
     assert done[-1] == "replay"
     assert len(device.host_us(where, lambda: done.append("run"), 2, 3)) == 3
+
+
+def test_who_waits_is_never_captured(pretended, monkeypatch):
+    """A failed capture costs the process its allocator; .item() is found before."""
+    where, done = pretended
+    monkeypatch.setattr(torch.cuda, "graph", lambda *args, **options: pytest.fail("a capture began"))
+
+    def waits():
+        if "error" in done:
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        device.captured(where, waits)
+    assert done[-1] == 0  # waiting is allowed again
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_failed_capture_gives_back_the_pool_and_the_stream(pretended, monkeypatch, ended):
+    """capture_end() of torch 2.11 raises before it does; where torch did, ending it again is an error of no interest."""
+    where, done = pretended
+
+    class Capture:
+        def __init__(self, graph, pool):
+            self.pool = pool
+
+        def __enter__(self):
+            done.append("capture")
+
+        def __exit__(self, *error):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def end(index, pool):
+        done.append((index, pool))
+        if ended:
+            raise RuntimeError("not currently recording")
+
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    with pytest.raises(RuntimeError, match="previous error"):
+        device.captured(where, lambda: None)
+    assert done[-3:] == ["capture", (0, (0, 1)), "stream"]
 
 
 def profiled_event(name, at, kind=torch.autograd.DeviceType.CPU, **more):
@@ -614,6 +660,24 @@ def test_a_call_that_cannot_be_captured(quick, monkeypatch):
     assert "not permitted" in result["peers"]["absgd_fast"]["graph_failed"] and "graph_us" not in result["peers"]["SGD fused"]
 
 
+def test_a_case_is_kept_before_the_memory_is_emptied(quick, monkeypatch, capsys):
+    """The allocator of a process whose capture failed raises for ever; what was measured is on the disk by then."""
+    order = []
+
+    def broken():
+        order.append("empty")
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", broken)
+    run._empty(types.SimpleNamespace(type="cuda"))
+    assert "captures_underway" in capsys.readouterr().out
+    monkeypatch.setattr(run, "_empty", lambda where: order.append("empty"))
+    report = {"copy": None, "results": [], "figures": [], "not_measured": []}
+    case = gpu_case("gpu step", "three tensors", device="cpu", tiny=True)
+    assert run.measure_gpu(report, [case], CPU, 0.01, math.inf, lambda: order.append(len(report["results"])))
+    assert order[1:] == [*([0] * order.count(0)), 1, "empty", 1]
+
+
 def test_a_probe_is_a_few_of_the_cases(quick, tmp_path):
     assert run.main([*REHEARSAL, "--suite", "gpu-probe", "--out", str(tmp_path / "probe.json")]) == 0
     results = json.loads((tmp_path / "probe.json").read_text(encoding="utf-8"))["results"]
@@ -725,6 +789,23 @@ def test_stages_are_read_from_the_log():
     assert gpu_report.stages("") == {}
 
 
+def test_half_a_line_hides_no_end():
+    """gpu.sh puts an empty line before the end of a stage, whose command may have been killed amid a line."""
+    assert "printf '\\n==== %s: exit code" in GPU_SH.read_text(encoding="utf-8")
+    found = gpu_report.stages("==== cuda: at most 9 s\nhalf a line\n==== cuda: exit code 124 after 9 s\n")
+    assert found["cuda"]["exit"] == 124
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_a_stage_without_results_runs_again_as_a_whole(name):
+    stage = {"exit": 124, "seconds": 9, "said": []}
+    tests, _ = gpu_report.tested({}, stage, name)
+    tests["test_a[cuda-x, 1]"] = {"status": "not run"}
+    assert gpu_report.to_run_again({"tests": tests}) == [f"[{name}", "test_a[cuda-x"]
+    tests[f"stage {name}"]["status"] = "passed"
+    assert gpu_report.to_run_again({"tests": tests}) == ["test_a[cuda-x"]
+
+
 def smoke_lines(*lines):
     of = ("operator", "backend", "status")
     return "".join(json.dumps(dict(zip(of, line)) | dict(message="", seconds=0)) + "\n" for line in lines)
@@ -825,7 +906,10 @@ def test_one_call_in_one_json(a_call, capsys):
     (dict(cuda=124), {"cuda.json": ""}, ["FAILED stage cuda: no result: exit code 124 after 5 s", "cuda 5 s, stopped"]),
     (dict(probe=1), {"bench.json": a_bench(results=[dict(suite="gpu loss", case="y", wrong="off by 1")])}, ["wrong at y"]),
     (dict(probe=1), {"bench.json": "{"}, ["benchmark: no result"]),
-], ids=range(7))  # fmt: skip
+    (dict(probe=1), {}, ["FAILED: probe: exit code 1"]),
+    (dict(probe=139), {"bench.json": a_bench(results=[dict(suite="gpu loss", case="y", wrong="off by 1")])},
+     ["wrong at y; probe: exit code 139"]),
+], ids=range(9))  # fmt: skip
 def test_a_failure_ends_in_exit_code_1(a_call, capsys, codes, left, words):
     report = a_call("prove", ALL_WELL | codes, LEFT | left)
     printed = capsys.readouterr().out
@@ -909,7 +993,7 @@ def test_a_folder_that_no_run_can_begin_with(folder, with_cuda, capsys, monkeypa
 # ---- the script -------------------------------------------------------------------------------------------------------
 
 GPU_SH = Path(run.__file__).with_name("gpu.sh")
-BUDGETS = {"prove": 215, "again": 100, "measure": 235}
+BUDGETS = {"prove": 300, "again": 110, "measure": 250}
 with_bash = pytest.mark.skipif(shutil.which("bash") is None or not sys.platform.startswith("linux"), reason="needs bash on Linux")
 
 
@@ -928,6 +1012,32 @@ def test_the_stages_of_a_call_fit_into_its_seconds(tmp_path, call):
     limits = [int(limit) for limit in re.findall(r"^\w+: at most (\d+) s$", dry.stdout, re.MULTILINE)]
     assert dry.returncode == 0 and dry.stderr == "" and len(limits) > 1 and sum(limits) <= BUDGETS[call] - 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_three_calls_and_two_starts_fit_a_quarter_of_an_hour():
+    """A start takes one to two minutes."""
+    assert sum(BUDGETS.values()) + 2 * 120 <= 900
+
+
+@with_bash
+def test_again_needs_what_prove_left(prepared, tmp_path):
+    """Without it nothing is known to have failed, which must not read as if nothing had."""
+    done = gpu_sh("again", "--rehearse", "--from", tmp_path, tmp_path / "out", script=prepared[0] / "gpu.sh")
+    assert done.returncode == 2 and "no prove.json" in done.stderr and list(tmp_path.iterdir()) == []
+
+
+@with_bash
+def test_preparing_anew_keeps_what_a_run_left(prepared, tmp_path):
+    """Also on a machine where nobody has a home."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("manifest.json", "prove.json", "caches.tar.gz", "old.py"):
+        (folder / name).write_text("{}")
+    command = ["env", "-u", "HOME", "-u", "XDG_CACHE_HOME", "bash", GPU_SH, "prepare", "--rehearse", folder]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable})
+    assert done.returncode == 0, done.stdout + done.stderr
+    kept = {path.name for path in folder.iterdir()}
+    assert {"prove.json", "caches.tar.gz", "absgd_fast", "gpu.sh"} <= kept and "old.py" not in kept
 
 
 @with_bash
@@ -995,7 +1105,7 @@ def test_a_rehearsed_folder(rehearsal):
 
 @with_bash
 @pytest.mark.parametrize("call, stages", [
-    ("prove", "smoke cuda triton compile probe caches"), ("again", "failed large memcheck"), ("measure", "bench"),
+    ("prove", "smoke cuda compile triton probe caches"), ("again", "failed large memcheck"), ("measure", "bench"),
 ])  # fmt: skip
 def test_a_rehearsed_call(rehearsal, call, stages):
     """Few files, small enough to be brought back; the seconds of each stage; a table at the end. (Without load the four calls
@@ -1037,7 +1147,7 @@ def test_a_crash_is_not_repeated(prepared, tmp_path):
     report = json.loads((out / "prove.json").read_text(encoding="utf-8"))
     assert list(report["calls"]["prove"]) == ["smoke", "triton", "caches"]
     limits = re.findall(r"at most (\d+) s", (out / "prove.log").read_text())
-    assert int(limits[1]) <= 35 + 60 and report["tests"] and len(list(out.iterdir())) <= 8
+    assert int(limits[1]) <= 70 + 60 and report["tests"] and len(list(out.iterdir())) <= 8
     assert report["failed"] == ["smoke: exit code 139, in logit_loss (cpu)"]
     assert "DIED: exit code 139, in logit_loss (cpu)" in done.stdout
 
