@@ -325,21 +325,30 @@ def gpu_case(suite, name, **options):
 def test_what_is_timed_on_a_gpu():
     """What memory bounds comes first, the one-block kernel last; a share of the copy depends on the card."""
     found = cases.gpu_cases()
-    sizes = [f"{rows} × {classes} {dtype}" for rows, classes in cases.SHAPES for dtype in ("bf16", "fp32")]
+    large, small = ([f"{rows} × {classes} {dtype}" for rows, classes in shapes for dtype in ("bf16", "fp32")]
+                    for shapes in (cases.SHAPES, cases.SMALL_SHAPES))  # fmt: skip
     names = [case.name for case in found if case.suite == "gpu loss"]
-    assert names == [*sizes, "16384 × 10 fp32", "2 × 8142 fp32"] and names[0] == "8192 × 32000 bf16"
+    assert names == [*large, "16384 × 10 fp32", "2 × 8142 fp32", *small] and names[0] == "8192 × 32000 bf16"
+    order = [case.name for case in found]
+    others = [order.index(case.name) for case in found if case.suite in {f"gpu {s}" for s in "deferred step weighted linear train".split()}]
+    assert max(others) < order.index("256 × 365 bf16")  # a shape among others waits for what has figures of its own
     suites = list(dict.fromkeys(case.suite for case in found))
     assert suites == [f"gpu {name}" for name in "loss deferred step weighted linear train rules limit".split()]
     assert [case.name for case in cases.gpu_probe(found)] == [
-        "8192 × 32000 bf16", "128 × 10 fp32", "16384 × 10 fp32", "2 × 8142 fp32", "ResNet-50, 161 tensors"
+        "8192 × 32000 bf16", "16384 × 10 fp32", "2 × 8142 fp32", "ResNet-50, 161 tensors", "128 × 10 fp32"
     ]  # fmt: skip
+    for case in cases.gpu_probe(found):  # cold, a compiler takes longer than the probe has
+        assert not set(run.taking_part(case)) & {*run.COMPILING} and set(case.targets) <= set(run.taking_part(case))
+    assert set(run.taking_part(gpu_case("gpu step", "ResNet-50, 161 tensors"))) == peers.PEERS["gpu step"].keys()
 
 
 def test_the_figures_of_a_gpu():
     small, large = gpu_case("gpu loss", "128 × 100 bf16"), gpu_case("gpu loss", "8192 × 32000 bf16")
     launches = {"forward launches": (1, 1), "backward launches": (0, 1)}
-    assert small.targets == {"absgd package": 0.25, "Liger": 1.0, "torch.compile": 0.7} and small.bounds == launches
+    assert small.targets == {"absgd package": 0.25, "Liger": 1.5, "torch.compile": 0.7} and small.bounds == launches
     assert large.targets == {"absgd package": 0.4, "Liger": 1.5}  # three passes; Liger has two
+    assert gpu_case("gpu loss", "512 × 8142 bf16").targets["Liger"] == gpu_case("gpu loss", "16384 × 10 fp32").targets["Liger"] == 1.5
+    assert gpu_case("gpu loss", "128 × 10 fp32").targets["Liger"] == 1.0  # one block, one pass
     for name, card, least in (("8192 × 32000 bf16", "NVIDIA H200", 0.85), ("8192 × 32000 fp32", "NVIDIA H100 80GB HBM3", 0.88),
                               ("8192 × 128256 bf16", "NVIDIA H200", 0.90)):  # fmt: skip
         assert gpu_case("gpu loss", name, card=card).bounds == launches | {"share of copy": (least, math.inf)}
@@ -364,6 +373,12 @@ def test_the_shapes_of_the_one_block_kernel_are_at_its_border():
     lanes = [(rows * min(32, 2 ** max(0, math.ceil(math.log2(classes / 4)))), classes) for rows, classes in cases.ONE_BLOCK]
     assert all(n <= 512 and classes <= 128 for n, classes in lanes) and sum(n > 256 for n, _ in lanes) == 2
     assert [case.name for case in cases.gpu_cases() if case.suite == "gpu limit"] == [f"{r} × {c}" for r, c in cases.ONE_BLOCK]
+
+
+def test_the_fastest_way_of_torch_depends_on_the_device():
+    """Adagrad's fused step is for the CPU alone."""
+    on = {name: (rule.fastest(CPU), rule.fastest(torch.device("cuda"))) for name, rule in cases.RULES.items()}
+    assert on["AdaGrad"] == ({"fused": True}, {"foreach": True}) and on["AdamW"] == ({"fused": True}, {"fused": True})
 
 
 def test_the_decoder_is_one_of_124_million():
@@ -437,6 +452,68 @@ def test_liger_gets_fresh_logits_while_it_is_checked(monkeypatch):
     assert error < 1e-6
     peer.run()
     assert all(torch.equal(x, before) for x in data.copies)  # the others' numbers
+
+
+def test_liger_comes_before_what_compiles_longer():
+    """It must not be left out because torch.compile has taken the time of all."""
+    names = list(peers.PEERS["gpu loss"])
+    assert names.index("Liger") < names.index("torch.compile") == len(names) - 1
+
+
+@pytest.mark.parametrize("text, words", [
+    ("import sys\nassert sys.modules['peft'] is None\nLigerCrossEntropyLoss = dict", None),
+    ("raise RuntimeError('no driver')", "Liger cannot be imported: RuntimeError: no driver"),
+    ("import nowhere_at_all", "No module named 'nowhere_at_all': pip install liger-kernel"),
+])  # fmt: skip
+def test_liger_is_imported_without_what_it_asks_for(tmp_path, monkeypatch, capsys, text, words):
+    folder = tmp_path / "liger_kernel" / "transformers"
+    folder.mkdir(parents=True)
+    (folder / "cross_entropy.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name == "peft" or name.split(".")[0] == "liger_kernel"]:
+        monkeypatch.delitem(sys.modules, name)
+    try:
+        if words:
+            with pytest.raises(peers.LeftOut, match=re.escape(words)):
+                peers._liger_cross_entropy()
+        else:
+            assert peers._liger_cross_entropy() == {}
+        assert "peft" not in sys.modules
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "liger_kernel"]:
+            del sys.modules[name]
+
+
+def test_imports_belong_to_nobodys_time(monkeypatch, capsys):
+    asked = []
+
+    def load(name):
+        asked.append(name)
+        raise ImportError(f"no {name}")
+
+    monkeypatch.setattr(peers.importlib, "import_module", load)
+    peers.import_compilers()
+    assert asked == ["liger_kernel.transformers.cross_entropy", "triton", "torch._inductor.compile_fx"]
+    assert capsys.readouterr().out.count("no ") == 3
+
+
+def test_memory_is_measured_without_old_gradients(quick, monkeypatch):
+    """They would count as what was there before, and then as room that the call found."""
+    case, held, grads = gpu_case("gpu linear", "40 × 8 × 300 fp32", device="cpu", tiny=True), [], []
+
+    def ours(data):
+        criterion = ab.LinearABLoss(lam=cases.LAM, gamma=cases.GAMMA)
+
+        def seen(hidden, weight, target):
+            held[:] = hidden, weight
+            return criterion(hidden, weight, target)
+
+        return peers._head(data, seen)
+
+    monkeypatch.setitem(peers.PEERS, "gpu linear", {"absgd_fast": ours})
+    monkeypatch.setattr(run, "peak_allocated", lambda where, call: grads.append([leaf.grad for leaf in held]))
+    run.explore(case, 0.01, False)
+    assert grads == [[None, None]] and all(leaf.grad is not None for leaf in held)
 
 
 def test_tools_on_a_cpu():
@@ -651,6 +728,20 @@ def test_no_time_for_all_cases(quick, monkeypatch, capsys):
     assert "not measured: gpu step: three tensors" in capsys.readouterr().out
 
 
+def test_the_limit_counts_from_before_the_imports(quick, capsys):
+    """A machine that never read torch from its disk takes half a minute for them."""
+    assert run.main([*REHEARSAL, "--limit", "60"], begun=run.perf_counter() - 61) == 0
+    assert "not measured: gpu step: three tensors" in capsys.readouterr().out
+
+
+def test_a_benchmark_that_is_killed_tells_what_was_to_come(quick):
+    report, kept = {"copy": None, "results": [], "figures": [], "not_measured": []}, []
+    some = [gpu_case(*place, device="cpu", tiny=True) for place in (("gpu step", "three tensors"), ("gpu weighted", "8 × 87"))]
+    run.measure_gpu(report, some, CPU, 0.01, math.inf, lambda: kept.append([*report["not_measured"]]))
+    first, second = "gpu step: three tensors", "gpu weighted: 8 × 87"
+    assert kept == [[first, second], [second], [], []]
+
+
 def test_a_call_that_cannot_be_captured(quick, monkeypatch):
     def captured(device, run):
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -675,7 +766,7 @@ def test_a_case_is_kept_before_the_memory_is_emptied(quick, monkeypatch, capsys)
     report = {"copy": None, "results": [], "figures": [], "not_measured": []}
     case = gpu_case("gpu step", "three tensors", device="cpu", tiny=True)
     assert run.measure_gpu(report, [case], CPU, 0.01, math.inf, lambda: order.append(len(report["results"])))
-    assert order[1:] == [*([0] * order.count(0)), 1, "empty", 1]
+    assert order == ["empty", 0, 1, "empty", 1]
 
 
 def test_a_probe_is_a_few_of_the_cases(quick, tmp_path):
@@ -758,17 +849,30 @@ def test_figures_are_judged():
     assert report["results"][0]["peers"]["absgd_fast"]["share"]["median"] == pytest.approx(0.9)
     met = {figure["figure"]: figure["met"] for figure in report["figures"]}
     assert met == {"time over absgd package": False, "memory over absgd package": False, "share of copy": True,
-                   "forward launches": True, "backward launches": False, "host us": True}  # fmt: skip
-    assert report["figures"][2]["most"] is None and json.dumps(report)
+                   "forward launches": True, "backward launches": False, "host us": True,
+                   "time over Liger": None, "memory over Liger": None}  # fmt: skip
+    assert report["figures"][4]["most"] is None and json.dumps(report)
     lines = gpu_report.lines(report)
     assert lines[0].split()[:3] == ["gpu", "loss", "us"] and lines[1].split() == "x 10 0% 5 – 90% 1+2 0.50!".split()
     assert "WRONG" in lines[2] and "absgd package: a twin" in lines and "not measured: z" in lines
-    assert lines[-4:] == [
+    assert lines[-5:] == [
+        "not judged: 2: x: time over Liger; x: memory over Liger",
         "figures: 3 of 6 met ('!' above: missed)",
         "missed: gpu loss, x: time over absgd package 0.5, wanted <= 0.25",
         "missed: gpu loss, x: memory over absgd package 1.2, wanted <= 1.1",
         "missed: gpu loss, x: backward launches 2, wanted <= 1",
     ]
+
+
+def test_no_figure_disappears():
+    """Neither of a case that was wrong nor of one that was not measured."""
+    report, bounds = a_report(), {"share of copy": (0.85, math.inf), "step launches": (1, 1), "host us": (0, 20)}
+    some = [cases.Case("gpu loss", name, None, {"Liger": 1.0}, bounds, {"Liger": 1.1}) for name in "yz"]
+    gpu_report.finish(report | {"results": report["results"][1:]}, some)  # without x; y is wrong, z was not measured
+    gpu_report.finish(report, [cases.Case("gpu loss", "x", None), *some])
+    assert [figure["case"] for figure in report["figures"]] == ["y"] * 5 + ["z"] * 5
+    assert all(figure["value"] is None and figure["met"] is None for figure in report["figures"])
+    assert any(line.startswith("not judged: 10: y: time over Liger; ") for line in gpu_report.lines(report))
 
 
 def test_where_one_block_stops_to_pay():
@@ -833,6 +937,8 @@ def test_what_the_smoke_test_came_to(lines, code, done, died):
     ("========= ERROR SUMMARY: 0 errors", 1, 0, "what ran under it failed"),
     ("========= Error: Device not supported\n========= ERROR SUMMARY: 1 error", 1, None, "ERROR SUMMARY"),
     ("========= ERROR SUMMARY: 0 errors", 124, None, "stopped after 60 s"),
+    ("========= Invalid __global__ write of size 4 bytes\n=========     at x\n========= Misaligned address", 124, 2, "stopped after 60 s"),
+    ("========= Invalid __global__ read of size 4 bytes", 139, 1, "no summary"),
     ("timeout: failed to run command: No such file", 127, None, "it said nothing"),
 ])  # fmt: skip
 def test_what_a_sanitizer_said(log, code, errors, reason):
