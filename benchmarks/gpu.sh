@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on an NVIDIA GPU in four calls (docs/gpu.md), of which the first needs no GPU and the others eleven minutes of one together.
+# A run on an NVIDIA GPU in four calls (docs/gpu.md), of which the first needs no GPU and the others eleven minutes of one.
 #
 #     gpu.sh prepare [FOLDER]    builds what the others need into FOLDER (build/gpu): at most 44 MiB, and no path of this machine
 #     gpu.sh prove [OUT]         at most 300 s: every operator once, then the tests, then a short benchmark
@@ -9,8 +9,8 @@
 # $PYTHON (python3) has torch; `prepare` builds for it and for $CUDAARCHS (90-real). The others run from FOLDER, on any machine
 # with that Python and torch, as `bash FOLDER/gpu.sh CALL`. Each leaves CALL.json and CALL.log in OUT (FOLDER/results), `prove`
 # also caches.tar.zst (or .gz) of what it compiled, and prints a table last. `again` needs prove.json; `again` and `measure` take
-# these caches, where they are there. Every stage has a limit; what it leaves of it goes to the next. Exit code 1: something failed;
-# 2: it cannot run here.
+# these caches, where they are there. Every stage has a limit; what it leaves of it goes to the next. Exit code 1: something
+# failed; 2: it cannot run here.
 #
 #     --from DIR    where prove.json and the caches are (default: FOLDER)
 #     --rehearse    on the CPU with tiny cases, to try the script itself; `prepare` then takes the kernels of the source tree
@@ -178,7 +178,11 @@ again() {
   ((rehearse)) && large=test_certain_rows
   ((dry)) || failed=$("$python" -m benchmarks.gpu_report failed "$from/prove.json")
   begin failed 38
-  if [[ -n $failed ]] || ((dry)); then tests failed $all "$failed" 8; else run echo "nothing failed in $from/prove.json"; fi || true
+  if [[ -n $failed ]] || ((dry)); then
+    tests failed $all "$failed" 8 || true
+  else
+    run echo "nothing failed in $from/prove.json" || true
+  fi
   begin large 30 && tests large cuda,triton $large 1 || true
   begin memcheck 35
   # our kernels only, each tensor in an allocation of its own, so that a step beyond its end is seen
@@ -219,7 +223,7 @@ if ((!rehearse && !dry)); then
 fi
 if ((!dry)); then
   [[ $call != again || -s $from/prove.json ]] ||
-    complain "no prove.json in $from, so what is to run again is unknown; copy what \`prove\` left there, or name its folder by --from"
+    complain "no prove.json in $from, which says what is to run again; copy what \`prove\` left there, or name its folder by --from"
   rm -rf "$out/pieces" && mkdir -p "$out/pieces" && : >"$log"
   cd "$folder"
   unpack

@@ -221,15 +221,17 @@ def tested(report, stage, name):
 
 
 def sanitized(stage):
-    """What memcheck said: {errors, reason if it could not say}. It was shown no other kernels than ours. Stopped before its summary,
-    it has said what it had found; finding nothing until then says nothing."""
+    """What memcheck said: {errors, reason if it could not say}. It was shown no other kernels than ours.
+
+    Stopped before its summary, it has said what it had found; that it had found nothing until then says nothing."""
     said = "\n".join(stage["said"])
     found = re.search(r"ERROR SUMMARY: (\d+) error", said)
     if stage["exit"] == 124 or found is None:
         kinds = r"========= (Invalid|Misaligned|Out-of-range|Uninitialized|Race|Barrier) "
         seen = sum(bool(re.match(kinds, line)) for line in stage["said"])
         if seen or stage["exit"] == 124:
-            return {"errors": seen or None, "reason": f"stopped after {stage['limit']} s" if stage["exit"] == 124 else "no summary"}
+            how = f"stopped after {stage['limit']} s" if stage["exit"] == 124 else "no summary"
+            return {"errors": seen or None, "reason": how}
     if found is None or "Device not supported" in said:
         lines = [line for line in stage["said"] if line.startswith("=========") and line.strip("= ")]
         return {"errors": None, "reason": lines[-1] if lines else "it said nothing: see the log"}
