@@ -85,7 +85,7 @@ def _capturing(graph):
 def captured(device, run, warm_up=3):
     """(replay, what `run` returned while it was captured as a CUDA graph). On the CPU replay is `run`, and nothing was returned.
 
-    A call in which the host waits raises before its capture begins."""
+    A call in which the host waits raises in the last warm-up, before its capture begins."""
     if device.type != "cuda":
         for _ in range(warm_up):
             run()
@@ -93,12 +93,12 @@ def captured(device, run, warm_up=3):
     side, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
-        for _ in range(warm_up):
+        for _ in range(warm_up - 1):
+            run()
+        with _waiting_is_an_error():
             run()
     torch.cuda.current_stream(device).wait_stream(side)
     synchronize(device)
-    with _waiting_is_an_error():
-        run()
     with _capturing(graph):
         result = run()
     return graph.replay, result
