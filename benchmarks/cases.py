@@ -7,13 +7,13 @@ how far a competitor's result is from it. Nothing is timed that is further away 
 import math
 from collections.abc import Callable, Mapping
 from copy import copy, deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
 
 import absgd_fast as ab
-from absgd_fast import reference
+from absgd_fast import ops, reference
 from absgd_fast.experiments import data as experiments
 from absgd_fast.experiments.models import make_model
 
@@ -161,12 +161,15 @@ class Head:
 
 
 class Rule:
-    """An optimizer of ours, torch's, torch's fastest way to step (`fused` where it has that), how many arrays of states it
-    keeps, and the options of both."""
+    """An optimizer of ours, torch's, torch's fastest way to step (`fused` where it has that; on_gpu: where it has another one
+    there), how many arrays of states it keeps, and the options of both."""
 
-    def __init__(self, ours, theirs, fastest, states, step, **options):
-        self.ours, self.theirs, self.fastest, self.states = ours, theirs, fastest, states
-        self._step, self.options = step, options
+    def __init__(self, ours, theirs, fastest, states, step, on_gpu=None, **options):
+        self.ours, self.theirs, self._fastest, self.states = ours, theirs, fastest, states
+        self._step, self._on_gpu, self.options = step, on_gpu or fastest, options
+
+    def fastest(self, device):
+        return self._fastest if device.type == "cpu" else self._on_gpu
 
     def stepped(self, w, grad):
         """w after STEPS steps, by reference.py."""
@@ -205,7 +208,8 @@ RULES = {
         _counted_steps(reference.rmsprop_step_, (True, False, False)), lr=0.1,
     ),
     "AdaGrad": Rule(
-        ab.ABAdagrad, torch.optim.Adagrad, {"fused": True}, 1, _counted_steps(reference.adagrad_step_, (True,)), lr=0.1
+        ab.ABAdagrad, torch.optim.Adagrad, {"fused": True}, 1, _counted_steps(reference.adagrad_step_, (True,)),
+        on_gpu={"foreach": True}, lr=0.1,
     ),
 }  # fmt: skip
 
@@ -361,7 +365,7 @@ def _way_off(start, given, exact):
 class Case:
     """targets: at most this share of the competitor's time; for suite memory, of what is measured.
     bounds: (least, most) of what is measured of ours alone on a GPU; memory: at most this share of the competitor's peak there
-    (see run.py)."""
+    (see run.py). peers: who of the suite takes part, None: everybody."""
 
     suite: str
     name: str
@@ -369,6 +373,11 @@ class Case:
     targets: Mapping[str, float] = field(default_factory=dict)
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     memory: Mapping[str, float] = field(default_factory=dict)
+    peers: frozenset | None = None
+
+    def between(self, peers):
+        """The same between some of the suite's."""
+        return replace(self, peers=frozenset(peers), targets={name: self.targets[name] for name in self.targets if name in peers})
 
 
 # ---- tensor lists ----------------------------------------------------------------------------------------------------
@@ -472,7 +481,8 @@ CASES = [
 # ---- the cases of a GPU ----------------------------------------------------------------------------------------------
 
 # those that memory bounds first: should time run out, they are the ones to have
-SHAPES = [(8192, 32000), (8192, 128256), (512, 8142), (512, 1000), (256, 365), (128, 100), (128, 10)]
+SHAPES = [(8192, 32000), (8192, 128256), (512, 8142), (512, 1000)]
+SMALL_SHAPES = [(256, 365), (128, 100), (128, 10)]
 FEW_CLASSES, FEW_ROWS = (16384, 10), (2, 8142)
 # around the border of the kernel that is one block: at most 128 classes, and 512 lanes of 4 classes each
 ONE_BLOCK = [(128, 10), (256, 4), (16, 100), (5, 128), (32, 16)]
@@ -480,6 +490,7 @@ PROBE = {  # the cases of a run that may stay the only one
     "8192 × 32000 bf16", "16384 × 10 fp32", "128 × 10 fp32", "2 × 8142 fp32", "ResNet-50, 161 tensors",
     "16 × 5 fp32", "three tensors",
 }  # fmt: skip
+PROBED = {"absgd_fast", "cross_entropy", "absgd package", "SGD fused"}  # none of them compiles
 ANY = math.inf
 
 
@@ -492,9 +503,10 @@ def _share_of_copy(classes, card):
 
 
 def _gpu_loss(rows, classes, dtype, device, card, **more):
-    """Three passes of ours (read; read, write) against two of Liger's where memory bounds both: 1.5 times its time is par."""
+    """Three passes of ours (read; read, write) against two of Liger's: 1.5 times its time is par. One block has one pass."""
     large = rows * classes * torch.finfo(dtype).bits / 8 >= LARGE
-    targets = {"absgd package": 0.4 if large else 0.25, "Liger": 1.5 if large else 1.0} | more
+    at_once = classes <= 128 and rows * ops._lanes(classes) <= ops.ONE_BLOCK  # as Operators.saves decides
+    targets = {"absgd package": 0.4 if large else 0.25, "Liger": 1.0 if at_once else 1.5} | more
     if classes < 1000:
         targets["torch.compile"] = 0.7
     bounds = {"forward launches": (1, 1), "backward launches": (0, 1)}
@@ -558,6 +570,7 @@ def gpu_cases(device="cuda", card="", tiny=False):
         _gpu_linear(8192, 4096, 128256, bf16, device),
         _gpu_train("ResNet-50, 128 images", _torchvision_resnet50, partial(_images, 128, 224, 1000, last), "SGD", device, last),
         _gpu_train("decoder of 124 M, 8 × 1024 tokens", models.Decoder, partial(_text, 8, 1024, 50304), "AdamW", device),
+        *(_gpu_loss(*shape, dtype, device, card) for shape in SMALL_SHAPES for dtype in (bf16, fp32)),
         *(_gpu_rule(rule, "ResNet-50, 161 tensors", resnet50(), device) for rule in RULES if rule != "SGD"),
         *(_gpu_limit(*shape, device) for shape in ONE_BLOCK),
     ]
@@ -578,5 +591,5 @@ def _tiny_cases(device):
 
 
 def gpu_probe(cases):
-    """Those of the cases that one short look is for."""
-    return [case for case in cases if case.name in PROBE and case.suite in ("gpu loss", "gpu step")]
+    """Those of the cases that one short look is for, between those who need no compiler."""
+    return [case.between(PROBED) for case in cases if case.name in PROBE and case.suite in ("gpu loss", "gpu step")]

@@ -4,7 +4,9 @@ On the CPU each of these is the plain thing (a call is over when it returns), so
 without one.
 """
 
+import contextlib
 import gc
+import warnings
 from time import perf_counter_ns
 
 import torch
@@ -52,8 +54,38 @@ def host_us(device, run, calls=20, rounds=15):
     return out
 
 
+@contextlib.contextmanager
+def _waiting_is_an_error():
+    """What makes the host wait for the GPU (.item(), torch.equal) raises here, and starts nothing."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls this mode a prototype, once
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@contextlib.contextmanager
+def _capturing(graph):
+    """torch.cuda.graph, from which an error in the capture comes back. In torch 2.11 capture_end() raises before it gives the
+    allocator its pool back and before the stream changes back: from then on every torch.cuda.empty_cache() raises."""
+    before, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            yield
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # torch has ended it
+            torch._C._cuda_endAllocateToPool(before.device_index, pool)
+        torch.cuda.set_stream(before)
+        raise
+
+
 def captured(device, run, warm_up=3):
-    """(replay, what `run` returned while it was captured as a CUDA graph). On the CPU replay is `run`, and nothing was returned."""
+    """(replay, what `run` returned while it was captured as a CUDA graph). On the CPU replay is `run`, and nothing was returned.
+
+    A call in which the host waits raises in the last warm-up, before its capture begins."""
     if device.type != "cuda":
         for _ in range(warm_up):
             run()
@@ -61,11 +93,13 @@ def captured(device, run, warm_up=3):
     side, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
-        for _ in range(warm_up):
+        for _ in range(warm_up - 1):
+            run()
+        with _waiting_is_an_error():
             run()
     torch.cuda.current_stream(device).wait_stream(side)
     synchronize(device)
-    with torch.cuda.graph(graph):
+    with _capturing(graph):
         result = run()
     return graph.replay, result
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# A run on an NVIDIA GPU in four calls (docs/gpu.md), of which the first needs no GPU and the others ten minutes of one together.
+# A run on an NVIDIA GPU in four calls (docs/gpu.md), of which the first needs no GPU and the others eleven minutes of one.
 #
-#     gpu.sh prepare [FOLDER]    builds what the others need into FOLDER (build/gpu): at most 64 MiB, and no path of this machine
-#     gpu.sh prove [OUT]         at most 215 s: every operator once, then the tests, then a short benchmark
-#     gpu.sh again [OUT]         at most 100 s: what failed, more than 2^31 elements, memcheck
-#     gpu.sh measure [OUT]       at most 235 s: the benchmark
+#     gpu.sh prepare [FOLDER]    builds what the others need into FOLDER (build/gpu): at most 44 MiB, and no path of this machine
+#     gpu.sh prove [OUT]         at most 300 s: every operator once, then the tests, then a short benchmark
+#     gpu.sh again [OUT]         at most 110 s: what failed, more than 2^31 elements, memcheck
+#     gpu.sh measure [OUT]       at most 250 s: the benchmark
 #
 # $PYTHON (python3) has torch; `prepare` builds for it and for $CUDAARCHS (90-real). The others run from FOLDER, on any machine
 # with that Python and torch, as `bash FOLDER/gpu.sh CALL`. Each leaves CALL.json and CALL.log in OUT (FOLDER/results), `prove`
-# also caches.tar.zst (or .gz) of what it compiled, and prints a table last. `again` and `measure` read prove.json and these
-# caches, where they are there. Every stage has a limit; what it leaves of it goes to the next. Exit code 1: something failed;
-# 2: it cannot run here.
+# also caches.tar.zst (or .gz) of what it compiled, and prints a table last. `again` needs prove.json; `again` and `measure` take
+# these caches, where they are there. Every stage has a limit; what it leaves of it goes to the next. Exit code 1: something
+# failed; 2: it cannot run here.
 #
 #     --from DIR    where prove.json and the caches are (default: FOLDER)
 #     --rehearse    on the CPU with tiny cases, to try the script itself; `prepare` then takes the kernels of the source tree
@@ -49,7 +49,7 @@ log=$out/$call.log
 # a virtual environment has its tools beside its Python; nvcc and the sanitizer are on the path, or in their usual place
 PATH=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH:/usr/local/cuda/bin
 # Triton writes absolute paths into its cache, so the cache lies in the same place on every machine of a run
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/absgd_fast_gpu
+cache=${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/absgd_fast_gpu
 export PATH PYTHONPATH=$folder:$folder/competitors PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor TORCHINDUCTOR_COMPILE_THREADS=1
 unset ABSGD_FAST_BACKEND ABSGD_FAST_ISA TRITON_INTERPRET
@@ -71,7 +71,8 @@ run() {
   if ((dry)); then echo "    $*" && return; fi
   timeout --kill-after=3 "$limit" "$@" >>"$log" 2>&1 </dev/null || code=$?
   spare=$((limit - SECONDS + start))
-  echo "==== $name: exit code $code after $((SECONDS - start)) s" >>"$log"
+  # a command that was killed may have left half a line
+  printf '\n==== %s: exit code %s after %s s\n' "$name" "$code" "$((SECONDS - start))" >>"$log"
   echo "$name: exit code $code, $((SECONDS - start)) of $limit s"
   return "$code"
 }
@@ -98,7 +99,10 @@ prepare() {
   export CUDAARCHS=${CUDAARCHS:-90-real}
   if ((!dry)); then
     [[ -z $(ls -A "$folder" 2>/dev/null) || -e $folder/manifest.json ]] || complain "$folder holds something else"
-    rm -rf "$folder" && mkdir -p "$folder" && echo '{}' >"$folder/manifest.json"
+    mkdir -p "$folder"
+    # what an earlier run left there is what the next one goes on from
+    find "$folder" -mindepth 1 -maxdepth 1 ! -name prove.json ! -name 'caches.tar.*' -exec rm -rf {} +
+    echo '{}' >"$folder/manifest.json"
   fi
   begin sources 20 && run bash -euo pipefail -c sources || return 1
   if ((rehearse)); then
@@ -118,11 +122,11 @@ commit() { git -C "$root" describe --always --dirty --abbrev=40 2>/dev/null || e
 
 # ---- what needs the GPU ------------------------------------------------------------------------------------------------
 
-# tests NAME BACKENDS PARTS OPTIONS...: those whose names have one of the PARTS (all, if empty); pieces/NAME.json
+# tests NAME BACKENDS PARTS JOBS: those whose names have one of the PARTS (all, if empty), in so many processes; pieces/NAME.json
 tests() {
-  local only=$3 how=(--backends "$2" --jobs 8 --each 30 --limit $((limit - 12)))
+  local only=$3 how=(--backends "$2" --jobs "$4" --each 30 --limit $((limit - 12)))
   ((rehearse)) && how=(--device cpu --jobs 0) only=${only:-test_certain_rows}
-  run "$python" tests/test_gpu.py --out "$out/pieces/$1.json" --only "$only" "${how[@]}" "${@:4}"
+  run "$python" tests/test_gpu.py --out "$out/pieces/$1.json" --only "$only" "${how[@]}"
 }
 
 bench() { # SUITE OPTIONS...
@@ -153,16 +157,18 @@ unpack() {
 }
 
 prove() {
-  local device=(--device cuda --backends cuda) short=test_tour,test_losses,test_robust_loss,test_step
+  local device=(--device cuda --backends cuda) short=test_tour,test_losses,test_robust_loss,test_step smoke=0
   ((rehearse)) && device=(--device cpu) short=test_certain_rows
-  begin smoke 35
-  if run "$python" tests/gpu_smoke.py "${device[@]}" --out "$out/pieces/smoke.jsonl"; then
-    begin cuda 78 && tests cuda cuda '' || true
-    begin triton 55 && tests triton triton,reference '' || true
-    begin compile 14 && bench gpu --prepare || true
-    begin probe 20 && bench gpu-probe --out "$out/pieces/bench.json" --seconds 0.4 || true
+  # a machine that never read torch from its disk takes 20 s and more to import it
+  begin smoke 70
+  run "$python" tests/gpu_smoke.py "${device[@]}" --out "$out/pieces/smoke.jsonl" || smoke=$?
+  if ((smoke < 2)); then # 0: all passed, 1: some failed, and the process and the device went on
+    begin cuda 90 && tests cuda cuda '' 8 || true
+    begin compile 45 && bench gpu --prepare || true
+    begin triton 60 && tests triton triton,reference '' 14 || true
+    begin probe 22 && bench gpu-probe --out "$out/pieces/bench.json" --seconds 0.4 || true
   else # a kernel that breaks its process would break every worker: what is left is what does not need it
-    begin triton 60 && tests triton triton,reference "$short" || true
+    begin triton 60 && tests triton triton,reference "$short" 14 || true
   fi
   begin caches 6 && run bash -euo pipefail -c pack || true
 }
@@ -171,10 +177,14 @@ again() {
   local failed='' large=test_more_than_2_to_the_31 all=cuda,triton,reference
   ((rehearse)) && large=test_certain_rows
   ((dry)) || failed=$("$python" -m benchmarks.gpu_report failed "$from/prove.json")
-  begin failed 34
-  if [[ -n $failed ]] || ((dry)); then tests failed $all "$failed"; else run echo "nothing failed in $from/prove.json"; fi || true
-  begin large 28 && tests large cuda,triton $large --jobs 1 || true
-  begin memcheck 31
+  begin failed 38
+  if [[ -n $failed ]] || ((dry)); then
+    tests failed $all "$failed" 8 || true
+  else
+    run echo "nothing failed in $from/prove.json" || true
+  fi
+  begin large 30 && tests large cuda,triton $large 1 || true
+  begin memcheck 35
   # our kernels only, each tensor in an allocation of its own, so that a step beyond its end is seen
   if ((rehearse)); then
     run echo "========= ERROR SUMMARY: 0 errors" || true
@@ -185,7 +195,7 @@ again() {
   fi
 }
 
-measure() { begin bench 227 && bench gpu --out "$out/pieces/bench.json" --seconds 1 || true; }
+measure() { begin bench 243 && bench gpu --out "$out/pieces/bench.json" --seconds 1 || true; }
 
 # Reads the log, and prints the table; what it writes is there for the next call, on a machine that is still warm.
 report() {
@@ -212,6 +222,8 @@ if ((!rehearse && !dry)); then
     complain "nvidia-smi shows no GPU; --rehearse tries the script on the CPU"
 fi
 if ((!dry)); then
+  [[ $call != again || -s $from/prove.json ]] ||
+    complain "no prove.json in $from, which says what is to run again; copy what \`prove\` left there, or name its folder by --from"
   rm -rf "$out/pieces" && mkdir -p "$out/pieces" && : >"$log"
   cd "$folder"
   unpack

@@ -36,42 +36,46 @@ OURS = "absgd_fast"
 
 
 def finish(report, cases):
-    """Adds to a benchmark's report what follows from all its measurements: shares of the copy's speed, and the figures."""
-    named, report["figures"] = {(case.suite, case.name): case for case in cases}, []
-    for result in report["results"]:
-        if "wrong" in result:
-            continue
-        if report["copy"]:
-            by_copy = result["bytes"] / report["copy"]["bytes_per_us"]["median"]  # µs
-            for peer in result["peers"].values():
+    """Adds to a benchmark's report what follows from all its measurements: shares of the copy's speed, and every figure of every
+    case, its value null where it was not measured."""
+    found = {(result["suite"], result["case"]): result.get("peers", {}) for result in report["results"]}
+    if report["copy"]:
+        for result in report["results"]:
+            for peer in result.get("peers", {}).values():
+                by_copy = result["bytes"] / report["copy"]["bytes_per_us"]["median"]  # µs
                 peer["share"] = {
                     name: by_copy / peer["us"][of] for name, of in (("median", "median"), ("q1", "q3"), ("q3", "q1"))
                 }
-        case, ours = named[result["suite"], result["case"]], result["peers"][OURS]
-        for name, most in case.targets.items():
-            if name in result["peers"]:
-                _judge(report, result, f"time over {name}", result["peers"][name]["ratio"]["median"], 0, most)
-        for name, most in case.memory.items():
-            if name in result["peers"]:
-                theirs = result["peers"][name]["peak_bytes"]
-                _judge(report, result, f"memory over {name}", ours["peak_bytes"] / theirs if theirs else None, 0, most)
-        for name, (least, most) in case.bounds.items():
-            _judge(report, result, name, _value(ours, name), least, most)
+    report["figures"] = [
+        {"suite": case.suite, "case": case.name, "figure": figure, **_judged(value, least, most)}
+        for case in cases
+        for figure, value, least, most in _figures(case, found.get((case.suite, case.name), {}))
+    ]
+
+
+def _figures(case, peers):
+    """(name, value, least, most) of each; value: None where who it needs is not among the peers."""
+    ours = peers.get(OURS, {})
+    for name, most in case.targets.items():
+        yield f"time over {name}", peers[name]["ratio"]["median"] if name in peers else None, 0, most
+    for name, most in case.memory.items():
+        theirs = peers.get(name, {}).get("peak_bytes")
+        yield f"memory over {name}", ours["peak_bytes"] / theirs if theirs else None, 0, most
+    for name, (least, most) in case.bounds.items():
+        yield name, _value(ours, name), least, most
 
 
 def _value(peer, name):
     if name.endswith(" launches"):
-        seen = peer["launches"][name.removesuffix(" launches")]
+        seen = peer.get("launches", {}).get(name.removesuffix(" launches"))
         return None if seen is None else len(seen)
     measured = {"host us": "host_us", "share of copy": "share"}[name]
     return peer[measured]["median"] if measured in peer else None
 
 
-def _judge(report, result, figure, value, least, most):
+def _judged(value, least, most):
     met = None if value is None else bool(least <= value <= most)
-    most = None if most == float("inf") else most
-    place = {"suite": result["suite"], "case": result["case"], "figure": figure}
-    report["figures"].append(place | {"value": value, "least": least, "most": most, "met": met})
+    return {"value": value, "least": least, "most": None if most == float("inf") else most, "met": met}
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -134,6 +138,8 @@ def lines(report):
     out += sorted({f"{name}: {peer['note']}" for name, peer in peers if "note" in peer})
     out += [f"not measured: {name}" for name in report["not_measured"]]
     judged = [figure for figure in report["figures"] if figure["met"] is not None]
+    others = [f"{figure['case']}: {figure['figure']}" for figure in report["figures"] if figure["met"] is None]
+    out += [f"not judged: {len(others)}: {'; '.join(others)}"] * bool(others)
     out.append(f"figures: {sum(figure['met'] for figure in judged)} of {len(judged)} met ('!' above: missed)")
     for figure in judged:
         if not figure["met"]:
@@ -180,7 +186,7 @@ def stages(log):
             stage = out[begun[1]] = {"exit": None, "seconds": None, "limit": int(begun[2]), "said": []}
         elif ended := re.fullmatch(r"==== (\w+): exit code (\d+) after (\d+) s", line):
             out[ended[1]] |= {"exit": int(ended[2]), "seconds": int(ended[3])}
-        elif out:
+        elif out and line:
             stage["said"].append(line[:300])
     return out
 
@@ -215,11 +221,17 @@ def tested(report, stage, name):
 
 
 def sanitized(stage):
-    """What memcheck said: {errors, reason if it could not say}. It was shown no other kernels than ours."""
+    """What memcheck said: {errors, reason if it could not say}. It was shown no other kernels than ours.
+
+    Stopped before its summary, it has said what it had found; that it had found nothing until then says nothing."""
     said = "\n".join(stage["said"])
     found = re.search(r"ERROR SUMMARY: (\d+) error", said)
-    if stage["exit"] == 124:
-        return {"errors": None, "reason": f"stopped after {stage['limit']} s"}
+    if stage["exit"] == 124 or found is None:
+        kinds = r"========= (Invalid|Misaligned|Out-of-range|Uninitialized|Race|Barrier) "
+        seen = sum(bool(re.match(kinds, line)) for line in stage["said"])
+        if seen or stage["exit"] == 124:
+            how = f"stopped after {stage['limit']} s" if stage["exit"] == 124 else "no summary"
+            return {"errors": seen or None, "reason": how}
     if found is None or "Device not supported" in said:
         lines = [line for line in stage["said"] if line.startswith("=========") and line.strip("= ")]
         return {"errors": None, "reason": lines[-1] if lines else "it said nothing: see the log"}
@@ -281,13 +293,18 @@ def failed(report):
     wrong = [result["case"] for result in bench.get("results", []) if "wrong" in result]
     out += [f"benchmark: wrong at {', '.join(wrong)}"] * bool(wrong)
     out += ["benchmark: no result"] * (measured and not bench.get("results"))
+    last = [(name, ran[name]["exit"]) for ran in report["calls"].values() for name in ("probe", "bench") if name in ran][-1:]
+    explained = (0, 124, 1) if wrong else (0, 124)  # the benchmark ends with 1 if ours was wrong
+    out += [f"{name}: exit code {code}" for name, code in last if code not in explained]
     return out
 
 
 def to_run_again(report):
-    """Parts of the names of tests that failed or had no time. A comma separates names, so none is in one."""
-    again = [name for name, test in report["tests"].items() if test["status"] in ("failed", "not run") and "[" in name]
-    return list(dict.fromkeys(name.split(",")[0] for name in again))
+    """Parts of the names of tests that failed or had no time; of a stage without results, what all its tests have in their names.
+    A comma separates names, so none is in one."""
+    again = [name for name, test in report["tests"].items() if test["status"] in ("failed", "not run")]
+    whole = {"stage cuda": "[cuda", "stage triton": "[triton"}
+    return list(dict.fromkeys(whole.get(name, name.split(",")[0]) for name in again if name in whole or "[" in name))
 
 
 def summary(report, most_failures=12):

@@ -7,6 +7,7 @@ fused; the log-domain formula well written and compiled for each shape. The suit
 import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ class Peer:
     error: Callable  # error(what run returned in step number STEPS): its distance from the float64 oracle
     leaf: torch.Tensor | None = None  # the logits, for those who look at memory
     parts: dict = field(default_factory=dict)  # name: function that prepares a part of a step, and returns what makes it
+    forget: Callable = lambda: None  # lets go of what a call before left, so that memory is measured without it
     note: str = ""  # what a reader has to know of it
 
 
@@ -218,7 +220,7 @@ def _step(data, optimizer=None, **options):
 
 
 def _torch_step(data):
-    return _step(data, data.rule.theirs, **data.rule.fastest)
+    return _step(data, data.rule.theirs, **data.rule.fastest(data.device))
 
 
 # ---- the weighted step ------------------------------------------------------------------------------------------------
@@ -274,14 +276,33 @@ def _package_or_twin(data):
 
 
 def _from_liger(module, name):
+    """Liger asks whether there is peft, which imports transformers: 5 to 10 s. It is told that there is none."""
+    hidden = "peft" not in sys.modules
+    if hidden:
+        sys.modules["peft"] = None
     try:
         return getattr(importlib.import_module(f"liger_kernel.transformers.{module}"), name)()
     except ImportError as error:
         raise LeftOut(f"{error}: pip install liger-kernel") from error
+    except Exception as error:  # what its many modules meet
+        raise LeftOut(f"Liger cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        if hidden:
+            sys.modules.pop("peft", None)
 
 
 def _liger_cross_entropy():
     return _from_liger("cross_entropy", "LigerCrossEntropyLoss")
+
+
+def import_compilers():
+    """What takes seconds to import and belongs to nobody's time. Who is not there says so when its turn comes."""
+    compilers = (partial(importlib.import_module, name) for name in ("triton", "torch._inductor.compile_fx"))
+    for load in (_liger_cross_entropy, *compilers):
+        try:
+            load()
+        except Exception as error:
+            print(f"{type(error).__name__}: {error}")
 
 
 def _on_fresh(peer, own, logits):
@@ -372,13 +393,16 @@ def _head(data, criterion, lam=LAM, init="first"):
     """criterion(hidden, weight, target) on leaves of its own."""
     hidden, weight = (t.detach().requires_grad_() for t in (data.hidden, data.weight))
 
-    def run():
+    def forget():
         hidden.grad = weight.grad = None
+
+    def run():
+        forget()
         loss = criterion(hidden, weight, data.target)
         loss.backward()
         return loss
 
-    return Peer(run, lambda loss: data.error(loss, (hidden.grad, weight.grad), lam, init))
+    return Peer(run, lambda loss: data.error(loss, (hidden.grad, weight.grad), lam, init), forget=forget)
 
 
 def _linear(data):
@@ -467,8 +491,8 @@ PEERS = {
         OURS_ON_TRITON: _triton(lambda data, backend: _loss(data, _ours(data.device, backend))),
         "cross_entropy": _losses["cross_entropy"],
         "absgd package": _package_or_twin,
-        "torch.compile": _compiled,
         "Liger": _liger,
+        "torch.compile": _compiled,  # last: without a cache it takes ten seconds
     },
     "gpu deferred": {
         OURS: _deferred,
@@ -479,7 +503,7 @@ PEERS = {
     "gpu linear": {OURS: _linear, "Liger": _liger_linear, "torch, chunked": _torch_linear},
     "gpu train": {
         OURS: lambda data: _whole(data, _ours(data.device), data.rule.ours),
-        "plain": lambda data: _whole(data, F.cross_entropy, data.rule.theirs, math.inf, **data.rule.fastest),
+        "plain": lambda data: _whole(data, F.cross_entropy, data.rule.theirs, math.inf, **data.rule.fastest(data.device)),
     },
     "gpu step": {
         OURS: _step,

@@ -27,7 +27,7 @@ Suite gpu (of all its cases gpu_cases in cases.py tells, gpu-probe is a few of t
                 note. us is by the device's clock, many calls in a row. wrong: why ours counts for nothing here (and peers are
                 missing). seconds: what the case took in all.
     figures     what was to be reached: case, figure, value, least, most, met
-    not_measured  cases for which there was no time
+    not_measured  cases for which there was no time, those that were still to come when the benchmark was killed among them
 """
 
 import argparse
@@ -52,10 +52,10 @@ import torch
 
 from absgd_fast import _backend
 
-from . import gpu_report
+from . import BEGUN, gpu_report
 from .cases import CASES, IN_CACHE, gpu_cases, gpu_probe
 from .device import block_ns, captured, copy_ns, host_us, kernels, peak_allocated, synchronize
-from .peers import OURS, OURS_ON_TRITON, PEERS, LeftOut, ready
+from .peers import OURS, OURS_ON_TRITON, PEERS, LeftOut, import_compilers, ready
 
 SUITES = {
     "loss": ("loss", "memory"),
@@ -70,7 +70,7 @@ CPU = torch.device("cpu")
 BLOCK = 5e6  # ns: long against the clock and a cold start, short against what changes on a machine
 ROUNDS = (7, 101)  # at least, at most
 GROWTH_STEPS = 5000
-BUDGET = 15.0  # s: who is not ready by then is left out of a GPU's case
+BUDGET = 15.0  # s: who is not ready by then is left out of a GPU's case; nothing is imported in them (import_compilers)
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------
@@ -101,10 +101,15 @@ def spread(values):
     return {"median": median, "q1": q1, "q3": q3}
 
 
+def taking_part(case):
+    """{name: factory}"""
+    return {name: factory for name, factory in PEERS[case.suite].items() if case.peers is None or name in case.peers}
+
+
 def gather(case, data, look, make_ready=ready):
     """({name: look(peer, error)} of those who are ready, {name: why not} of the others). LeftOut if ours is not."""
     found, absent = {}, {}
-    for name, factory in PEERS[case.suite].items():
+    for name, factory in taking_part(case).items():
         try:
             found[name] = look(*make_ready(factory, data))
         except LeftOut as reason:
@@ -248,6 +253,7 @@ def explore(case, seconds, everybody):
         if peer.note:
             values["note"] = peer.note
         if case.memory:
+            peer.forget()
             values["peak_bytes"] = peak_allocated(data.device, peer.run)
         if name in (OURS, OURS_ON_TRITON):
             values["launches"] = {part: _launched(data.device, prepare()) for part, prepare in peer.parts.items()}
@@ -281,9 +287,13 @@ def _add_graphs(values, peers, device, seconds):
 
 
 def _empty(device):
+    """Memory that is not in use goes back, as far as the allocator can: what was measured must not be lost over it."""
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            print(f"the allocator cannot be emptied: {_reason(error)}", flush=True)
 
 
 def _numbers_to_copy(device):
@@ -294,17 +304,28 @@ def _numbers_to_copy(device):
 
 
 def measure_gpu(report, cases, device, seconds, end, keep):
-    """Fills report["results"] in place and keeps it after each case, until the clock shows `end`. Returns whether ours was right."""
+    """Fills report["results"] in place and keeps it after each case, until the clock shows `end`. Returns whether ours was right.
+
+    A case is in report["not_measured"] until it is among the results."""
     numbers, first, right, copies = _numbers_to_copy(device), {}, True, []
 
     def copy():
         copies.extend(copy_ns(device, numbers))
         report["copy"] = {"numbers": numbers, "bytes_per_us": spread([8 * numbers / ns * 1e3 for ns in copies])}
 
+    waiting = {case: f"{case.suite}: {case.name}" for case in cases}
+
+    def note():
+        report["not_measured"] = list(waiting.values())
+        gpu_report.finish(report, cases)
+        keep()
+
+    if device.type == "cuda":
+        import_compilers()
     copy()
+    note()
     for case in cases:
         if perf_counter() + 2 * seconds > end:
-            report["not_measured"].append(f"{case.suite}: {case.name}")
             continue
         try:
             share = 0.25 if case.suite == "gpu limit" else 1  # many cases, one question
@@ -312,27 +333,28 @@ def measure_gpu(report, cases, device, seconds, end, keep):
         except Exception as error:
             reason = str(error) if isinstance(error, LeftOut) else _reason(error)
             if "OutOfMemoryError" in reason or isinstance(error, ImportError):  # of what only this case needs
-                report["not_measured"].append(f"{case.suite}: {case.name}: {reason}")
+                waiting[case] += f": {reason}"
+                note()
+                _empty(device)
                 continue
             result, right = {"suite": case.suite, "case": case.name, "wrong": reason}, False
         report["results"].append(result)
+        del waiting[case]
         print(gpu_report.progress(result), flush=True)
+        note()
         _empty(device)
-        gpu_report.finish(report, cases)
-        keep()
     copy()
-    gpu_report.finish(report, cases)
-    keep()
+    note()
     return right
 
 
-COMPILING = (OURS_ON_TRITON, "torch.compile", "Liger")
+COMPILING = (OURS_ON_TRITON, "Liger", "torch.compile")
 
 
 def compile_for(k, suite, device, tiny):
     """What the competitors of case k of a suite compile, into the caches on the disk. Returns what went wrong."""
     case, wrong, data = GPU_SUITES[suite](gpu_cases(device, tiny=tiny))[k], [], None
-    for name in (name for name in COMPILING if name in PEERS[case.suite]):
+    for name in (name for name in COMPILING if name in taking_part(case)):
         try:
             data = data or case.data()
             PEERS[case.suite][name](data).run()
@@ -563,16 +585,17 @@ def measure(suites, seconds, console):
     return done
 
 
-def main(argv=None):
-    """Runs the command; returns 0, 1 if our result is wrong, or leaves with 2 for bad arguments."""
-    end = perf_counter()
+def main(argv=None, begun=None):
+    """Runs the command; returns 0, 1 if our result is wrong, or leaves with 2 for bad arguments. begun: what --limit counts from,
+    by default now."""
+    begun = perf_counter() if begun is None else begun
     parser = _parser()
     arguments = parser.parse_args(argv)
     before = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)
     try:
         if arguments.suite in GPU_SUITES:
-            return _main_gpu(arguments, parser, end + arguments.limit)
+            return _main_gpu(arguments, parser, begun + arguments.limit)
         return _main_cpu(arguments, parser)
     finally:
         torch.set_num_threads(before)
@@ -611,7 +634,7 @@ def _main_gpu(arguments, parser, end):
     here, seconds, tiny = gpu_environment(device), arguments.seconds or 2.5, arguments.rehearse
     cases = GPU_SUITES[arguments.suite](gpu_cases(device, here["name"], tiny))
     if arguments.prepare:
-        jobs = 1 if tiny else min(8, os.cpu_count() or 1)
+        jobs = 1 if tiny else min(14, os.cpu_count() or 1)
         print(*prepare(len(cases), arguments.suite, device, tiny, jobs), sep="\n")
         return 0
     report = environment() | {"seconds_per_case": seconds, "gpu": here}
@@ -627,4 +650,4 @@ def _main_gpu(arguments, parser, end):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(begun=BEGUN))
