@@ -124,7 +124,7 @@ commit() { git -C "$root" describe --always --dirty --abbrev=40 2>/dev/null || e
 
 # tests NAME BACKENDS PARTS JOBS: those whose names have one of the PARTS (all, if empty), in so many processes; pieces/NAME.json
 tests() {
-  local only=$3 how=(--backends "$2" --jobs "$4" --each 30 --limit $((limit - 12)))
+  local only=$3 how=(--backends "$2" --jobs "$4" --each 30 --limit $((limit - 3)))
   ((rehearse)) && how=(--device cpu --jobs 0) only=${only:-test_certain_rows}
   run "$python" tests/test_gpu.py --out "$out/pieces/$1.json" --only "$only" "${how[@]}"
 }

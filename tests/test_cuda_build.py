@@ -183,6 +183,7 @@ def test_a_row_does_not_wait_for_its_label(builds):
     report = next(i for i, text in enumerate(code) if "MEMBAR" in text and "SYS" in text)
     assert first < report
 
+
 def test_float_kernels_compute_in_float(builds):
     """No double arithmetic in the loops over float32, bfloat16 and float16 (state and numbers are double, once per launch)."""
     text = (builds[0] / "losses-90.ptx").read_text()

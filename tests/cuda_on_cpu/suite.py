@@ -155,7 +155,9 @@ def test_gradients_made_on_the_chip(case, dtype):
     wanted = torch.autograd.grad((weights * t * exact.where(weights > 0, 0)).sum(), wide, retain_graph=True)[0]
     torch.testing.assert_close(seen[1].double(), weights, rtol=1e-5, atol=0)
     torch.testing.assert_close(loss.double(), (weights * t * exact.where(weights > 0, 0)).sum(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(totals, reference.totals(exact.detach(), log_s, lam, score=score, mask=weights > 0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        totals, reference.totals(exact.detach(), log_s, lam, score=score, mask=weights > 0), rtol=1e-5, atol=1e-6
+    )
     assert made.dtype == (torch.float32 if dtype == torch.float16 else dtype)
     torch.testing.assert_close(made.double().nan_to_num(9), wanted.nan_to_num(0), rtol=2 * near, atol=2 * near)
     if logits.is_contiguous() and logits.dim() == 2 and dtype != torch.float16:
