@@ -287,7 +287,8 @@ def _adds_in_float32(device: torch.device) -> bool:
     """Whether torch adds a product of bfloat16 matrices to a float32 one. CUDA does; the CPU does not as of torch 2.13."""
     some = torch.ones(8, 8, dtype=torch.bfloat16, device=device)
     try:
-        torch.addmm(some.float(), some, some, out_dtype=torch.float32)
+        total = some.float()
+        torch.addmm(total, some, some, out_dtype=torch.float32, out=total)  # the overload that is used
     except (RuntimeError, TypeError):  # NotImplementedError is the first; torch 2.11's decomposition for `meta` raises the second
         return False
     return True

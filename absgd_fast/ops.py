@@ -350,7 +350,7 @@ class Operators:
         if not limit or logits.dtype == torch.float64:
             return WITH_STATS
         classes = logits.shape[1]
-        return WITH_GRAD if classes <= 128 and logits.numel() <= classes * (limit // _lanes(classes)) else WITH_STATS
+        return WITH_GRAD if 0 < classes <= 128 and logits.numel() <= classes * (limit // _lanes(classes)) else WITH_STATS
 
     def weighing(self, logits: Tensor, saves: int) -> Tensor | None:
         """Room for what the weights are made from later; None where the forward pass makes them. Where `weighs_late`."""

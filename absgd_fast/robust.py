@@ -393,6 +393,7 @@ class ABLoss(rules.ExactState):
             and operators.weighs_late
             and step.totals is not None
             and self.max_weight == math.inf
+            and not self._lam_is_open
             and logits.requires_grad
             and not step.cannot_look(step.totals)
             and step.has_reference()
@@ -400,11 +401,15 @@ class ABLoss(rules.ExactState):
 
     def _by_reference(self, operators: ops.Operators, spec: F.LossSpec, given: tuple) -> Tensor:
         """sum_i exp(z_i - m) L_i, and its gradient while each row is on the chip: one read and one write of the logits."""
+        logits, target, *loss_args, score, sample_weight, mask = given
+        if mask is not None and not target.is_floating_point():  # a row that is ignored anyway may hold anything
+            target = target.masked_fill(~mask, spec.ignore_index)
         log_s, _, lam, *_, flags = self._state(False, spec.bits)
-        loss, rows, made, totals = operators.settled_logit_loss(*given, self._step.reference, log_s, lam, flags)
+        loss, rows, made, totals = operators.settled_logit_loss(
+            logits, target, *loss_args, score, sample_weight, mask, self._step.reference, log_s, lam, flags
+        )
         self._add_totals(operators, totals)
         self._remember(rows)
-        logits, target, sample_weight = given[0], given[1], given[8]
         factor = rows[1] if sample_weight is None else rows[1] * sample_weight
         plain = lambda x: (torch.where(rows[2] > 0, factor, 0.0) * spec.plain(x, target)).sum()  # noqa: E731
         return ops.attach(operators, logits, loss, made, plain)
@@ -800,9 +805,10 @@ class _Deferred:
         self.reference, self._n = settled, None
         if settled.is_cuda and not self.cannot_look(settled):
             host = torch.empty(1, dtype=settled.dtype, pin_memory=True)
-            host.copy_(settled[4:5], non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
+            with torch.cuda.device(settled.device):  # its stream, whichever device is the current one
+                host.copy_(settled[4:5], non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
             self._n = (host, event)
 
     def begin_where_empty(self, settled: Tensor) -> None:
@@ -812,7 +818,10 @@ class _Deferred:
 
     @staticmethod
     def cannot_look(like: Tensor) -> bool:
-        return torch.compiler.is_compiling() or (like.is_cuda and torch.cuda.is_current_stream_capturing())
+        if torch.compiler.is_compiling() or not like.is_cuda:
+            return torch.compiler.is_compiling()
+        with torch.cuda.device(like.device):
+            return torch.cuda.is_current_stream_capturing()
 
     def has_reference(self) -> bool:
         """Whether a micro-batch of this step had a row on any process. On a GPU this waits for the first forward, behind

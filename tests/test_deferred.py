@@ -1086,3 +1086,28 @@ def test_wrong_labels_leave_the_step_as_it_was(one_backend):
     run.optimizer.step()
     plain.step(1)
     assert_alike(run, plain)
+
+
+def test_micro_batches_that_know_the_reference_point(one_backend):
+    """The second and later ones: empty, of which some rows are masked and hold labels out of range, and with weights that are NaN
+    where the row does not count. As one batch."""
+    draw = torch.Generator().manual_seed(3)
+    weight = torch.randn(6, 5, generator=draw, dtype=torch.float64).requires_grad_()
+    rows = [
+        (torch.randn(n, 5, generator=draw, dtype=torch.float64), torch.randint(6, (n,), generator=draw)) for n in (12, 0, 25, 300)
+    ]
+    masks = [torch.arange(len(x)) % 3 != 1 for x, _ in rows]
+    junk = [y.where(m, 77) for (_, y), m in zip(rows, masks)]
+    scales = [torch.rand(len(x), generator=draw, dtype=torch.float64).where(m, math.nan) for (x, _), m in zip(rows, masks)]
+    whole = ab.ABLoss(lam=0.7, backend="reference").double()
+    x, y, mask, t = torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows]), torch.cat(masks), torch.cat(scales)
+    whole(x @ weight.t(), y, mask=mask, sample_weight=t.nan_to_num(0)).backward()
+    wanted, weight.grad = weight.grad, None
+    deferred = ab.ABLoss(lam=0.7, deferred=True, backend=one_backend).double()
+    for (x, _), y, mask, t in zip(rows, junk, masks, scales):
+        value = deferred(x @ weight.t(), y, mask=mask, sample_weight=t)
+        assert value.isfinite() and (len(x) > 0 or value == 0)
+        value.backward()
+    deferred.finish_(weight)
+    torch.testing.assert_close(weight.grad, wanted, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(deferred.log_s, whole.log_s)

@@ -1409,7 +1409,7 @@ class Micro(Loop):
         return total
 
 
-MICRO = {"uneven": (7, 5, 25), "first empty": (0, 12, 25), "many rows": (300, 1, ONE_LAUNCH + 316)}
+MICRO = {"uneven": (7, 5, 25), "first empty": (0, 12, 25), "second empty": (12, 0, 25), "many rows": (300, 1, ONE_LAUNCH + 316)}
 # eps is far above the rounding of a gradient: Adam's first step is lr g / (|g| + eps), where a g of rounding alone were a step
 WITH_EPS = {name: (*kinds, options | {"eps": 1e-4}) for name, (*kinds, options) in OPTIMIZERS.items()}
 SGDS = {

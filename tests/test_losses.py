@@ -862,3 +862,43 @@ def test_class_vectors_of_another_length(one_backend, loss, inside):
         with pytest.raises(ValueError, match=rf"(?s)(?=.*cls_num_list)(?=.*\b3\b)(?=.*\b{classes}\b)"):
             call(torch.zeros(2, classes), torch.tensor([0, 1]))
     assert torch.isfinite(call(torch.zeros(2, 3), torch.tensor([0, 1]))).all()
+
+
+# ---- logits that are masked by a large number --------------------------------------------------------------------------
+
+
+MASKED = {
+    "first": lambda classes, label: range(classes // 2),
+    "last": lambda classes, label: range(classes // 2 + 1, classes),
+    "every other": lambda classes, label: range(1, classes, 2),
+    "all but the label": lambda classes, label: [k for k in range(classes) if k != label],
+    "the label too": lambda classes, label: range(classes),
+}
+
+
+@pytest.mark.parametrize("mask", [-1e9, -1e10, -1e12, -1e18, -1e20, -1e30, -1e37, -1e38, -3e38, -INF])
+@pytest.mark.parametrize("where", MASKED)
+def test_masked_logits(backend, where, mask):
+    """Vocabularies and actions are masked by any of these numbers. A row's loss and gradient are those of the other classes, to
+    the rounding of the mask itself where nothing else is there."""
+    for classes, dtype, apart in ((8, torch.float32, False), (40, torch.bfloat16, True), (1100, torch.float32, False),
+                                  (4101, torch.bfloat16, False)):  # fmt: skip
+        if where == "the label too" and mask == -INF:
+            continue
+        for smoothing in (0.0, 0.1) if mask > -1e12 and where != "all but the label" else (0.0,):
+            label = classes // 2
+            draw = torch.randn(3, classes, generator=torch.Generator().manual_seed(classes)).to(dtype)
+            draw[:, list(MASKED[where](classes, label))] = mask
+            logits = draw.t().contiguous().t() if apart else draw
+            x, wide = logits.detach().requires_grad_(), logits.double().requires_grad_()
+            target = torch.full((3,), label)
+            losses = logit_loss(x, target, label_smoothing=smoothing, backend=backend)
+            exact = F.cross_entropy(wide, target, label_smoothing=smoothing, reduction="none")
+            losses.sum().backward()
+            exact.sum().backward()
+            what = f"{where} of {classes} at {mask}"
+            torch.testing.assert_close(losses.double(), exact, rtol=1e-5, atol=1e-5, msg=lambda text: f"{what}: {text}")
+            near = 2**-7 if dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(x.grad.double(), wide.grad, rtol=near, atol=1e-6, msg=lambda text: f"{what}: {text}")
+            criterion = ab.ABLoss(ab.CrossEntropy(label_smoothing=smoothing), lam=INF, backend=backend)
+            torch.testing.assert_close(criterion(logits, target).double(), exact.mean(), rtol=1e-5, atol=1e-5)

@@ -434,3 +434,21 @@ def test_functional_compiles_into_one_graph(one_backend, rng):
         value, new = f(x, target, torch.tensor(0.3, dtype=torch.float64))
         results.append((value.detach(), new.detach(), *torch.autograd.grad(value, x)))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("shape", [(20, 10), (700, 10), (40, 600)])
+def test_a_weight_of_a_row_that_does_not_count(one_backend, shape):
+    """It may be NaN or infinite: the row is masked, ignored or pruned, and its gradient is 0."""
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    target, mask = torch.arange(shape[0]) % shape[1], torch.arange(shape[0]) % 4 != 1
+    target[2] = -100
+    counts = mask & (target != -100)
+    weight = torch.rand(shape[0], generator=torch.Generator().manual_seed(1))
+    grads = []
+    for outside in (0.0, math.nan, math.inf):
+        logits.grad = None
+        criterion = ab.ABLoss(lam=0.7, backend=one_backend)
+        criterion(logits, target, mask=mask, sample_weight=weight.where(counts, outside)).backward()
+        grads.append(logits.grad)
+    assert not grads[0][~counts].any() and grads[0][counts].any()
+    assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])

@@ -81,7 +81,7 @@ struct FromMemory {
 // is called.
 template <class S, class Team, class From, class Begin, class F>
 __device__ __forceinline__ void walk_adjacent(const S* x, int classes, const Team& team, From from, Begin begin, F& f) {
-  constexpr int N = Pack<S>::N, kAtOnce = F::kGeneral ? 1 : kInFlight;  // class vectors take the registers
+  constexpr int N = Pack<S>::N, kAtOnce = F::kGeneral ? 2 : kInFlight;  // class vectors take the registers
   const int boundary = to_boundary(x), head = boundary < classes ? boundary : classes;
   const int packs = (classes - head) / N, width = team.width;
   const auto source = from(x + head);
@@ -175,7 +175,7 @@ struct RowSums {
   T rest, others, total;
 
   explicit __device__ __forceinline__ RowSums(const RowView<T, kGeneral>& view)
-      : view(view), reference(0), powers(Powers<T>::start()), rest(0), others(0), total(0) {}
+      : view(view), reference(0), powers(lowest(T())), rest(0), others(0), total(0) {}
 
   __device__ __forceinline__ void raise(T top) {
     if (top > powers.max) {
@@ -268,9 +268,11 @@ __device__ __forceinline__ RowResult<T> finish_row(const LogitForward& a, Label 
   return out;
 }
 
-// By one thread of a row. t: its sample weight, which goes into the gradient.
+// By one thread of a row. t: its sample weight, which goes into the gradient (and may be anything where the row does not
+// count).
 template <class T>
 __device__ __forceinline__ void store_row(const LogitForward& a, int64_t i, const RowResult<T>& row, T t) {
+  if (!row.counts) t = 0;
   static_cast<T*>(a.losses)[i] = row.loss;
   if (a.valid != nullptr) static_cast<T*>(a.valid)[i] = T(row.counts);
   if (a.stats == nullptr) return;

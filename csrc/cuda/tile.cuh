@@ -98,13 +98,13 @@ __device__ __forceinline__ float exp_below(float x) { return exp2_fast(x * 1.442
 __device__ __forceinline__ double exp_below(double x) { return ::exp(x); }
 
 // exp(x - max) for many x <= max. In float the difference and the change of base are one instruction, 2^(x log2 e - m)
-// with m = max log2 e rounded: every term then is too large by the same factor, which `exact` takes out once.
+// with m = max log2 e rounded: every term then is too large by the same factor, at most 2^64, which `exact` takes out
+// once. Beyond |max| = 2^30, where masks lie, that factor would leave the range; there neighbouring floats are 64 apart
+// or more, so every other term is 0 in any base, and the base is 2.
 template <class T>
 struct Powers {
   T max;
   explicit __device__ __forceinline__ Powers(T max) : max(max) {}
-  // Where a running maximum begins: finite, so that -inf - -inf is never made.
-  static __device__ __forceinline__ T start() { return -kLargest; }
   __device__ __forceinline__ T operator()(T x) const { return ::exp(x - max); }
   // What a sum of such terms is multiplied by when they become relative to a larger max.
   __device__ __forceinline__ T to(const Powers& larger) const { return ::exp(max - larger.max); }
@@ -112,15 +112,15 @@ struct Powers {
 };
 template <>
 struct Powers<float> {
-  static constexpr float kLog2E = 1.44269504088896341f;
-  float max, m;
-  explicit __device__ __forceinline__ Powers(float max) : max(max), m(max * kLog2E) {}
-  // m is finite too; a row with a logit of more than 2.3e38 comes out as NaN.
-  static __device__ __forceinline__ float start() { return -2.3e38f; }
-  __device__ __forceinline__ float operator()(float x) const { return exp2_fast(::fmaf(x, kLog2E, -m)); }
-  __device__ __forceinline__ float to(const Powers& larger) const { return exp2_fast(m - larger.m); }
-  // 2^-(max log2 e - m), the rest of the rounding
-  __device__ __forceinline__ float exact() const { return exp2_fast(-::fmaf(max, kLog2E, -m)); }
+  float max, unit, m;
+  explicit __device__ __forceinline__ Powers(float max)
+      : max(max), unit(::fabsf(max) < 1073741824.0f ? 1.44269504088896341f : 1.0f), m(max * unit) {}
+  __device__ __forceinline__ float operator()(float x) const { return exp2_fast(::fmaf(x, unit, -m)); }
+  __device__ __forceinline__ float to(const Powers& larger) const {
+    return unit == larger.unit ? exp2_fast(m - larger.m) : 0.0f;
+  }
+  // 2^-(max unit - m), the rest of the rounding
+  __device__ __forceinline__ float exact() const { return exp2_fast(-::fmaf(max, unit, -m)); }
 };
 
 // The lowest finite number: as a running maximum it never makes -inf - -inf.

@@ -19,7 +19,10 @@ __global__ void __launch_bounds__(kAlone, 1) robust_fwd_kernel(const Robust __gr
   if (a.settled == nullptr || a.totals != nullptr) {
     const BatchSums sums = vector_sums<T>(a, lam, 0, a.count);
     if (threadIdx.x == 0) outcome[0] = settle(a, lam, sums);
-    if (a.totals != nullptr) return;
+    if (a.totals != nullptr) {
+      if (threadIdx.x == 0 && a.loss != nullptr) *static_cast<T*>(a.loss) = 0;  // of no rows of logits
+      return;
+    }
   } else if (threadIdx.x == 0) {
     outcome[0] = known(*a.settled);
   }
