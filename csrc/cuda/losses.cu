@@ -268,8 +268,8 @@ __device__ __forceinline__ RowResult<T> finish_row(const LogitForward& a, Label 
   return out;
 }
 
-// By one thread of a row. t: its sample weight, which goes into the gradient (and may be anything where the row does not
-// count).
+// By one thread of a row. t: its sample weight, which goes into the gradient (and may be anything where the row does
+// not count).
 template <class T>
 __device__ __forceinline__ void store_row(const LogitForward& a, int64_t i, const RowResult<T>& row, T t) {
   if (!row.counts) t = 0;
@@ -567,7 +567,7 @@ __device__ __forceinline__ void write_row(const LogitInput& a, G* grads, int64_t
 }
 
 template <class S, class T, Walk walk, bool kGeneral>
-__global__ void __launch_bounds__(threads_of(walk), blocks_of<T>(walk, !kGeneral))
+__global__ void __launch_bounds__(threads_of(walk), sizeof(T) == 8 ? 1 : blocks_of<T>(walk, !kGeneral))
     logit_loss_bwd_kernel(const LogitBackward __grid_constant__ a, int width) {
   const int64_t rows = a.rows();
   const Place<walk> place(rows, width, blockIdx.x);
