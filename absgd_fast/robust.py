@@ -410,8 +410,11 @@ class ABLoss(rules.ExactState):
         )
         self._add_totals(operators, totals)
         self._remember(rows)
-        factor = rows[1] if sample_weight is None else rows[1] * sample_weight
-        plain = lambda x: (torch.where(rows[2] > 0, factor, 0.0) * spec.plain(x, target)).sum()  # noqa: E731
+
+        def plain(x: Tensor) -> Tensor:  # asked only by a second derivative
+            factor = rows[1] if sample_weight is None else rows[1] * sample_weight
+            return (torch.where(rows[2] > 0, factor, 0.0) * spec.plain(x, target)).sum()
+
         return ops.attach(operators, logits, loss, made, plain)
 
     def _plain(self, spec: F.LossSpec, logits: Tensor, target: Tensor, rows: Tensor, weights: Tensor, sample_weight) -> Tensor:
