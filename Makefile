@@ -8,7 +8,7 @@ VENV   ?= .venv
 # (pip install .) has them all.
 export CUDAARCHS ?= 80
 bin    := $(VENV)/bin
-native := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py pyproject.toml
+native := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) CMakeLists.txt setup.py pyproject.toml
 train   = $(bin)/absgd-fast train --dataset digits --methods sgd,absgd,reference --seeds 8
 
 .PHONY: demo l2rw test bench bench-linear bench-l2rw sanitize clean
@@ -48,7 +48,8 @@ sanitize: $(VENV)/.installed
 	$(bin)/cmake --install build/sanitize --prefix build/sanitized/absgd_fast
 	PYTHONPATH=build/sanitized ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	    $(bin)/pytest -k "not growth" $(addprefix tests/test_,ops.py losses.py functional.py robust.py linear.py optim.py weighted_step.py rectified.py weights.py)
+	    $(bin)/pytest -k "not growth" $(addprefix tests/test_,ops.py losses.py functional.py robust.py linear.py weighted_step.py rectified.py) \
+	    $(wildcard tests/test_optim_*.py tests/test_weights*.py)
 	$(bin)/pytest -m long tests/test_cuda.py
 
 clean:

@@ -64,10 +64,6 @@ def _fail(code, message):
 
 
 def _parser():
-    from absgd_fast.experiments.methods import METHODS
-    from absgd_fast.experiments.train import Config  # its defaults are the options', and it says what is allowed
-    from absgd_fast.meta import METHODS as L2RW
-
     parser = _Parser(PROGRAM, description="Attentional-Biased SGD for PyTorch: check, try and measure it.", allow_abbrev=False)
     commands = parser.add_subparsers(metavar="doctor | train | bench", required=True, parser_class=_Parser)
 
@@ -81,6 +77,30 @@ def _parser():
         argument_default=argparse.SUPPRESS,  # only what was given is there: --resume compares it with the checkpoint
         allow_abbrev=False,
     )
+    _add_settings(train)
+    train.add_argument("--out", metavar="DIR", help=f"where results.json and report.html go (default: {OUT})")
+    train.add_argument("--threads", type=int, help="CPU threads (default: 1 for digits, torch's choice for CIFAR)")
+    train.add_argument(
+        "--checkpoint-every", type=int, metavar="STEPS",
+        help=f"write DIR/{CHECKPOINT} after every so many steps; 0 = every 30 seconds (default: 0)",
+    )  # fmt: skip
+    train.add_argument(
+        "--resume",
+        metavar="DIR",
+        help=f"go on with the training of DIR/{CHECKPOINT}, with its options, as if it had never stopped",
+    )
+    train.set_defaults(run=_train)
+
+    commands.add_parser("bench", help="time the kernels against their peers (from a source checkout)")
+    return parser
+
+
+def _add_settings(train):
+    """An option for each field of train.Config, whose defaults are the options'."""
+    from absgd_fast.experiments.methods import METHODS
+    from absgd_fast.experiments.train import Config
+    from absgd_fast.meta import METHODS as L2RW
+
     defaults = Config()
 
     def add(name, text):
@@ -112,21 +132,6 @@ def _parser():
     add("batch-size", "images per step")
     add("weight-decay", "as in torch.optim.SGD")
     add("seeds", "runs per method, each on its own split")
-    train.add_argument("--out", metavar="DIR", help=f"where results.json and report.html go (default: {OUT})")
-    train.add_argument("--threads", type=int, help="CPU threads (default: 1 for digits, torch's choice for CIFAR)")
-    train.add_argument(
-        "--checkpoint-every", type=int, metavar="STEPS",
-        help=f"write DIR/{CHECKPOINT} after every so many steps; 0 = every 30 seconds (default: 0)",
-    )  # fmt: skip
-    train.add_argument(
-        "--resume",
-        metavar="DIR",
-        help=f"go on with the training of DIR/{CHECKPOINT}, with its options, as if it had never stopped",
-    )
-    train.set_defaults(run=_train)
-
-    commands.add_parser("bench", help="time the kernels against their peers (from a source checkout)")
-    return parser
 
 
 def _names(text):
@@ -293,65 +298,90 @@ def _shown(value):
 def _train_and_report(config, source, out, about, state):
     import torch
     from rich.console import Console
+
+    from absgd_fast.experiments import report, summary
+    from absgd_fast.experiments.checkpoint import Keeper
+
+    console, finished = Console(), []
+    earlier, here = about["environments"], summary.environment(config, about["threads"])
+    keeper = Keeper(out / CHECKPOINT, about | {"environments": earlier + [here] * (here not in earlier)}, about["every"])
+    go_on = f"{PROGRAM} train --resume {shlex.quote(str(out))}"
+    if state:
+        _print_resumed(console, config, state, summary.changes([*earlier, here]))
+    partial = kept = False
+    try:
+        _run_all(console, config, source, keeper, state, finished)
+    except KeyboardInterrupt:
+        partial, kept = True, keeper.interrupted()
+        if not finished:
+            wrote = f"go on with {go_on}" if kept else "nothing was written"
+            return _fail(1, f"interrupted before the first run was finished; {wrote}")
+    results = report.collect(
+        config, finished, command=about["command"], threads=torch.get_num_threads(), partial=partial, earlier=earlier
+    )
+    _print_results(console, results, report.write(results, out))
+    if kept:
+        console.print(f"go on with: {go_on}", highlight=False, soft_wrap=True)
+    if not partial:
+        keeper.done()
+    return 1 if partial else 0
+
+
+def _epochs_done(config, state):
+    """How many epochs of all runs lie behind a checkpoint's state."""
+    running = state["running"]
+    return len(state["finished"]) * config.epochs + (running["epoch"] if running else 0)
+
+
+def _print_resumed(console, config, state, changed):
+    """Where the training goes on, and what is different from before."""
+    from absgd_fast.experiments import report
+
+    running, total = state["running"], config.seeds * len(config.methods)
+    where = f"resumed: {len(state['finished'])} of {total} runs are finished"
+    if running:
+        where += f", seed {running['seed']} {running['method']} is in epoch {running['epoch'] + 1} of {config.epochs}"
+    console.print(where, highlight=False)
+    if changed:
+        console.print(report.changes_note(changed), highlight=False)
+
+
+def _run_all(console, config, source, keeper, state, finished):
+    """Trains under a progress bar, and appends each run to `finished`, so that they are there after Ctrl-C."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from absgd_fast.experiments import report
-    from absgd_fast.experiments.checkpoint import Keeper
     from absgd_fast.experiments.train import runs
 
-    console, finished, partial = Console(), [], False
     columns = (
         TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"),
         TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(),
     )  # fmt: skip
-    earlier, here = about["environments"], report.environment(config, about["threads"])
-    keeper = Keeper(out / CHECKPOINT, about | {"environments": earlier + [here] * (here not in earlier)}, about["every"])
-    go_on, trained, total = f"{PROGRAM} train --resume {shlex.quote(str(out))}", 0, config.seeds * len(config.methods)
-    before = state["finished"] if state else []
-    if state:
-        running, trained = state["running"], len(before) * config.epochs
-        where = f"resumed: {len(before)} of {total} runs are finished"
-        if running:
-            trained += running["epoch"]
-            where += f", seed {running['seed']} {running['method']} is in epoch {running['epoch'] + 1} of {config.epochs}"
-        console.print(where, highlight=False)
-        if changed := report.changes([*earlier, here]):
-            console.print(report.changes_note(changed), highlight=False)
-    try:
-        with Progress(*columns, console=console, transient=True) as progress:
-            bar = progress.add_task("starting", total=total * config.epochs, completed=trained)
+    before, trained = (state["finished"], _epochs_done(config, state)) if state else ([], 0)
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("starting", total=config.seeds * len(config.methods) * config.epochs, completed=trained)
 
-            def on_epoch(method, seed):
-                progress.update(bar, advance=1, description=f"seed {seed} {method}")
+        def on_epoch(method, seed):
+            progress.update(bar, advance=1, description=f"seed {seed} {method}")
 
-            for run in runs(config, source, on_epoch, keeper, state):
-                finished.append(run)
-                if not console.is_terminal and run not in before:  # a log has no bar to watch
-                    console.print(
-                        f"seed {run['seed']} {run['method']}: balanced accuracy "
-                        f"{run['balanced_accuracy']:.1f} %, {run['seconds']:.2f} s",
-                        highlight=False,
-                    )
-    except KeyboardInterrupt:
-        kept = keeper.interrupted()
-        if not finished:
-            wrote = f"go on with {go_on}" if kept else "nothing was written"
-            return _fail(1, f"interrupted before the first run was finished; {wrote}")
-        partial = True
-    results = report.collect(
-        config, finished, command=about["command"], threads=torch.get_num_threads(), partial=partial, earlier=earlier
-    )
-    paths = report.write(results, out)
+        for run in runs(config, source, on_epoch, keeper, state):
+            finished.append(run)
+            if not console.is_terminal and run not in before:  # a log has no bar to watch
+                console.print(
+                    f"seed {run['seed']} {run['method']}: balanced accuracy "
+                    f"{run['balanced_accuracy']:.1f} %, {run['seconds']:.2f} s",
+                    highlight=False,
+                )
+
+
+def _print_results(console, results, paths):
+    """The table, the answer, what must be known beside it, and where all of it was written."""
+    from absgd_fast.experiments import report
+
     console.print(report.table(results))
     console.print(report.answers(results)["help"], highlight=False)
     for note in report.notes(results):
         console.print(note, highlight=False)
     console.print("written: " + ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
-    if partial and kept:
-        console.print(f"go on with: {go_on}", highlight=False, soft_wrap=True)
-    if not partial:
-        keeper.done()
-    return 1 if partial else 0
 
 
 def _require(modules):

@@ -144,7 +144,7 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-# What serves a type of device, the fastest first; reference.py serves the rest.
+# What serves a type of device, the fastest first; reference/ serves the rest.
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .reference import real_dtype
 
 
-def share(value: float, name: str) -> float:
+def unit_interval(value: float, name: str) -> float:
     """A number in (0, 1], or ValueError."""
     if not (isinstance(value, (int, float)) and 0 < value <= 1):
         raise ValueError(f"{name}: got {value!r}, expected a number in (0, 1]")
@@ -22,6 +22,14 @@ def positive(value: float, name: str) -> float:
     if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0 < value < math.inf):
         raise ValueError(f"{name}: got {value!r}, expected a finite number > 0")
     return float(value)
+
+
+def max_weight(value: float | None) -> float:
+    """An upper bound of weights: infinity for None. ValueError for what is no positive number."""
+    bound = math.inf if value is None else float(value)
+    if not bound > 0:
+        raise ValueError(f"max_weight: got {value!r}, expected a positive number or None")
+    return bound
 
 
 def choice(value: str, name: str, choices: tuple[str, ...]) -> str:
@@ -122,16 +130,16 @@ def target(logits: Tensor, target: Tensor, soft: bool = True) -> Tensor:
 def class_vectors(scale: Tensor | None, shift: Tensor | None, margin: Tensor | None, classes: int | None) -> Tensor | None:
     """S, D, M as one tensor (3, C), or None if none is given."""
     given = {"scale": scale, "shift": shift, "margin": margin}
-    first = next((v for v in given.values() if v is not None), None)
-    if first is None or classes is None:
+    like = next((v for v in given.values() if v is not None), None)
+    if like is None or classes is None:
         return None
     for name, v in given.items():
         if v is not None and not (isinstance(v, Tensor) and v.shape == (classes,)):
             got = f"shape {tuple(v.shape)}" if isinstance(v, Tensor) else repr(v)
             raise ValueError(f"{name}: got {got}, expected one number per class, a tensor ({classes},)")
-    ones = first.new_ones(classes)
+    ones = like.new_ones(classes)
     return torch.stack(
-        [ones if scale is None else scale.to(first), *(ones * 0 if v is None else v.to(first) for v in (shift, margin))]
+        [ones if scale is None else scale.to(like), *(ones * 0 if v is None else v.to(like) for v in (shift, margin))]
     )
 
 

@@ -1,4 +1,4 @@
-"""What the processes of a data-parallel training tell each other: the totals of their rows, and what they were set up with."""
+"""What the processes of a data-parallel training tell each other: the partial statistics of their samples, and what they were set up with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check(process_group) -> None:
 
 
 def ranks(process_group, before: int) -> int:
-    """How many processes exchange their totals; `before`: how many did the last time.
+    """How many processes exchange their partial statistics; `before`: how many did the last time.
 
     Raises:
         RuntimeError: the group is gone, or this process is not in it.

@@ -6,55 +6,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _checks, ops, reference
+from . import _checks, _codes, ops
+from ._codes import KINDS
+from .ops import LossSpec, masked_target  # noqa: F401
 from .reference import real_dtype
-
-
-class LossSpec(NamedTuple):
-    """Which loss on logits, in the terms of the operators."""
-
-    class_weight: Tensor | None  # (C)
-    adjust: Tensor | None  # (3, C): S, D, M
-    first: float  # these two: csrc/math.h LossNumbers
-    second: float
-    ignore_index: int
-    bits: int  # kind, pruning, soft targets: see ops.KIND
-
-    @property
-    def soft(self) -> bool:
-        """Whether targets may be probabilities: cross-entropy without a margin, which stands at one label."""
-        return self.bits < ops.HARD
-
-    def plain(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The losses in plain torch."""
-        kind = reference.KINDS[self.bits // ops.KIND]
-        numbers = dict(zip(_NUMBERS[kind], (self.first, self.second)))
-        if kind == "gce":
-            numbers |= {"k": self.second or None, "prune": bool(self.bits & ops.PRUNE)}
-        if self.adjust is not None:
-            numbers |= dict(zip(("scale", "shift", "margin"), self.adjust))
-        return reference.logit_loss(
-            logits, target, kind=kind, weight=self.class_weight, ignore_index=self.ignore_index, **numbers
-        )
-
-    def valid(self, target: Tensor, losses: Tensor) -> Tensor:
-        """Which rows of `plain` count."""
-        valid = torch.ones_like(losses, dtype=torch.bool) if target.is_floating_point() else target != self.ignore_index
-        return valid & (losses != 0) if self.bits & ops.PRUNE else valid  # what is not pruned is below 0
-
-
-_NUMBERS = {
-    "ce": ("label_smoothing",),
-    "focal": ("gamma",),
-    "gce": ("q",),
-    "sce": ("alpha", "beta"),
-    "weighted_focal": ("gamma",),
-}
 
 
 def loss_spec(
@@ -62,23 +21,25 @@ def loss_spec(
     gamma: float, q: float, k: float | None, prune: bool, alpha: float, beta: float,
 ) -> LossSpec:  # fmt: skip
     """The checked arguments of `logit_loss`."""
-    _checks.choice(kind, "kind", reference.KINDS)
+    _checks.choice(kind, "kind", KINDS)
+    hyper_a = hyper_b = 0.0  # _codes.HYPERPARAMETERS says what they are
     if kind == "ce":
-        first, second = _checks.smoothing(label_smoothing), 0.0
+        hyper_a = _checks.smoothing(label_smoothing)
     elif label_smoothing:
         raise ValueError(f"label_smoothing: got {label_smoothing!r}, expected 0 for kind {kind!r}: only cross-entropy has it")
     elif kind == "gce":
-        first, second = _checks.within(q, "q", 0, 1, open_below=True), 0.0
+        hyper_a = _checks.within(q, "q", 0, 1, open_below=True)
         if k is not None:
-            second = _checks.within(k, "k", 0, 1, open_below=True, open_above=True)
+            hyper_b = _checks.within(k, "k", 0, 1, open_below=True, open_above=True)
         elif prune:
             raise ValueError("prune: got True without k, expected k in (0, 1): rows with p <= k are pruned")
     elif kind == "sce":
-        first, second = _checks.within(alpha, "alpha", 0, math.inf), _checks.within(beta, "beta", 0, math.inf)
+        hyper_a, hyper_b = _checks.within(alpha, "alpha", 0, math.inf), _checks.within(beta, "beta", 0, math.inf)
     else:
-        first, second = _checks.within(gamma, "gamma", 0, math.inf), 0.0
-    bits = reference.KINDS.index(kind) * ops.KIND + (ops.PRUNE if prune and kind == "gce" else 0)
-    return LossSpec(weight, adjust, first, second, int(ignore_index), bits)
+        assert kind in ("focal", "weighted_focal"), kind
+        hyper_a = _checks.within(gamma, "gamma", 0, math.inf)
+    bits = KINDS.index(kind) * ops.KIND + (ops.PRUNE if prune and kind == "gce" else 0)
+    return LossSpec(weight, adjust, hyper_a, hyper_b, int(ignore_index), bits)
 
 
 def logit_loss(
@@ -160,24 +121,17 @@ def losses_and_validity(logits: Tensor, target: Tensor, spec: LossSpec, backend:
     target = _checks.target(logits, target, soft=spec.soft)
     spec = spec._replace(class_weight=_checks.class_weight(spec.class_weight, logits), adjust=_checks.adjust(spec.adjust, logits))
     operators = ops.serving(logits.device, backend)
-    if operators is None:
-        if not (target.is_floating_point() or torch.compiler.is_compiling() or ops.transformed()):
-            target = ops.check_labels(target, logits.shape[1], spec.ignore_index)
-        losses = spec.plain(logits, target)
-        return losses, spec.valid(target, losses)
-    saves = operators.saves_losses if logits.requires_grad and torch.is_grad_enabled() else 0
-    weight, adjust, first, second, ignore_index, bits = spec
+    mode = operators.losses_backward_mode if logits.requires_grad and torch.is_grad_enabled() else 0
+    class_weight, adjust, hyper_a, hyper_b, ignore_index, bits = spec
     try:
-        losses, made, valid = operators.logit_loss(logits, target, weight, adjust, first, second, ignore_index, saves | bits)
+        losses, saved, valid = operators.logit_loss(
+            logits, target, class_weight, adjust, hyper_a, hyper_b, ignore_index, mode | bits
+        )
     except RuntimeError as error:
         raise ops.translated(error) from None
-    if saves:
-        again = lambda x: spec.plain(x, target)  # noqa: E731
-        if saves == ops.WITH_STATS:
-            loss = target, weight, adjust, first if bits < ops.KIND else 0.0
-            losses = ops.attach_rows(operators, logits, losses, loss, made, again)
-        else:
-            losses = ops.attach(operators, logits, losses, made, again)
+    if mode:
+        recompute = lambda x: spec.recompute(x, target)  # noqa: E731
+        losses = ops.attach_logit_gradient(operators, mode, logits, losses, spec, target, class_weight, adjust, saved, recompute)
     return losses, valid
 
 
@@ -217,8 +171,8 @@ def robust_weights(
     >>> weights, log_s  # no overflow: W <= B / (gamma alpha)
     (tensor([0., 2.]), tensor(999.3068))
     """
-    _checks.share(gamma, "gamma")
-    _checks.share(alpha, "alpha")
+    _checks.unit_interval(gamma, "gamma")
+    _checks.unit_interval(alpha, "alpha")
     _checks.lam(lam)
     _checks.scalar(log_s, "log_s")
     _checks.choice(init, "init", ("first", "zero"))
@@ -226,29 +180,39 @@ def robust_weights(
     mask = _checks.per_sample(mask, "mask", losses, torch.bool)
     state = log_s.dtype if isinstance(log_s, Tensor) else real
     operators = ops.serving(losses.device, backend)
-    if operators is None:
-        return reference.robust_weights(losses, log_s, lam, gamma=gamma, alpha=alpha, init=init, mask=mask)
     log_s, lam = _number(log_s, state, losses.device), _number(lam, real, losses.device)
     flags = ops.flags("moving", init)
-    return ops.robust_weights(
-        losses.to(real).contiguous(), log_s, lam, mask, float(gamma), float(alpha), flags, operators.backend
-    )
+    return ops.robust_weights(operators, losses.to(real).contiguous(), log_s, lam, mask, float(gamma), float(alpha), flags)
 
 
 @lru_cache(256)
 def _weighted_options(gamma, alpha, init, normalizer, mix, max_weight, momentum, dampening, weight_decay, nesterov, maximize,
                       heavy_ball) -> tuple[float, int, int]:  # fmt: skip
     """Checks them: once, because they stay the same from step to step (4 us). max_weight as a number, and the operator's bits."""
-    _checks.share(gamma, "gamma")
-    _checks.share(alpha, "alpha")
+    _checks.unit_interval(gamma, "gamma")
+    _checks.unit_interval(alpha, "alpha")
     _checks.choice(init, "init", ("first", "zero"))
-    _checks.choice(normalizer, "normalizer", reference.NORMALIZERS)
+    _checks.choice(normalizer, "normalizer", _codes.NORMALIZERS)
     _checks.within(mix, "mix", -math.inf, math.inf, open_below=True, open_above=True)
-    if max_weight is not None and not max_weight > 0:
-        raise ValueError(f"max_weight: got {max_weight!r}, expected a positive number or None")
+    bound = _checks.max_weight(max_weight)
     _checks.momentum_sgd(momentum, dampening, weight_decay, nesterov, heavy_ball)
-    form = bool(maximize) | bool(nesterov) << 1 | bool(heavy_ball) << 2  # csrc/math.h StepFlag
-    return math.inf if max_weight is None else float(max_weight), form, ops.flags(normalizer, init)
+    form = _codes.MAXIMIZE * bool(maximize) | _codes.NESTEROV * bool(nesterov) | _codes.HEAVY_BALL * bool(heavy_ball)
+    return bound, form, ops.flags(normalizer, init)
+
+
+def _weighted_rows(params: list, losses, mask, sample_weight) -> tuple[Tensor, Tensor | None, Tensor | None, torch.dtype]:
+    """Losses, mask and sample weights as the operators read them, and the dtype that the parameters are computed in."""
+    if not isinstance(losses, Tensor) or not losses.is_floating_point():
+        got = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
+        raise TypeError(f"losses: got {got}, expected a floating tensor (B,), one loss per sample")
+    real = real_dtype(getattr(params[0], "dtype", torch.float32) if params else losses.dtype)
+    if losses.dtype.itemsize == 2:
+        losses = losses.to(real)
+    if mask is not None:
+        mask = _checks.per_sample(mask, "mask", losses, torch.bool)
+    if sample_weight is not None:
+        sample_weight = _checks.per_sample(sample_weight, "sample_weight", losses, real)
+    return losses, mask, sample_weight, real
 
 
 def weighted_momentum_step_(
@@ -307,7 +271,7 @@ def weighted_momentum_step_(
     Returns:
         new log s (0-d, a new tensor; dtype of log_s if a tensor, else of the losses).
 
-        A bad row (a NaN or infinite loss that is not masked): nothing is written, and log s stays: one bad batch never
+        A row with a NaN or infinite loss that is not masked: nothing is written, and log s stays, so that one such batch never
         poisons the state. No valid row at all: G = 0, so that momentum and decay go on, and log s stays. A row that weighs 0 (masked, or
         of sample weight 0) takes no part, whatever its gradient holds; any other gradient that is not finite is not looked
         for.
@@ -333,29 +297,13 @@ def weighted_momentum_step_(
     max_weight, form, flags = options(
         gamma, alpha, init, normalizer, mix, max_weight, momentum, dampening, weight_decay, nesterov, maximize, heavy_ball
     )
-    if not isinstance(losses, Tensor) or not losses.is_floating_point():
-        got = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
-        raise TypeError(f"losses: got {got}, expected a floating tensor (B,), one loss per sample")
+    losses, mask, sample_weight, real = _weighted_rows(params, losses, mask, sample_weight)
     buffers = None if not momentum else [] if momentum_buffers is None else list(momentum_buffers)
-    real = real_dtype(getattr(params[0], "dtype", torch.float32) if params else losses.dtype)
-    if losses.dtype.itemsize == 2:
-        losses = losses.to(real)
-    if mask is not None:
-        mask = _checks.per_sample(mask, "mask", losses, torch.bool)
-    if sample_weight is not None:
-        sample_weight = _checks.per_sample(sample_weight, "sample_weight", losses, real)
     operators = ops.serving(losses.device, backend)
-    if operators is None and ops.transformed():
+    if ops.transformed():
         raise RuntimeError("weighted_momentum_step_: got a call inside a torch.func transform; call it on what that returns")
-    if operators is None or operators.backend == "triton":  # the others check by themselves
+    if operators.backend in ("triton", "reference"):  # the others check by themselves
         _checks.weighted_step(params, buffers, grads, losses)
-    if operators is None:
-        return reference.weighted_momentum_step_(
-            params, [None] * len(params) if buffers is None else buffers, grads, losses, log_s, lam, mix=mix,
-            sample_weight=sample_weight, mask=mask, gamma=gamma, alpha=alpha, init=init, normalizer=normalizer,
-            max_weight=max_weight, lr=lr.reshape(()) if isinstance(lr, Tensor) else lr, momentum=momentum, dampening=dampening,
-            weight_decay=weight_decay, nesterov=nesterov, maximize=maximize, heavy_ball=heavy_ball,
-        )  # fmt: skip
     if not isinstance(log_s, Tensor) or log_s.device != losses.device:
         log_s = _number(log_s, log_s.dtype if isinstance(log_s, Tensor) else real, losses.device)
     lam_tensor = _number(lam, real, losses.device) if isinstance(lam, Tensor) else None
@@ -369,7 +317,7 @@ def weighted_momentum_step_(
     except RuntimeError:
         _checks.weighted_step(params, buffers, grads, losses)  # the usual mistakes, said in Python's words
         raise
-    if not torch.compiler.is_compiling():
+    if operators.native and not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(params if buffers is None else params + buffers)
     return new_log_s
 

@@ -1,5 +1,5 @@
 """Per-sample losses on logits as modules, class weights, and a classifier. Inside `ABLoss` the losses run fused with the robust
-weights. The formulas are in `functional.logit_loss` (and csrc/math.h, reference.py)."""
+weights. The formulas are in `functional.logit_loss` (and csrc/math.h, reference/)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import _checks, ops
 from . import functional as F
-from .functional import LossSpec
+from .ops import LossSpec
 from .reference import real_dtype
 
 
@@ -89,8 +89,8 @@ class LogitLoss(nn.Module):
         return losses.sum() / (weight[torch.where(valid, target, 0).long()] * valid).sum()
 
     def extra_repr(self) -> str:
-        first, second, ignore_index, _ = self._numbers
-        numbers = "" if not (first or second) else f"{first:g}, {second:g}, " if second else f"{first:g}, "
+        a, b, ignore_index, _ = self._numbers
+        numbers = "" if not (a or b) else f"{a:g}, {b:g}, " if b else f"{a:g}, "
         return f"{numbers}ignore_index={ignore_index}, reduction={self.reduction!r}"
 
 
@@ -187,7 +187,7 @@ class _ClassVectorLoss(LogitLoss):
         super().__init__("ce", weight, ignore_index, reduction, backend)
         self.cls_num_list = _checks.class_counts(cls_num_list).tolist()
         self.scaled = True  # False: S = 1 (schedule.TLA)
-        self._made: dict = {}  # (device, dtype, scaled) -> S, D, M
+        self._kept: dict = {}  # (device, dtype, scaled) -> S, D, M
 
     def _vectors(self, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raise NotImplementedError
@@ -198,15 +198,15 @@ class _ClassVectorLoss(LogitLoss):
 
     def _adjust(self, logits: Tensor) -> Tensor:
         key = logits.device, real_dtype(logits.dtype), self.scaled
-        if key not in self._made:
+        if key not in self._kept:
             counts = torch.tensor(self.cls_num_list, dtype=torch.float64)
             scale, shift, margin = self._vectors(counts)
             scale = scale if self.scaled else torch.ones_like(scale)
-            self._made[key] = torch.stack([scale, shift, margin]).to(key[0], key[1])
-        return self._made[key]
+            self._kept[key] = torch.stack([scale, shift, margin]).to(key[0], key[1])
+        return self._kept[key]
 
     def __getstate__(self):
-        return self.__dict__ | {"_made": {}}
+        return self.__dict__ | {"_kept": {}}
 
 
 class LDAM(_ClassVectorLoss):
@@ -367,7 +367,7 @@ def fused_spec(criterion: object, logits: Tensor) -> LossSpec | None:
 
     That is our own losses and torch.nn.CrossEntropyLoss, with reduction="none"; None for everything else.
 
-    >>> fused_spec(torch.nn.CrossEntropyLoss(reduction="none", label_smoothing=0.1), torch.zeros(1, 2)).first
+    >>> fused_spec(torch.nn.CrossEntropyLoss(reduction="none", label_smoothing=0.1), torch.zeros(1, 2)).hyper_a
     0.1
     """
     kind = type(criterion)

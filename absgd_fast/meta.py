@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
-from . import _checks, ops, reference
+from . import _checks, ops
+from .reference import real_dtype
 
 METHODS = ("jvp", "finite_difference", "unrolled", "last_layer")
 Batch = tuple[Tensor, Tensor]
@@ -119,10 +120,8 @@ def l2rw_loss(
 
 def rectified(products: Tensor) -> Tensor:
     """w = max(u, 0) / (sum max(u, 0) + 1[the sum = 0]) over the finite u; NaN for the others (L2RW, Eq. 8 and 9). Constants."""
-    operators = ops.serving(products.device, None)
-    u = products.detach().to(reference.real_dtype(products.dtype)).contiguous()
-    weights = reference.rectified(u) if operators is None else operators.rectified(u)
-    return weights.to(products.dtype)
+    u = products.detach().to(real_dtype(products.dtype)).contiguous()
+    return ops.serving(products.device, None).rectified(u).to(products.dtype)
 
 
 class _Step:
@@ -133,8 +132,8 @@ class _Step:
         _checks.choice(method, "method", METHODS)
         self.batch, self.clean_batch = _checked_pairs(batch, clean_batch)
         self.model, self.loss_fn, self.method = model, loss_fn, method
-        self.plain = _unwrapped(model)
-        self.params = {name: p for name, p in self.plain.named_parameters() if p.requires_grad}
+        self.unwrapped = _unwrapped(model)
+        self.params = {name: p for name, p in self.unwrapped.named_parameters() if p.requires_grad}
         if not self.params:
             raise ValueError("model: got no parameter that requires grad, expected something to train")
         if any(isinstance(p, UninitializedParameter) for p in self.params.values()):
@@ -146,9 +145,9 @@ class _Step:
                 f"finite_difference: got parameters of {others[0]}, expected float32 or float64 (in a narrower type a small step is"
                 ' lost to rounding); use method="jvp"'
             )
-        self.norms = [m for m in self.plain.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+        self.norms = [m for m in self.unwrapped.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
         frozen = {id(b) for m in self.norms for b in m.buffers(recurse=False)}
-        self.buffers = {name: b.clone() for name, b in self.plain.named_buffers() if id(b) not in frozen}
+        self.buffers = {name: b.clone() for name, b in self.unwrapped.named_buffers() if id(b) not in frozen}
         self.random = self._random_state()
         # of layers, by the training forward: (layer, args, kwargs, the output's place in the graph, its shape)
         self.calls: list[tuple] = []
@@ -198,13 +197,13 @@ class _Step:
             return plus - minus
 
     def _unrolled(self, losses: Tensor) -> Tensor:
-        share = torch.zeros_like(losses, requires_grad=True)
+        weights = torch.zeros_like(losses, requires_grad=True)
         names, params = zip(*self.params.items())
-        grads = torch.autograd.grad(share @ losses, params, create_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(weights @ losses, params, create_graph=True, allow_unused=True)
         moved = {name: p if grad is None else p - grad for name, p, grad in zip(names, params, grads)}
         with DIFFERENTIABLE_ATTENTION():
             clean = self._losses(self.clean_batch, moved, apart=True).mean()
-        grad = torch.autograd.grad(clean, share, retain_graph=True, allow_unused=True)[0] if clean.requires_grad else None
+        grad = torch.autograd.grad(clean, weights, retain_graph=True, allow_unused=True)[0] if clean.requires_grad else None
         return torch.zeros_like(losses) if grad is None else -grad
 
     def _last_layer(self, losses: Tensor) -> Tensor:
@@ -220,7 +219,7 @@ class _Step:
                 f"last_layer: took {type(last).__name__} for the last layer, but {name} has a part in the losses beside it (a bare"
                 ' parameter, a compiled layer, several heads); use method="jvp"'
             )
-        tied = any(id(p) in names for m in self.plain.modules() if m not in inside for p in m._parameters.values())
+        tied = any(id(p) in names for m in self.unwrapped.modules() if m not in inside for p in m._parameters.values())
         if tied or self.mixed:  # its output is not all its parameters have a part in, or it is mixed afterwards
             return self._jvp(losses, own)
         tangents, products = self._clean_gradient(own), torch.zeros_like(losses)
@@ -272,7 +271,7 @@ class _Step:
             for generator in self._generators():
                 generator.manual_seed(seed)
         buffers = {name: b.clone() for name, b in self.buffers.items()}
-        return self._per_sample(functional_call(self.plain, (params or {}) | buffers, (batch[0],)), batch)
+        return self._per_sample(functional_call(self.unwrapped, (params or {}) | buffers, (batch[0],)), batch)
 
     def _per_sample(self, out, batch: Batch) -> Tensor:
         losses = self.loss_fn(out, batch[1])
@@ -304,10 +303,10 @@ class _Step:
             return any(p.requires_grad for p in m.parameters())
 
         layers = [
-            m for m in self.plain.modules()
+            m for m in self.unwrapped.modules()
             if trains(m) and not any(trains(child) for name, child in m.named_children() if name != "parametrizations")
         ]  # fmt: skip
-        mixing = [m for m in self.plain.modules() if isinstance(m, _BatchNorm) and m.training and not trains(m)]
+        mixing = [m for m in self.unwrapped.modules() if isinstance(m, _BatchNorm) and m.training and not trains(m)]
         handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
         handles += [layer.register_forward_hook(note_mixing) for layer in mixing]
         try:
@@ -323,7 +322,7 @@ class _Step:
         mha, mkldnn = torch.backends.mha, torch.backends.mkldnn
         fast_path, onednn = mha.get_fastpath_enabled(), mkldnn.enabled
         mha.set_fastpath_enabled(False)
-        if any(isinstance(m, nn.RNNBase) for m in self.plain.modules()):
+        if any(isinstance(m, nn.RNNBase) for m in self.unwrapped.modules()):
             mkldnn.enabled = False
         try:
             with DIFFERENTIABLE_ATTENTION():

@@ -62,11 +62,11 @@ class TwoStage:
         """Continue at the saved count. lambda follows where it is another stage's; log s is the criterion's to restore."""
         self.count = int(state["count"])
         second, is_plain = self.count >= self.start, bool(self.criterion.lam.isinf())
-        if second == is_plain and not (second and self.criterion._lam_is_open):
+        if second == is_plain and not (second and self.criterion.lam_is_open):
             self.criterion.set_lam(self.lam if second else math.inf, reset=False)
 
 
-class _Deferred:
+class SwitchAt:
     """Something about a loss that is off for the first `start` calls of step(), and on from then on."""
 
     def __init__(self, loss: LogitLoss, start: int):
@@ -92,7 +92,7 @@ class _Deferred:
         self._switch(self.count >= self.start)
 
 
-class DRW(_Deferred):
+class DRW(SwitchAt):
     """Deferred re-weighting (Cao et al. 2019, Alg. 1): class weights 1 until epoch `start`, then `weight`. With
     `adrw_weights` it is ADRW (Wang et al. 2023, Sec. 3.3).
 
@@ -129,7 +129,7 @@ class DRW(_Deferred):
         self.loss.weight = (self.weight if on else torch.ones_like(self.weight)).to(device, copy=True)
 
 
-class TLA(_Deferred):
+class TLA(SwitchAt):
     """Truncated logit adjustment (Wang et al. 2023, Sec. 3.3): the multiplicative vector S_k of a `VS` or `CDT` loss until
     epoch `start`, then S_k = 1; the additive part stays.
 
@@ -156,7 +156,7 @@ class TLA(_Deferred):
         self.loss.scaled = not on
 
 
-class _Together:
+class ChainedSchedules:
     """Several schedules stepped as one."""
 
     def __init__(self, *parts):
@@ -176,7 +176,7 @@ class _Together:
 
 def vs_tla_adrw(
     cls_num_list: Sequence[int], *, start: int, gamma: float = 0.3, tau: float = 1.0, nu: float = 1.0, **options
-) -> tuple[VS, _Together]:
+) -> tuple[VS, ChainedSchedules]:
     """Algorithm 1 of Wang et al. 2023: a VS loss with TLA and ADRW, both from epoch `start` (their T0) on.
 
     Args:
@@ -194,4 +194,4 @@ def vs_tla_adrw(
     (tensor([0.1818, 1.8182]), False)
     """
     loss = VS(cls_num_list, gamma, tau, **options)
-    return loss, _Together(TLA(loss, start), DRW(loss, adrw_weights(cls_num_list, nu), start))
+    return loss, ChainedSchedules(TLA(loss, start), DRW(loss, adrw_weights(cls_num_list, nu), start))

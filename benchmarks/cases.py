@@ -172,7 +172,7 @@ class Rule:
         return self._fastest if device.type == "cpu" else self._on_gpu
 
     def stepped(self, w, grad):
-        """w after STEPS steps, by reference.py."""
+        """w after STEPS steps, by reference/."""
         return self._step(w, grad, self.options)
 
 
@@ -505,7 +505,7 @@ def _share_of_copy(classes, card):
 def _gpu_loss(rows, classes, dtype, device, card, **more):
     """Three passes of ours (read; read, write) against two of Liger's: 1.5 times its time is par. One block has one pass."""
     large = rows * classes * torch.finfo(dtype).bits / 8 >= LARGE
-    at_once = classes <= 128 and rows * ops._lanes(classes) <= ops.ONE_BLOCK  # as Operators.saves decides
+    at_once = classes <= 128 and rows * ops.lanes_of_a_row(classes) <= ops.ONE_BLOCK  # as Operators.backward_mode decides
     targets = {"absgd package": 0.4 if large else 0.25, "Liger": 1.0 if at_once else 1.5} | more
     if classes < 1000:
         targets["torch.compile"] = 0.7
@@ -543,7 +543,7 @@ def _gpu_train(name, make, batch, rule, device, memory_format=torch.contiguous_f
 
 
 def _gpu_limit(rows, classes, device):
-    """What one block that makes the gradient at once saves, where it serves (ops.Operators.saves)."""
+    """What one block that makes the gradient at once saves, where it serves (ops.Operators.backward_mode)."""
     return Case("gpu limit", f"{rows} × {classes}", partial(Logits, rows, classes, device=device))
 
 

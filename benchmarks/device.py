@@ -5,7 +5,6 @@ without one.
 """
 
 import contextlib
-import gc
 import warnings
 from time import perf_counter_ns
 
@@ -34,24 +33,6 @@ def block_ns(device, run, calls):
     end.record()
     end.synchronize()
     return start.elapsed_time(end) * 1e6 / calls
-
-
-def host_us(device, run, calls=20, rounds=15):
-    """µs of the host per call, once per round: what a call takes to return while the device's queue has room."""
-    out = []
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            run()
-            synchronize(device)
-            start = perf_counter_ns()
-            for _ in range(calls):
-                run()
-            out.append((perf_counter_ns() - start) / calls / 1e3)
-            synchronize(device)
-    finally:
-        gc.enable()
-    return out
 
 
 @contextlib.contextmanager

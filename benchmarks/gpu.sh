@@ -126,7 +126,7 @@ commit() { git -C "$root" describe --always --dirty --abbrev=40 2>/dev/null || e
 tests() {
   local only=$3 how=(--backends "$2" --jobs "$4" --each 30 --limit $((limit - 3)))
   ((rehearse)) && how=(--device cpu --jobs 0) only=${only:-test_certain_rows}
-  run "$python" tests/test_gpu.py --out "$out/pieces/$1.json" --only "$only" "${how[@]}"
+  run "$python" tests/gpu_runner.py --out "$out/pieces/$1.json" --only "$only" "${how[@]}"
 }
 
 bench() { # SUITE OPTIONS...
@@ -191,7 +191,7 @@ again() {
   else
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 run compute-sanitizer --tool memcheck --report-api-errors no --kernel-name kns=absgd \
       --target-processes application-only --error-exitcode 9 \
-      "$python" tests/test_gpu.py --backends cuda --only test_tour --jobs 0 || true
+      "$python" tests/gpu_runner.py --backends cuda --only test_tour --jobs 0 || true
   fi
 }
 

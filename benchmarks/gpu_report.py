@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_report call CALL OUT [--gpu NAME]     what one call of gpu.sh left in OUT, as OUT/CALL.json
     python -m benchmarks.gpu_report merge FILE.json CALL.json ...  several calls as one; later results stand for earlier ones
-    python -m benchmarks.gpu_report failed CALL.json               what is to run again, as test_gpu.py --only takes it
+    python -m benchmarks.gpu_report failed CALL.json               what is to run again, as gpu_runner.py --only takes it
 
 A report, of one call or of several:
 
@@ -81,8 +81,10 @@ def _judged(value, least, most):
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _us(spread):
-    return "–" if spread is None else f"{spread['median']:.3g}" if spread["median"] < 1000 else f"{spread['median']:.0f}"
+def _us(quartiles):
+    if quartiles is None:
+        return "–"
+    return f"{quartiles['median']:.3g}" if quartiles["median"] < 1000 else f"{quartiles['median']:.0f}"
 
 
 def progress(result):
@@ -206,7 +208,7 @@ def smoked(text, stage):
 
 
 def tested(report, stage, name):
-    """{test: result} and skips of one run of test_gpu.py; a run without a report is one test that failed."""
+    """{test: result} and skips of one run of gpu_runner.py; a run without a report is one test that failed."""
     if not report:
         said = " | ".join(stage["said"][-3:])
         message = f"no result: exit code {stage['exit']} after {stage['seconds']} s: {said}"

@@ -13,7 +13,6 @@ import copy
 import statistics
 import sys
 from pathlib import Path
-from time import perf_counter
 
 import torch
 from torch import nn
@@ -21,7 +20,8 @@ from torch import nn
 import absgd_fast as ab
 from absgd_fast.experiments.models import resnet
 
-from .run import environment, peak_bytes, spread, write
+from .run import environment, peak_bytes, write
+from .timing import interleave_long, quartiles, ratios
 
 PLAIN = "plain"
 # Most plain steps, without and with BatchNorm; most memory; most |w - w*|_1 (1e-5 at each weight for the exact ones)
@@ -100,23 +100,18 @@ def measure(normed, rows, rounds):
     model = trained(model_of(normed), batch)
     errors = distances(model, batch, clean)
     steps = steps_of(model, batch, clean)
-    times, names = {name: [] for name in steps}, list(steps)
     for step in steps.values():
         step()
-    for r in range(rounds):
-        for name in names[r % len(names) :] + names[: r % len(names)]:
-            start = perf_counter()
-            steps[name]()
-            times[name].append(perf_counter() - start)
+    times = interleave_long(steps, rounds)
     memory = {name: statistics.median(peak_bytes(step) for _ in range(3)) for name, step in steps.items()}
     return {
-        "batch_norm": normed, "rows": rows, "clean_rows": rows // 8, "rounds": rounds, "seconds": spread(times[PLAIN]),
+        "batch_norm": normed, "rows": rows, "clean_rows": rows // 8, "rounds": rounds, "seconds": quartiles(times[PLAIN]),
         "methods": {
             name: {
-                "ratio": spread([a / b for a, b in zip(times[name], times[PLAIN])]), "most": TIME.get(name, (None, None))[normed],
+                "ratio": ratios(times[name], times[PLAIN]), "most": TIME.get(name, (None, None))[normed],
                 "memory": memory[name] / memory[PLAIN], "most_memory": MEMORY, "distance": errors[name],
             }
-            for name in names if name != PLAIN
+            for name in steps if name != PLAIN
         },
     }  # fmt: skip
 

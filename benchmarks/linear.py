@@ -7,18 +7,18 @@ most memory in use beyond what was before and beyond the gradients themselves, a
 """
 
 import argparse
-import gc
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
-from time import perf_counter
 
 import torch
 import torch.nn.functional as F
 
 import absgd_fast as ab
 
-from .run import environment, peak_bytes, spread, write
+from .run import environment, peak_bytes, write
+from .timing import interleave_long, quartiles, ratios
 
 MOST_MEMORY, MOST_TIME = 0.05, 1.1
 PLAIN, OURS = "matmul + cross_entropy", "LinearABLoss"
@@ -45,9 +45,12 @@ def measure(rows, width, classes, rounds, chunk=None, seed=0):
     of_gradients = sum(4 * leaf.numel() for leaf in leaves)
     made = routes(hidden, weight, target, chunk)
 
-    def run(name):
+    def forget():
         for leaf in leaves:
             leaf.grad = None
+
+    def run(name):
+        forget()
         made[name]().backward()
 
     exact = None
@@ -57,20 +60,17 @@ def measure(rows, width, classes, rounds, chunk=None, seed=0):
         error = 0.0 if exact is None else max(float((a - b).norm() / b.norm()) for a, b in zip(grads, exact))
         exact = exact or grads
     del exact, grads
-    times, peaks, names = {PLAIN: [], OURS: []}, {PLAIN: [], OURS: []}, [PLAIN, OURS]
-    for r in range(rounds):
-        for name in names[:: 1 if r % 2 == 0 else -1]:
-            for leaf in leaves:
-                leaf.grad = None
-            gc.collect()
-            start = perf_counter()
-            peaks[name].append(peak_bytes(lambda name=name: run(name)) - of_gradients)
-            times[name].append(perf_counter() - start)
+    peaks = {PLAIN: [], OURS: []}
+
+    def weighed(name):
+        peaks[name].append(peak_bytes(partial(run, name)) - of_gradients)
+
+    times = interleave_long({name: partial(weighed, name) for name in peaks}, rounds, forget)
     return {
         "rows": rows, "width": width, "classes": classes, "chunk": chunk, "rounds": rounds, "error": error,
-        "seconds": {name: spread(values) for name, values in times.items()},
+        "seconds": {name: quartiles(values) for name, values in times.items()},
         "memory": {name: statistics.median(values) / logits for name, values in peaks.items()},
-        "ratio": spread([a / b for a, b in zip(times[OURS], times[PLAIN])]),
+        "ratio": ratios(times[OURS], times[PLAIN]),
         "targets": {"memory": MOST_MEMORY, "ratio": MOST_TIME},
     }  # fmt: skip
 

@@ -339,11 +339,12 @@ def _from_statistics(data):
     """Ours, the gradient made in backward whatever the size of the batch."""
     criterion = _ours(data.device)
     operators = ops.serving(data.device, None)
-    if operators is None or operators.backend == "cpu":
+    if operators.backend in ("cpu", "reference"):
         raise LeftOut("there is no such choice here")
     other = copy(operators)
-    other.saves = lambda logits: ops.WITH_STATS
-    criterion.__dict__["_served"] = (data.logits.device, other)  # what ABLoss remembers of its first call on a device
+    other.backward_mode = lambda logits: ops.WITH_STATS
+    # what ABLoss remembers of its first call on a device
+    criterion._served.device, criterion._served.operators = data.logits.device, other
     return _loss(data, criterion)
 
 

@@ -1,30 +1,30 @@
-"""How it is timed: `absgd-fast bench [--suite loss|family|step|weighted|train|all|gpu|gpu-probe] [--out FILE.json]`.
+"""What is checked, timed and reported:
+`absgd-fast bench [--suite loss|family|step|weighted|train|all|gpu|gpu-probe] [--out FILE.json]`.
 
 Every competitor's result is checked against the float64 oracle before it is timed; who is wrong is left out with the
-reason, and if ours is wrong nothing is reported. Then come rounds: in each, every competitor runs one block of calls,
-beginning with another one each time, and Python's garbage collector waits. A round gives one time per competitor and
-one ratio (ours over theirs, under the same conditions, so that what else the machine does mostly cancels); reported are
-medians and quartiles over the rounds, and the cases we lose like the ones we win.
+reason, and if ours is wrong nothing is reported. Then come rounds (timing.py): in each, every competitor runs one block of calls.
+Reported are medians and quartiles over the rounds of the times and of the ratios, ours over theirs, and the cases we lose like
+the ones we win.
 
 Timings compare only within one run.
 
-The JSON. A spread is {"median", "q1", "q3"} over the rounds.
+The JSON. Quartiles are {"median", "q1", "q3"} over the rounds.
 
     date, hardware {cpu, cores, backend, instruction_set}, versions {python, torch, absgd_fast, absgd}, compiler, threads,
     load_at_start, seconds_per_case
-    results     one object per case: suite, case, rounds, tolerance; peers {name: {us: spread, error: distance from float64,
-                and for competitors ratio: spread of ours / theirs, target, met}}; absent {name: why it was left out}.
+    results     one object per case: suite, case, rounds, tolerance; peers {name: {us: quartiles, error: distance from float64,
+                and for competitors ratio: quartiles of ours / theirs, target, met}}; absent {name: why it was left out}.
                 For suite memory: peers {name: {measure: value}}, targets, met.
 
 Suite gpu (of all its cases gpu_cases in cases.py tells, gpu-probe is a few of them; it is measured in device.py) adds
 
     gpu         name, memory, multiprocessors, capability, cache, driver, cuda, nvcc, state at the start; versions of triton
                 and Liger among the versions
-    copy        what a copy of `numbers` float32 from device to device moved, read and written, in bytes_per_us (spread)
-    results     also bytes: what forward and backward or the step have to move; per peer host_us (spread: µs in which a call
-                returns), graph_us (spread: µs of a replay of the captured call, for what fits the cache) or graph_failed,
-                launches {part: [kernels]}, share (spread: of the copy's bytes_per_us), peak_bytes (where a case asks for memory),
-                note. us is by the device's clock, many calls in a row. wrong: why ours counts for nothing here (and peers are
+    copy        what a copy of `numbers` float32 from device to device moved, read and written, in bytes_per_us (quartiles)
+    results     also bytes: what forward and backward or the step have to move; per peer host_us (quartiles: µs in which a call
+                returns), graph_us (quartiles: µs of a replay of the captured call, for what fits the cache) or graph_failed,
+                launches {part: [kernels]}, share (quartiles: of the copy's bytes_per_us), peak_bytes (where a case asks for
+                memory), note. us is by the device's clock, many calls in a row. wrong: why ours counts for nothing here (and peers are
                 missing). seconds: what the case took in all.
     figures     what was to be reached: case, figure, value, least, most, met
     not_measured  cases for which there was no time, those that were still to come when the benchmark was killed among them
@@ -39,14 +39,13 @@ import json
 import multiprocessing
 import os
 import platform
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from time import perf_counter, perf_counter_ns
+from time import perf_counter
 
 import torch
 
@@ -54,8 +53,9 @@ from absgd_fast import _backend
 
 from . import BEGUN, gpu_report
 from .cases import CASES, IN_CACHE, gpu_cases, gpu_probe
-from .device import block_ns, captured, copy_ns, host_us, kernels, peak_allocated, synchronize
+from .device import captured, copy_ns, kernels, peak_allocated, synchronize
 from .peers import OURS, OURS_ON_TRITON, PEERS, LeftOut, import_compilers, ready
+from .timing import host_us, interleave, quartiles, ratios
 
 SUITES = {
     "loss": ("loss", "memory"),
@@ -67,38 +67,11 @@ SUITES = {
 }
 GPU_SUITES = {"gpu": lambda cases: cases, "gpu-probe": gpu_probe}
 CPU = torch.device("cpu")
-BLOCK = 5e6  # ns: long against the clock and a cold start, short against what changes on a machine
-ROUNDS = (7, 101)  # at least, at most
 GROWTH_STEPS = 5000
 BUDGET = 15.0  # s: who is not ready by then is left out of a GPU's case; nothing is imported in them (import_compilers)
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------
-
-
-def interleave(runs, seconds, device=CPU):
-    """{name: [µs per call in each round]} for {name: callable}, in about `seconds`."""
-    block = partial(block_ns, device)
-    calls = {name: max(1, round(BLOCK / min(block(run, 1) for _ in range(3)))) for name, run in runs.items()}
-    names, times = list(runs), {name: [] for name in runs}
-    gc.collect()
-    gc.disable()
-    end = perf_counter_ns() + seconds * 1e9
-    try:
-        for r in range(ROUNDS[1]):
-            if r >= ROUNDS[0] and perf_counter_ns() > end:
-                break
-            for name in names[r % len(names) :] + names[: r % len(names)]:
-                times[name].append(block(runs[name], calls[name]) / 1e3)
-    finally:
-        gc.enable()
-    return times
-
-
-def spread(values):
-    """Median and quartiles."""
-    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "q1": q1, "q3": q3}
 
 
 def taking_part(case):
@@ -130,9 +103,9 @@ def compare(case, seconds):
 def _timed(case, data, times, errors, absent):
     ours, peers = times[OURS], {}
     for name, error in errors.items():
-        peers[name] = {"us": spread(times[name]), "error": error}
+        peers[name] = {"us": quartiles(times[name]), "error": error}
         if name != OURS:
-            ratio = spread([a / b for a, b in zip(ours, times[name])])
+            ratio = ratios(ours, times[name])
             target = case.targets.get(name)
             peers[name] |= {"ratio": ratio, "target": target, "met": None if target is None else ratio["median"] <= target}
     return {
@@ -249,7 +222,7 @@ def explore(case, seconds, everybody):
     for name, (peer, _) in found.items():
         values = result["peers"][name]
         # few calls where they are long: the queue must not fill, nor the time pass
-        values["host_us"] = spread(host_us(data.device, peer.run, *((20, 15) if values["us"]["median"] < 500 else (3, 5))))
+        values["host_us"] = quartiles(host_us(data.device, peer.run, *((20, 15) if values["us"]["median"] < 500 else (3, 5))))
         if peer.note:
             values["note"] = peer.note
         if case.memory:
@@ -283,7 +256,7 @@ def _add_graphs(values, peers, device, seconds):
             values[name]["graph_failed"] = _reason(error)
             synchronize(device)
     for name, times in interleave(replays, seconds, device).items() if replays else ():
-        values[name]["graph_us"] = spread(times)
+        values[name]["graph_us"] = quartiles(times)
 
 
 def _empty(device):
@@ -311,7 +284,7 @@ def measure_gpu(report, cases, device, seconds, end, keep):
 
     def copy():
         copies.extend(copy_ns(device, numbers))
-        report["copy"] = {"numbers": numbers, "bytes_per_us": spread([8 * numbers / ns * 1e3 for ns in copies])}
+        report["copy"] = {"numbers": numbers, "bytes_per_us": quartiles([8 * numbers / ns * 1e3 for ns in copies])}
 
     waiting = {case: f"{case.suite}: {case.name}" for case in cases}
 
@@ -328,8 +301,8 @@ def measure_gpu(report, cases, device, seconds, end, keep):
         if perf_counter() + 2 * seconds > end:
             continue
         try:
-            share = 0.25 if case.suite == "gpu limit" else 1  # many cases, one question
-            result = explore(case, share * seconds, first.setdefault(case.suite, case) is case)
+            part = 0.25 if case.suite == "gpu limit" else 1  # many cases, one question
+            result = explore(case, part * seconds, first.setdefault(case.suite, case) is case)
         except Exception as error:
             reason = str(error) if isinstance(error, LeftOut) else _reason(error)
             if "OutOfMemoryError" in reason or isinstance(error, ImportError):  # of what only this case needs
@@ -436,7 +409,7 @@ def environment():
     }
 
 
-def _spread(values, text):
+def _with_quartiles(values, text):
     return f"{text(values['median'])} ({text(values['q1'])}–{text(values['q3'])})"
 
 
@@ -446,7 +419,7 @@ def _ratio(value):
 
 def _time(us):
     unit, scale = (" µs", 1) if us["median"] < 999.5 else (" ms", 1e3)
-    return _spread(us, lambda value: f"{value / scale:.{3 if value < 999.5 * scale else 4}g}") + unit
+    return _with_quartiles(us, lambda value: f"{value / scale:.{3 if value < 999.5 * scale else 4}g}") + unit
 
 
 def _verdict(met, lost=False):
@@ -473,7 +446,7 @@ def time_table(results):
             line = [result["case"] if name == OURS else "", name, _time(peer["us"]), f"{peer['error']:.0e}"]
             if "ratio" in peer:
                 ratio, target = peer["ratio"], peer["target"]
-                line += [_spread(ratio, _ratio), "" if target is None else f"≤ {target:g}"]
+                line += [_with_quartiles(ratio, _ratio), "" if target is None else f"≤ {target:g}"]
                 line += [_verdict(peer["met"], lost=ratio["median"] > 1)]
             table.add_row(*line)
         for name in result["absent"]:

@@ -1,184 +1,24 @@
 // Host objects: what an optimizer keeps between steps so that Python need not gather it again. Knows Python and the
-// DLPack exchange table (a public C interface through which torch >= 2.10 describes a tensor), but not torch, and runs
-// no loop over data: a second pool of threads would get in the way of torch's.
+// DLPack exchange table, but not torch, and runs no loop over data: a second pool of threads would get in the way of
+// torch's.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <unordered_map>
 #include <vector>
 
+#include "host/dlpack.h"
+#include "host/rule_names.h"
 #include "launch.h"
 
-namespace py = pybind11;
-
 namespace {
-
-// ---- DLPack (dmlc/dlpack, version 1): the declarations used here ----------------------------------------------------
-
-struct DLTensor {
-  void* data;
-  struct {
-    int32_t type, id;
-  } device;
-  int32_t ndim;
-  struct {
-    uint8_t code, bits;
-    uint16_t lanes;
-  } dtype;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
-constexpr int32_t kDLCPU = 1, kDLCUDA = 2;
-constexpr uint8_t kDLFloat = 2, kDLBfloat = 4;
-
-struct DLManagedTensorVersioned {
-  uint32_t major, minor;
-  void* manager_ctx;
-  void (*deleter)(DLManagedTensorVersioned* self);
-  uint64_t flags;
-  DLTensor tensor;
-};
-
-struct DLPackExchangeAPI {
-  struct {
-    uint32_t major, minor;
-    void* previous;
-  } header;
-  void* managed_tensor_allocator;
-  int (*managed_tensor_from_py_object)(void* py_object, DLManagedTensorVersioned** out);  // owns a reference
-  void* managed_tensor_to_py_object;
-  int (*dltensor_from_py_object)(void* py_object, DLTensor* out);  // does not own: valid while the tensor lives
-  void* current_work_stream;
-};
-
-const DLPackExchangeAPI* exchange_api(const py::object& tensor_type) {
-  const py::capsule capsule = tensor_type.attr("__dlpack_c_exchange_api__");
-  const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (api == nullptr) throw py::error_already_set();
-  if (api->header.major != 1 || api->dltensor_from_py_object == nullptr)
-    throw py::value_error("this torch has another version of the DLPack exchange table than 1");
-  return api;
-}
-
-// ---- StepPlan -------------------------------------------------------------------------------------------------------
-
-// Interned, so that a look-up compares pointers.
-struct Names {
-  PyObject* grad = PyUnicode_InternFromString("grad");
-  PyObject* is_neg = PyUnicode_InternFromString("is_neg");
-  PyObject* params = PyUnicode_InternFromString("params");
-  PyObject* lr = PyUnicode_InternFromString("lr");
-  PyObject* step = PyUnicode_InternFromString("step");
-  PyObject* local = PyUnicode_InternFromString("_local_tensor");
-  PyObject* spec = PyUnicode_InternFromString("_spec");
-};
-const Names& names() {
-  static const Names instance;
-  return instance;
-}
-
-PyObject* item(PyObject* dict, PyObject* key) {
-  PyObject* out = PyDict_GetItemWithError(dict, key);
-  if (out == nullptr) {
-    if (PyErr_Occurred() == nullptr) PyErr_SetObject(PyExc_KeyError, key);
-    throw py::error_already_set();
-  }
-  return out;
-}
-double as_double(PyObject* object) {
-  const double out = PyFloat_AsDouble(object);  // a tensor too: it has __float__
-  if (out == -1.0 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-  return out;
-}
-bool truth(PyObject* dict, PyObject* key) {
-  const int out = PyObject_IsTrue(item(dict, key));
-  if (out < 0) throw py::error_already_set();
-  return out != 0;
-}
-
-// Where a rule's numbers, flags and states stand in torch's dicts.
-struct RuleNames {
-  struct Number {
-    PyObject* key;     // in the group; or null: the number is 0
-    Py_ssize_t index;  // within the tuple that stands there (betas); or -1
-  };
-  struct Flag {
-    PyObject* key;
-    int bits;
-  };
-  absgd::Rule rule;
-  Number weight_decay, first, second, eps;
-  std::vector<Flag> flags;
-  PyObject* states[absgd::kStates];  // or null
-
-  // numbers: {"weight_decay" | "first" | "second" | "eps": (key, index)}; flags: {key: bits}; states: names
-  RuleNames(int rule, const py::dict& numbers, const py::dict& flag_bits, const py::tuple& state_names)
-      : rule(absgd::Rule(rule)),
-        weight_decay(place(numbers, "weight_decay")),
-        first(place(numbers, "first")),
-        second(place(numbers, "second")),
-        eps(place(numbers, "eps")),
-        states() {
-    for (auto flag : flag_bits) flags.push_back({interned(flag.first), flag.second.cast<int>()});
-    for (size_t j = 0; j < state_names.size() && j < absgd::kStates; ++j) states[j] = interned(state_names[j]);
-  }
-  absgd::StepGroup read(PyObject* group) const {
-    absgd::StepGroup out{};
-    out.rule = rule;
-    for (const Flag& flag : flags)
-      if (truth(group, flag.key)) out.flags |= flag.bits;
-    out.weight_decay = value(group, weight_decay);
-    out.first = value(group, first);
-    out.second = value(group, second);
-    out.eps = value(group, eps);
-    return out;
-  }
-
- private:
-  static PyObject* interned(const py::handle& name) {
-    return PyUnicode_InternFromString(name.cast<std::string>().c_str());
-  }
-  static Number place(const py::dict& numbers, const char* name) {
-    if (!numbers.contains(name)) return {nullptr, -1};
-    const py::tuple where = numbers[name];
-    return {interned(where[0]), where[1].cast<Py_ssize_t>()};
-  }
-  static double value(PyObject* group, const Number& number) {
-    if (number.key == nullptr) return 0;
-    PyObject* object = item(group, number.key);
-    if (number.index < 0) return as_double(object);
-    const py::object one = py::reinterpret_steal<py::object>(PySequence_GetItem(object, number.index));
-    if (!one) throw py::error_already_set();
-    return as_double(one.ptr());
-  }
-};
 
 // Which state belongs to which parameter, so that a step looks nothing up by tensor (a tensor's hash is Python code).
 // The pointers here are only compared: one is followed after it was found again, in this same step, in the optimizer's
 // own containers. So the plan keeps nothing alive and takes no part in reference cycles.
 struct Slot {
   PyObject *param, *state;  // state: the parameter's dict in optimizer.state, or null
-};
-
-// A reference to a state tensor in torch's own count. While Python has the only one, torch's count goes through the
-// interpreter at every look at the tensor: 43 ns instead of 16. Let go when the step finds another tensor in its place.
-// (Not for parameters: one whose hook holds the optimizer would never be freed.)
-struct Hold {
-  PyObject* held = nullptr;
-  std::unique_ptr<DLManagedTensorVersioned, void (*)(DLManagedTensorVersioned*)> owner{nullptr, release};
-
-  static void release(DLManagedTensorVersioned* tensor) {
-    if (tensor->deleter != nullptr) tensor->deleter(tensor);
-  }
-  void take(const DLPackExchangeAPI* api, PyObject* object) {
-    if (object == held) return;
-    DLManagedTensorVersioned* tensor = nullptr;
-    if (api->managed_tensor_from_py_object(object, &tensor) != 0) throw py::error_already_set();
-    owner.reset(tensor);
-    held = object;
-  }
 };
 
 // A list of the objects; the vector keeps its memory for the next step.
@@ -209,7 +49,7 @@ class StepPlan {
   // yet, another dtype, device, layout or tensor type), which is left to the caller. A tensor lr on the GPU, grad_scale
   // and found_inf (one-element float32 tensors on the GPU, or None) are not read here: the table has their addresses.
   // sharded: the class whose tensors hold a plain one in `_local_tensor` (torch's DTensor); or None.
-  // robust: math.h Settled in six float64 numbers on the device of the tensors, or None.
+  // robust: math/weights.h Normalizer in six float64 numbers on the device of the tensors, or None.
   py::tuple refresh(py::list groups, py::dict state, py::object grad_scale, py::object found_inf, py::object sharded,
                     py::object robust) {
     if (!same_state(state)) remember(groups, state);
@@ -223,14 +63,7 @@ class StepPlan {
     sharded_ = sharded.is_none() ? nullptr : sharded.ptr();
     found_inf_ = device_float(found_inf);
     grad_scale_ = device_float(grad_scale);
-    robust_ = nullptr;
-    if (!robust.is_none()) {
-      DLTensor t;
-      if (!read(robust.ptr(), &t) || t.dtype.bits != 64 || t.ndim != 1 || t.shape[0] != 6)
-        throw py::value_error("robust: expected six float64 numbers");
-      robust_ = reinterpret_cast<const absgd::Settled*>(data(t));
-      robust_device_ = {t.device.type, t.device.id};
-    }
+    read_robust(robust);
     py::list others;
     size_t slot = 0;
     for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.ptr()); ++g) {
@@ -324,7 +157,7 @@ class StepPlan {
     if (!inner) throw py::error_already_set();
     return inner.ptr();
   }
-  // Whether two tensors are shares of the same kind: a gradient that is yet to be summed up is another thing.
+  // Whether two tensors are shards of the same kind: a gradient that is yet to be summed up is another thing.
   bool same_shard(PyObject* a, PyObject* b) const {
     if (!is_shard(a) || !is_shard(b)) return is_shard(a) == is_shard(b);
     const py::object x = py::reinterpret_steal<py::object>(PyObject_GetAttr(a, names().spec));
@@ -373,6 +206,16 @@ class StepPlan {
       throw py::value_error("grad_scale, found_inf: expected float32 tensors");
     amp_device_ = t.device.id;
     return reinterpret_cast<const float*>(data(t));
+  }
+
+  void read_robust(const py::object& robust) {
+    robust_ = nullptr;
+    if (robust.is_none()) return;
+    DLTensor t;
+    if (!read(robust.ptr(), &t) || t.dtype.bits != 64 || t.ndim != 1 || t.shape[0] != 6)
+      throw py::value_error("robust: expected six float64 numbers");
+    robust_ = reinterpret_cast<const absgd::Normalizer*>(data(t));
+    robust_device_ = {t.device.type, t.device.id};
   }
 
   // All tensors of a table are on the device of its first.
@@ -495,7 +338,7 @@ class StepPlan {
   Place device_{0, 0}, robust_device_{0, 0};                  // of this step's tensors, of robust
   int32_t amp_device_ = 0;                                    // where grad_scale and found_inf are
   const float *grad_scale_ = nullptr, *found_inf_ = nullptr;  // of this step
-  const absgd::Settled* robust_ = nullptr;                    // likewise
+  const absgd::Normalizer* robust_ = nullptr;                 // likewise
   char* memory_ = nullptr;
   size_t capacity_ = 0;
 };

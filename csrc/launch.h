@@ -1,8 +1,6 @@
 // What a kernel is given: raw pointers, sizes and numbers. No torch, no CUDA headers: anything that can fill these
-// structs can run the kernels.
-//
-// A launcher works on a range of a flat index (tiles of rows, blocks of losses, ...), so the caller decides how ranges
-// are spread over threads; the result does not depend on that choice, bit for bit.
+// structs can run the kernels. First what CPU and GPU have in common, then the launchers of the GPU; cpu/kernels.h has
+// those of the CPU.
 #pragma once
 
 #include <stdint.h>
@@ -20,9 +18,6 @@ enum class Dtype : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
 // ---- losses on logits ----------------------------------------------------------------------------------------------
 
-constexpr int64_t kFewClasses = 48;  // below, a SIMD register of the CPU holds rows instead of classes
-constexpr int64_t kTileRows = 16;    // rows that one tile finishes together; per-row scratch is padded to whole tiles
-
 struct LogitInput {
   Dtype dtype;         // of logits
   const void* logits;  // (batch, classes, inner), any strides, in elements
@@ -36,59 +31,30 @@ struct LogitInput {
   const void* class_weight;  // (classes) real; or null = 1
   const void* adjust;        // (3, classes) real: S, D, M of math.h; or null = 1, 0, 0
   LossNumbers loss;
-  double share_keep, share_uniform;  // with label smoothing e: 1 - e, e / C (ClassShares)
+  double smoothing_keep, smoothing_uniform;  // with label smoothing e: 1 - e, e / C (ClassWeights)
 
   ABSGD_INLINE int64_t rows() const { return batch * inner; }
-  // Every class has a share in the loss, not the label alone.
-  ABSGD_INLINE bool spreads() const { return soft != nullptr || loss.smoothing() != 0; }
+  // Every class weighs in the loss, not the label alone.
+  ABSGD_INLINE bool all_classes_weigh() const { return soft != nullptr || loss.smoothing() != 0; }
 };
 
-// What class k weighs in the sum over all classes of a row, sum_k weight_k (-log p_k): times the factor spread() of the
-// row. With label smoothing e: v_k, and e / C; with soft targets t: ((1 - e) t_k + e / C) v_k, and 1.
+// What class k weighs in the sum over all classes of a row, sum_k weight_k (-log p_k): times the factor
+// smoothing_coef() of the row. With label smoothing e: v_k, and e / C; with soft targets t: ((1 - e) t_k + e / C) v_k,
+// and 1.
 template <class T>
-struct ClassShares {
+struct ClassWeights {
   const T* v;       // (classes) or null = 1
   T keep, uniform;  // of soft targets: 1 - e, e / C
 
-  static ABSGD_INLINE ClassShares of(const LogitInput& a) {
-    return {static_cast<const T*>(a.class_weight), T(a.share_keep), T(a.share_uniform)};
+  static ABSGD_INLINE ClassWeights of(const LogitInput& a) {
+    return {static_cast<const T*>(a.class_weight), T(a.smoothing_keep), T(a.smoothing_uniform)};
   }
-  ABSGD_INLINE T spread(bool soft) const { return soft ? T(1) : uniform; }
+  ABSGD_INLINE T smoothing_coef(bool soft) const { return soft ? T(1) : uniform; }
 };
-
-// How the class vectors S and D come to a row (LogitArgs::adjust_form); 0 where there are none.
-enum AdjustForm : int { kAdjusts = 1, kScales = 2 /* S differs between classes */, kShifts = 4 /* D is not 0 */ };
-
-// The CPU's two walks over the logits.
-struct LogitArgs : LogitInput {
-  int adjust_form;
-  // per row, written by logit_stats, read by logit_grads; padded to whole tiles
-  void* losses;       // real
-  void* row_max;      // real
-  void* row_rest;     // real, see math.h Row
-  void* row_own;      // real
-  void* coefficient;  // real, c of math.h
-  void* row_total;    // real, sum_k weight_k (ClassShares)
-  uint8_t* valid;     // 0 = ignored
-
-  // gradient: factor_i * d loss_i / d logits
-  void* grad;  // (batch, classes, inner) contiguous, of the logits' dtype but f32 for f16; or null
-  // logit_stats may leave exp(a - max) for logit_grads to scale:
-  bool keep;           // along_classes(): in grad
-  void* kept;          // else: here, (tiles, classes, kTileRows) real; or null
-  const void* factor;  // (batch * inner) real; or null = 1
-
-  ABSGD_INLINE bool along_classes() const { return stride_class == 1 && inner == 1 && classes >= kFewClasses; }
-  ABSGD_INLINE int64_t tiles() const { return (rows() + kTileRows - 1) / kTileRows; }
-};
-
-constexpr int64_t kAllLabelsGood = INT64_MAX;
 
 // ---- robust weights on a vector of losses --------------------------------------------------------------------------
 
-constexpr int64_t kBlock = 4096;  // losses per partial sum: fixed, so sums do not depend on the number of threads
-
-struct RobustArgs : RobustRule {
+struct RobustArgs : NormalizerConfig {
   Dtype dtype;  // f32 or f64
   int64_t count;
   const void* losses;         // (count) real
@@ -97,45 +63,10 @@ struct RobustArgs : RobustRule {
   const uint8_t* valid;       // (count); or null = all
   double mix, max_weight;
   double z_limit;  // a larger |z| counts as non-finite
-  double z_top;    // and so does a larger z
+  double z_max;    // and so does a larger z
 
   void* weights;  // (count) real
   void* factor;   // (count) real: d loss / d losses; or null
-
-  ABSGD_INLINE int64_t blocks() const { return (count + kBlock - 1) / kBlock; }
-};
-
-// log-sum-exp of z over one block: max + log(sum)
-struct Partial {
-  double max, sum;
-  int64_t good, bad;  // valid rows with a finite loss and z; valid rows without
-};
-
-// Weights of the rules that CPU kernels have beside the robust ones (math.h): W_i = n p_i, mean 1 over the n rows with
-// a finite loss; 0 where not valid, NaN where not finite.
-enum class LossRule : int32_t { cvar, chi2 };
-struct RuleArgs {
-  Dtype dtype;  // f32 or f64
-  int64_t count;
-  const void* losses;    // (count) real
-  const uint8_t* valid;  // (count); or null = all
-  void* weights;         // (count) real
-  double* scratch;       // cvar, chi2: (count)
-};
-// Group DRO: q_g <- q_g exp(eta mean loss of g), normalised.
-struct GroupArgs : RuleArgs {
-  const int64_t* groups;  // (count), in [0, n_groups) where valid
-  int64_t n_groups;
-  double eta;
-  double* log_q;  // (n_groups), the next one is written over it
-  double* sums;   // (2 n_groups)
-};
-
-struct VjpArgs {
-  const void* upstream;  // (count) real: on the weights
-  double dot;            // sum of W_i upstream_i over the rows that have a weight
-  double upstream_log_s, share, share_state;
-  void* out;  // (count) real
 };
 
 // ---- gradient scaling ----------------------------------------------------------------------------------------------
@@ -151,7 +82,7 @@ struct ScaleArgs {
 
 // ---- step ---------------------------------------------------------------------------------------------------------
 //
-// The elements of all tensors form one flat index space, so threads get equal shares whatever the sizes of the tensors.
+// The elements of all tensors form one flat index space, so threads get equal parts whatever the sizes of the tensors.
 
 struct Layout {
   int64_t dim;
@@ -214,13 +145,14 @@ struct StepTable {
   // In the memory of the tensors' device, or null
   const float* grad_scale;  // GPU: the gradients are divided by it, and written back so
   const float* found_inf;   // GPU: not 0: nothing is written
-  const Settled* robust;    // the gradients are multiplied by its scale, not written back; bad rows: nothing is written
+  const Normalizer*
+      robust;  // the gradients are multiplied by its scale, not written back; nonfinite: nothing is written
 
   // Both on the host, of memory that is the host's.
-  ABSGD_INLINE bool skips() const { return robust != nullptr && robust->bad > 0; }
+  ABSGD_INLINE bool skips() const { return robust != nullptr && robust->nonfinite > 0; }
 };
 
-constexpr int64_t kStepBlock = 64;  // a share of the flat index ends at a multiple of this within a tensor
+constexpr int64_t kStepBlock = 64;  // a part of the flat index ends at a multiple of this within a tensor
 
 // ---- weighted step -------------------------------------------------------------------------------------------------
 //
@@ -235,48 +167,6 @@ struct WeightedTable : StepTable {
   const int64_t* row;   // (rows)
   const void* factors;  // (rows) real
 };
-
-// ---- CPU: one row per operation; a set per instruction set, chosen at run time (cpu/dispatch.cpp) -------------------
-
-struct CpuKernels {
-  const char* isa;
-  // tiles [begin, end): losses and row statistics; returns the first row with a label out of range, or kAllLabelsGood
-  int64_t (*logit_stats)(const LogitArgs&, int64_t begin, int64_t end);
-  // tiles [begin, end): the gradient
-  void (*logit_grads)(const LogitArgs&, int64_t begin, int64_t end);
-  // blocks [begin, end)
-  void (*robust_partials)(const RobustArgs&, Partial* partials, int64_t begin, int64_t end);
-  // all partials -> log s', state, share
-  Outcome (*robust_finish)(const RobustArgs&, const Partial* partials, double log_s);
-  // all partials -> one; `count` rows of totals -> log s', state (math.h settled_of)
-  Totals (*robust_totals)(const RobustArgs&, const Partial* partials);
-  Settled (*robust_settle)(const RobustArgs&, const double* totals, int64_t count, int64_t stride, double log_s,
-                           double share, const double* reference, double* new_log_s);
-  // blocks [begin, end): weights and factors; loss_partials[block] = sum of factor_i * loss_i
-  void (*robust_apply)(const RobustArgs&, const Outcome&, double* loss_partials, int64_t begin, int64_t end);
-  // blocks [begin, end): dot_partials[block] = sum of W_i d_i
-  void (*robust_dot)(const RobustArgs&, const void* upstream, double* dot_partials, int64_t begin, int64_t end);
-  // blocks [begin, end): vjp written to out
-  void (*robust_vjp)(const RobustArgs&, const VjpArgs&, int64_t begin, int64_t end);
-  // first, second: beta and reg, or rho
-  void (*rule_weights)(const RuleArgs&, LossRule, double first, double second);
-  // whether log_q may be kept: no bad row, no number beyond the range
-  bool (*group_weights)(const GroupArgs&);
-  // (count) real -> (count) real (math.h RectifiedNumbers)
-  void (*rectified)(Dtype, const void* products, int64_t count, void* weights);
-  // (batch * classes) slices [begin, end) of `inner` elements
-  void (*scale)(const ScaleArgs&, int64_t begin, int64_t end);
-  // elements [begin, end) of the flat index; the counts of steps already include this one
-  void (*step)(const StepTable&, int64_t begin, int64_t end);
-  // elements [begin, end) of the flat index
-  void (*weighted_step)(const WeightedTable&, int64_t begin, int64_t end);
-};
-
-const CpuKernels& cpu_kernels();
-// Names of the instruction sets this build has and this machine runs, best first; `name` must be one of them.
-int cpu_isa_count();
-const char* cpu_isa_name(int index);
-bool use_cpu_isa(const char* name);
 
 // ---- GPU: the launchers of cuda/ ------------------------------------------------------------------------------------
 //
@@ -303,7 +193,8 @@ inline int lanes_for(int64_t classes, int per_lane) {
   while (width < 32 && width * per_lane < classes) width *= 2;
   return width;
 }
-// Whether one block takes the batch: each row has a team of lanes, and each lane a few classes (ops.py one_block).
+// Whether one block takes the batch: each row has a team of lanes, and each lane a few classes (ops/backends.py
+// ONE_BLOCK).
 inline bool fits_one_block(int64_t rows, int64_t classes) {
   const int width = lanes_for(classes, kTeamClasses);
   return classes <= width * kTeamClasses && rows * width <= kTeamThreads;
@@ -320,10 +211,10 @@ LabelReport* label_report();
 struct LogitForward : LogitInput {
   void* losses;         // (rows) real
   void* valid;          // (rows) real, 1 or 0 = ignored; or null
-  void* stats;          // (4, rows) real: max, then math.h RowGradient: scale, at_label, spread; or null
+  void* stats;          // (4, rows) real: max, then math/losses.h RowGradient: scale, at_label, smoothing_coef; or null
   LabelReport* report;  // or null
-  // Where the gradient is made in the forward pass: (batch, classes, inner) contiguous; for logit_loss_made also the
-  // logits themselves.
+  // Where the gradient is made in the forward pass: (batch, classes, inner) contiguous; for logit_loss_with_grad also
+  // the logits themselves.
   void* grad;
 };
 
@@ -337,39 +228,39 @@ struct LogitBackward : LogitInput {
   void* grad;                // (batch, classes, inner) contiguous, of the logits' dtype
 };
 
-// What the losses of some rows come to, relative to their largest z: of one block of a launch. T: their real.
+// What the losses of some samples come to, relative to their largest z: of one block of a launch. T: their real.
 template <class T>
 struct alignas(16) LossSums {
   T max;       // largest z that counts; the lowest number without
   T sum;       // sum of exp(z - max)
   T weighted;  // sum of t exp(z - max) L, t the sample weight
   T plain;     // sum of t L
-  int good, bad;
+  int finite, nonfinite;
 };
 
-// RobustArgs with its numbers in device memory (without lam_on_device RobustRule::lam serves).
+// RobustArgs with its numbers in device memory (without lam_on_device NormalizerConfig::lam serves).
 struct Robust : RobustArgs {
   const void* valid_rows;  // (count) real, instead of RobustArgs::valid; or null
   DeviceNumber lam_on_device, log_s;
-  long long* nonfinite;  // one more after a batch with a bad row; or null
+  long long* nonfinite;  // one more after a batch with a nonfinite sample; or null
   bool update;           // write log_s and nonfinite
   void* losses_out;      // (count) real: the losses, 0 where ignored; or null
   void* valid_out;       // (count) real: 1 or 0; or null
   void* stats;           // (4, count) real, rows 1 to 3 of which are multiplied by the factor; or null
   void* loss;            // one real; or null
   DeviceNumber new_log_s;
-  double* shares;  // Outcome::share and share_state; or null
-  // The stages by themselves: only the totals are made; or what is settled is taken from elsewhere.
-  double* totals;          // 3: Totals; or null
-  const Settled* settled;  // or null
-  bool bounded;            // RobustArgs::z_top is settled->top
+  double* dlog_s;  // WeightUpdate::dlog_s and dlog_s_state; or null
+  // The stages by themselves: only the partial stats are made; or what is settled is taken from elsewhere.
+  double* partial_stats;      // PartialStats; or null
+  const Normalizer* settled;  // or null
+  bool bounded;               // RobustArgs::z_max is settled->z_max
   // Of rows of logits, whose weights nobody writes: backward makes them from z.
-  void* z;             // (count) real: z, -inf where ignored, NaN where bad
+  void* z;             // (count) real: z, -inf where ignored, NaN where nonfinite
   Weighing* weighing;  // out
   // Scratch: sums of every block of a launch, and what they come to (vectors beyond kOneBlock losses)
   void* sums;             // (sum_blocks()) LossSums of real
   double* loss_partials;  // (sum_blocks())
-  Outcome* outcome;
+  WeightUpdate* weight_update;
 
   ABSGD_INLINE int64_t loss_blocks() const { return (count + kLossBlock - 1) / kLossBlock; }
 };
@@ -384,28 +275,29 @@ const char* robust_logit_loss_fwd(const LogitForward&, const Robust&, void* stre
 // of the logits' dtype but f32 for f16.
 const char* robust_logit_loss_block(const LogitForward&, const Robust&, void* stream);
 // Each row's losses and gradient while it is on the chip, one read and one write of the logits, because the factor of
-// a row is known: exp(z - robust.settled->log_s) (robust.totals, loss and weights are made too), or 1 without settled.
-const char* logit_loss_made(const LogitForward&, const Robust&, void* stream);
+// a row is known: exp(z - robust.settled->log_s) (robust.partial_stats, loss and weights are made too), or 1 without
+// settled.
+const char* logit_loss_with_grad(const LogitForward&, const Robust&, void* stream);
 const char* robust_fwd(const Robust&, void* stream);
-// Robust::lam_on_device, log_s, nonfinite and update are used; out: one Settled.
+// Robust::lam_on_device, log_s, nonfinite and update are used; out: one Normalizer.
 struct Settle : Robust {
-  const double* rows;  // (rows_count, rows_stride) of which the first three are Totals
-  int64_t rows_count, rows_stride;
-  double share;
+  const double* partials;  // (partials_count, partials_stride) of which the first three are PartialStats
+  int64_t partials_count, partials_stride;
+  double grad_multiplier;
   const double* reference;  // or null
-  Settled* out;
+  Normalizer* out;
 };
 const char* robust_settle(const Settle&, void* stream);
 // dot_partials: (loss_blocks() + 1) doubles. One launch up to kOneBlock losses.
 const char* robust_weights_bwd(const Robust&, DeviceNumber lam, const void* upstream, DeviceNumber upstream_log_s,
-                               const double* shares, double* dot_partials, void* out, void* stream);
+                               const double* dlog_s, double* dot_partials, void* out, void* stream);
 // (count) real -> (count) real, in one launch of one block
 const char* rectified(Dtype, const void* products, int64_t count, void* weights, void* stream);
 // ScaleArgs::upstream is in device memory, `constant`: one number
 const char* scale(const ScaleArgs&, bool constant, void* stream);
 const char* step(const StepTable&, void* stream);
-// One launch up to kOneBlock rows and as many tensors as it holds. Where a row is bad nothing but robust.new_log_s is
-// written. Beyond kOneBlock rows, or without elements, robust needs weights and factor.
+// One launch up to kOneBlock rows and as many tensors as it holds. Where a sample is nonfinite nothing but
+// robust.new_log_s is written. Beyond kOneBlock rows, or without elements, robust needs weights and factor.
 const char* weighted_step(const WeightedTable&, const Robust&, void* stream);
 
 }  // namespace gpu

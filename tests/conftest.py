@@ -1,5 +1,6 @@
 """The one table of backends x dtypes x losses, and the settings every test runs under."""
 
+import gc
 import inspect
 import math
 from functools import partial
@@ -10,9 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, settings
+from tensors import DTYPES, class_weight, counts
 
 import absgd_fast as ab
 from absgd_fast import _backend
+
+# An assert in a file that tests share then says as much as one in a test file.
+for room in ("bench", "deferred", "gpu", "interpreted", "optim", "weights"):
+    pytest.register_assert_rewrite(f"{room}_cases")
 
 # derandomize: a failure seen once is seen by everybody. The fixtures below only choose a backend, so examples may share them.
 settings.register_profile(
@@ -25,7 +31,6 @@ settings.load_profile("absgd_fast")
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 BACKENDS = ["reference"] + [f"cpu-{isa}" for isa in (_backend.cpu_isas() if _backend.available("cpu") else [])]
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Loss:
@@ -90,16 +95,6 @@ class Loss:
             valid = valid & (p > k)
         losses = torch.where(valid, w * losses, 0)
         return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / (w * valid).sum()}[reduction]
-
-
-def class_weight(classes):
-    """Distinct values from 0.5 to 2, none of them 1: an unused or shifted weight shows."""
-    return [0.5 + 1.5 * ((7 * c + 3) % 16) / 15.5 for c in range(classes)]
-
-
-def counts(classes):
-    """1 to 97 samples per class, neighbours unequal, the largest neither first nor last."""
-    return [1 + (37 * c + 11) % 97 for c in range(classes)]
 
 
 def weighted(**options):
@@ -229,6 +224,34 @@ def one_backend(request):
     return request.param
 
 
+@pytest.fixture(params=[*BACKENDS, "lists"])
+def way(request, monkeypatch):
+    """The `backend` of an optimizer. The CPU kernels get the table that a StepPlan keeps; "lists": where the host module is
+    missing they get lists of tensors, and the backend is chosen (None)."""
+    name, _, isa = request.param.partition("-")
+    if name == "lists":
+        monkeypatch.setattr(_backend, "host", lambda: None)
+        yield None
+    elif name == "cpu" and _backend.host() is None:
+        pytest.skip("built without the host module")
+    else:
+        before = _backend.set_cpu_isa(isa) if isa else None
+        yield name
+        if isa:
+            _backend.set_cpu_isa(before)
+
+
+@pytest.fixture(params=["reference", *(["cpu", "lists"] if _backend.available("cpu") else [])])
+def one_way(request, monkeypatch):
+    """As `way`, for what no instruction set decides."""
+    if request.param == "lists":
+        monkeypatch.setattr(_backend, "host", lambda: None)
+        return None
+    if request.param == "cpu" and _backend.host() is None:
+        pytest.skip("built without the host module")
+    return request.param
+
+
 @pytest.fixture(params=DTYPES)
 def dtype(request):
     return DTYPES[request.param]
@@ -250,6 +273,20 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads):
+    """Several threads wait for each other on small tensors, and on a busy machine. A test may set another number itself."""
+    threads(1)
+
+
+@pytest.fixture
+def garbage():
+    """gc.collect looks at what comes from now on only, which takes a hundredth of the time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -19,8 +19,16 @@ if __name__ == "__main__":
     tests = Path(__file__).resolve().parent
     sys.path[:0] = [str(tests), str(tests.parent)]
 
-import test_gpu as t  # noqa: E402
+import gpu_cases as cases  # noqa: E402
+import gpu_runner as runner  # noqa: E402
+import oracle  # noqa: E402
+import test_gpu_graphs as graphs  # noqa: E402
+import test_gpu_losses as losses  # noqa: E402
+import test_gpu_robust as robust  # noqa: E402
+import test_gpu_steps as stepping  # noqa: E402
+import test_gpu_training as training  # noqa: E402
 import torch  # noqa: E402
+from gpu_trainings import LOOPS, MICRO  # noqa: E402
 
 import absgd_fast as ab  # noqa: E402
 from absgd_fast import _backend, ops  # noqa: E402
@@ -38,15 +46,15 @@ def torch_alone(where):
 
 
 def logit_loss(where, loss, path, dtype=FP32):
-    p = t.problem(t.PATHS[path], dtype, 3, 2.0, loss)
-    t.check_losses(where, where.fused(loss, p.logits.shape[1], dtype), p, dtype, loss, cancels=loss in t.CANCELS)
+    p = cases.problem(cases.PATHS[path], dtype, 3, 2.0, loss)
+    losses.check_losses(where, where.fused(loss, p.logits.shape[1], dtype), p, dtype, loss, cancels=loss in cases.CANCELS)
 
 
 def robust_logit_loss(where, loss, path, dtype=FP32):
-    p = t.problem(t.PATHS[path], dtype, 3, 2.0, loss)
+    p = cases.problem(cases.PATHS[path], dtype, 3, 2.0, loss)
     criterion = where.criterion(loss, p.logits.shape[1], dtype, lam=-0.75)
     x, target = where.leaf(p.logits), p.target.to(where.device)
-    t.check_robust(criterion, t.oracle.ABLoss(-0.75), x, target, p, dtype, cancels=loss in t.CANCELS)
+    cases.check_robust(criterion, oracle.ABLoss(-0.75), x, target, p, dtype, cancels=loss in cases.CANCELS)
 
 
 def scale(where, in_place):
@@ -59,12 +67,12 @@ def scale(where, in_place):
             ops.OPERATORS[where.backend].scale_(got, upstream)
         else:
             got = ops.OPERATORS[where.backend].scale(got, upstream, False)
-        t.close(got, exact.numpy(), FP32, "scaled gradient")
+        cases.close(got, exact.numpy(), FP32, "scaled gradient")
 
 
 def steps(where, rule, by_lists):
     with patch.object(_backend, "host", (lambda: None) if by_lists else _backend.host):
-        t.check_steps(where, rule, FP32)
+        stepping.check_steps(where, rule, FP32)
 
 
 CE = {
@@ -74,39 +82,39 @@ CE = {
     "robust_logit_loss, statistics": partial(robust_logit_loss, loss="ce", path="a block a row"),
     "robust_logit_loss, many rows": partial(robust_logit_loss, loss="ce", path="many rows"),
 }
-STEPS = {"sgd": (ab.ABSGD, torch.optim.SGD, dict(lr=2**-6, momentum=0.9))} | t.OPTIMIZERS
+STEPS = {"sgd": (ab.ABSGD, torch.optim.SGD, dict(lr=2**-6, momentum=0.9))} | stepping.OPTIMIZERS
 OPERATORS = (
     CE
     | {
         "logit_loss, columns": partial(logit_loss, loss="ce", path="columns"),
         "robust_logit_loss, bfloat16": partial(robust_logit_loss, loss="ce", path="lanes", dtype=torch.bfloat16),
     }
-    | {f"logit_loss, {loss}": partial(logit_loss, loss=loss, path="lanes") for loss in t.LOSSES if loss != "ce"}
-    | {f"robust_logit_loss, {loss}": partial(robust_logit_loss, loss=loss, path="lanes") for loss in t.LOSSES if loss != "ce"}
+    | {f"logit_loss, {loss}": partial(logit_loss, loss=loss, path="lanes") for loss in cases.LOSSES if loss != "ce"}
+    | {f"robust_logit_loss, {loss}": partial(robust_logit_loss, loss=loss, path="lanes") for loss in cases.LOSSES if loss != "ce"}
     | {
-        "soft targets": partial(t.test_soft_targets, loss="weight, smoothing", dtype=FP32, path=t.PATHS["lanes"]),
-        "soft targets, class vectors": partial(t.test_soft_targets, loss="vs", dtype=FP32, path=t.PATHS["one block"]),
-        "robust_loss": partial(t.test_robust_loss_of_given_losses, dtype=FP32, rule=t.ROBUST["default"]),
-        "robust_weights, robust_weights_backward": partial(t.check_weights, count=1000),
-        "robust_weights, many losses": partial(t.check_weights, count=t.ONE_LAUNCH + 617),
-        "robust_totals, robust_settle, robust_apply": partial(
-            t.test_three_stages, sizes=t.SIZES_OF_PARTS["uneven"], options={}, dtype=FP32
+        "soft targets": partial(losses.test_soft_targets, loss="weight, smoothing", dtype=FP32, path=cases.PATHS["lanes"]),
+        "soft targets, class vectors": partial(losses.test_soft_targets, loss="vs", dtype=FP32, path=cases.PATHS["one block"]),
+        "robust_loss": partial(robust.test_robust_loss_of_given_losses, dtype=FP32, rule=robust.ROBUST["default"]),
+        "robust_weights, robust_weights_backward": partial(robust.check_weights, count=1000),
+        "robust_weights, many losses": partial(robust.check_weights, count=cases.ONE_LAUNCH + 617),
+        "robust_partial_stats, robust_settle, robust_apply": partial(
+            robust.test_three_stages, sizes=robust.SIZES_OF_PARTS["uneven"], options={}, dtype=FP32
         ),
-        "rectified": partial(t.test_rectified_weights, dtype="fp32"),
+        "rectified": partial(robust.test_rectified_weights, dtype="fp32"),
         "scale": partial(scale, in_place=False),
         "scale_": partial(scale, in_place=True),
     }
     | {f"step_, {name}, StepPlan": partial(steps, rule=rule, by_lists=False) for name, rule in STEPS.items()}
     | {f"step_, {name}, lists": partial(steps, rule=rule, by_lists=True) for name, rule in STEPS.items()}
     | {
-        "weighted_step_": lambda where: t.Weighted(where, [0, 1, 5, 64, 650], 37, FP32).check(weight_decay=0.01),
-        "deferred, finish_": partial(t.test_deferred, way=t.SGDS["finish_"], sizes=t.MICRO["uneven"]),
-        "deferred, robust=": partial(t.test_deferred, way=t.SGDS["robust="], sizes=t.MICRO["uneven"]),
-        "LinearABLoss": partial(t.test_linear, loss="ce", dtype=FP32, bias=True),
-        "LinearABLoss, bfloat16": partial(t.test_linear, loss="ce", dtype=torch.bfloat16, bias=False),
-        "rule": partial(t.test_rules_from_losses_to_weights, rule="cvar", shape=(37, 5)),
-        "graph": partial(t.test_graph_replay, shape=t.LOOPS[1], optimizer=ab.ABSGD),
-        "label out of range": partial(t.test_label_out_of_range, shape=t.HELD, label="one too many"),
+        "weighted_step_": lambda where: stepping.Weighted(where, [0, 1, 5, 64, 650], 37, FP32).check(weight_decay=0.01),
+        "deferred, finish_": partial(training.test_deferred, way=training.SGDS["finish_"], sizes=MICRO["uneven"]),
+        "deferred, robust=": partial(training.test_deferred, way=training.SGDS["robust="], sizes=MICRO["uneven"]),
+        "LinearABLoss": partial(training.test_linear, loss="ce", dtype=FP32, bias=True),
+        "LinearABLoss, bfloat16": partial(training.test_linear, loss="ce", dtype=torch.bfloat16, bias=False),
+        "rule": partial(training.test_rules_from_losses_to_weights, rule="cvar", shape=(37, 5)),
+        "graph": partial(graphs.test_graph_replay, shape=LOOPS[1], optimizer=ab.ABSGD),
+        "label out of range": partial(losses.test_label_out_of_range, shape=cases.HELD, label="one too many"),
     }
 )
 OF_KERNELS = ("scale", "scale_")  # plain torch has no such operators
@@ -132,7 +140,7 @@ def main(argv=None):
     parser.add_argument("--backends", help="with commas; default: all of the device")
     parser.add_argument("--out", type=Path, required=True, help="where the lines go, as JSON")
     options = parser.parse_args(argv)
-    known = {where.backend: where for where in t.CPU + t.GPU if where.device.type == options.device}
+    known = {where.backend: where for where in cases.CPU + cases.GPU if where.device.type == options.device}
     backends = options.backends.split(",") if options.backends else list(known)
     if not set(backends) <= set(known):
         parser.error(f"--backends: got {options.backends!r}, expected some of {', '.join(known)}")
@@ -156,7 +164,7 @@ def main(argv=None):
                     write(operator, backend, "not run", reason or "the CUDA context was lost")
                     continue
                 write(operator, backend, "begun")
-                result = t.attempt(operator, function, {"where": where})
+                result = runner.attempt(operator, function, {"where": where})
                 usable = result["usable"]
                 write(operator, backend, *(result[key] for key in ("status", "message", "seconds")))
     print(f"{statuses.count('passed')} of {len(statuses)} operators passed")

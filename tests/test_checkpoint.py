@@ -26,9 +26,10 @@ from torch import nn
 
 from absgd_fast import __main__ as cli
 from absgd_fast import _backend
-from absgd_fast.experiments import checkpoint, data, methods, report, train
+from absgd_fast.experiments import checkpoint, data, methods, report, summary, train
 from absgd_fast.experiments.train import Config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 # 249 images in batches of 60: the fifth step of an epoch has nine. λ is on from epoch 2 of 0 to 3, the learning rate falls
@@ -40,15 +41,6 @@ WARM = 3 * 2 * 2  # steps of the warm-up
 # absgd steps the linear model without a backward where its kernels are
 GRAPHLESS = _backend.select(torch.device("cpu"), None) == "cpu"
 WARM_BACKWARDS = WARM - 2 * 2 * GRAPHLESS
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Where two wait for each other, as on a busy machine, small networks take forever."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def same(a, b):
@@ -100,6 +92,7 @@ def tiny():
     return data.Source("tiny", 3, images, torch.arange(50) % 3, None, n_max=11, n_test=5, augment=True)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch says so once, to whoever is first
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("model", ["linear", "mlp", "cnn", "jitter"])
 def test_a_run_goes_on_from_every_step(model, tiny, tmp_path, monkeypatch):
@@ -130,6 +123,7 @@ def test_a_run_goes_on_from_every_step(model, tiny, tmp_path, monkeypatch):
         assert len(epochs) == 4 * 3 * config.seeds - i // 13 * 4 - i % 13 // 3
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch says so once, to whoever is first
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("method", [m for m in methods.METHODS if m not in Config().methods])
 def test_the_other_methods_go_on_from_every_step(method, tiny, monkeypatch):
@@ -638,10 +632,10 @@ def test_a_complete_training(capsys, monkeypatch, never_stopped, in_an_empty_fol
 def test_another_torch_is_noted(resumable, capsys, monkeypatch, never_stopped):
     """On the terminal, in the report and in results.json; what the first part had is kept when it is stopped again."""
     monkeypatch.setattr(report, "html", lambda results: "")
-    made_with = report.environment
+    made_with = summary.environment
     other = lambda config, threads: made_with(config, threads) | {"torch": "9.9", "cpus": 1}  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(report, "environment", other)
+        patch.setattr(summary, "environment", other)
         patch.setattr(train, "runs", interrupt_after(3))
         assert cli.main(["train", "--resume", "results"]) == 1
     assert f"resumed with another torch ({torch.__version__}, then 9.9)" in " ".join(capsys.readouterr().out.split())

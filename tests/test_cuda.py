@@ -17,14 +17,19 @@ from absgd_fast import _backend
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-FILES = ("losses", "functional", "rectified", "robust", "linear", "state", "optim", "ops")
+FILES = ("losses", "functional", "rectified", "robust", "linear", "state", "optim_*", "ops")  # test_*.py
 
 pytestmark = pytest.mark.skipif(simt.why_not() is not None, reason=simt.why_not() or "")
 
 # name: (kind of build, order, limit of the one-block kernel, what to run)
-EVERYTHING = [TESTS / "cuda_on_cpu" / "suite.py", *(TESTS / f"test_{name}.py" for name in FILES)]
-NO_LIMIT = ("test_optim", "test_linear", "test_rectified", "test_functional")  # go the same way at every limit
-LOSSES = [path for path in EVERYTHING if path.stem not in NO_LIMIT]
+EVERYTHING = [TESTS / "cuda_on_cpu" / "suite.py", *(path for name in FILES for path in sorted(TESTS.glob(f"test_{name}.py")))]
+NO_LIMIT = (
+    "test_optim_",
+    "test_linear",
+    "test_rectified",
+    "test_functional",
+)  # their names begin so; they go the same way at every limit
+LOSSES = [path for path in EVERYTHING if not path.stem.startswith(NO_LIMIT)]
 SUITE = [TESTS / "cuda_on_cpu" / "suite.py"]
 RUNS = {
     "statistics": ("plain", "forward", 0, LOSSES),
@@ -43,7 +48,7 @@ def package(folder, kind):
     shutil.copytree(Path(_backend.__file__).parent, target, ignore=ignore)
     torch_root = Path(torch.__path__[0])
     simt.build(
-        [ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("losses", "weights", "step", "weighted", "tickets")],
+        sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
         target / "_ops_cpu.so",
         kind,
         include_dirs=[ROOT / "csrc"],

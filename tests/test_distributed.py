@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import identity
-from test_deferred import PAIRS, assert_alike, batch, distance, gradient, network, not_finite, same, spike, vector, weighted
+from deferred_cases import PAIRS, batch, distance, gradient, network, not_finite, same, spike, vector, weighted
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import RANKS, needs_gloo, run
@@ -536,12 +536,12 @@ DISAGREEMENTS = [
 
 
 def assert_disagree(criterion, call, name, shown):
-    before = [state(criterion), criterion._lam_is_open]
+    before = [state(criterion), criterion.lam_is_open]
     with pytest.raises(ValueError) as caught:
         call()
     pattern = f"{name}.*rank 0.*{re.escape(shown[0])}.*rank 1.*{re.escape(shown[1])}"
     assert re.search(pattern, str(caught.value), re.IGNORECASE), str(caught.value)
-    assert same([state(criterion), criterion._lam_is_open], before)
+    assert same([state(criterion), criterion.lam_is_open], before)
 
 
 def disagreement(rank):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import re
 import struct
@@ -481,15 +482,6 @@ def test_nines_and_fours(digits):
         assert all(tuple(image.flatten().tolist()) in rows for image in split.x_test[split.y_test == label])
 
 
-@pytest.fixture
-def one_thread():
-    """As `absgd-fast train` has it for digits: on a busy machine two wait for each other (44 s against 1)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_l2rw_tells_right_labels_from_wrong_ones(digits, one_thread):
     """With 40 % of the labels wrong; what that is worth after 120 epochs is for `make l2rw` to say."""
     (run,) = train.runs(Config(model="mlp", noise="symmetric", methods=("l2rw",), epochs=8, seeds=1), digits)
@@ -705,7 +697,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(source, target):
         raise OSError("disk full")
 
-    monkeypatch.setattr(report.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         report.write(made_up([1, 2]), tmp_path)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("results.json", "old")]

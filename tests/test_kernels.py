@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: run in Triton's interpreter (kernels_interpreted.py), compiled for four GPUs
+"""The Triton kernels without a GPU: run in Triton's interpreter (kernels_interpreted_*.py), compiled for four GPUs
 (kernels_compiled.py). Each in a process of its own: the interpreter must be chosen before triton is imported."""
 
 import os
@@ -39,7 +39,16 @@ def running(tmp_path_factory):
     for part, extra in PARTS.items():
         if why_not(part) is not None:
             continue
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", HERE / f"kernels_{part}.py"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--tb=short",
+            *sorted(HERE.glob(f"kernels_{part}*.py")),
+        ]
         env = kept | {"TRITON_CACHE_DIR": str(folder / part), "OMP_NUM_THREADS": "1"} | extra
         with open(folder / f"{part}.txt", "w") as file:
             process = subprocess.Popen(command, cwd=HERE.parent, env=env, stdout=file, stderr=subprocess.STDOUT)

@@ -10,16 +10,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-
-import absgd_fast as ab
-from absgd_fast import _backend, linear, ops
-from absgd_fast.functional import losses_and_validity
-from absgd_fast.reference import real_dtype
 from two_processes import RANKS, needs_gloo, run
 
+import absgd_fast as ab
+from absgd_fast import _backend, ops
+from absgd_fast.functional import losses_and_validity
+from absgd_fast.linear.gradients import adds_in_float32
+from absgd_fast.reference import real_dtype
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 native = pytest.mark.skipif(not _backend.available("cpu"), reason="the native library is not built here")
 BACKENDS = ["reference", pytest.param("cpu", marks=native)]
-# 150 rows in chunks of 40: the last is short; 100 classes are walked along, 10 are not (csrc/launch.h kFewClasses)
+# 150 rows in chunks of 40: the last is short; 100 classes are walked along, 10 are not (csrc/cpu/kernels.h kFewClasses)
 N, D, CHUNK = 150, 12, 40
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}
 CRITERIA = {
@@ -40,14 +42,6 @@ RULES = {
     "plain": dict(lam=math.inf),
     "large": dict(lam=1e-3),  # z in the thousands: the chunks lie far from each other
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def inputs(classes=100, dtype=torch.float64, bias=True, seed=0, n=N):
@@ -152,7 +146,7 @@ def test_frozen(frozen, monkeypatch):
         assert not one(*given[:2], target, given[2]).requires_grad
         return
     compare(one, two, given, target, 1e-12)
-    made = one(*given[:2], target, given[2]).grad_fn.made
+    made = one(*given[:2], target, given[2]).grad_fn.grads
     assert [made.hidden is None, made.weight is None, made.bias is None] == [frozen == n for n in ("hidden", "weight", "bias")]
 
 
@@ -498,11 +492,11 @@ def test_a_gpu_is_not_waited_for(rows, chunks, dtype, monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # neither knows `meta`
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     criterion = ab.LinearABLoss(lam=0.5).to("meta")
-    criterion.__dict__["_served"] = (torch.device("meta"), ops.OPERATORS["cuda"])
+    criterion._served.device, criterion._served.operators = torch.device("meta"), ops.OPERATORS["cuda"]
     hidden, weight, bias = (torch.empty(n, dtype=dtype, device="meta", requires_grad=True) for n in ((rows, 6), (50, 6), (50,)))
     target = torch.empty(rows, dtype=torch.int64, device="meta")
     each = torch.empty(rows, device="meta")
-    sums = linear._adds_in_float32(hidden.device) and dtype == torch.bfloat16  # in torch 2.11 not on `meta`; asked before, once
+    sums = adds_in_float32(hidden.device) and dtype == torch.bfloat16  # in torch 2.11 not on `meta`; asked before, once
     with Counter() as seen:
         criterion(hidden, weight, target, bias, mask=each > 0, sample_weight=each).backward()
     assert seen.calls.count("absgd_fast.logit_loss_.default") == chunks

@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from tensors import LAYOUTS, wide
 
 import absgd_fast as ab
 from absgd_fast.functional import logit_loss
@@ -16,10 +17,6 @@ INF = math.inf
 # 1..9: below a lane; then one below, at and above multiples of the lanes (4, 8, 16 floats) and of four of them (16, 32, 64)
 CLASSES = [*range(1, 10), 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 97, 127, 128, 129, 255, 257, 511, 513, 999, 1000, 1001]  # fmt: skip
 SPARSE = [1, 2, 3, 8, 17, 33, 70, 130, 1001]  # each kind of remainder once: for what only the formula of a row decides
-
-
-def wide(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def make(shape, dtype=torch.float32, seed=0, scale=3.0):
@@ -120,18 +117,6 @@ def check_shape(backend, case, dtype, shape):
     assert losses.shape == target.shape and grad.shape == logits.shape
     check(losses, exact, eager, dtype, "loss", cancels=case.cancels)
     check(grad, exact_grad, eager_grad, dtype, "gradient", cancels=case.cancels)
-
-
-LAYOUTS = {
-    "contiguous": lambda x: x.contiguous(),
-    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "sliced rows": lambda x: torch.stack([x, x + 1], 1).flatten(0, 1)[::2],
-    "sliced classes": lambda x: torch.stack([x, x + 1], 2).flatten(1, 2)[:, ::2],
-    "wider row": lambda x: torch.cat([x, x + 1], 1)[:, : x.shape[1]],
-    "offset of one": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
-    "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
-    "permuted": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim()))),
-}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

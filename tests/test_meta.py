@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import absgd_fast as ab
 from absgd_fast.meta import l2rw_loss, l2rw_weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = ["jvp", "finite_difference", "unrolled", "last_layer"]
 B, M, C = 8, 5, 3  # unlike sizes: a mean over the wrong batch shows
 cross_entropy = nn.CrossEntropyLoss(reduction="none")
@@ -37,12 +38,6 @@ def algorithm_1(model, loss_fn, batch, clean, only=None):
         (slope,) = torch.autograd.grad(loss_fn(functional_call(model, stepped, x_clean), y_clean).mean(), eps)
     w = (-slope).clamp(min=0)
     return w / (w.sum() if w.sum() > 0 else 1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """Layers of ten units: a second thread only waits."""
-    threads(1)
 
 
 # ---- networks ---------------------------------------------------------------------------------------------------------

@@ -1,22 +1,24 @@
 """The registered operators: opcheck on arguments that the public functions pass, C++ signatures against schemas, instruction sets."""
 
+import re
 import shutil
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 import absgd_fast as ab
-from absgd_fast import _backend, ops
-from absgd_fast.functional import logit_loss, robust_weights, weighted_momentum_step_
+from absgd_fast import _backend, ops, reference
+from absgd_fast.functional import logit_loss, loss_spec, robust_weights, weighted_momentum_step_
 from absgd_fast.meta import rectified
 
 # the planned step reads a table of addresses, which cannot be copied, faked or traced: its tests are those of the optimizer
 ADDRESSES = {"planned_step"}
-CPU_ONLY = {"rule_weights", "group_weights"}  # see ops.py
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
 native = pytest.mark.skipif(not _backend.available("cpu"), reason="the native library is not built here")
 
 
@@ -24,6 +26,11 @@ def registered():
     """Name -> schema of every operator in the namespace."""
     names = {n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("absgd_fast::")}
     return {n: getattr(torch.ops.absgd_fast, n).default._schema for n in sorted(names)}
+
+
+def of(backend):
+    """The operators that the records give to a backend's native library."""
+    return {name for name, record in ops.RECORDS.items() if backend in record.native}
 
 
 def has_kernel(name, key="CPU"):
@@ -59,14 +66,40 @@ def test_signatures_match_the_schemas(library):
     signatures, schemas = _backend.native_signatures(library), registered()
     if not signatures:
         pytest.skip(f"the {library} library: {_backend.build_info()['cuda_reason' if library == 'cuda' else 'reason']}")
-    served = {n for n in schemas if has_kernel(n, library.upper())}
-    assert served and served <= signatures.keys() <= schemas.keys()
-    if library == "cuda":
-        assert served == {n for n, schema in schemas.items() if takes_tensors(schema)} - CPU_ONLY
+    served = {n for n in schemas if takes_tensors(schemas[n]) and has_kernel(n, library.upper())}
+    assert served == of(library) and served <= signatures.keys() <= schemas.keys()
     for name, (arguments, returns) in signatures.items():
         schema = schemas[name]
         assert [kind(a.type) for a in schema.arguments] == list(arguments), name
         assert [kind(r.type) for r in schema.returns] == list(returns), name
+
+
+def test_every_operator_is_a_record():
+    """What is registered, and nothing else: the other schemas take no tensors."""
+    assert ops.RECORDS.keys() == {n for n, schema in registered().items() if takes_tensors(schema)}
+    assert all(name == record.name for name, record in ops.RECORDS.items())
+
+
+def test_lists_in_cpp_are_those_of_the_records():
+    """What csrc registers one by one or by a list for its macros: for both libraries, or for the one that the file is part of."""
+    lists = {"both": set(), "cpu": set(), "cuda": set()}
+    for path in filter(Path.is_file, CSRC.rglob("*")):
+        where = next((b for b in ("cpu", "cuda") if b in str(path.relative_to(CSRC))), "both")
+        text = path.read_text()
+        bodies = re.findall(r"#define \w+\(OP\)((?:.*\\\n)*.*\n)", text)
+        names = re.findall(r"OP\((\w+)\)", "".join(bodies)) + re.findall(r"ABSGD_IMPL\((\w+)\)", text)
+        lists[where] |= set(names) & ops.RECORDS.keys()
+    cpu, cuda = of("cpu"), of("cuda")
+    assert lists == {"both": cpu & cuda, "cpu": cpu - cuda, "cuda": cuda - cpu}
+
+
+def test_backends_have_the_operators_of_their_records():
+    """Plain torch has what it is written for, Triton that or a function of its own."""
+    attributes = {name: vars(operators).keys() & ops.RECORDS.keys() for name, operators in ops.OPERATORS.items()}
+    in_torch = {name for name, record in ops.RECORDS.items() if record.in_torch is not None}
+    twins = {name for name, record in ops.RECORDS.items() if record.triton is not None}
+    assert attributes == {"cpu": of("cpu"), "cuda": of("cuda"), "triton": twins | in_torch, "reference": in_torch}
+    assert [name for name, operators in ops.OPERATORS.items() if not operators.native] == ["reference"]
 
 
 class Recorder(TorchDispatchMode):
@@ -181,6 +214,60 @@ def test_opcheck(calls, name):
             seen.add(form)
             torch.library.opcheck(func, args, kwargs)
     assert seen
+
+
+@native
+@pytest.mark.parametrize("name", sorted(vars(ops.REFERENCE).keys() & set(with_tensors())))
+def test_plain_torch_does_what_the_kernels_do(calls, name):
+    """Results, and what is written in place; what is saved for backward is the kernels' own affair."""
+    for func, args, kwargs in calls[name]:
+        ours, plain = (tree_map_only(torch.Tensor, torch.clone, args) for _ in range(2))
+        got = getattr(ops.REFERENCE, name)(*plain, **kwargs)
+        wanted = func(*ours, **kwargs)
+        got, wanted = ([r] if isinstance(r, torch.Tensor) else list(r) for r in (got, wanted))
+        names = [r.name for r in func._schema.returns]
+        compared = [i for i, returned in enumerate(names) if returned not in ("saved", "grad", "dlog_s")]
+        assert compared and len(got) == len(wanted)
+        pairs = [(got[i].detach(), wanted[i]) for i in compared] + list(zip(tree_flatten(plain)[0], tree_flatten(ours)[0]))
+        for a, b in pairs:
+            if isinstance(a, torch.Tensor):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("update", [0, ops.UPDATE])
+@pytest.mark.parametrize("kind", ["ce", "gce"])
+def test_robust_loss_of_plain_torch_is_that_of_its_losses(kind, update):
+    """Bit for bit, with a gradient by autograd; a label out of range may stand where a row is masked."""
+    torch.manual_seed(0)
+    logits, target = torch.randn(6, 5, requires_grad=True), torch.tensor([0, 4, -100, 2, 99, 1])
+    mask = torch.tensor([True, True, True, False, False, True])
+    score, weight = torch.rand(6), torch.rand(6)
+    spec = loss_spec(kind, torch.rand(5), None, 0.0, -100, 2.0, 0.7, 0.3, True, 0.1, 1.0)
+    state = [torch.tensor(0.3), torch.tensor(0), torch.tensor(0.7)]
+    before = [t.clone() for t in state]
+    numbers = (0.6, 0.5, 0.25, 3.0, ops.flags("moving", "zero") | update | spec.bits)
+    loss, stats, saved = ops.REFERENCE.robust_logit_loss(logits, target, *spec[:5], score, weight, mask, *state, *numbers, None)
+    losses = spec.recompute(logits, target.where(mask, -100))
+    counts = spec.valid(target, losses) & mask
+    wanted, weights, log_s, _ = reference.robust_loss(
+        losses, *before[::2], score=score, mask=counts, mix=0.25, max_weight=3.0, sample_weight=weight, gamma=0.6, alpha=0.5,
+        init="zero",
+    )  # fmt: skip
+    assert torch.equal(loss, wanted) and torch.equal(stats[1], weights) and torch.equal(stats[2] > 0, counts) and saved is None
+    assert torch.equal(*(torch.autograd.grad(value, logits)[0] for value in (loss, wanted)))
+    assert torch.equal(state[0], log_s if update else before[0]) and state[1] == 0
+    assert ops.REFERENCE.backward_mode(logits) == ops.REFERENCE.losses_backward_mode == ops.REFERENCE.vector_backward_mode == 0
+
+
+@pytest.mark.parametrize("update", [0, ops.UPDATE])
+def test_a_nonfinite_loss_in_plain_torch(update):
+    """Is counted, and leaves log s."""
+    losses, log_s, nonfinite = torch.tensor([1.0, float("nan")]), torch.tensor(0.3), torch.tensor(2)
+    flags = ops.flags("moving", "first") | update
+    _, stats, _ = ops.REFERENCE.robust_loss(
+        losses, None, None, None, log_s, nonfinite, torch.tensor(1.0), 0.9, 1.0, 0.0, float("inf"), flags
+    )
+    assert stats[1].isnan().tolist() == [False, True] and log_s == torch.tensor(0.3) and nonfinite == 2 + (update > 0)
 
 
 @native

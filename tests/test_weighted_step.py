@@ -10,22 +10,18 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
+from tensors import DTYPES, wide
 from torch.func import functional_call, grad_and_value, vmap
 
 import absgd_fast as ab
-from absgd_fast.functional import logit_loss, weighted_momentum_step_
+from absgd_fast.functional import weighted_momentum_step_
 
 INF, NAN = math.inf, math.nan
 # What a step may lose: some ulp of the sum of 13 rows; one rounding of a half-precision parameter besides.
 REAL = {torch.float32: dict(rtol=2e-6, atol=2e-6), torch.float64: dict(rtol=1e-13, atol=1e-13)}
 NEAR = REAL | {torch.bfloat16: dict(rtol=2**-8, atol=2e-6), torch.float16: dict(rtol=2**-10, atol=2e-6)}
-
-
-def wide(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def exact_step(params, buffers, grads, losses, log_s, *, lam, lr, momentum=0.9, dampening=0.0, weight_decay=0.0, nesterov=False,

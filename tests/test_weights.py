@@ -1,4 +1,4 @@
-"""TERM, CVaR, chi-squared and group DRO: against slow float64 versions, as optima, at the extremes, and as ABLoss(rule=...)."""
+"""TERM, CVaR, chi-squared and group DRO: against slow float64 versions, as optima, and at the extremes."""
 
 import copy
 import math
@@ -10,185 +10,42 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from conftest import identity
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
+from weights_cases import (  # noqa: F401 (a fixture)
+    FLAT,
+    G3,
+    GROUPED,
+    INF,
+    KINDS,
+    L3,
+    NAN,
+    GroupDRO,
+    Rule,
+    batches,
+    chi2,
+    close,
+    cvar,
+    divergence,
+    many,
+    tensor,
+    term,
+    tilted,
+    way,
+)
 
 import absgd_fast as ab
-from absgd_fast import _backend, weights
+from absgd_fast import weights
 
-INF, NAN = math.inf, math.nan
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """Forty losses: a second thread only waits."""
-    threads(1)
-
-
-@pytest.fixture(autouse=True, params=["kernels", "torch"])
-def way(request, monkeypatch):
-    """The CPU has kernels for the rules; a GPU takes torch's operators."""
-    if request.param == "torch":
-        monkeypatch.setattr(weights, "_kernels", lambda losses, backend: None)
-    elif not _backend.available("cpu"):
-        pytest.skip(f"the native library is not there: {_backend.why_not('cpu')}")
-    return request.param
-
-
-# ---- the rules of MATH section 4 again, in NumPy ----------------------------------------------------------------------
-
-
-def tilted(losses, t):
-    """Softmax of t L, and (1/t) log mean exp(t L); log1p and expm1, so that t = 1e-12 is as exact as t = 1."""
-    top = losses.max() if t > 0 else losses.min()
-    if math.isinf(t):
-        share = (losses == top).astype(float)
-        return share / share.sum(), top
-    share = np.exp(t * (losses - top))
-    value = losses.mean() if t == 0 else top + math.log1p(np.expm1(t * (losses - top)).mean()) / t
-    return share / share.sum(), value
-
-
-def term(losses, t, groups=None, t_group=None):
-    labels = np.zeros(len(losses)) if groups is None else groups
-    members = [np.flatnonzero(labels == g) for g in np.unique(labels)]
-    sizes = np.array([len(m) for m in members])
-    inner = [tilted(losses[m], t) for m in members]
-    values = np.array([v for _, v in inner])
-    tilt = 0.0 if t_group is None else t_group
-    top = values.max() if tilt > 0 else values.min()
-    outer = sizes * ((values == top) if math.isinf(tilt) else np.exp(tilt * (values - top)))
-    result = np.zeros(len(losses))
-    for m, (share, _), weight in zip(members, inner, outer / outer.sum()):
-        result[m] = len(losses) * weight * share
-    return result
-
-
-def cvar(losses, beta, reg=0.0):
-    n, spread = len(losses), np.ptp(losses)
-    if reg == 0:
-        result, left = np.zeros(n), beta * n  # how many whole rows the share beta holds
-        for value in np.unique(losses)[::-1]:
-            ties = losses == value
-            taken = min(left, ties.sum())
-            result[ties], left = taken / ties.sum() / beta, left - taken
-        return result
-
-    def at(mu):
-        return np.minimum(np.exp(np.minimum((losses - mu) / reg, 700)), 1 / beta)
-
-    low, high = losses.min(), losses.max()  # all W >= 1 at the one, all W <= 1 at the other
-    for _ in range(200 if spread else 0):
-        mu = low + (high - low) / 2
-        low, high = (mu, high) if at(mu).mean() >= 1 else (low, mu)
-    return at(low)
-
-
-def divergence(w):
-    return ((w - 1) ** 2).mean() / 2
-
-
-def chi2(losses, rho):
-    below = losses.max() - losses
-    if rho == 0 or not below.any():
-        return np.ones(len(losses))
-
-    def at(s):
-        """mu = max L - s spread."""
-        p = np.maximum(s - below / below.max(), 0)
-        return p / p.mean()
-
-    low, high = -90.0, 90.0  # log s: exp(-90) is under the gap to any second float64, exp(90) is uniform
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (low, middle) if divergence(at(math.exp(middle))) <= rho else (middle, high)
-    return at(math.exp(high))
-
-
-class GroupDRO:
-    """Algorithm 1, with an array for q."""
-
-    def __init__(self, n_groups, eta):
-        self.q, self.eta = [1 / n_groups] * n_groups, eta
-
-    def __call__(self, losses, groups):
-        for g in set(groups.tolist()):
-            self.q[g] *= math.exp(self.eta * losses[groups == g].mean())
-        self.q = [q / sum(self.q) for q in self.q]
-        return np.array([len(losses) * self.q[g] / (groups == g).sum() for g in groups])
-
-
-# ---- the table: what is called with (losses, groups), and what it must give -------------------------------------------
-
-FLAT = {
-    "term": (partial(weights.term, t=0.7), partial(term, t=0.7)),
-    "eg": (partial(weights.term, t=-1.3), partial(term, t=-1.3)),
-    "term-zero": (partial(weights.term, t=0.0), partial(term, t=0.0)),
-    "term-max": (partial(weights.term, t=INF), partial(term, t=INF)),
-    "term-min": (partial(weights.term, t=-INF), partial(term, t=-INF)),
-    "cvar": (partial(weights.cvar, beta=0.3), partial(cvar, beta=0.3)),
-    "cvar-kl": (partial(weights.cvar, beta=0.3, reg=0.5), partial(cvar, beta=0.3, reg=0.5)),
-    "chi2": (partial(weights.chi2, rho=0.4), partial(chi2, rho=0.4)),
-}
-GROUPED = {
-    "grouped": (partial(weights.term, t=0.7), partial(term, t=0.7)),
-    "hierarchical": (partial(weights.term, t=0.7, t_group=-2.0), partial(term, t=0.7, t_group=-2.0)),
-    "groups-as-wholes": (partial(weights.term, t=0.0, t_group=1.5), partial(term, t=0.0, t_group=1.5)),
-    "worst-group": (partial(weights.term, t=-1.0, t_group=INF), partial(term, t=-1.0, t_group=INF)),
-    "worst-of-each": (partial(weights.term, t=INF), partial(term, t=INF)),
-    "group-dro": (
-        lambda losses, groups, **k: weights.GroupDRO(4, 0.3).double()(losses, groups, **k),
-        lambda losses, groups: GroupDRO(4, 0.3)(losses, groups),
-    ),
-}
-
-
-class Rule:
-    def __init__(self, name):
-        self.name, self.grouped = name, name in GROUPED
-        self.rule, self.slow = (GROUPED if self.grouped else FLAT)[name]
-
-    def __call__(self, losses, groups, **keywords):
-        return self.rule(losses, **({"groups": groups} if self.grouped else {}), **keywords)
-
-    def exact(self, losses, groups):
-        losses, groups = np.asarray(losses, np.float64), np.asarray(groups)
-        return self.slow(losses, **({"groups": groups} if self.grouped else {}))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=[*FLAT, *GROUPED])
 def rule(request):
     return Rule(request.param)
 
-
-KINDS = {
-    "spread": lambda rng, n: rng.exponential(1.0, n),
-    "signed": lambda rng, n: rng.normal(0, 3, n),
-    "ties": lambda rng, n: rng.integers(0, 4, n) / 2.0,
-    "equal": lambda rng, n: np.full(n, 0.7),
-    "far": lambda rng, n: 1e6 + rng.random(n),  # a spread of 1e-6 of the size: bounds relative to the size are too wide
-    "outlier": lambda rng, n: np.where(np.arange(n) == n // 2, 40.0, rng.random(n)),
-}
-
-
-@st.composite
-def batches(draw, kinds=tuple(KINDS)):
-    """Losses (n,) of one of the kinds, n from 1 to 40, and groups 0 to 3 of which some may be absent."""
-    n = draw(st.integers(1, 40))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    return KINDS[draw(st.sampled_from(kinds))](rng, n), rng.integers(0, draw(st.integers(1, 4)), n)
-
-
-def tensor(x, **kw):
-    return torch.tensor(np.asarray(x), **kw)
-
-
-def close(result, exact, tolerance=1e-10):
-    np.testing.assert_allclose(result.numpy(), exact, rtol=tolerance, atol=tolerance)
-
-
-many = settings(max_examples=150)  # the arguments alone have 130 combinations
 
 # ---- values -----------------------------------------------------------------------------------------------------------
 
@@ -434,7 +291,7 @@ def test_rows_that_do_not_count(rule, bad, rng):
     groups[[7, 8]], losses[[7, 8]] = 3, bad
     mask[0], losses[0] = False, bad  # masked wins
     losses[9] = 1e30
-    mask[9] = False  # not in any sum, maximum or spread
+    mask[9] = False  # not in any sum, maximum or range
     losses[12] = bad
     good = mask & np.isfinite(losses)
     w = rule(tensor(losses), tensor(groups), mask=tensor(mask))
@@ -572,7 +429,7 @@ def test_state_of_group_dro():
 
 # ---- bad arguments ----------------------------------------------------------------------------------------------------
 
-L3, G3 = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 0, 1])
+
 BAD = {
     "t is nan": (lambda: weights.term(L3, NAN), ValueError, r"\bt\b"),
     "t_group is nan": (lambda: weights.term(L3, 1.0, G3, NAN), ValueError, "t_group"),
@@ -622,330 +479,6 @@ def test_a_masked_row_may_have_any_group():
     with pytest.raises(IndexError):
         rule(L3, torch.tensor([0, -1, 1]))
     assert torch.equal(before, rule.log_q)
-
-
-# ---- ABLoss(rule=...) -------------------------------------------------------------------------------------------------
-
-
-def p_and_n(logits, target):
-    n = F.cross_entropy(logits, target, reduction="none")
-    return torch.exp(-n), n
-
-
-def focal(logits, target):
-    p, n = p_and_n(logits, target)
-    return (1 - p) ** 2 * n
-
-
-def gce(logits, target):
-    p, _ = p_and_n(logits, target)
-    return torch.where(target == -100, 0, (1 - p**0.7) / 0.7)
-
-
-ce = partial(F.cross_entropy, reduction="none")
-CRITERIA = {
-    "ce": (ab.CrossEntropy, ce),
-    "focal": (ab.Focal, focal),
-    "gce": (ab.GCE, gce),
-    "torch": (lambda backend: torch.nn.CrossEntropyLoss(reduction="none"), ce),
-    "callable": (lambda backend: lambda x, y: gce(x, y).square(), lambda x, y: gce(x, y).square()),
-}
-# as ABLoss gets it; what W must be, from (losses, groups) of the valid rows; takes groups
-PLUGGED = {
-    "cvar": (lambda: partial(weights.cvar, beta=0.4), lambda x, g: cvar(x, 0.4), False),
-    "cvar-kl": (lambda: partial(weights.cvar, beta=0.4, reg=0.2), lambda x, g: cvar(x, 0.4, 0.2), False),
-    "chi2": (lambda: partial(weights.chi2, rho=0.3), lambda x, g: chi2(x, 0.3), False),
-    "term": (lambda: partial(weights.term, t=2.0), lambda x, g: term(x, 2.0), False),
-    "hierarchical": (lambda: partial(weights.term, t=1.5, t_group=-2.3), lambda x, g: term(x, 1.5, g, -2.3), True),
-    "group-dro": (lambda: weights.GroupDRO(3, 0.5), lambda x, g: GroupDRO(3, 0.5)(x, g), True),
-    "lambda": (lambda: lambda losses: losses / losses.mean(), lambda x, g: x / x.mean(), False),  # its graph does not count
-    "lambda-groups": (lambda: lambda losses, groups: losses * groups / losses.sum(), lambda x, g: x * g / x.sum(), True),
-}
-
-
-def formula(eager, logits, target, exact, *, valid, groups, sample_weight=None, score=None, mix=0.0):
-    """(1/n) sum sample_weight (W + mix) L over the valid rows, and W."""
-    losses = eager(logits, target)
-    seen = losses.detach() if score is None else score
-    w = torch.zeros(losses.shape, dtype=torch.float64)
-    w[valid] = tensor(exact(seen[valid].numpy(), groups[valid].numpy()))
-    terms = (w + mix) * losses * (1 if sample_weight is None else sample_weight)
-    return terms[valid].sum() / valid.sum(), w, losses.detach()
-
-
-@pytest.mark.parametrize("inner", CRITERIA)
-@pytest.mark.parametrize("plugged", PLUGGED)
-@pytest.mark.parametrize("extras", [("sample_weight", "mix"), ("score", "mask")], ids=",".join)
-def test_loss_and_gradient_of_a_rule(one_backend, inner, plugged, extras, rng):
-    """autograd of the formula, W a constant of the slow versions; (7, 4, 3) logits, some labels ignored, through a layer."""
-    layer = torch.nn.Linear(6, 12).double()
-    x, target = torch.tensor(rng.normal(size=(7, 6))), torch.tensor(rng.integers(0, 4, (7, 3)))
-    groups = torch.tensor(rng.integers(0, 3, (7, 3)))
-    (make, eager), (rule, exact, grouped) = CRITERIA[inner], PLUGGED[plugged]
-    more = {k: torch.tensor(rng.random((7, 3)) + 0.1) for k in ("sample_weight", "score") if k in extras}
-    valid = torch.ones(7, 3, dtype=torch.bool)
-    call = dict(more)
-    if "mask" in extras:
-        call["mask"] = valid = tensor(rng.random((7, 3)) < 0.7)
-    if inner != "callable":  # which does not say what it ignores
-        target[2, 1] = target[5, 0] = -100
-        valid = valid & (target != -100)
-    mix = 0.3 if "mix" in extras else 0.0
-    criterion = ab.ABLoss(make(backend=one_backend), rule=rule(), mix=mix, backend=one_backend).double()
-    value = criterion(layer(x).view(7, 4, 3), target, **call, **({"groups": groups} if grouped else {}))
-    grads = torch.autograd.grad(value, layer.parameters())
-    wanted, w, losses = formula(eager, layer(x).view(7, 4, 3), target, exact, valid=valid, groups=groups, mix=mix, **more)
-    assert value.shape == () and value.item() == pytest.approx(wanted.item(), rel=1e-10)
-    torch.testing.assert_close(grads, torch.autograd.grad(wanted, layer.parameters()), rtol=1e-9, atol=1e-12)
-    last = criterion.last
-    assert last.weights.shape == last.losses.shape == (7, 3)
-    close(last.weights, w.numpy())
-    close(last.losses[valid], losses[valid].numpy())
-    assert float(last.ess) == pytest.approx(float(w.sum() ** 2 / (w**2).sum()), rel=1e-10)
-    assert float(last.mean_loss) == pytest.approx(float(losses[valid].mean()), rel=1e-10)
-    assert float(criterion.objective) == pytest.approx(float((w * losses)[valid].mean()), rel=1e-10)
-
-
-def identity(losses):
-    return losses
-
-
-def test_term_as_a_rule_in_double_precision(one_backend, rng):
-    """1/1.5 is no float32: a rule in float64 is float64 throughout, as every other rule."""
-    losses = tensor(rng.exponential(1.0, 9))
-    criterion = ab.ABLoss(identity, rule=partial(weights.term, t=1.5), backend=one_backend).double()
-    criterion(losses)
-    close(criterion.last.weights, term(losses.numpy(), 1.5))
-
-
-@pytest.mark.parametrize("t", [2.0, -0.7])
-def test_term_as_a_rule_is_abloss_of_the_batch(one_backend, t, rng):
-    """t = 1/lam, normalizer="batch"; float64 and the float32 of every day."""
-    for dtype, rel in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
-        logits = tensor(rng.normal(0, 2, (9, 4))).to(dtype).requires_grad_()
-        target = torch.tensor([0, 1, 2, 3, -100, 1, 2, 0, 0])
-        results = []
-        for rule in (dict(rule=partial(weights.term, t=t)), dict(lam=1 / t, normalizer="batch")):
-            criterion = ab.ABLoss(ab.CrossEntropy(backend=one_backend), backend=one_backend, **rule)
-            criterion = criterion.double() if dtype == torch.float64 else criterion
-            value = criterion(logits, target)
-            assert value.dtype == dtype
-            results.append((value.detach(), *torch.autograd.grad(value, logits), criterion.last.weights))
-        torch.testing.assert_close(*results, rtol=rel, atol=rel)
-
-
-def test_a_rule_without_mask_sees_the_valid_rows_alone(one_backend):
-    """Of losses and of groups; all of them where none is ignored; W comes back to its place."""
-    seen = []
-
-    def rule(losses, groups):
-        seen.append((losses.flatten().tolist(), groups.flatten().tolist()))
-        return losses * 2
-
-    losses = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], requires_grad=True)
-    groups = torch.arange(6).view(2, 3)
-    mask = torch.tensor([[True, False, True], [False, True, True]])
-    criterion = ab.ABLoss(identity, rule=rule, backend=one_backend)
-    criterion(losses, groups=groups, mask=mask).backward()
-    assert seen.pop() == ([1, 3, 5, 6], [0, 2, 4, 5])
-    assert criterion.last.weights.tolist() == [[2, 0, 6], [0, 10, 12]]
-    assert torch.equal(losses.grad, criterion.last.weights / 4)  # a constant: not 2 L / n more
-    criterion(losses, groups=groups)
-    assert seen.pop() == ([1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5])
-
-
-def test_largest_weight(one_backend, rng):
-    """max_weight bounds W of a rule as any other; sample_weight comes after it."""
-    losses = tensor(rng.exponential(1.0, 12), requires_grad=True)
-    for rule, exact, _ in (PLUGGED["term"], PLUGGED["cvar"], PLUGGED["chi2"]):
-        criterion = ab.ABLoss(identity, rule=rule(), max_weight=1.2, backend=one_backend).double()
-        value = criterion(losses, sample_weight=torch.full((12,), 3.0, dtype=torch.float64))
-        free = exact(losses.detach().numpy(), None)
-        assert free.max() > 1.2  # otherwise nothing is bounded
-        (grad,) = torch.autograd.grad(value, losses)
-        close(criterion.last.weights, np.minimum(free, 1.2), 1e-7)  # 1.2 may have been a float32
-        close(grad, 3 * np.minimum(free, 1.2) / 12, 1e-7)
-
-
-def test_low_precision(one_backend, rng):
-    """bf16 logits, float32 loss and weights, the gradient in the dtype of the logits; cast modules keep a float32 state."""
-    logits, target = tensor(rng.normal(size=(8, 4))), torch.arange(8) % 4
-    groups = torch.arange(8) % 3
-    for dtype, cast in ((torch.bfloat16, "bfloat16"), (torch.float16, "half")):
-        criterion = getattr(ab.ABLoss(ab.CrossEntropy(), rule=weights.GroupDRO(3, 0.5), backend=one_backend), cast)()
-        assert criterion.rule.log_q.dtype == torch.float32
-        x = logits.to(dtype).requires_grad_()
-        value = criterion(x, target, groups=groups)
-        value.backward()
-        assert value.dtype == criterion.last.weights.dtype == torch.float32 and x.grad.dtype == dtype
-        w = GroupDRO(3, 0.5)(ce(x.detach().double(), target).numpy(), groups.numpy())
-        close(criterion.last.weights, w, 1e-5)
-
-
-def test_upstream_gradient(one_backend, rng):
-    """An AMP scaler multiplies the loss by a power of two: the gradient with it, exactly."""
-    grads = []
-    for scale in (1.0, 1024.0):
-        x = tensor(np.linspace(-1, 1, 24).reshape(6, 4), requires_grad=True)
-        criterion = ab.ABLoss(ab.Focal(backend=one_backend), rule=partial(weights.chi2, rho=0.2), backend=one_backend)
-        (criterion(x, torch.arange(6) % 4) * scale).backward()
-        grads.append(x.grad / scale)
-    assert torch.equal(*grads) and grads[0].abs().max() > 0
-
-
-# ---- ABLoss(rule=GroupDRO): the state ---------------------------------------------------------------------------------
-
-
-def dro(backend=None, criterion=identity):
-    return ab.ABLoss(criterion, rule=weights.GroupDRO(3, 0.5), backend=backend)
-
-
-def test_training_moves_q_as_the_rule_alone(one_backend, rng):
-    """Six steps with ignored rows, whose group may be any number."""
-    criterion, exact = dro(one_backend, ab.CrossEntropy(backend=one_backend)).double(), GroupDRO(3, 0.5)
-    for _ in range(6):
-        logits, target = tensor(rng.normal(0, 2, (8, 4))), tensor(rng.integers(0, 4, 8))
-        groups = tensor(rng.integers(0, 3, 8))
-        groups[3], target[3] = -7, -100
-        criterion(logits.requires_grad_(), target, groups=groups).backward()
-        kept = target != -100
-        w = exact(ce(logits.detach(), target)[kept].numpy(), groups[kept].numpy())
-        close(criterion.last.weights[kept], w)
-        close(criterion.rule.q, exact.q)
-
-
-def test_when_the_criterion_moves_q(one_backend):
-    criterion, losses, groups = dro(one_backend), torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 1, 1])
-    start = criterion.rule.log_q.clone()
-    value = criterion(losses, groups=groups, update=False)
-    with torch.no_grad():
-        assert torch.equal(criterion(losses, groups=groups), value)
-    assert torch.equal(criterion.eval()(losses, groups=groups), value)
-    assert torch.equal(criterion.rule.log_q, start)
-    assert torch.equal(criterion.train()(losses, groups=groups), value)
-    assert not torch.equal(criterion.rule.log_q, start)
-
-
-def test_state_dict_has_q(one_backend):
-    """A resumed run goes on with the same weights; nothing else than q could say so."""
-    losses, groups = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 1, 1])
-    criterion, resumed = dro(one_backend), dro(one_backend)
-    criterion(losses, groups=groups)
-    assert not torch.equal(resumed(losses, groups=groups, update=False), criterion(losses, groups=groups, update=False))
-    resumed.load_state_dict(criterion.state_dict())
-    copies = [resumed, copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))]
-    wanted = criterion(losses, groups=groups)
-    for other in copies:
-        assert torch.equal(other(losses, groups=groups), wanted)
-        assert torch.equal(other.rule.log_q, criterion.rule.log_q)
-
-
-@pytest.mark.parametrize("bad", [NAN, INF])
-@pytest.mark.parametrize("plugged", ["cvar", "chi2", "term", "hierarchical", "group-dro"])
-def test_a_bad_loss(one_backend, plugged, bad):
-    """Non-finite value, counted, q as it was; the bad row's gradient is not finite, the others are those without it."""
-    make, exact, grouped = PLUGGED[plugged]
-    criterion = ab.ABLoss(identity, rule=make(), backend=one_backend).double()
-    losses = torch.tensor([1.0, bad, 4.0, 2.0], dtype=torch.float64, requires_grad=True)
-    groups, rest = torch.tensor([0, 0, 1, 2]), [0, 2, 3]
-    more = {"groups": groups} if grouped else {}
-    value = criterion(losses, **more)
-    value.backward()
-    assert not math.isfinite(value.detach()) and int(criterion.nonfinite_batches) == 1
-    w = exact(losses.detach()[rest].numpy(), groups[rest].numpy())
-    assert math.isnan(criterion.last.weights[1]) and not math.isfinite(losses.grad[1])
-    close(criterion.last.weights[rest], w)
-    close(losses.grad[rest], w / 3)
-    if plugged == "group-dro":
-        close(criterion.rule.q, [1 / 3] * 3, 1e-7)  # cast after it was made
-    # masked it is no bad batch
-    value = criterion(losses, mask=torch.tensor([True, False, True, True]), **more).detach()
-    assert float(value) == pytest.approx((w * losses.detach()[rest].numpy()).mean(), rel=1e-10)
-    assert int(criterion.nonfinite_batches) == 1
-
-
-@pytest.mark.parametrize("losses, score", [([1.0, NAN], [1.0, 2.0]), ([1.0, 2.0], [1.0, NAN])], ids=["loss", "score"])
-def test_a_bad_loss_or_score(one_backend, losses, score):
-    """The rule sees the scores alone, and yet a NaN loss leaves q as it was and is counted; so does and is a NaN score, as
-    beside lam."""
-    score = torch.tensor(score)
-    for criterion, more in ((dro(one_backend), {"groups": torch.tensor([0, 1])}), (ab.ABLoss(identity, lam=1.0), {})):
-        state = [b.clone() for b in criterion.buffers() if b.is_floating_point()]
-        value = criterion(torch.tensor(losses), score=score, **more)
-        assert not math.isfinite(value) and int(criterion.nonfinite_batches) == 1
-        assert all(torch.equal(a, b) for a, b in zip(state, (b for b in criterion.buffers() if b.is_floating_point())))
-
-
-@pytest.mark.parametrize("plugged", PLUGGED)
-def test_a_batch_of_nothing(one_backend, plugged):
-    """Empty or all ignored: loss 0, gradient 0, no bad batch."""
-    make, _, grouped = PLUGGED[plugged]
-    for n, mask in ((0, None), (3, torch.zeros(3, dtype=torch.bool))):
-        criterion = ab.ABLoss(ab.CrossEntropy(backend=one_backend), rule=make(), backend=one_backend)
-        logits = torch.ones(n, 4, requires_grad=True)
-        target = torch.zeros(n, dtype=torch.int64)
-        value = criterion(logits, target, mask=mask, **({"groups": target} if grouped else {}))
-        value.backward()
-        assert value == 0 and (logits.grad == 0).all() and int(criterion.nonfinite_batches) == 0
-        assert criterion.last.weights.tolist() == [0] * n
-
-
-# ---- ABLoss(rule=...): what cannot be ---------------------------------------------------------------------------------
-
-PLAIN = partial(weights.cvar, beta=0.5)
-
-
-@pytest.mark.parametrize(
-    "options, names",
-    [
-        (dict(lam=0.5), "lam"),
-        (dict(lam=ab.RelativeLam(-0.5)), "lam"),
-        (dict(deferred=True), "deferred"),
-        (dict(loss_divisor=2), "loss_divisor"),
-        (dict(process_group=object()), "process_group"),
-        (dict(gamma=0.5), "gamma"),
-        (dict(alpha=0.5), "alpha"),
-        (dict(init="zero"), "init"),
-        (dict(normalizer="batch"), "normalizer"),
-    ],
-    ids=lambda x: x if isinstance(x, str) else "",
-)
-def test_options_that_contradict_a_rule(options, names):
-    with pytest.raises(ValueError, match=names):
-        ab.ABLoss(rule=PLAIN, **options)
-
-
-def test_a_rule_has_no_lam():
-    criterion = ab.ABLoss(rule=PLAIN)
-    with pytest.raises((ValueError, RuntimeError, TypeError), match="rule"):
-        criterion.set_lam(0.5)
-    with pytest.raises((ValueError, TypeError), match="lam"):
-        ab.ABLoss()
-
-
-def test_groups_for_a_rule_that_takes_none(one_backend):
-    for rule in (PLAIN, partial(weights.chi2, rho=0.1), lambda losses: losses):
-        with pytest.raises(ValueError, match="groups"):
-            ab.ABLoss(identity, rule=rule, backend=one_backend)(L3, groups=G3)
-    with pytest.raises(ValueError, match="groups"):  # nor without any rule
-        ab.ABLoss(identity, lam=1.0, backend=one_backend)(L3, groups=G3)
-
-
-@pytest.mark.parametrize("wrong", [lambda x: x[:2], lambda x: x.mean(), lambda x: x.unsqueeze(1)], ids=["short", "0-d", "column"])
-def test_a_rule_that_returns_another_shape(one_backend, wrong):
-    with pytest.raises(ValueError, match="rule|shape"):
-        ab.ABLoss(identity, rule=wrong, backend=one_backend)(L3)
-
-
-@pytest.mark.parametrize("name", ["groups", "mask", "score", "sample_weight"])
-def test_arguments_of_another_shape(one_backend, name):
-    """An error leaves q as it was."""
-    criterion = dro(one_backend)
-    start = criterion.rule.log_q.clone()
-    given = {"groups": G3, name: torch.ones(2, dtype={"groups": torch.int64, "mask": torch.bool}.get(name, torch.float32))}
-    with pytest.raises(ValueError, match=name):
-        criterion(L3, **given)
-    assert torch.equal(criterion.rule.log_q, start) and int(criterion.nonfinite_batches) == 0
 
 
 # ---- the host never waits ---------------------------------------------------------------------------------------------

@@ -80,7 +80,9 @@ class _LinearMethod(Method):
         with torch.no_grad():
             logits = layer(pixels)
             *spec, bits = loss.criterion.spec(logits)
-            losses, slopes, _ = OPERATORS["cpu"].logit_loss(logits, labels, *spec, bits | WITH_GRAD)  # what autograd would be told
+            losses, slopes, _ = OPERATORS["cpu"].logit_loss(
+                logits, labels, *spec, bits | WITH_GRAD
+            )  # what autograd would be told
             log_s = ab.functional.weighted_momentum_step_(
                 params, [state[p]["momentum_buffer"] for p in params], [slopes[:, :, None] * pixels[:, None, :], slopes], losses,
                 loss.log_s, lam=loss.lam, gamma=loss.gamma, mix=loss.mix, lr=group["lr"], momentum=group["momentum"],
@@ -161,12 +163,12 @@ def _eg(parameters, config, split, seed):
 
 
 class _FromEpoch:
-    """The plain mean until an epoch, then by a rule: the two stages of a method that has no λ."""
+    """The plain mean until an epoch, then by a weighting: the two stages of a method that has no λ."""
 
-    def __init__(self, config, rule, start, grouped=False):
+    def __init__(self, config, weighting, start, grouped=False):
         criterion = LOSSES[config.loss][0]()
         self.plain = ab.ABLoss(criterion, lam=inf)
-        self.robust = ab.ABLoss(criterion, rule=rule, mix=config.mix)
+        self.robust = ab.ABLoss(criterion, rule=weighting, mix=config.mix)
         self.start, self.grouped, self.epoch, self.used = start, grouped, 0, self.plain
 
     def __call__(self, logits, labels):
@@ -185,26 +187,26 @@ class _FromEpoch:
         self.robust.load_state_dict(state["robust"])
 
 
-def _by_rule(parameters, config, rule, start=0, grouped=False, **stateful):
-    loss, optimizer = _FromEpoch(config, rule, start, grouped), _momentum_sgd(parameters, config)
+def _by_weighting(parameters, config, weighting, start=0, grouped=False, **stateful):
+    loss, optimizer = _FromEpoch(config, weighting, start, grouped), _momentum_sgd(parameters, config)
     return Method(loss, optimizer, loss.step, lambda: loss.used.last.weights, stateful | {"loss": loss})
 
 
 def _cvar(parameters, config, split, seed):
-    return _by_rule(parameters, config, partial(ab.weights.cvar, beta=config.beta, reg=config.reg), config.switch)
+    return _by_weighting(parameters, config, partial(ab.weights.cvar, beta=config.beta, reg=config.reg), config.switch)
 
 
 def _chi2(parameters, config, split, seed):
-    return _by_rule(parameters, config, partial(ab.weights.chi2, rho=config.chi2_rho), config.switch)
+    return _by_weighting(parameters, config, partial(ab.weights.chi2, rho=config.chi2_rho), config.switch)
 
 
 def _groupdro(parameters, config, split, seed):
-    rule = ab.weights.GroupDRO(int(split.y.max()) + 1, config.eta)
-    return _by_rule(parameters, config, rule, config.switch, grouped=True)
+    weighting = ab.weights.GroupDRO(int(split.y.max()) + 1, config.eta)
+    return _by_weighting(parameters, config, weighting, config.switch, grouped=True)
 
 
 def _hard_mining(parameters, config, split, seed):
-    return _by_rule(parameters, config, hardest, grouped=True)
+    return _by_weighting(parameters, config, hardest, grouped=True)
 
 
 def hardest(losses, groups):
@@ -216,7 +218,7 @@ def hardest(losses, groups):
     """
     members = [torch.nonzero(groups == g).flatten() for g in groups.unique()]
     few = min(map(len, members), default=0)
-    kept = torch.cat([rows[losses[rows].topk(few).indices] for rows in members]) if members else groups[:0]
+    kept = torch.cat([samples[losses[samples].topk(few).indices] for samples in members]) if members else groups[:0]
     return torch.zeros_like(losses).index_fill_(0, kept, len(losses) / max(len(kept), 1))
 
 
@@ -237,11 +239,11 @@ def _random(parameters, config, split, seed):
     """Rectified Gaussian weights (L2RW paper, Eq. 16)."""
     draws = _Draws(seed)
 
-    def rule(losses):
+    def weighting(losses):
         w = torch.randn(len(losses), generator=draws.generator).clamp(min=0)
         return len(losses) * w / w.sum().clamp(min=1e-12)
 
-    return _by_rule(parameters, config, rule, draws=draws)
+    return _by_weighting(parameters, config, weighting, draws=draws)
 
 
 def _proportion(parameters, config, split, seed):

@@ -10,20 +10,17 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
+from ..reference import real_dtype as real_dtype  # what losses and sums are computed in
+
 ONE_LAUNCH = 16384  # up to so many losses are weighted by one program; beyond, by many and in more than one launch
 MOST_PARTIALS = 1024  # programs that share the sum over more losses: one block holds their partial sums
 
-FENCE = 64 if torch.version.hip else 0  # threads of a wave that has to wait for its stores: weights.last_program
+FENCE = 64 if torch.version.hip else 0  # threads of a wave that has to wait for its stores: weigh.last_program
 
 # The last program of a kernel needs twice the registers that all of them need for the rows, and would halve the number
 # of programs that run at once; with this cap it spills a little instead (96 -> 64 and 48 bytes at 512 x 1000, sm_90).
 # An option of Triton for NVIDIA; float64 needs more for the rows too.
 FEW_REGISTERS = {torch.float32: {"maxnreg": 64}} if torch.version.cuda else {}
-
-
-def real_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What losses and sums are computed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def power_of_two(n: int) -> int:
@@ -75,7 +72,7 @@ _counters: dict[tuple[int, int], Tensor] = {}
 
 
 def counter(like: Tensor) -> Tensor:
-    """(1) int32, the number of programs that are done: 0 before and after every launch (weights.last_program).
+    """(1) int32, the number of programs that are done: 0 before and after every launch (weigh.last_program).
 
     One for each stream, whose kernels follow each other. A captured graph may run on any stream, so it gets its own.
     """

@@ -47,36 +47,37 @@ def log1p(x):
 
 
 @triton.jit
-def reference_point(top):
-    """The running maximum `top`, or 0 before there is one: -inf - -inf would be NaN."""
-    return tl.where(top == float("-inf"), 0.0, top)
+def reference_point(running_max):
+    """The running maximum, or 0 before there is one: -inf - -inf would be NaN."""
+    return tl.where(running_max == float("-inf"), 0.0, running_max)
 
 
 # ---- per-sample losses on logits -----------------------------------------------------------------------------------
 #
-# A row with adjusted logits a_k and label y is three numbers (math.h Row); the label's own term is never subtracted from a sum:
-#     gap = max - a_y >= 0,    rest = sum over k != y of exp(a_k - max),    own = exp(-gap);    soft targets: gap = own = 0
+# A row with adjusted logits a_k and label y is three numbers (math/losses.h Row); the label's own term is never subtracted from a sum:
+#     max_minus_target = max - a_y >= 0,    sumexp_others = sum over k != y of exp(a_k - max),    exp_target = exp(a_y - max)
+# With soft targets there is no label: max_minus_target = exp_target = 0.
 
 
 @triton.jit
-def log_sum(rest, own):
-    """Where p >= 1/2: log1p(r), which keeps every digit as p -> 1; else log(rest + own)."""
-    sure = rest <= own
-    return log1p(tl.where(sure, rest / tl.where(sure, own, 1.0), rest - 1 + own))
+def log_sum(sumexp_others, exp_target):
+    """Where p >= 1/2: log1p(r), which keeps every digit as p -> 1; else log(sumexp_others + exp_target)."""
+    sure = sumexp_others <= exp_target
+    return log1p(tl.where(sure, sumexp_others / tl.where(sure, exp_target, 1.0), sumexp_others - 1 + exp_target))
 
 
 @triton.jit
-def nll(gap, rest, own):
+def nll(max_minus_target, sumexp_others, exp_target):
     """-log p"""
-    x = log_sum(rest, own)
-    return tl.where(rest <= own, x, gap + x)
+    x = log_sum(sumexp_others, exp_target)
+    return tl.where(sumexp_others <= exp_target, x, max_minus_target + x)
 
 
 @triton.jit
-def log_total(gap, rest, own):
+def log_total(max_minus_target, sumexp_others, exp_target):
     """log sum_k exp(a_k - max)"""
-    x = log_sum(rest, own)
-    return tl.where(rest <= own, x - gap, x)
+    x = log_sum(sumexp_others, exp_target)
+    return tl.where(sumexp_others <= exp_target, x - max_minus_target, x)
 
 
 @triton.jit
@@ -96,49 +97,52 @@ def one_minus_exp(x):
 
 
 @triton.jit
-def loss_and_slope(gap, rest, own, w, keep, first, second, cut, KIND: tl.constexpr):
-    """The functors of math.h: loss, and c in dl/dx_k = S_k c (softmax_k - 1[k = y]). second of sce: beta A."""
-    n = nll(gap, rest, own)
-    p, far = own / (rest + own), rest / (rest + own)
+def loss_and_slope(max_minus_target, sumexp_others, exp_target, w, keep, hyper_a, hyper_b, cut, KIND: tl.constexpr):
+    """The functors of math.h: loss, and c in dl/dx_k = S_k c (softmax_k - 1[k = y]). hyper_a, hyper_b: gamma of the focal losses;
+    q of gce; alpha, beta A of sce."""
+    n = nll(max_minus_target, sumexp_others, exp_target)
+    p, far = exp_target / (sumexp_others + exp_target), sumexp_others / (sumexp_others + exp_target)
     if KIND == 0:  # cross-entropy
         loss, c = keep * w * n, keep * w + tl.zeros_like(n)
     elif KIND == 1:  # focal
         ratio = tl.where(far > 0, n / tl.where(far > 0, far, 1.0), 1.0)
-        shape = w * power(far, first + tl.zeros_like(far))
-        loss, c = shape * n, shape * (1 + first * tl.where(p > 0, p * ratio, 0.0))
+        shape = w * power(far, hyper_a + tl.zeros_like(far))
+        loss, c = shape * n, shape * (1 + hyper_a * tl.where(p > 0, p * ratio, 0.0))
     elif KIND == 2:  # gce
-        loss, c = w * (one_minus_exp(first * n) / first - cut), w * tl.exp(-first * n)
+        loss, c = w * (one_minus_exp(hyper_a * n) / hyper_a - cut), w * tl.exp(-hyper_a * n)
     elif KIND == 3:  # sce
-        loss, c = w * (first * n + second * far), w * (first + second * p)
+        loss, c = w * (hyper_a * n + hyper_b * far), w * (hyper_a + hyper_b * p)
     else:  # weighted focal
         m = w * n
         far, q = one_minus_exp(m), tl.exp(-m)
         ratio = tl.where(far > 0, m / tl.where(far > 0, far, 1.0), 1.0)
-        shape = power(far, first + tl.zeros_like(far))
-        loss, c = shape * m, w * shape * (1 + first * tl.where(q > 0, q * ratio, 0.0))
+        shape = power(far, hyper_a + tl.zeros_like(far))
+        loss, c = shape * m, w * shape * (1 + hyper_a * tl.where(q > 0, q * ratio, 0.0))
     return loss, c
 
 
 @triton.jit
-def shared_loss(gap, rest, own, total, gaps):
-    """sum_k weight_k (-log p_k), gaps = sum_k weight_k (a_k - max), total = sum_k weight_k."""
-    return log_total(gap, rest, own) * total - gaps
+def shared_loss(max_minus_target, sumexp_others, exp_target, sum_weights, sum_gaps):
+    """sum_k weight_k (-log p_k), sum_gaps = sum_k weight_k (a_k - max), sum_weights = sum_k weight_k."""
+    return log_total(max_minus_target, sumexp_others, exp_target) * sum_weights - sum_gaps
 
 
 @triton.jit
-def row_gradient(rest, own, c, spread, total):
-    """(scale, at_label): dl/dx_k = S_k (exp(a_k - max) scale - spread weight_k), at the label S_y (at_label - spread weight_y)."""
-    inverse_total = 1 / (rest + own)
-    return (c + spread * total) * inverse_total, spread * total * own * inverse_total - c * rest * inverse_total
+def row_gradient(sumexp_others, exp_target, c, smoothing_coef, sum_weights):
+    """(scale, at_label): dl/dx_k = S_k (exp(a_k - max) scale - smoothing_coef weight_k), at the label S_y (at_label - smoothing_coef
+    weight_y)."""
+    inverse_total = 1 / (sumexp_others + exp_target)
+    scale = (c + smoothing_coef * sum_weights) * inverse_total
+    return scale, smoothing_coef * sum_weights * exp_target * inverse_total - c * sumexp_others * inverse_total
 
 
 # ---- robust weights (Alg. 1, in the log domain) ---------------------------------------------------------------------
 
 
 @triton.jit
-def log_mean_exp(top, total, n):
-    """log((1/n) sum_i exp(z_i)) from top = max z and total = sum_i exp(z_i - top)."""
-    return top + tl.log(total) - tl.log(n)
+def log_mean_exp(z_max, sumexp, n):
+    """log((1/n) sum_i exp(z_i)) from z_max = max z and sumexp = sum_i exp(z_i - z_max)."""
+    return z_max + tl.log(sumexp) - tl.log(n)
 
 
 @triton.jit
@@ -169,9 +173,10 @@ def sample_factor(weight, mix, sample_weight, inverse_n):
 
 
 @triton.jit
-def robust_weight_vjp(w, d, sum_wd, u, c, c_state, inverse_lam):
-    """vjp of (W, log s') with respect to L_j for upstream d on W and u on log s', c = gamma' alpha / n."""
-    return w * (d + (u * c_state - c * sum_wd)) * inverse_lam
+def robust_weight_vjp(w, d, sum_wd, u, dlog_s, dlog_s_state, inverse_lam):
+    """vjp of (W, log s') with respect to L_j for upstream d on W and u on log s', dlog_s = gamma' alpha / n for the
+    weights and for the new state."""
+    return w * (d + (u * dlog_s_state - dlog_s * sum_wd)) * inverse_lam
 
 
 # ---- rectified weights (Learning to Reweight, Eq. 8 and 9) -------------------------------------------------------------
@@ -212,13 +217,13 @@ def slope(grad, w, weight_decay, decays: tl.constexpr, maximize: tl.constexpr):
 
 
 @triton.jit
-def corrections(t, first, second, rule: tl.constexpr):
-    """What the t-th step (t = 1, 2, ...) owes to t, in float64. adam: 1 - beta_1^t and sqrt(1 - beta_2^t) from first, second =
-    log beta; adagrad: 1 + (t - 1) first, first = lr_decay."""
+def corrections(t, hyper_a, hyper_b, rule: tl.constexpr):
+    """What the t-th step (t = 1, 2, ...) owes to t, in float64. adam: 1 - beta_1^t and sqrt(1 - beta_2^t) from hyper_a, hyper_b =
+    log beta; adagrad: 1 + (t - 1) hyper_a, hyper_a = lr_decay."""
     if rule == "adam":
-        c_1, c_2 = 1 - tl.exp(t * first), tl.sqrt(1 - tl.exp(t * second))
+        c_1, c_2 = 1 - tl.exp(t * hyper_a), tl.sqrt(1 - tl.exp(t * hyper_b))
     else:
-        c_1, c_2 = 1 + (t - 1) * first, tl.full(t.shape, 1, tl.float64)
+        c_1, c_2 = 1 + (t - 1) * hyper_a, tl.full(t.shape, 1, tl.float64)
     return c_1, c_2
 
 

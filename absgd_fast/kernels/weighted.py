@@ -1,5 +1,5 @@
 """The weighted step: the weighted mean of per-sample gradients and one step of momentum SGD with it, for many tensors in one
-launch; the twin of csrc/cpu/weighted.cpp. The weights take launches of their own, before it (weights.py).
+launch; the twin of csrc/cuda/weighted.cu. The weights take launches of their own, before it (weights.py).
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from .. import _codes
+from . import launch, layouts
 from .math import multiple, number, sgd_step, slope
-from .step import _DTYPES, _HEAVY_BALL, _MAXIMIZE, _NESTEROV, _numbers, _table, address, rate_of
+from .step import DTYPES, address, rate_of, sgd_form
+from .tables import table_of
 from .weights import robust_loss
 
 # ---- device --------------------------------------------------------------------------------------------------------------
@@ -19,7 +21,7 @@ from .weights import robust_loss
 
 @triton.jit
 def weighted_mean(block, factors, i, inside, batch, count, T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """sum_r factor_r block[r, i] over the rows; those of factor 0 take no part, whatever they hold."""
+    """sum_r factor_r block[r, i] over the samples r, ROWS at a time; those of factor 0 take no part, whatever they hold."""
     mean = tl.zeros([BLOCK], T)
     for first in range(0, batch, ROWS):
         r = first + tl.arange(0, ROWS)
@@ -119,7 +121,7 @@ def weighted_step_(
 ) -> Tensor:
     """functional.weighted_momentum_step_, which has checked these arguments (_checks.weighted_step).
 
-    buffers: none where momentum = 0. lam_tensor, lr_tensor: one number, used instead of lam, lr. form: bits of csrc/math.h StepFlag.
+    buffers: none where momentum = 0. lam_tensor, lr_tensor: one number, used instead of lam, lr. form: bits of _codes.py (csrc/math/step.h StepFlag).
     """
     new_log_s, nonfinite = log_s.clone(), torch.zeros(1, dtype=torch.int64, device=losses.device)
     if lam_tensor is None:
@@ -128,23 +130,20 @@ def weighted_step_(
         losses, None, sample_weight, mask, new_log_s, nonfinite, lam_tensor, gamma, alpha, mix, max_weight,
         normalizer=normalizer, init_first=init_first, update=True, with_grad=True,
     )  # fmt: skip
-    numbers = _numbers(lr, weight_decay, momentum, dampening, 0.0)
-    name = "plain" if not buffers else "heavy_ball" if form & _HEAVY_BALL else "nesterov" if form & _NESTEROV else "momentum"
+    numbers = launch.parts(lr, weight_decay, momentum, 1 - dampening)
     for dtype in sorted({p.dtype for p in params}, key=str):
         chosen = [i for i, p in enumerate(params) if p.dtype == dtype]
         lists = [[ts[i] for i in chosen] for ts in (params, grads, buffers) if ts]
         fitted = [[t.contiguous() for t in ts] for ts in lists]
         counts, block = tuple([p.numel() for p in fitted[0]]), _BYTES // dtype.itemsize
-        made = _table(fitted, counts, [], (0,) if buffers else (), block)
-        if made.owner.numel():
+        table = table_of(fitted, counts, [], (0,) if buffers else (), block)
+        if table.owner.numel():
             launch.launch(
-                weighted_step_kernel, made.owner.numel(), losses, made.table, made.owner, factors, nonfinite, lr_tensor,
-                len(losses), *numbers[:6], *numbers[10:12], S=_DTYPES[dtype], T=_DTYPES[losses.dtype], FORM=name, DECAYS=weight_decay != 0,
-                MAXIMIZE=bool(form & _MAXIMIZE), ALIGNED=made.aligned, UNIT=launch.unit(dtype.itemsize, *counts), ROWS=_ROWS,
-                BLOCK=block,
+                weighted_step_kernel, table.owner.numel(), losses, table.table, table.owner, factors, nonfinite, lr_tensor,
+                len(losses), *numbers, S=DTYPES[dtype], T=DTYPES[losses.dtype], FORM=sgd_form(bool(buffers), form),
+                DECAYS=weight_decay != 0, MAXIMIZE=bool(form & _codes.MAXIMIZE), ALIGNED=table.aligned,
+                UNIT=launch.unit(dtype.itemsize, *counts), ROWS=_ROWS, BLOCK=block,
             )  # fmt: skip
         for originals, copies in zip(lists[::2], fitted[::2]):
-            for original, copy in zip(originals, copies):
-                if copy is not original:
-                    original.copy_(copy)
+            layouts.write_back(originals, copies)
     return new_log_s

@@ -1,9 +1,8 @@
-"""Robust weights of a vector of losses, rectified weights, and the scaling of gradients: the twin of the robust_*, rectified and
-scale loops in csrc/cpu/loops.cpp.
+"""Robust weights of a vector of losses, rectified weights, and the scaling of gradients: the twin of csrc/cuda/weights.cu.
 
-Up to ONE_LAUNCH losses one program does everything: partial sums, log s', weights. Beyond, up to MOST_PARTIALS programs
-sum a range each and the last of them to finish makes log s' of it; a second launch applies it. Sums have a fixed order,
-so a run repeats bit for bit. "real" is float64 for float64, else float32; log s' itself is computed in float64.
+Up to ONE_LAUNCH losses one program does everything: partial sums, log s', weights (weigh.py). Beyond, up to MOST_PARTIALS programs
+sum a range each and the last of them to finish makes log s' of it; a second launch applies it. "real" is float64 for float64, else
+float32.
 """
 
 from __future__ import annotations
@@ -13,172 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._codes import NORMALIZERS
 from . import launch
 from .launch import parts
-from .math import divide, log_mean_exp, multiple, next_log_s, number, rectified_numbers, rectified_sum, rectified_weight
-from .math import reference_point, robust_weight, robust_weight_vjp, sample_factor
-
-NORMALIZERS = ("moving", "batch", "none")  # log s' is the moving average, of this batch alone, 0
-
-
-# ---- device functions ------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def last_program(done, FENCE: tl.constexpr):
-    """Whether every other program has finished, and what it stored can be read (with cache_modifier=".cg")."""
-    # The barrier puts the stores of all threads before the atomic of one thread, whose release at the scope of the GPU then
-    # covers them all (Triton 3.5 and 3.9 put one there by themselves, but do not promise it). The winner's loads bypass the
-    # L1 cache, which is not kept coherent and may hold lines from before.
-    # On AMD a barrier does not wait for stores that are on their way to the L2 cache, and a release waits for those of its
-    # own wave only: there every wave makes one (FENCE threads; 0 elsewhere).
-    if FENCE > 0:
-        tl.atomic_add(done + tl.zeros([FENCE], tl.int32), tl.zeros([FENCE], tl.int32), sem="release", scope="gpu")
-    tl.debug_barrier()
-    last = tl.atomic_add(done, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1
-    if last:
-        tl.store(done, 0)
-    return last
-
-
-@triton.jit
-def read_losses(losses, score, valid, i, inside, lam, LIMIT: tl.constexpr, CACHE: tl.constexpr):
-    """losses, z, which rows count, which of them are usable; lam a scalar of the losses' type."""
-    loss = tl.load(losses + i, mask=inside, other=0.0, cache_modifier=CACHE)
-    s = loss if score is None else tl.load(score + i, mask=inside, other=0.0)
-    z = divide(s, lam)
-    counted = inside
-    if valid is not None:
-        counted &= tl.load(valid + i, mask=inside, other=0, cache_modifier=CACHE) != 0
-    # a NaN makes every comparison false; an infinite score has z = inf, or NaN where lam is infinite too
-    good = counted & (tl.abs(z) <= LIMIT)
-    if score is not None:
-        good &= loss - loss == 0
-    return loss, z, counted, good
-
-
-@triton.jit
-def partial_sums(losses, score, valid, lam, begin, end, LIMIT: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr):
-    """max z, sum of exp(z - max), usable rows, other valid rows of [begin, end), in float64. One pass: each lane keeps
-    its own maximum, so no lane waits for another before the end."""
-    T: tl.constexpr = losses.dtype.element_ty
-    top, total = tl.full([BLOCK], float("-inf"), T), tl.zeros([BLOCK], T)
-    usable, others = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
-    for start in range(begin, end, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        loss, z, counted, good = read_losses(losses, score, valid, i, i < end, lam, LIMIT, CACHE)
-        z = tl.where(good, z, float("-inf"))
-        new = tl.maximum(top, z)
-        point = reference_point(new)
-        total = total * tl.exp(top - point) + tl.exp(z - point)
-        top = new
-        usable += good.to(tl.int32)
-        others += (counted & (good == 0)).to(tl.int32)
-    highest = tl.max(top, 0)
-    total = tl.sum(total * tl.exp(top - reference_point(highest)), 0)
-    n, bad = tl.sum(usable.to(tl.int64), 0), tl.sum(others.to(tl.int64), 0)
-    return highest.to(tl.float64), total.to(tl.float64), n.to(tl.float64), bad.to(tl.float64)
-
-
-@triton.jit
-def finish(top, total, n, bad, log_s, plain, gamma, alpha, NORMALIZER: tl.constexpr, INIT_FIRST: tl.constexpr):
-    """All sums -> log s' for the weights, the new state, share, share_state, 1 / n (launch.h Outcome). Scalars, float64."""
-    moves = (n > 0) & (plain == 0)  # the plain mean: z = 0, W = exp(0 - 0)
-    clean = moves & (bad == 0)  # one bad batch never poisons the state
-    inverse_n = tl.where(n > 0, 1 / n, 0.0)
-    norm, share = tl.zeros_like(log_s), tl.zeros_like(log_s)
-    if NORMALIZER != "none":
-        if NORMALIZER == "batch":
-            alone = True
-        elif INIT_FIRST:
-            alone = log_s == float("-inf")
-        else:
-            alone = False
-        norm = tl.where(moves, next_log_s(log_s, log_mean_exp(top, total, n), gamma, alpha, alone), 0.0)
-        share = tl.where(moves, tl.where(alone, alpha, gamma * alpha) * inverse_n, 0.0)
-    return norm, tl.where(clean, norm, log_s), share, tl.where(clean, share, 0.0), inverse_n
-
-
-@triton.jit
-def commit(new_log_s, bad, share, share_state, update, log_s, nonfinite, state_out, shares):
-    """Write the state: in place (log_s, nonfinite) or, for robust_weights, to new tensors."""
-    tl.debug_barrier()  # another warp might still have to read log_s
-    if state_out is not None:
-        tl.store(state_out, new_log_s.to(state_out.dtype.element_ty))
-        tl.store(shares, share)
-        tl.store(shares + 1, share_state)
-    elif update != 0:
-        if bad > 0:
-            tl.store(nonfinite, tl.load(nonfinite) + 1)
-        else:
-            tl.store(log_s, new_log_s.to(log_s.dtype.element_ty))
-
-
-@triton.jit
-def apply(
-    losses, score, sample_weight, valid, lam, norm, inverse_n, mix, max_weight, weights, rows, grad, stats, count, begin, end,
-    LIMIT: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr,
-):  # fmt: skip
-    """Weights of [begin, end); their sum of factor_i * loss_i. The factors d loss / d L_i go to `grad`, or multiply what
-    a row's gradient is made of in `stats` (losses.py). `rows` (3, count), where given, gets losses, weights, validity."""
-    T: tl.constexpr = losses.dtype.element_ty
-    plain = tl.abs(lam) == float("inf")  # W = 1 as it is
-    mix = tl.where(plain, 0.0, mix).to(T)
-    max_weight = tl.where(plain, 1.0, max_weight).to(T)
-    high = norm.to(T)
-    low = (norm - high.to(tl.float64)).to(T)
-    inverse_n = inverse_n.to(T)
-    value = tl.zeros([BLOCK], T)
-    for start in range(begin, end, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        inside = i < end
-        loss, z, counted, good = read_losses(losses, score, valid, i, inside, lam, LIMIT, CACHE)
-        settled = tl.where(counted, float("nan"), 0.0).to(T)  # what a row without a usable loss gets
-        w = tl.where(good, robust_weight(z, high, low, max_weight), settled)
-        tl.store((rows + count if weights is None else weights) + i, w, mask=inside)
-        if grad is not None or stats is not None or rows is not None:
-            t = tl.full([BLOCK], 1.0, T) if sample_weight is None else tl.load(sample_weight + i, mask=inside, other=0.0)
-            factor = tl.where(good, sample_factor(w, mix, t, inverse_n), settled)
-            value += tl.where(counted, factor * loss, 0.0)
-            if rows is not None:
-                tl.store(rows + i, tl.where(counted, loss, 0.0), mask=inside)
-                tl.store(rows + 2 * count + i, counted.to(T), mask=inside)
-            if grad is not None:
-                tl.store(grad + i, factor, mask=inside)
-            if stats is not None:
-                for k in tl.static_range(1, 4):  # scale, at_label, spread
-                    place = stats + k * count + i
-                    made = tl.load(place, mask=inside, other=0.0, cache_modifier=CACHE)
-                    tl.store(place, made * factor, mask=inside)
-    return tl.sum(value, 0)
-
-
-@triton.jit
-def weigh(
-    losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights, rows, grad, stats, state_out, shares, count,
-    update, gamma, alpha, mix, max_weight,
-    NORMALIZER: tl.constexpr, INIT_FIRST: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr,
-):  # fmt: skip
-    """Everything, by one program."""
-    lam = tl.load(lam).to(losses.dtype.element_ty)
-    before = tl.load(log_s).to(tl.float64)
-    top, total, n, bad = partial_sums(losses, score, valid, lam, 0, count, LIMIT, BLOCK, CACHE)
-    plain = tl.abs(lam) == float("inf")
-    norm, new_log_s, share, share_state, inverse_n = finish(
-        top, total, n, bad, before, plain, gamma, alpha, NORMALIZER, INIT_FIRST
-    )
-    value = apply(
-        losses, score, sample_weight, valid, lam, norm, inverse_n, mix, max_weight, weights, rows, grad, stats, count, 0, count,
-        LIMIT, BLOCK, CACHE,
-    )  # fmt: skip
-    if loss is not None:
-        tl.store(loss, value)
-    commit(new_log_s, bad, share, share_state, update, log_s, nonfinite, state_out, shares)
-
+from .math import multiple, number, rectified_numbers, rectified_sum, rectified_weight, robust_weight_vjp
+from .weigh import apply, commit, last_program, partial_sums, settle, weigh
 
 # ---- kernels -----------------------------------------------------------------------------------------------------------
 #
-# Optional tensors are None. Numbers that change from call to call are not specialized on: 16 rows more are no new kernel.
+# Optional tensors are None. Numbers that change from call to call are not specialized on: 16 samples more are no new kernel.
 
 
 @triton.jit(do_not_specialize=["count", "update"])
@@ -189,24 +31,25 @@ def robust_loss_fwd_kernel(
     log_s, nonfinite, lam,  # one number each
     loss,  # () real, or None
     weights,  # (count) real; or None and
-    rows,  # (3, count) real: losses, weights, validity
+    sample_stats,  # (3, count) real: losses, weights, validity
     grad,  # (count) real, or None
-    state_out, shares,  # (), (2) float64; or None: the state is written in place
+    state_out, dlog_s_out,  # (), (2) float64; or None: the state is written in place
     count, update, gamma, gamma_low, alpha, alpha_low, mix, mix_low, max_weight, max_weight_low,
     NORMALIZER: tl.constexpr, INIT_FIRST: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = losses.dtype.element_ty
     weigh(
-        losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights, rows, grad, None, state_out, shares, count,
-        update, number(gamma, gamma_low, tl.float64), number(alpha, alpha_low, tl.float64), number(mix, mix_low, T),
+        losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights, sample_stats, grad, None, state_out,
+        dlog_s_out, count, update, number(gamma, gamma_low, tl.float64), number(alpha, alpha_low, tl.float64), number(mix, mix_low, T),
         number(max_weight, max_weight_low, T), NORMALIZER, INIT_FIRST, LIMIT, BLOCK, "",
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count", "per_program", "update"])
 def robust_sums_fwd_kernel(
-    losses, score, valid, log_s, nonfinite, lam, state_out, shares,  # as above; valid also (count) real
-    scratch,  # (2 + 5 programs) float64: norm, 1 / n; then of each program max z, sum, usable rows, other valid rows, loss
+    losses, score, valid, log_s, nonfinite, lam, state_out, dlog_s_out,  # as above; valid also (count) real
+    # (2 + 5 programs) float64: norm, 1 / n; then of each program max z, sum, finite samples, others that count, loss
+    scratch,
     done,  # launch.counter
     count, per_program, update, gamma, gamma_low, alpha, alpha_low,
     NORMALIZER: tl.constexpr, INIT_FIRST: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr, FENCE: tl.constexpr,
@@ -215,35 +58,37 @@ def robust_sums_fwd_kernel(
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     begin = program * per_program
     lam = tl.load(lam).to(losses.dtype.element_ty)
-    top, total, n, bad = partial_sums(losses, score, valid, lam, begin, tl.minimum(begin + per_program, count), LIMIT, BLOCK, "")
+    z_max, sumexp, n, n_nonfinite = partial_sums(
+        losses, score, valid, lam, begin, tl.minimum(begin + per_program, count), LIMIT, BLOCK, ""
+    )  # fmt: skip
     place = scratch + 2 + program
-    tl.store(place, top)
-    tl.store(place + programs, total)
+    tl.store(place, z_max)
+    tl.store(place + programs, sumexp)
     tl.store(place + 2 * programs, n)
-    tl.store(place + 3 * programs, bad)
+    tl.store(place + 3 * programs, n_nonfinite)
     if last_program(done, FENCE):
         j = tl.arange(0, PARTIALS)
         inside = j < programs
         theirs = scratch + 2 + j
-        tops = tl.load(theirs, mask=inside, other=float("-inf"), cache_modifier=".cg")
-        totals = tl.load(theirs + programs, mask=inside, other=0.0, cache_modifier=".cg")
+        maxima = tl.load(theirs, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        sumexps = tl.load(theirs + programs, mask=inside, other=0.0, cache_modifier=".cg")
         n = tl.sum(tl.load(theirs + 2 * programs, mask=inside, other=0.0, cache_modifier=".cg"), 0)
-        bad = tl.sum(tl.load(theirs + 3 * programs, mask=inside, other=0.0, cache_modifier=".cg"), 0)
-        top = tl.max(tops, 0)
-        total = tl.sum(totals * tl.exp(tops - top), 0)  # NaN where no row is usable: `finish` does not look then
+        n_nonfinite = tl.sum(tl.load(theirs + 3 * programs, mask=inside, other=0.0, cache_modifier=".cg"), 0)
+        z_max = tl.max(maxima, 0)
+        sumexp = tl.sum(sumexps * tl.exp(maxima - z_max), 0)  # NaN where no sample is finite: `settle` does not look then
         before = tl.load(log_s).to(tl.float64)
-        norm, new_log_s, share, share_state, inverse_n = finish(
-            top, total, n, bad, before, tl.abs(lam) == float("inf"),
+        norm, new_log_s, dlog_s, dlog_s_state, inverse_n = settle(
+            z_max, sumexp, n, n_nonfinite, before, tl.abs(lam) == float("inf"),
             number(gamma, gamma_low, tl.float64), number(alpha, alpha_low, tl.float64), NORMALIZER, INIT_FIRST,
         )  # fmt: skip
         tl.store(scratch, norm)
         tl.store(scratch + 1, inverse_n)
-        commit(new_log_s, bad, share, share_state, update, log_s, nonfinite, state_out, shares)
+        commit(new_log_s, n_nonfinite, dlog_s, dlog_s_state, update, log_s, nonfinite, state_out, dlog_s_out)
 
 
 @triton.jit(do_not_specialize=["count", "per_program"])
 def robust_apply_fwd_kernel(
-    losses, score, sample_weight, valid, lam, loss, weights, rows, grad,  # as above
+    losses, score, sample_weight, valid, lam, loss, weights, sample_stats, grad,  # as above
     stats,  # (4, count) real, or None: losses.py
     scratch, done, count, per_program, mix, mix_low, max_weight, max_weight_low,
     LIMIT: tl.constexpr, BLOCK: tl.constexpr, FENCE: tl.constexpr, PARTIALS: tl.constexpr,
@@ -253,7 +98,7 @@ def robust_apply_fwd_kernel(
     begin = program * per_program
     value = apply(
         losses, score, sample_weight, valid, tl.load(lam).to(T), tl.load(scratch), tl.load(scratch + 1), number(mix, mix_low, T),
-        number(max_weight, max_weight_low, T), weights, rows, grad, stats, count.to(tl.int64), begin,
+        number(max_weight, max_weight_low, T), weights, sample_stats, grad, stats, count.to(tl.int64), begin,
         tl.minimum(begin + per_program, count), LIMIT, BLOCK, "",
     )  # fmt: skip
     if loss is not None:
@@ -261,13 +106,13 @@ def robust_apply_fwd_kernel(
         tl.store(values + program, value.to(tl.float64))
         if last_program(done, FENCE):
             j = tl.arange(0, PARTIALS)
-            total = tl.sum(tl.load(values + j, mask=j < programs, other=0.0, cache_modifier=".cg"), 0)
-            tl.store(loss, total.to(T))
+            over_all = tl.sum(tl.load(values + j, mask=j < programs, other=0.0, cache_modifier=".cg"), 0)
+            tl.store(loss, over_all.to(T))
 
 
 @triton.jit
 def weighted_sum(weights, upstream, begin, end, BLOCK: tl.constexpr):
-    """sum of W_i d_i over the rows that have a weight (a bad row keeps its NaN to itself), in float64."""
+    """sum of W_i d_i over the samples that have a weight (a nonfinite one keeps its NaN to itself), in float64."""
     T: tl.constexpr = weights.dtype.element_ty
     sums = tl.zeros([BLOCK], T)
     for start in range(begin, end, BLOCK):
@@ -287,7 +132,7 @@ def robust_dots_bwd_kernel(weights, upstream, dots, count, per_program, BLOCK: t
 @triton.jit(do_not_specialize=["count", "per_program"])
 def robust_weights_bwd_kernel(
     weights, upstream,  # (count) real
-    upstream_log_s, lam, shares,  # (), (), (2) float64
+    upstream_log_s, lam, dlog_s,  # (), (), (2) float64
     dots,  # (programs) float64: sums of W_i d_i of parts; None: this one program makes the sum itself
     grad,  # (count) real
     count, per_program, BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
@@ -299,14 +144,14 @@ def robust_weights_bwd_kernel(
         j = tl.arange(0, PARTIALS)
         dot = tl.sum(tl.load(dots + j, mask=j < tl.num_programs(0), other=0.0), 0)
     inverse_lam = (1 / tl.load(lam).to(tl.float64)).to(T)
-    share, share_state, u = tl.load(shares).to(T), tl.load(shares + 1).to(T), tl.load(upstream_log_s).to(T)
+    to_weights, to_state, u = tl.load(dlog_s).to(T), tl.load(dlog_s + 1).to(T), tl.load(upstream_log_s).to(T)
     begin = tl.program_id(0).to(tl.int64) * per_program
     end = tl.minimum(begin + per_program, count)
     for start in range(begin, end, BLOCK):
         i = start + tl.arange(0, BLOCK)
         w = tl.load(weights + i, mask=i < end, other=0.0)
         d = tl.load(upstream + i, mask=i < end, other=0.0)
-        tl.store(grad + i, robust_weight_vjp(w, d, dot.to(T), u, share, share_state, inverse_lam), mask=i < end)
+        tl.store(grad + i, robust_weight_vjp(w, d, dot.to(T), u, to_weights, to_state, inverse_lam), mask=i < end)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -375,7 +220,7 @@ def shared(count: int) -> tuple[int, int]:
     return -(-count // per_program), per_program
 
 
-def weigh_many(losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights, rows, grad, stats, state_out, shares,
+def weigh_many(losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights, sample_stats, grad, stats, state_out, dlog_s,
                gamma, alpha, mix, max_weight, normalizer, init_first, update):  # fmt: skip
     """More than ONE_LAUNCH losses (count): two launches."""
     count = losses.numel()
@@ -383,30 +228,30 @@ def weigh_many(losses, score, sample_weight, valid, log_s, nonfinite, lam, loss,
     scratch = losses.new_empty(2 + 5 * programs, dtype=torch.float64)
     done, bound = launch.counter(losses), limit(losses.dtype, log_s)
     launch.launch(
-        robust_sums_fwd_kernel, programs, losses, losses, score, valid, log_s, nonfinite, lam, state_out, shares, scratch, done,
+        robust_sums_fwd_kernel, programs, losses, losses, score, valid, log_s, nonfinite, lam, state_out, dlog_s, scratch, done,
         count, per_program, int(update), *parts(gamma, alpha),
         NORMALIZER=NORMALIZERS[normalizer], INIT_FIRST=init_first, LIMIT=bound, BLOCK=_BLOCK, FENCE=4 * launch.FENCE,
         PARTIALS=launch.MOST_PARTIALS,
     )  # fmt: skip
     launch.launch(
-        robust_apply_fwd_kernel, programs, losses, losses, score, sample_weight, valid, lam, loss, weights, rows, grad, stats,
+        robust_apply_fwd_kernel, programs, losses, losses, score, sample_weight, valid, lam, loss, weights, sample_stats, grad, stats,
         scratch, done, count, per_program, *parts(mix, max_weight),
         LIMIT=bound, BLOCK=_BLOCK, FENCE=4 * launch.FENCE, PARTIALS=launch.MOST_PARTIALS,
     )  # fmt: skip
 
 
-def _weigh(losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights, rows, grad, state_out, shares,
+def _weigh(losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights, sample_stats, grad, state_out, dlog_s,
            gamma, alpha, mix, max_weight, normalizer, init_first, update):  # fmt: skip
     count = losses.numel()
     if count > launch.ONE_LAUNCH:
-        weigh_many(losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights, rows, grad, None, state_out,
-                   shares, gamma, alpha, mix, max_weight, normalizer, init_first, update)  # fmt: skip
+        weigh_many(losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights, sample_stats, grad, None, state_out,
+                   dlog_s, gamma, alpha, mix, max_weight, normalizer, init_first, update)  # fmt: skip
         return
     # one program alone: as many threads as have something to do, 4 losses each (8 float64 would not fit the registers)
     warps = 4 if count <= 512 else 16
     launch.launch(
-        robust_loss_fwd_kernel, 1, losses, losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights, rows, grad,
-        state_out, shares, count, int(update), *parts(gamma, alpha, mix, max_weight), NORMALIZER=NORMALIZERS[normalizer],
+        robust_loss_fwd_kernel, 1, losses, losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights, sample_stats, grad,
+        state_out, dlog_s, count, int(update), *parts(gamma, alpha, mix, max_weight), NORMALIZER=NORMALIZERS[normalizer],
         INIT_FIRST=init_first, LIMIT=limit(losses.dtype, log_s), BLOCK=128 * warps, num_warps=warps,
     )  # fmt: skip
 
@@ -437,16 +282,16 @@ def robust_loss(
         normalizer: 0 moving, 1 batch, 2 none.
 
     Returns:
-        loss (), rows (3, ...): losses (0 where masked), weights, validity; grad like losses, or (0) without `with_grad`.
+        loss (), sample_stats (3, ...): losses (0 where masked), weights, validity; grad like losses, or (0) without `with_grad`.
     """
-    rows = losses.new_empty((3, *losses.shape))
+    sample_stats = losses.new_empty((3, *losses.shape))
     grad = torch.empty_like(losses) if with_grad else losses.new_empty(0)
     if not losses.numel():
-        return losses.new_zeros(()), rows, grad
+        return losses.new_zeros(()), sample_stats, grad
     loss = losses.new_empty(())
-    _weigh(losses, score, sample_weight, mask, log_s, nonfinite, lam, loss, None, rows, grad if with_grad else None, None,
+    _weigh(losses, score, sample_weight, mask, log_s, nonfinite, lam, loss, None, sample_stats, grad if with_grad else None, None,
            None, gamma, alpha, mix, max_weight, normalizer, init_first, update)  # fmt: skip
-    return loss, rows, grad
+    return loss, sample_stats, grad
 
 
 def robust_weights(
@@ -462,15 +307,15 @@ def robust_weights(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """weights (like losses), new log s (), and (2) float64: d log s' / d z_j / W_j for the weights and for the new state."""
     weights, state = torch.empty_like(losses), log_s.new_empty(())
-    shares = losses.new_empty(2, dtype=torch.float64)
+    dlog_s = losses.new_empty(2, dtype=torch.float64)
     if not losses.numel():
-        return weights, state.copy_(log_s.view(())), shares.zero_()
-    _weigh(losses, None, None, mask, log_s, None, lam, None, weights, None, None, state, shares, gamma, alpha, 0.0,
+        return weights, state.copy_(log_s.view(())), dlog_s.zero_()
+    _weigh(losses, None, None, mask, log_s, None, lam, None, weights, None, None, state, dlog_s, gamma, alpha, 0.0,
            float("inf"), normalizer, init_first, False)  # fmt: skip
-    return weights, state, shares
+    return weights, state, dlog_s
 
 
-def robust_weights_backward(weights: Tensor, grad_weights: Tensor, grad_log_s: Tensor, lam: Tensor, shares: Tensor) -> Tensor:
+def robust_weights_backward(weights: Tensor, grad_weights: Tensor, grad_log_s: Tensor, lam: Tensor, dlog_s: Tensor) -> Tensor:
     """vjp of robust_weights with respect to the losses."""
     grad, count = torch.empty_like(weights), weights.numel()
     if not count:
@@ -481,7 +326,7 @@ def robust_weights_backward(weights: Tensor, grad_weights: Tensor, grad_log_s: T
         dots, warps = weights.new_empty(programs, dtype=torch.float64), 4
         launch.launch(robust_dots_bwd_kernel, programs, weights, weights, grad_weights, dots, count, per_program, BLOCK=_BLOCK)
     launch.launch(
-        robust_weights_bwd_kernel, programs, weights, weights, grad_weights, grad_log_s, lam, shares, dots, grad, count,
+        robust_weights_bwd_kernel, programs, weights, weights, grad_weights, grad_log_s, lam, dlog_s, dots, grad, count,
         per_program, BLOCK=_BLOCK // 4 * warps, PARTIALS=launch.MOST_PARTIALS, num_warps=warps,
     )  # fmt: skip
     return grad

@@ -1,7 +1,7 @@
 // Picks the instruction set at run time. This file itself is compiled for the baseline.
 #include <string.h>
 
-#include "../launch.h"
+#include "kernels.h"
 
 namespace absgd {
 

@@ -31,6 +31,8 @@ struct f16 {
   uint16_t bits;
 };
 
+ABSGD_FN int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 template <class T>
 struct Traits;
 template <>

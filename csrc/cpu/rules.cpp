@@ -1,5 +1,6 @@
-// Rules from losses to weights: CVaR, chi-squared and group DRO. One number a sample, so one thread, and one number at
-// a time but for what the compiler makes of it. Compiled once per instruction set.
+// The kernels of the weightings CVaR, chi-squared and group DRO. There is one number per sample, so one thread does it
+// all, one number at a time but for what the compiler makes of it. Compiled once per instruction set.
+#include "kernels.h"
 #include "lanes.h"
 
 namespace absgd {
@@ -8,17 +9,17 @@ namespace {
 
 constexpr double kInfinity = __builtin_inf();
 
-// Whether a row counts: 1 with a finite loss, -1 without, 0 if it is ignored.
+// Whether a sample counts: 1 with a finite loss, -1 without, 0 if it is ignored.
 template <class T>
-ABSGD_FN int state_of(const RuleArgs& a, int64_t i) {
+ABSGD_FN int state_of(const WeightingArgs& a, int64_t i) {
   if (a.valid && !a.valid[i]) return 0;
   const T x = static_cast<const T*>(a.losses)[i];
   return x - x == 0 ? 1 : -1;
 }
 
-// weight(x) for each row that counts, in the losses' own numbers.
+// weight(x) for each sample that counts, x its loss.
 template <class T, class F>
-void write(const RuleArgs& a, F weight) {
+void write(const WeightingArgs& a, F weight) {
   T* const out = static_cast<T*>(a.weights);
   for (int64_t i = 0; i < a.count; ++i) {
     const int state = state_of<T>(a, i);
@@ -54,7 +55,7 @@ double select_largest(double* x, int64_t count, int64_t k) {
 }
 
 template <class T>
-void cvar(const RuleArgs& a, double* x, int64_t n, double beta) {
+void cvar(const WeightingArgs& a, double* x, int64_t n, double beta) {
   int64_t k = int64_t(__builtin_ceil(beta * double(n)));
   k = k < 1 ? 1 : k > n ? n : k;
   const double edge = select_largest(x, n, k);
@@ -88,44 +89,45 @@ void sort(double* x, int64_t count) {
 }
 
 template <class T>
-void cvar_kl(const RuleArgs& a, double* x, int64_t n, double beta, double reg) {
+void cvar_kl(const WeightingArgs& a, double* x, int64_t n, double beta, double reg) {
   sort(x, n);
-  // From the smallest on, the sum of exp((x - x_i) / reg) over the rows up to the i-th, until x_i would be beyond the
+  // From the smallest on, the sum of exp((x - x_i) / reg) over the losses up to the i-th, until x_i would be beyond the
   // bound.
-  double top = x[0], sum = 1, left = 0, running = 0, before = x[0];
+  double edge = x[0], sum = 1, left = 0, running = 0, before = x[0];
   for (int64_t i = 0; i < n; ++i) {
     running = 1 + running * __builtin_exp((before - x[i]) / reg);
     before = x[i];
-    const double rest = double(n) - double(n - 1 - i) / beta;  // what those above leave over
-    if (!(rest > 0)) continue;
-    if (left > 0 && cvar_is_beyond(running, rest, beta)) break;
-    top = x[i];
+    const double others = double(n) - double(n - 1 - i) / beta;  // what those above leave over
+    if (!(others > 0)) continue;
+    if (left > 0 && cvar_is_beyond(running, others, beta)) break;
+    edge = x[i];
     sum = running;
-    left = rest;
+    left = others;
   }
   write<T>(a, [=](double v) {
-    const double w = v > top ? 1 / beta : left * (__builtin_exp((v - top) / reg) / sum);
+    const double w = v > edge ? 1 / beta : left * (__builtin_exp((v - edge) / reg) / sum);
     return w < 1 / beta ? w : 1 / beta;
   });
 }
 
 template <class T>
-void chi2(const RuleArgs& a, double* x, int64_t n, double rho) {
-  double top = x[0], bottom = x[0];
+void chi2(const WeightingArgs& a, double* x, int64_t n, double rho) {
+  double highest = x[0], lowest = x[0];
   for (int64_t i = 1; i < n; ++i) {
-    top = x[i] > top ? x[i] : top;
-    bottom = x[i] < bottom ? x[i] : bottom;
+    highest = x[i] > highest ? x[i] : highest;
+    lowest = x[i] < lowest ? x[i] : lowest;
   }
-  // relative to the largest, in units of the spread, so that no square leaves the range; halved where the spread would
-  const double part = top - bottom < kInfinity ? 1 : 0.5, spread = top * part - bottom * part;
-  const double unit = spread > 0 ? spread : 1;
-  const auto relative = [=](double v) { return (v * part - top * part) / unit; };
+  // Relative to the largest, in units of the range of the losses, so that no square overflows; halved where the range
+  // itself would overflow.
+  const double part = highest - lowest < kInfinity ? 1 : 0.5, range = highest * part - lowest * part;
+  const double unit = range > 0 ? range : 1;
+  const auto relative = [=](double v) { return (v * part - highest * part) / unit; };
   double ties = 0;
   for (int64_t i = 0; i < n; ++i) {
-    ties += x[i] == top;
+    ties += x[i] == highest;
     x[i] = relative(x[i]);
   }
-  const auto largest = [=](double v) { return v == top ? double(n) / ties : 0.0; };
+  const auto largest = [=](double v) { return v == highest ? double(n) / ties : 0.0; };
   if ((1 + 2 * rho) * ties >= double(n)) return write<T>(a, largest);
   double level = -kInfinity;
   for (double before = kInfinity;;) {
@@ -137,7 +139,7 @@ void chi2(const RuleArgs& a, double* x, int64_t n, double rho) {
         sum += x[i] - level;
       }
     if (k == 0) return write<T>(a, largest);  // differences whose squares are 0
-    if (k >= before) {                        // nobody has left
+    if (k >= before) {                        // no loss was dropped
       const double each = double(n) / sum;
       return write<T>(a, [=](double v) {
         const double over = relative(v) - level;
@@ -154,41 +156,42 @@ void chi2(const RuleArgs& a, double* x, int64_t n, double rho) {
 }
 
 template <class T>
-void rule_weights_typed(const RuleArgs& a, LossRule rule, double first, double second) {
+void level_weights_typed(const LevelArgs& a) {
+  const bool chi_squared = a.weighting == Weighting::chi2;
   int64_t n = 0;
   for (int64_t i = 0; i < a.count; ++i)
     if (state_of<T>(a, i) > 0) a.scratch[n++] = double(static_cast<const T*>(a.losses)[i]);
-  if (n == 0 || (rule == LossRule::chi2 && first == 0)) return write<T>(a, [](double) { return 1.0; });
-  if (rule == LossRule::chi2) return chi2<T>(a, a.scratch, n, first);
-  return second == 0 ? cvar<T>(a, a.scratch, n, first) : cvar_kl<T>(a, a.scratch, n, first, second);
+  if (n == 0 || (chi_squared && a.rho == 0)) return write<T>(a, [](double) { return 1.0; });
+  if (chi_squared) return chi2<T>(a, a.scratch, n, a.rho);
+  return a.reg == 0 ? cvar<T>(a, a.scratch, n, a.beta) : cvar_kl<T>(a, a.scratch, n, a.beta, a.reg);
 }
 
 template <class T>
 bool group_weights_typed(const GroupArgs& a) {
   double *const sizes = a.sums, *const means = a.sums + a.n_groups;
   for (int64_t g = 0; g < a.n_groups; ++g) sizes[g] = means[g] = 0;
-  bool fine = true;
+  bool finite = true;
   double n = 0;
   for (int64_t i = 0; i < a.count; ++i) {
     const int state = state_of<T>(a, i);
-    fine = fine && state >= 0;
+    finite = finite && state >= 0;
     if (state <= 0) continue;
     n += 1;
     sizes[a.groups[i]] += 1;
     means[a.groups[i]] += double(static_cast<const T*>(a.losses)[i]);
   }
-  double top = -kInfinity, sum = 0;
+  double highest = -kInfinity, sum = 0;
   for (int64_t g = 0; g < a.n_groups; ++g) {
     if (sizes[g] > 0) {
       const double step = a.eta * (means[g] / sizes[g]);
       a.log_q[g] += step < -1e300 ? -1e300 : step > 1e300 ? 1e300 : step;
     }
-    if (a.log_q[g] > top) top = a.log_q[g];
+    if (a.log_q[g] > highest) highest = a.log_q[g];
   }
-  for (int64_t g = 0; g < a.n_groups; ++g) sum += __builtin_exp(a.log_q[g] - top);
+  for (int64_t g = 0; g < a.n_groups; ++g) sum += __builtin_exp(a.log_q[g] - highest);
   for (int64_t g = 0; g < a.n_groups; ++g) {
-    a.log_q[g] = (a.log_q[g] - top) - __builtin_log(sum);
-    fine = fine && a.log_q[g] - a.log_q[g] == 0;
+    a.log_q[g] = (a.log_q[g] - highest) - __builtin_log(sum);
+    finite = finite && a.log_q[g] - a.log_q[g] == 0;
     means[g] = sizes[g] > 0 ? n * __builtin_exp(a.log_q[g]) / sizes[g] : 0;  // W of the group
   }
   T* const out = static_cast<T*>(a.weights);
@@ -196,13 +199,13 @@ bool group_weights_typed(const GroupArgs& a) {
     const int state = state_of<T>(a, i);
     out[i] = state == 0 ? T(0) : state < 0 ? T(__builtin_nan("")) : T(means[a.groups[i]]);
   }
-  return fine;
+  return finite;
 }
 
 }  // namespace
 
-void rule_weights(const RuleArgs& a, LossRule rule, double first, double second) {
-  for_real(a.dtype, [&](auto t) { rule_weights_typed<typename decltype(t)::type>(a, rule, first, second); });
+void level_weights(const LevelArgs& a) {
+  for_real(a.dtype, [&](auto t) { level_weights_typed<typename decltype(t)::type>(a); });
 }
 bool group_weights(const GroupArgs& a) {
   return for_real(a.dtype, [&](auto t) { return group_weights_typed<typename decltype(t)::type>(a); });

@@ -1,4 +1,4 @@
-// The loop of the steps. Compiled once per instruction set beside loops.cpp.
+// The kernel of the steps. Compiled once per instruction set.
 #include "update.h"
 
 namespace absgd {

@@ -2,7 +2,7 @@
 // the elements of a tensor.
 #pragma once
 
-#include "../launch.h"
+#include "kernels.h"
 #include "lanes.h"
 
 namespace absgd {
@@ -61,13 +61,13 @@ int64_t whole_registers(const C& choose, const StepTensor& t, const Gradients<G>
 // of 4 elements). choose(Type<L>, f): f(functor of math.h for lanes L).
 template <class S, class T, class G, class C>
 void update_tensor(const C& choose, const StepTensor& t, const Gradients<G>& grads, int64_t begin, int64_t end) {
-  static_assert(kStepBlock % Lanes<T>::N == 0, "a share is whole registers");
+  static_assert(kStepBlock % Lanes<T>::N == 0, "a part is whole registers");
   int64_t i = whole_registers<Lanes<T>, S>(choose, t, grads, begin, end);
   i = whole_registers<Lanes<T, 16>, S>(choose, t, grads, i, end);
   whole_registers<Lanes<T, sizeof(T)>, S>(choose, t, grads, i, end);
 }
 
-// The place of a flat index within a tensor, moved back to where a share may end.
+// The place of a flat index within a tensor, moved back to where a part may end.
 ABSGD_FN int64_t place(const StepTensor& t, int64_t index) {
   const int64_t i = index - t.begin;
   return i <= 0 ? 0 : i >= t.count ? t.count : i - i % kStepBlock;

@@ -1,5 +1,5 @@
-// The loop of the weighted step: the weighted mean of per-sample gradients, and one step of momentum SGD with it.
-// Compiled once per instruction set beside step.cpp.
+// The kernel of the weighted step: the weighted mean of per-sample gradients, and one step of momentum SGD with it.
+// Compiled once per instruction set.
 #include "update.h"
 
 namespace absgd {

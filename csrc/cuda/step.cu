@@ -1,19 +1,15 @@
-// The steps of math.h over many tensors: one launch for all that take the same step, because the table of tensors
-// travels in the kernel's argument (up to 32 KB since CUDA 12.1), and one for their counts of steps.
+// The steps of math.h over many tensors: one launch for all that take the same step, and one for their counts of steps.
 #include <algorithm>
 #include <type_traits>
 #include <vector>
 
-#include "tile.cuh"
+#include "tensors.cuh"
 
 namespace absgd {
 namespace gpu {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kGroups = 16;
-constexpr int64_t kMost = int64_t(1) << 31;  // elements of one entry; a larger tensor takes several
-constexpr int kArgumentLimit = 32764;
+constexpr int kGroups = 16;  // parameter groups of a launch
 
 // F, here and below: a functor of math.h. Whether its numbers depend on how many steps there were:
 template <class F>
@@ -43,16 +39,14 @@ struct Chunk {
 };
 
 template <class F, int kTensors>
-struct Launch {
-  void *param[kTensors], *grad[kTensors], *state[kRows<F>][kTensors];
+struct StepLaunch : TensorTable<kTensors> {
+  void* state[kRows<F>][kTensors];
   void* step[kReadsCount<F> ? kTensors : 1];
-  unsigned count[kTensors], first_block[kTensors];
   unsigned char group[kTensors];
   bool step_is_double[kReadsCount<F> ? kTensors : 1];
   StepGroup groups[kGroups];
   const float *grad_scale, *found_inf;
-  const Settled* robust;
-  int tensors;
+  const Normalizer* robust;
 };
 // As many tensors as an argument holds: 959 with momentum SGD, 633 with Adam, 546 with amsgrad.
 template <class F>
@@ -68,21 +62,72 @@ void with_room_for(int64_t tensors, Use use) {
   use(std::integral_constant<int, kRoom>{});
 }
 
-__device__ __forceinline__ bool is_skipped(const float* found_inf, const Settled* robust) {
-  return (found_inf != nullptr && *found_inf != 0) || (robust != nullptr && robust->bad > 0);
+__device__ __forceinline__ bool is_skipped(const float* found_inf, const Normalizer* robust) {
+  return (found_inf != nullptr && *found_inf != 0) || (robust != nullptr && robust->nonfinite > 0);
 }
 
-template <class F, class S>
-__device__ __forceinline__ void update(const F& rule, S& param, S& grad, typename F::V* states, typename F::V divisor,
-                                       bool divides) {
-  typename F::V w = to_real(param), g = to_real(grad);
-  if (divides) {
-    g = g / divisor;
-    grad = to_storage<S>(g);
+// What GradScaler multiplied the loss by: the gradients are divided by it, and written back so.
+template <class T>
+struct Unscale {
+  T divisor;
+  bool divides;
+
+  explicit __device__ __forceinline__ Unscale(const float* grad_scale)
+      : divisor(grad_scale != nullptr ? T(*grad_scale) : T(1)), divides(grad_scale != nullptr) {}
+  template <class S>
+  __device__ __forceinline__ T operator()(S& grad) const {
+    T g = to_real(grad);
+    if (divides) {
+      g = g / divisor;
+      grad = to_storage<S>(g);
+    }
+    return g;
   }
-  rule(w, states, g);
-  param = to_storage<S>(w);
-}
+};
+
+// The elements of one tensor that a block steps: of `whole`, 16 bytes at a time.
+template <class F, class S>
+struct Stretch {
+  using T = typename F::V;
+  static constexpr int N = Pack<S>::N;
+  S *param, *grad;
+  T* state[kRows<F>];
+  int64_t begin, whole, end;  // whole: 16 bytes at a time up to here
+
+  template <int kTensors>
+  __device__ __forceinline__ Stretch(const StepLaunch<F, kTensors>& a, int tensor)
+      : param(static_cast<S*>(a.param[tensor])), grad(static_cast<S*>(a.grad[tensor])) {
+    constexpr int kElements = Chunk<F, S>::kElements;
+    const int64_t count = a.count[tensor];
+    begin = int64_t(blockIdx.x - a.first_block[tensor]) * kElements;
+    end = begin + kElements < count ? begin + kElements : count;
+    size_t places = reinterpret_cast<size_t>(param) | reinterpret_cast<size_t>(grad);
+#pragma unroll
+    for (int k = 0; k < kRows<F>; ++k) {
+      state[k] = static_cast<T*>(a.state[k][tensor]);
+      if (keeps<F>(k)) places |= reinterpret_cast<size_t>(state[k]);
+    }
+    whole = places % 16 == 0 ? begin + (end - begin) / N * N : begin;
+  }
+  // Steps what comes after the whole 16 bytes, one element after the other.
+  __device__ __forceinline__ void step_rest(const F& rule, const Unscale<T>& unscale) const {
+#pragma unroll 1
+    for (int64_t i = whole + threadIdx.x; i < end; i += kThreads) {
+      S w = param[i], g = grad[i];
+      T own[kStates] = {};
+#pragma unroll
+      for (int k = 0; k < kRows<F>; ++k)
+        if (keeps<F>(k)) own[k] = state[k][i];
+      const T slope = unscale(g);
+      step_element(rule, w, own, slope);
+      param[i] = w;
+      if (unscale.divides) grad[i] = g;
+#pragma unroll
+      for (int k = 0; k < kRows<F>; ++k)
+        if (keeps<F>(k)) state[k][i] = own[k];
+    }
+  }
+};
 
 // What 16 bytes of parameters come with.
 template <class F, class S>
@@ -92,88 +137,78 @@ struct Held {
   Pack<S> param, grad;
   Pack<T> state[kRows<F>][kWide];
 
-  __device__ __forceinline__ void load(const S* w, const S* g, T* const* s, int64_t i) {
-    param = load_pack(w + i);
-    grad = load_pack(g + i);
+  __device__ __forceinline__ void load(const Stretch<F, S>& of, int64_t i) {
+    param = load_pack(of.param + i);
+    grad = load_pack(of.grad + i);
 #pragma unroll
     for (int k = 0; k < kRows<F>; ++k)
 #pragma unroll
       for (int part = 0; part < kWide; ++part)
-        if (keeps<F>(k)) state[k][part] = load_pack(s[k] + i + part * Pack<T>::N);
+        if (keeps<F>(k)) state[k][part] = load_pack(of.state[k] + i + part * Pack<T>::N);
   }
-  __device__ __forceinline__ void step(const F& rule, T divisor, bool divides) {
+  __device__ __forceinline__ void step(const F& rule, const Unscale<T>& unscale) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       T own[kStates] = {};
 #pragma unroll
       for (int k = 0; k < kRows<F>; ++k)
         if (keeps<F>(k)) own[k] = state[k][j / Pack<T>::N].value[j % Pack<T>::N];
-      update(rule, param.value[j], grad.value[j], own, divisor, divides);
+      const T slope = unscale(grad.value[j]);
+      step_element(rule, param.value[j], own, slope);
 #pragma unroll
       for (int k = 0; k < kRows<F>; ++k)
         if (keeps<F>(k)) state[k][j / Pack<T>::N].value[j % Pack<T>::N] = own[k];
     }
   }
-  __device__ __forceinline__ void store(S* w, S* g, T* const* s, int64_t i, bool divides) const {
-    store_pack(w + i, param);
-    if (divides) store_pack(g + i, grad);
+  __device__ __forceinline__ void store(const Stretch<F, S>& of, int64_t i, bool with_grad) const {
+    store_pack(of.param + i, param);
+    if (with_grad) store_pack(of.grad + i, grad);
 #pragma unroll
     for (int k = 0; k < kRows<F>; ++k)
 #pragma unroll
       for (int part = 0; part < kWide; ++part)
-        if (keeps<F>(k)) store_pack(s[k] + i + part * Pack<T>::N, state[k][part]);
+        if (keeps<F>(k)) store_pack(of.state[k] + i + part * Pack<T>::N, state[k][part]);
   }
 };
 
+// By one thread of a block: the step of its tensor, with what is computed in double.
+template <class F, int kTensors>
+__device__ __forceinline__ F rule_for(const StepLaunch<F, kTensors>& a, int tensor) {
+  const StepGroup& group = a.groups[a.group[tensor]];
+  const double lr = learning_rate(group);
+  Corrections corrections{1, 1};
+  if constexpr (kReadsCount<F>)
+    corrections = Corrections::of<Lane<double>>(group, read({a.step[tensor], a.step_is_double[tensor], 0}) + 1);
+  if (a.robust != nullptr) corrections.gain = a.robust->scale;
+  return F::template of<typename F::V>(group, lr, corrections);
+}
+
+// One step of many tensors.
+//     1. A step that GradScaler or a nonfinite loss skips changes nothing.
+//     2. Every block looks up whose elements it has, and its threads begin to load them.
+//     3. While those come, one thread makes the step's numbers, which are computed in double, for all.
+//     4. The threads step 16 bytes of parameters at a time, and load the next.
+//     5. They step what is left one element after the other.
 template <class F, class S, int kTensors>
 __global__ void __launch_bounds__(kThreads, Chunk<F, S>::kBlocks)
-    step_kernel(const Launch<F, kTensors> __grid_constant__ a) {
-  using T = typename F::V;
+    step_kernel(const StepLaunch<F, kTensors> __grid_constant__ a) {
   if (is_skipped(a.found_inf, a.robust)) return;
-  int low = 0, high = a.tensors - 1;  // the last tensor that starts at or before this block
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (a.first_block[middle] <= blockIdx.x)
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  using Mine = Chunk<F, S>;
-  constexpr int N = Pack<S>::N;
-  const int64_t count = a.count[low], begin = int64_t(blockIdx.x - a.first_block[low]) * Mine::kElements;
-  const int64_t end = begin + Mine::kElements < count ? begin + Mine::kElements : count;
-  S *const w = static_cast<S*>(a.param[low]), *const g = static_cast<S*>(a.grad[low]);
-  T* s[kRows<F>];
-  size_t places = reinterpret_cast<size_t>(w) | reinterpret_cast<size_t>(g);
-#pragma unroll
-  for (int k = 0; k < kRows<F>; ++k) {
-    s[k] = static_cast<T*>(a.state[k][low]);
-    if (keeps<F>(k)) places |= reinterpret_cast<size_t>(s[k]);
-  }
-  const int64_t whole = places % 16 == 0 ? begin + (end - begin) / N * N : begin;  // 16 bytes at a time up to here
-  constexpr int kEach = Mine::kEach, kStride = kThreads * N;
+  const int tensor = a.of_this_block();
+  const Stretch<F, S> stretch(a, tensor);
+  const int64_t whole = stretch.whole;  // read from there in the loop, RMSprop takes 15 registers more
+  constexpr int N = Pack<S>::N, kEach = Chunk<F, S>::kEach, kStride = kThreads * N;
   Held<F, S> held[kEach];
   auto load = [&](int64_t from) {
 #pragma unroll
     for (int u = 0; u < kEach; ++u)
-      if (from + u * kStride < whole) held[u].load(w, g, s, from + u * kStride);
+      if (from + u * kStride < whole) held[u].load(stretch, from + u * kStride);
   };
-  int64_t from = begin + int(threadIdx.x) * N;
+  int64_t from = stretch.begin + int(threadIdx.x) * N;
   load(from);
 
-  // While those come, one thread does what is computed in double.
   SHARED(F[1], shared_rule);
-  if (threadIdx.x == 0) {
-    const StepGroup& group = a.groups[a.group[low]];
-    const double lr = group.lr_tensor.data != nullptr ? read(group.lr_tensor) : group.lr;
-    Corrections corrections{1, 1};
-    if constexpr (kReadsCount<F>)
-      corrections = Corrections::of<Lane<double>>(group, read({a.step[low], a.step_is_double[low], 0}) + 1);
-    if (a.robust != nullptr) corrections.gain = a.robust->scale;
-    shared_rule[0] = F::template of<T>(group, lr, corrections);
-  }
-  const bool divides = a.grad_scale != nullptr;
-  const T divisor = divides ? T(*a.grad_scale) : T(1);
+  if (threadIdx.x == 0) shared_rule[0] = rule_for<F>(a, tensor);
+  const Unscale<typename F::V> unscale(a.grad_scale);
   __syncthreads();
   const F& rule = shared_rule[0];
 
@@ -183,78 +218,14 @@ __global__ void __launch_bounds__(kThreads, Chunk<F, S>::kBlocks)
     for (int u = 0; u < kEach; ++u) {
       const int64_t i = from + u * kStride;
       if (i >= whole) continue;
-      held[u].step(rule, divisor, divides);
-      held[u].store(w, g, s, i, divides);
+      held[u].step(rule, unscale);
+      held[u].store(stretch, i, unscale.divides);
     }
     from += kEach * kStride;
     load(from);
   }
-#pragma unroll 1
-  for (int64_t i = whole + threadIdx.x; i < end; i += kThreads) {
-    S param = w[i], grad = g[i];
-    T own[kStates] = {};
-#pragma unroll
-    for (int k = 0; k < kRows<F>; ++k)
-      if (keeps<F>(k)) own[k] = s[k][i];
-    update(rule, param, grad, own, divisor, divides);
-    w[i] = param;
-    if (divides) g[i] = grad;
-#pragma unroll
-    for (int k = 0; k < kRows<F>; ++k)
-      if (keeps<F>(k)) s[k][i] = own[k];
-  }
+  stretch.step_rest(rule, unscale);
 }
-
-// Fills launches with tensors and starts each when it is full.
-template <class F, class S, int kTensors>
-struct Filler {
-  const StepTable& table;
-  cudaStream_t stream;
-  Launch<F, kTensors> now;
-  unsigned blocks = 0;
-  int groups = 0, last_group = -1;
-
-  static_assert(sizeof(now) <= kArgumentLimit, "the limit of a kernel's arguments");
-
-  Filler(const StepTable& table, cudaStream_t stream) : table(table), stream(stream) {
-    now.grad_scale = table.grad_scale;
-    now.found_inf = table.found_inf;
-    now.robust = table.robust;
-    now.tensors = 0;
-  }
-  void add(const StepTensor& t) {
-    for (int64_t done = 0; done < t.count; done += kMost) {
-      const int64_t count = t.count - done < kMost ? t.count - done : kMost;
-      constexpr int kElements = Chunk<F, S>::kElements;
-      const unsigned needed = unsigned((count + kElements - 1) / kElements);
-      if (now.tensors == kTensors || (t.group != last_group && groups == kGroups) || needed > 0x7fffffffu - blocks)
-        start();
-      if (t.group != last_group) {
-        now.groups[groups++] = table.groups[t.group];
-        last_group = t.group;
-      }
-      const int j = now.tensors++;
-      now.param[j] = static_cast<S*>(t.param) + done;
-      now.grad[j] = static_cast<S*>(t.grad) + done;
-      for (int k = 0; k < kRows<F>; ++k)
-        now.state[k][j] = keeps<F>(k) ? static_cast<typename F::V*>(t.state[k]) + done : nullptr;
-      if constexpr (kReadsCount<F>) {
-        now.step[j] = t.step.data;
-        now.step_is_double[j] = t.step.is_double;
-      }
-      now.count[j] = unsigned(count);
-      now.first_block[j] = blocks;
-      now.group[j] = static_cast<unsigned char>(groups - 1);
-      blocks += needed;
-    }
-  }
-  void start() {
-    if (blocks > 0) LAUNCH((step_kernel<F, S, kTensors>), blocks, kThreads, 0, stream, now);
-    now.tensors = groups = 0;
-    last_group = -1;
-    blocks = 0;
-  }
-};
 
 // Every size is a kernel of its own (the same registers, other offsets). So there is one of 512 only where the largest
 // is half as large again, and parameters in float16 or float64, which are rare, have two sizes: 1.1 MB of compressed
@@ -270,6 +241,41 @@ void with_room_in_launch(int64_t tensors, Use use) {
     with_room_for<128, kMany<F>>(tensors, use);
 }
 
+// Launches of at most kTensors tensors and kGroups groups; then `filler` fills the next.
+template <class F, class S, int kTensors, class Takes>
+void launch_steps(const StepTable& given, int64_t begin, int64_t end, cudaStream_t stream, Takes takes) {
+  using Table = StepLaunch<F, kTensors>;
+  int groups = 0, last_group = -1;
+  auto filler = filler_of<Table>([&](const Table& table, unsigned blocks) {
+    LAUNCH((step_kernel<F, S, kTensors>), blocks, kThreads, 0, stream, table);
+    groups = 0;
+    last_group = -1;
+  });
+  Table& table = filler.table;
+  table.grad_scale = given.grad_scale;
+  table.found_inf = given.found_inf;
+  table.robust = given.robust;
+  for (int64_t tensor = begin; tensor < end; ++tensor) {
+    if (!takes(tensor)) continue;
+    const StepTensor& t = given.tensors[tensor];
+    auto has_room = [&] { return t.group == last_group || groups < kGroups; };
+    filler.template add<S>(t, Chunk<F, S>::kElements, has_room, [&](int j, int64_t first) {
+      if (t.group != last_group) {
+        table.groups[groups++] = given.groups[t.group];
+        last_group = t.group;
+      }
+      table.group[j] = static_cast<unsigned char>(groups - 1);
+      for (int k = 0; k < kRows<F>; ++k)
+        table.state[k][j] = keeps<F>(k) ? static_cast<typename F::V*>(t.state[k]) + first : nullptr;
+      if constexpr (kReadsCount<F>) {
+        table.step[j] = t.step.data;
+        table.step_is_double[j] = t.step.is_double;
+      }
+    });
+  }
+  filler.start();
+}
+
 // How a tensor is stepped: `function` takes the first of the tensors [begin, end) and all others among them whose
 // function it is, and clears these functions.
 struct Run {
@@ -279,15 +285,13 @@ template <class F, class S>
 void run_all(const StepTable& table, Run* runs, int64_t begin, int64_t end, cudaStream_t stream) {
   const auto own = runs[begin].function;
   const int64_t tensors = std::count_if(runs + begin, runs + end, [&](const Run& run) { return run.function == own; });
-  with_room_in_launch<F, S>(tensors, [&](auto room) {
-    Filler<F, S, decltype(room)::value> filler(table, stream);
-    for (int64_t j = begin; j < end; ++j) {
-      if (runs[j].function != own) continue;
-      filler.add(table.tensors[j]);
-      runs[j].function = nullptr;
-    }
-    filler.start();
-  });
+  auto takes = [&](int64_t tensor) {
+    const bool taken = runs[tensor].function == own;
+    if (taken) runs[tensor].function = nullptr;
+    return taken;
+  };
+  with_room_in_launch<F, S>(
+      tensors, [&](auto room) { launch_steps<F, S, decltype(room)::value>(table, begin, end, stream, takes); });
 }
 
 // Called by for_step, on the host.
@@ -302,9 +306,10 @@ struct Choice {
 };
 Run run_for(const StepGroup& group, Dtype dtype) {
   Run out{};
-  for_storage(dtype, [&](auto stored, auto real) {
-    using T = typename decltype(real)::type;
-    for_step<Lane<T>, T>(group, 0, {1, 1}, Choice<typename decltype(stored)::type>{out});
+  for_types(dtype, [&](auto types) {
+    using K = decltype(types);
+    using T = typename K::T;
+    for_step<Lane<T>, T>(group, 0, {1, 1}, Choice<typename K::S>{out});
   });
   return out;
 }
@@ -316,13 +321,13 @@ struct Counts {
   void* step[kTensors];
   bool is_double[kTensors];
   const float* found_inf;
-  const Settled* robust;
+  const Normalizer* robust;
   int tensors;
 };
 constexpr int kManyCounts = 3600;
 static_assert(sizeof(Counts<kManyCounts>) <= kArgumentLimit, "the limit of a kernel's arguments");
 
-// A launch of its own, so that every block of the step has read the count before.
+// The counts of steps, one more. It is a launch of its own, so that every block of the step has read the count before.
 template <int kTensors>
 __global__ void __launch_bounds__(kThreads) advance_kernel(const Counts<kTensors> __grid_constant__ a) {
   const int j = int(blockIdx.x) * kThreads + int(threadIdx.x);

@@ -41,14 +41,6 @@ Queue queue_of(int device, cudaStream_t stream) {
   return {device, stream, stream == cudaStreamPerThread ? this_thread() : 0};
 }
 
-// While any stream is captured memory can be had in relaxed mode only.
-struct Relaxed {
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
-  ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
-  Relaxed(const Relaxed&) = delete;
-};
-
 // So many zeros in device memory, or null. They are written on a stream of its own: on a captured one they would become
 // a part of the graph, and the legacy stream may wait for one that is captured.
 unsigned* zeros(unsigned count) {

@@ -27,25 +27,40 @@ namespace gpu {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAll = 0xffffffffu;
+constexpr int kThreads = 256;  // of a block of most kernels
+
+// The types of a kernel: S is what logits or parameters are stored in, T what they are computed in, and G what a
+// gradient that is made in the forward pass is stored in (S, but float32 for float16: ops/tensors.h saved_as).
+template <class S_, class G_, class T_>
+struct Types {
+  using S = S_;
+  using G = G_;
+  using T = T_;
+};
+
+// f(types)
+template <class F>
+void for_types(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::f64:
+      return f(Types<double, double, double>{});
+    case Dtype::bf16:
+      return f(Types<__nv_bfloat16, __nv_bfloat16, float>{});
+    case Dtype::f16:
+      return f(Types<__half, float, float>{});
+    default:
+      return f(Types<float, float, float>{});
+  }
+}
 
 template <class T>
 struct Tag {
   using type = T;
 };
-
-// f(storage type, real type)
+// f(Tag of the real type), for numbers that are stored as they are computed
 template <class F>
-auto for_storage(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::f64:
-      return f(Tag<double>{}, Tag<double>{});
-    case Dtype::bf16:
-      return f(Tag<__nv_bfloat16>{}, Tag<float>{});
-    case Dtype::f16:
-      return f(Tag<__half>{}, Tag<float>{});
-    default:
-      return f(Tag<float>{}, Tag<float>{});
-  }
+void for_real(Dtype real, F f) {
+  real == Dtype::f64 ? f(Tag<double>{}) : f(Tag<float>{});
 }
 
 inline const char* failure() {
@@ -316,6 +331,16 @@ __device__ __forceinline__ bool is_last_block(unsigned* ticket) {
   __syncthreads();
   return last[0];
 }
+
+// ---- what launchers have on the host -------------------------------------------------------------------------------
+
+// While any stream is captured memory can be had in relaxed mode only.
+struct Relaxed {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
+  ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
+  Relaxed(const Relaxed&) = delete;
+};
 
 // A ticket that no launch which may run at the same time uses (tickets.cu): the stream's, whose launches follow each
 // other, or, of a captured launch, its own. Null: failure() has the reason.

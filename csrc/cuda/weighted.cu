@@ -2,34 +2,31 @@
 // SGD with it, in one launch that reads the gradients once and writes no mean.
 //
 // Every block makes the weights itself, from losses that lie in the second-level cache: so no block waits for another.
+#include "tensors.cuh"
 #include "weights.cuh"
 
 namespace absgd {
 namespace gpu {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kFew = 128;                    // tensors of a small launch, as for the steps
-constexpr int kMany = 800;                   // of a large one: what the argument of a kernel holds
-constexpr int64_t kMost = int64_t(1) << 31;  // elements of one entry; a larger tensor takes several
-constexpr int kArgumentLimit = 32764;
+constexpr int kFew = 128;     // tensors of a small launch, as for the steps
+constexpr int kMany = 800;    // of a large one: what the argument of a kernel holds
 constexpr int kPiece = 1024;  // rows whose factors are in shared memory
 constexpr int kAhead = 4;     // rows under way in a thread, 16 bytes each: 48 KB in a multiprocessor
 constexpr int kTeams = 8;     // share the rows of a block where there are few columns
 // So many blocks fill the chip without sharing rows (a guess: nothing here was measured on a GPU).
 constexpr int64_t kEnoughBlocks = 256;
 
+// grad: of each tensor, the block of per-sample gradients.
 template <int kTensors>
-struct WeightedLaunch {
-  void *param[kTensors], *block[kTensors], *state[kTensors];
+struct WeightedLaunch : TensorTable<kTensors> {
+  void* state[kTensors];
   int64_t row_stride[kTensors];
-  unsigned count[kTensors], first_block[kTensors];
   StepGroup group;
   Robust robust;
   int64_t batch;
-  int tensors, teams;  // teams: 1 or kTeams threads share a column's rows
+  int teams;  // 1 or kTeams threads share a column's rows
 };
-static_assert(sizeof(WeightedLaunch<kMany>) <= kArgumentLimit, "the limit of a kernel's arguments");
 
 // Blocks of a multiprocessor at once: fewer where registers would be spilled.
 template <class S>
@@ -39,8 +36,17 @@ constexpr int kResident = sizeof(S) == 4 ? 3 : 2;
 template <class S>
 struct Columns {
   static constexpr int N = Pack<S>::N;
-  unsigned first, apart, count;  // count: of the tensor, at most kMost
+  unsigned first, apart, count;  // count: of the tensor, at most kMostElements
   bool whole;
+
+  // For one of the `width` lanes of a team; places: all addresses and strides, ORed together.
+  __device__ __forceinline__ Columns(unsigned begin, int lane, int width, unsigned count, size_t places)
+      : count(count) {
+    const bool aligned = places % 16 == 0;
+    apart = aligned ? 1 : width;
+    first = begin + unsigned(aligned ? lane * N : lane);
+    whole = aligned && first + N <= count;
+  }
 
   __device__ __forceinline__ unsigned at(int j) const { return first + j * apart; }
   // f(j, place) for the columns that exist
@@ -120,139 +126,137 @@ struct Columns {
   }
 };
 
+// How this batch moves log s, for all threads of a block: every block settles it by itself, and block 0 stores it.
+template <class T>
+__device__ __forceinline__ const WeightUpdate& settle_in_every_block(const Robust& robust, double lam, int64_t batch) {
+  SHARED(WeightUpdate[1], update);
+  if (robust.weight_update == nullptr) {
+    const BatchSums sums = vector_sums<T>(robust, lam, 0, batch);
+    if (threadIdx.x == 0) {
+      update[0] = weight_update_of(robust, lam, sums);
+      if (blockIdx.x == 0) write(robust.new_log_s, update[0].new_log_s);
+    }
+  } else if (threadIdx.x == 0) {  // by launches of their own
+    update[0] = *robust.weight_update;
+  }
+  __syncthreads();
+  return update[0];
+}
+
+// The factors of samples [begin, begin + samples), by all threads of a block.
+template <class T>
+__device__ __forceinline__ void make_factors(const Robust& robust, double lam, const RobustNumbers<Lane<T>>& numbers,
+                                             int64_t begin, int samples, T* factors) {
+  if (robust.weight_update != nullptr)
+    for (int r = threadIdx.x; r < samples; r += kThreads) factors[r] = static_cast<const T*>(robust.factor)[begin + r];
+  else
+    for_losses<T>(robust, begin, begin + samples, [&](int64_t i, const Given<T>& in) {
+      factors[i - begin] = Weighed<T>(numbers, in.sample(robust, T(lam), T(INFINITY)), in.t).factor;
+    });
+}
+
+// The means of all teams together, in the threads of the first: the others have nothing left to do.
+template <class T, int N>
+__device__ __forceinline__ bool add_teams(T (&mean)[N], int teams, int width, int team, int lane) {
+  SHARED(T[kThreads * N], partial);
+#pragma unroll
+  for (int j = 0; j < N; ++j) partial[j * kThreads + threadIdx.x] = mean[j];
+  __syncthreads();
+  if (team > 0) return false;  // after the last barrier
+  for (int other = 1; other < teams; ++other)
+#pragma unroll
+    for (int j = 0; j < N; ++j) mean[j] += partial[j * kThreads + other * width + lane];
+  return true;
+}
+
+// The step of a thread's columns with the mean of their gradients.
+template <class S, class T, int N>
+__device__ __forceinline__ void step_columns(const StepGroup& group, const Columns<S>& columns, S* w, T* s,
+                                             T (&mean)[N]) {
+  for_sgd<Lane<T>, T>(group, learning_rate(group), {1, 1}, [&](const auto& rule) {
+    constexpr bool kKeeps = std::decay_t<decltype(rule)>::kSlots != 0;
+    S param[N];
+    T state[N];
+    columns.load(param, w);
+    if (kKeeps) columns.load(state, s);
+    columns.each([&](int j, unsigned) { step_element(rule, param[j], state + j, mean[j]); });
+    columns.store(w, param);
+    if (kKeeps) columns.store(s, state);
+  });
+}
+
+// One weighted step of many tensors.
+//     1. Every block looks up which columns of which tensor it has, and its threads begin to load their first rows.
+//     2. While those come, it settles log s' of the batch. After a nonfinite loss the step changes nothing.
+//     3. It makes the factors of kPiece samples, and adds up their rows of gradients; so for all pieces.
+//     4. Where the teams of a block share the rows of a column, their means are added.
+//     5. Every thread steps its columns with the mean.
 template <class S, class T, int kTensors>
 __global__ void __launch_bounds__(kThreads, kResident<S>)
     weighted_step_kernel(const WeightedLaunch<kTensors> __grid_constant__ a) {
   constexpr int N = Pack<S>::N;
-  int low = 0, high = a.tensors - 1;  // the last tensor that starts at or before this block
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (a.first_block[middle] <= blockIdx.x)
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  S* const w = static_cast<S*>(a.param[low]);
-  T* const s = static_cast<T*>(a.state[low]);
-  const S* const block = static_cast<const S*>(a.block[low]);
-  const int64_t stride = a.row_stride[low], batch = a.batch;
+  const int tensor = a.of_this_block();
+  S* const w = static_cast<S*>(a.param[tensor]);
+  T* const s = static_cast<T*>(a.state[tensor]);
+  const S* const block = static_cast<const S*>(a.grad[tensor]);
+  const int64_t stride = a.row_stride[tensor], batch = a.batch;
   const int teams = a.teams, width = kThreads / teams;
   const int team = int(threadIdx.x) / width, lane = int(threadIdx.x) % width;
-
-  Columns<S> columns;
-  const unsigned begin = (blockIdx.x - a.first_block[low]) * unsigned(width * N);
-  const size_t places = reinterpret_cast<size_t>(w) | reinterpret_cast<size_t>(s) | reinterpret_cast<size_t>(block) |
-                        size_t(stride) * sizeof(S);
-  const bool aligned = places % 16 == 0;
-  columns.count = a.count[low];
-  columns.apart = aligned ? 1 : width;
-  columns.first = begin + unsigned(aligned ? lane * N : lane);
-  columns.whole = aligned && columns.first + N <= columns.count;
-
-  // The first rows come while log s' is settled.
+  const Columns<S> columns((blockIdx.x - a.first_block[tensor]) * unsigned(width * N), lane, width, a.count[tensor],
+                           reinterpret_cast<size_t>(w) | reinterpret_cast<size_t>(s) | reinterpret_cast<size_t>(block) |
+                               size_t(stride) * sizeof(S));
   typename Columns<S>::Ahead ahead;
   columns.load_rows(ahead, block, stride, team, teams, batch < kPiece ? int(batch) : kPiece);
 
-  SHARED(Outcome[1], outcome);
   const Robust& robust = a.robust;
   const double lam = lam_of(robust);
-  const bool weighed = robust.outcome != nullptr;  // by launches of their own
-  if (!weighed) {
-    const BatchSums sums = vector_sums<T>(robust, lam, 0, batch);
-    if (threadIdx.x == 0) {
-      outcome[0] = outcome_of(robust, lam, sums);
-      if (blockIdx.x == 0) write(robust.new_log_s, outcome[0].new_log_s);
-    }
-  } else if (threadIdx.x == 0) {
-    outcome[0] = *robust.outcome;
-  }
-  __syncthreads();
-  if (outcome[0].bad > 0) return;  // all threads alike
-  const auto numbers =
-      RobustNumbers<Lane<T>>::template of<T>(Weighing::of(lam, robust.mix, robust.max_weight, outcome[0]));
+  const WeightUpdate& update = settle_in_every_block<T>(robust, lam, batch);
+  if (update.nonfinite > 0) return;  // all threads alike
+  const auto numbers = RobustNumbers<Lane<T>>::template of<T>(Weighing::of(lam, robust.mix, robust.max_weight, update));
 
   SHARED(T[kPiece], factors);
   T mean[N] = {};
 #pragma unroll 1
   for (int64_t piece = 0; piece < batch; piece += kPiece) {
     const int rows = batch - piece < kPiece ? int(batch - piece) : kPiece;
-    __syncthreads();  // the factors before these have served
-    if (weighed)
-      for (int r = threadIdx.x; r < rows; r += kThreads) factors[r] = static_cast<const T*>(robust.factor)[piece + r];
-    else
-      for_losses<T>(robust, piece, piece + rows, [&](int64_t i, const Given<T>& in) {
-        factors[i - piece] = Weighed<T>(numbers, in.sample(robust, T(lam), T(INFINITY)), in.t).factor;
-      });
+    __syncthreads();  // The factors before these have served.
+    make_factors<T>(robust, lam, numbers, piece, rows, factors);
     __syncthreads();
     if (piece > 0) columns.load_rows(ahead, block + piece * stride, stride, team, teams, rows);
     columns.add_rows(mean, ahead, block + piece * stride, stride, factors, team, teams, rows);
   }
-
-  if (teams > 1) {
-    SHARED(T[kThreads * N], partial);
-#pragma unroll
-    for (int j = 0; j < N; ++j) partial[j * kThreads + threadIdx.x] = mean[j];
-    __syncthreads();
-    if (team > 0) return;  // after the last barrier
-    for (int other = 1; other < teams; ++other)
-#pragma unroll
-      for (int j = 0; j < N; ++j) mean[j] += partial[j * kThreads + other * width + lane];
-  }
-  const double lr = a.group.lr_tensor.data != nullptr ? read(a.group.lr_tensor) : a.group.lr;
-  for_sgd<Lane<T>, T>(a.group, lr, {1, 1}, [&](const auto& rule) {
-    constexpr bool kKeeps = std::decay_t<decltype(rule)>::kSlots != 0;
-    S param[N];
-    T state[N];
-    columns.load(param, w);
-    if (kKeeps) columns.load(state, s);
-    columns.each([&](int j, unsigned) {
-      T x = to_real(param[j]);
-      rule(x, state + j, mean[j]);
-      param[j] = to_storage<S>(x);
-    });
-    columns.store(w, param);
-    if (kKeeps) columns.store(s, state);
-  });
+  if (teams > 1 && !add_teams(mean, teams, width, team, lane)) return;
+  step_columns(a.group, columns, w, s, mean);
 }
 
-// Fills launches with tensors of one dtype and starts each when it is full.
+// Launches for the tensors of one dtype.
 template <class S, class T, int kTensors>
-void run(const WeightedTable& table, const Robust& robust, Dtype dtype, cudaStream_t stream) {
-  WeightedLaunch<kTensors> now;
-  now.group = *table.groups;
-  now.robust = robust;
-  now.batch = table.batch;
-  now.tensors = 0;
+void launch_weighted_steps(const WeightedTable& given, const Robust& robust, Dtype dtype, cudaStream_t stream) {
+  using Table = WeightedLaunch<kTensors>;
+  auto filler = filler_of<Table>([&](const Table& table, unsigned blocks) {
+    LAUNCH((weighted_step_kernel<S, T, kTensors>), blocks, kThreads, 0, stream, table);
+  });
+  Table& table = filler.table;
+  table.group = *given.groups;
+  table.robust = robust;
+  table.batch = given.batch;
   constexpr int N = Pack<S>::N;
   int64_t wide = 0;  // blocks without teams
-  for (int64_t j = 0; j < table.tensor_count; ++j)
-    if (table.tensors[j].dtype == dtype) wide += (table.tensors[j].count + kThreads * N - 1) / (kThreads * N);
-  now.teams = wide < kEnoughBlocks ? kTeams : 1;
-  const int64_t elements = kThreads / now.teams * N;  // columns of a block
-  unsigned blocks = 0;
-  auto start = [&] {
-    if (blocks > 0) LAUNCH((weighted_step_kernel<S, T, kTensors>), blocks, kThreads, 0, stream, now);
-    now.tensors = 0;
-    blocks = 0;
-  };
-  for (int64_t j = 0; j < table.tensor_count; ++j) {
-    const StepTensor& t = table.tensors[j];
+  for (int64_t tensor = 0; tensor < given.tensor_count; ++tensor)
+    if (given.tensors[tensor].dtype == dtype) wide += (given.tensors[tensor].count + kThreads * N - 1) / (kThreads * N);
+  table.teams = wide < kEnoughBlocks ? kTeams : 1;
+  const int64_t columns_of_block = kThreads / table.teams * N;
+  for (int64_t tensor = 0; tensor < given.tensor_count; ++tensor) {
+    const StepTensor& t = given.tensors[tensor];
     if (t.dtype != dtype) continue;
-    for (int64_t done = 0; done < t.count; done += kMost) {
-      const int64_t count = t.count - done < kMost ? t.count - done : kMost;
-      const unsigned needed = unsigned((count + elements - 1) / elements);
-      if (now.tensors == kTensors || needed > 0x7fffffffu - blocks) start();
-      const int k = now.tensors++;
-      now.param[k] = static_cast<S*>(t.param) + done;
-      now.block[k] = static_cast<S*>(t.grad) + done;
-      now.state[k] = t.state[0] == nullptr ? nullptr : static_cast<T*>(t.state[0]) + done;
-      now.row_stride[k] = table.row_stride[j];
-      now.count[k] = unsigned(count);
-      now.first_block[k] = blocks;
-      blocks += needed;
-    }
+    filler.template add<S>(
+        t, columns_of_block, [] { return true; },
+        [&](int j, int64_t first) {
+          table.state[j] = t.state[0] == nullptr ? nullptr : static_cast<T*>(t.state[0]) + first;
+          table.row_stride[j] = given.row_stride[tensor];
+        });
   }
-  start();
+  filler.start();
 }
 
 }  // namespace
@@ -264,14 +268,15 @@ const char* weighted_step(const WeightedTable& table, const Robust& given, void*
     const char* const failed = robust_fwd(robust, stream);
     if (failed != nullptr || table.elements == 0) return failed;
   } else {
-    robust.outcome = nullptr;
+    robust.weight_update = nullptr;
   }
   const bool few = table.tensor_count <= kFew;
   for (const Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16})
-    for_storage(dtype, [&](auto stored, auto real) {
-      using S = typename decltype(stored)::type;
-      using T = typename decltype(real)::type;
-      few ? run<S, T, kFew>(table, robust, dtype, s) : run<S, T, kMany>(table, robust, dtype, s);
+    for_types(dtype, [&](auto types) {
+      using S = typename decltype(types)::S;
+      using T = typename decltype(types)::T;
+      few ? launch_weighted_steps<S, T, kFew>(table, robust, dtype, s)
+          : launch_weighted_steps<S, T, kMany>(table, robust, dtype, s);
     });
   return failure();
 }

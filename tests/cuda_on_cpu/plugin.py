@@ -17,15 +17,23 @@ simt = Simt(Path(_backend.__file__).with_name("_ops_cpu.so"))
 simt.strict()  # shuffles order no memory
 
 # what is saved for backward is decided as on a GPU
-_saves = ops.Operators.saves
-ops.OPERATORS["cuda"].gradient_limit = int(os.environ["SIMT_LIMIT"])
-ops.Operators.saves = lambda self, logits: _saves(ops.OPERATORS["cuda"], logits)
-ops.Operators.saves_losses = ops.WITH_STATS
-for _operators in (ops.OPERATORS["cpu"], ops.OPERATORS["cpu"].compiled):
+_cuda = ops.OPERATORS["cuda"]
+_cuda.gradient_limit = int(os.environ["SIMT_LIMIT"])
+for _operators, _of_cuda in ((ops.OPERATORS["cpu"], _cuda), (ops.OPERATORS["cpu"].compiled, _cuda.compiled)):
     _operators.has_rules, _operators.weighs_late = False, True
+    _operators.backward_mode, _operators.losses_backward_mode = _cuda.backward_mode, ops.WITH_STATS
+    for _name in ("settled_logit_loss", "logit_loss_backward"):
+        setattr(_operators, _name, getattr(_of_cuda, _name))
 
 # A kernel cannot raise, so a label out of range is ignored and found by a later call: suite.py has the test of that.
-LATER = ("test_loss_errors", "test_bad_label", "test_bad_calls_leave_the_state", "test_bad_input", "test_a_bad_label", "test_no_classes")
+LATER = (
+    "test_loss_errors",
+    "test_bad_label",
+    "test_bad_calls_leave_the_state",
+    "test_bad_input",
+    "test_a_bad_label",
+    "test_no_classes",
+)
 OF_THE_CPU = (
     "test_choosing_an_instruction_set", "test_one_operator_forward_and_one_backward", "test_logits_are_not_stored",
     "test_benchmark", "test_two_processes",

@@ -13,6 +13,7 @@ from plugin import simt
 
 import absgd_fast as ab
 from absgd_fast import ops, reference
+from absgd_fast._codes import AMSGRAD, CENTERED, DECOUPLED, HEAVY_BALL, MAXIMIZE, NESTEROV, PAPER_FORM
 from absgd_fast.functional import logit_loss, robust_weights, weighted_momentum_step_
 
 INF = math.inf
@@ -97,20 +98,20 @@ def test_stages_of_every_length(count, bounded):
     if count > 200:
         losses[100], score[150], mask[100], mask[150] = math.nan, 40.0, True, True  # z = 80
     bound = torch.tensor([4.0, 1.0, 64.0, 0.0, 1.0, 0.0], dtype=torch.float64) if bounded else None
-    own = operators.robust_totals(losses, score, mask, log_s, lam, bound)
-    wanted = reference.totals(losses.double(), log_s, lam, score=score, mask=mask, top=64.0 if bounded else None)
+    own = operators.robust_partial_stats(losses, score, mask, log_s, lam, bound)
+    wanted = reference.partial_stats(losses.double(), log_s, lam, score=score, mask=mask, z_max=64.0 if bounded else None)
     torch.testing.assert_close(own, wanted, rtol=1e-6, atol=1e-6)
     assert own[2] == (0 if count < 200 else 1 + bounded)
     rows = torch.stack([own, torch.tensor([1.0, 7.0, 0.0]).double()])
     for update in (0, ops.UPDATE):
         before, counted = log_s.clone(), int(bad)
         settled = operators.robust_settle(rows, log_s, bad, lam, bound, 0.9, 0.8, 3.0, ops.INIT_FIRST | update)
-        exact, state = reference.settle(rows, before, lam, gamma=0.9, alpha=0.8, share=3.0, reference=bound)
+        exact, state = reference.settle(rows, before, lam, gamma=0.9, alpha=0.8, grad_multiplier=3.0, reference=bound)
         torch.testing.assert_close(settled, exact, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(log_s, state if update else before)
         assert bad == counted + (update > 0 and count > 200)
     given = (losses, score, t, mask, settled, log_s, lam, bounded, 0.5, 2.0, ops.WITH_GRAD)
-    for got, exact in zip(operators.robust_apply(*given), ops.IN_TORCH.robust_apply(*given)):
+    for got, exact in zip(operators.robust_apply(*given), ops.REFERENCE.robust_apply(*given)):
         torch.testing.assert_close(got, exact, rtol=2e-6, atol=1e-5 if got.dim() == 0 else 1e-6, equal_nan=True)
 
 
@@ -156,7 +157,7 @@ def test_gradients_made_on_the_chip(case, dtype):
     torch.testing.assert_close(seen[1].double(), weights, rtol=1e-5, atol=0)
     torch.testing.assert_close(loss.double(), (weights * t * exact.where(weights > 0, 0)).sum(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
-        totals, reference.totals(exact.detach(), log_s, lam, score=score, mask=weights > 0), rtol=1e-5, atol=1e-6
+        totals, reference.partial_stats(exact.detach(), log_s, lam, score=score, mask=weights > 0), rtol=1e-5, atol=1e-6
     )
     assert made.dtype == (torch.float32 if dtype == torch.float16 else dtype)
     torch.testing.assert_close(made.double().nan_to_num(9), wanted.nan_to_num(0), rtol=2 * near, atol=2 * near)
@@ -220,14 +221,13 @@ def test_a_label_out_of_range_is_ignored_and_reported_later():
 
 # ---- step -----------------------------------------------------------------------------------------------------------
 
-MAXIMIZE, NESTEROV, HEAVY_BALL, AMSGRAD, DECOUPLED, PAPER, CENTERED = (1 << j for j in range(7))  # csrc/math.h StepFlag
 REAL_NEAR = {torch.float32: dict(rtol=1e-6, atol=1e-6), torch.float64: dict(rtol=1e-14, atol=1e-14)}
 # a rounding to 8 or 11 bits besides
 NEAR = REAL_NEAR | {torch.bfloat16: dict(rtol=2**-8, atol=1e-6), torch.float16: dict(rtol=2**-10, atol=1e-6)}
 
 
 class Form:
-    """One form of a rule: the numbers step_ is given, the first values of the states it keeps, and reference.py's step."""
+    """One form of a rule: the numbers step_ is given, the first values of the states it keeps, and reference/'s step."""
 
     def __init__(self, rule, first, second=0.0, flags=0, eps=1e-3, weight_decay=0.01, lr=0.125):
         self.rule, self.first, self.second, self.flags, self.eps = rule, first, second, flags, eps
@@ -260,7 +260,7 @@ class Form:
             options |= dict(heavy_ball=bool(flags & HEAVY_BALL))
             reference.momentum_step_(params, grads, states[0] if states else absent, **options)
         elif self.rule == "adam":
-            options |= dict(betas=(self.first, self.second), eps=self.eps, paper_form=bool(flags & PAPER))
+            options |= dict(betas=(self.first, self.second), eps=self.eps, paper_form=bool(flags & PAPER_FORM))
             options |= dict(decoupled_weight_decay=bool(flags & DECOUPLED))
             reference.adam_step_(params, grads, *states, *[absent] * (3 - len(states)), steps, **options)
         elif self.rule == "rmsprop":
@@ -293,7 +293,7 @@ FORMS = {
     "amsgrad": Form("adam", 0.9, 0.99, AMSGRAD | MAXIMIZE),
     "adamw": Form("adam", 0.9, 0.999, DECOUPLED),
     "adamw, amsgrad": Form("adam", 0.8, 0.99, DECOUPLED | AMSGRAD | MAXIMIZE),
-    "paper's adam": Form("adam", 0.9, 0.999, DECOUPLED | PAPER),
+    "paper's adam": Form("adam", 0.9, 0.999, DECOUPLED | PAPER_FORM),
     "rmsprop": Form("rmsprop", 0.99),
     "rmsprop, momentum": Form("rmsprop", 0.99, 0.9, MAXIMIZE),
     "centered": Form("rmsprop", 0.99, 0.0, CENTERED),

@@ -1,0 +1,104 @@
+"""The samples of a linear head a chunk at a time: logits, losses, and the gradients of the losses in place of the logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from .. import _checks, ops
+from ..functional import LossSpec
+from ..losses import fused_spec
+from ..reference import real_dtype
+from ..robust.normalizer import Samples
+from ..robust.paths import checked
+
+CHUNKS = {"cpu": 25}  # unless told otherwise, and where a chunk has LEAST_SAMPLES
+CHUNKS_ELSEWHERE = 8
+LEAST_SAMPLES = 256
+
+
+def check_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"LinearABLoss: got hidden {tuple(hidden.shape)} and linear_weight {tuple(weight.shape)}, expected (n, d) and (C, d)"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}, one number per class")
+    for name, t in (("linear_weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != hidden.dtype:
+            raise TypeError(f"{name}: got {t.dtype}, but hidden is {hidden.dtype}; expected one dtype")
+        if t is not None and t.device != hidden.device:
+            raise ValueError(f"{name}: got a tensor on {t.device}, but hidden is on {hidden.device}")
+    if hidden.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        raise TypeError(
+            f"hidden: got {hidden.dtype}, expected float32, float64 or bfloat16, which hold sums without a loss scale"
+        )
+
+
+class Chunks:
+    """The inputs of one forward pass, and the walk over its samples."""
+
+    def __init__(
+        self, criterion: Callable, operators: ops.Operators, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
+        samples: Samples, size: int | None,
+    ):  # fmt: skip
+        self.operators, self.classes = operators, weight.shape[0]
+        self.hidden, self.weight, self.bias = hidden.contiguous(), weight, bias
+        self.spec = _spec(criterion, hidden.new_empty((0, self.classes)))
+        like = hidden[:, 0] if hidden.shape[1] else hidden.new_empty(len(hidden))
+        target = _checks.target(hidden.new_empty(()).expand(len(hidden), self.classes), target, soft=self.spec.soft).contiguous()
+        self.samples = checked(samples, like, real_dtype(hidden.dtype))
+        self.target = ops.masked_target(target, self.samples.mask, self.spec)
+        self.size = size or max(LEAST_SAMPLES, math.ceil(len(hidden) / CHUNKS.get(hidden.device.type, CHUNKS_ELSEWHERE)))
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        """(samples, their logits) of each chunk; the logits of the next take their place."""
+        n = len(self.hidden)
+        buffer = self.hidden.new_empty((min(self.size, n), self.classes))
+        for begin in range(0, n, self.size):
+            part = slice(begin, min(begin + self.size, n))
+            hidden, logits = self.hidden[part], buffer[: min(self.size, n - begin)]
+            if self.bias is None:
+                torch.mm(hidden, self.weight.t(), out=logits)
+            else:
+                torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
+            yield part, logits
+
+    def losses(self, then: Callable | None = None) -> tuple[Tensor, Tensor]:
+        """Losses and validity of all samples. then(part, gradients, losses, validity) is called for each chunk, whose gradients then
+        take the place of its logits."""
+        found = [(self.hidden.new_empty(0, dtype=real_dtype(self.hidden.dtype)), self.target.new_empty(0, dtype=torch.bool))]
+        for part, logits in self:
+            found.append(self._losses_of(logits, part, in_place=then is not None))
+            if then is not None:
+                then(part, logits, *found[-1])
+        losses, valid = map(torch.cat, zip(*found))
+        return losses, valid
+
+    def _losses_of(self, logits: Tensor, part: slice, in_place: bool) -> tuple[Tensor, Tensor]:
+        spec, operator = self.spec, self.operators.logit_loss_ if in_place else self.operators.logit_loss
+        try:
+            losses, *_, valid = operator(logits, self.target[part], *spec)
+        except RuntimeError as error:
+            raise ops.translated(error, part.start) from None
+        valid = valid > 0
+        if self.samples.mask is not None:
+            valid &= self.samples.mask[part]
+            if in_place and spec.soft and self.target.is_floating_point():
+                logits.masked_fill_(~valid.unsqueeze(1), 0.0)
+        return losses, valid
+
+
+def _spec(criterion: Callable, empty: Tensor) -> LossSpec:
+    """The loss in the terms of the operators, checked against logits without rows."""
+    spec = fused_spec(criterion, empty)
+    if spec is None:
+        raise TypeError(
+            f"criterion: got {type(criterion).__name__}, expected one of the fused losses with reduction='none':"
+            " others need the whole of the logits, ABLoss(criterion)(hidden @ weight.T, target)"
+        )
+    weight, adjust = spec.class_weight, spec.adjust
+    return spec._replace(class_weight=_checks.class_weight(weight, empty), adjust=_checks.adjust(adjust, empty))

@@ -1,0 +1,42 @@
+"""The operators: what the kernels of every backend are called by.
+
+    spec.py       which loss on logits an operator is asked for
+    modes.py      transforms of torch.func, graphs that are kept
+    labels.py     labels out of range
+    in_torch.py   operators in plain torch
+    schemas.py    one record per operator: schema, fake, who has it
+    backends.py   the operators of each backend, and which of them serves a call
+    autograd.py   how a value gets its gradient
+
+The kernels of the namespace `absgd_fast` are registered by the native libraries (CPU, CUDA), those of `absgd_fast_triton` by
+backends.py. Each file imports from those above it only.
+"""
+
+from .._codes import (
+    HARD,
+    INIT_FIRST,
+    KIND,
+    PRUNE,
+    RULES,
+    RULES_OF_LOSSES,
+    UPDATE,
+    WITH_GRAD,
+    WITH_STATS,
+    flags,
+)
+from ..reference import COUNT, LOG_S, LOG_SUM, NONFINITE, PARTIAL_STATS, SCALE, Z_MAX
+from .autograd import attach, attach_logit_gradient, attach_rows, robust_weights, weights_of
+from .backends import ANY, ONE_BLOCK, OPERATORS, REFERENCE, Kernels, Operators, lanes_of_a_row, serving
+from .in_torch import stack_sample_stats
+from .labels import bad_label, check_labels, kernels_can_report, report_of_kernels, reported_labels, translated
+from .modes import graph_is_kept, transformed
+from .schemas import RECORDS, Operator
+from .spec import LossSpec, masked_target
+
+__all__ = [
+    "ANY", "COUNT", "HARD", "INIT_FIRST", "KIND", "Kernels", "LOG_S", "LOG_SUM", "LossSpec", "NONFINITE", "ONE_BLOCK", "OPERATORS",
+    "Operator", "Operators", "PARTIAL_STATS", "PRUNE", "RECORDS", "REFERENCE", "RULES", "RULES_OF_LOSSES", "SCALE", "UPDATE",
+    "WITH_GRAD", "WITH_STATS", "Z_MAX", "attach", "attach_logit_gradient", "attach_rows", "bad_label", "check_labels", "flags",
+    "graph_is_kept", "kernels_can_report", "lanes_of_a_row", "masked_target", "report_of_kernels", "reported_labels",
+    "robust_weights", "serving", "stack_sample_stats", "transformed", "translated", "weights_of",
+]  # fmt: skip

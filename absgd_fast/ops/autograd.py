@@ -1,0 +1,174 @@
+"""How a value gets its gradient in autograd.
+
+There are two ways:
+
+made in forward     the exponentials are at hand there, and backward only multiplies by the upstream gradient, in place; so
+                    the graph keeps one buffer of the size of the logits and not the logits themselves.
+from statistics     four numbers per row (csrc/math/losses.h RowGradient), and backward walks over the logits once more. A GPU
+                    takes this way beyond small batches: to make the gradient in forward, before the weights are known,
+                    would read and write it twice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._codes import WITH_STATS
+from .backends import OPERATORS, Operators
+from .modes import graph_is_kept
+from .spec import LossSpec
+
+
+def _differentiable(recompute, x: Tensor, upstream: Tensor) -> Tensor:
+    """upstream * d value / d x as a function that can be differentiated again: by the formula of reference/."""
+    with torch.enable_grad():
+        value = recompute(x)
+    return torch.autograd.grad(value, x, upstream.to(value.dtype), create_graph=True)[0]
+
+
+class _KnownGradient(torch.autograd.Function):
+    """value, with d value / d x = grad (one number or one row per element of value); recompute(x): value in plain torch."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, given: tuple) -> Tensor:
+        value, grad, ctx.operators, ctx.recompute = given
+        ctx.save_for_backward(grad, x)
+        ctx.to_half = x.dtype == torch.float16
+        return value
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        grad, x = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable(ctx.recompute, x, upstream), None
+        if ctx.to_half or graph_is_kept():
+            return ctx.operators.scale(grad, upstream, ctx.to_half), None
+        ctx.operators.scale_(grad, upstream)
+        return grad, None
+
+
+class _GradientFromStats(torch.autograd.Function):
+    """The same from the statistics of the rows of x. loss: what logit_loss_backward has between x and them."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, given: tuple) -> Tensor:
+        value, (target, class_weight, adjust, ctx.smoothing), saved, ctx.operators, ctx.recompute = given
+        ctx.save_for_backward(x, target, class_weight, adjust, *saved)
+        return value
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        x, target, class_weight, adjust, stats, sample_stats, weighing = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable(ctx.recompute, x, upstream), None
+        backward = ctx.operators.logit_loss_backward
+        return backward(x, target, class_weight, adjust, ctx.smoothing, stats, upstream, sample_stats, weighing), None
+
+
+class _KnownGradientCompiled(torch.autograd.Function):
+    """The first for torch.compile, where autograd sees tensors only and results must be new."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, value: Tensor, grad: Tensor, backend: str) -> Tensor:
+        ctx.save_for_backward(grad)
+        ctx.to_half, ctx.backend = x.dtype == torch.float16, backend
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        (grad,) = ctx.saved_tensors
+        return OPERATORS[ctx.backend].compiled.scale(grad, upstream, ctx.to_half), None, None, None
+
+
+class _GradientFromStatsCompiled(torch.autograd.Function):
+    """The second for torch.compile."""
+
+    @staticmethod
+    def forward(
+        ctx, x, value, target, class_weight, adjust, smoothing: float, stats, sample_stats, weighing, backend: str
+    ) -> Tensor:
+        ctx.save_for_backward(x, target, class_weight, adjust, stats, sample_stats, weighing)
+        ctx.smoothing, ctx.backend = smoothing, backend
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        x, target, class_weight, adjust, *saved = ctx.saved_tensors
+        backward = OPERATORS[ctx.backend].compiled.logit_loss_backward
+        grad = backward(x, target, class_weight, adjust, ctx.smoothing, saved[0], upstream, *saved[1:])
+        return grad, *[None] * 9
+
+
+# Function.apply is a Python wrapper (1 us) that serves setup_context and functorch. Neither is used here, because inside transforms
+# the operators in plain torch serve.
+_known = super(torch.autograd.Function, _KnownGradient).apply
+_from_stats = super(torch.autograd.Function, _GradientFromStats).apply
+
+
+def attach(operators: Operators, x: Tensor, value: Tensor, grad: Tensor, recompute) -> Tensor:
+    """value as a function of x whose gradient is already known: backward gives upstream * grad; recompute(x): the value in
+    plain torch, asked only when backward itself is to be differentiated."""
+    if torch.compiler.is_compiling():
+        return _KnownGradientCompiled.apply(x, value, grad, operators.backend)
+    return _known(x, (value, grad, operators, recompute))
+
+
+def attach_rows(
+    operators: Operators, x: Tensor, value: Tensor, loss: tuple, stats: Tensor, recompute, sample_stats: Tensor | None = None,
+    weighing: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """value as a function of the logits x, whose gradient follows from x, (target, class weight, adjust, smoothing), the
+    statistics of its rows and, where these are weighed late, what robust_logit_loss left for that."""
+    saved = (stats, None, None) if weighing is None else (stats, sample_stats, weighing)
+    if torch.compiler.is_compiling():
+        return _GradientFromStatsCompiled.apply(x, value, *loss, *saved, operators.backend)
+    return _from_stats(x, (value, loss, saved, operators, recompute))
+
+
+def attach_logit_gradient(
+    operators: Operators, mode: int, logits: Tensor, value: Tensor, spec: LossSpec, target: Tensor, class_weight: Tensor | None,
+    adjust: Tensor | None, saved: Tensor, recompute, sample_stats: Tensor | None = None, weighing: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """value as a function of the logits, by what an operator saved in a backward mode that is not 0.
+
+    class_weight, adjust: as the operator was given them. sample_stats, weighing: of robust_logit_loss.
+    """
+    if mode == WITH_STATS:
+        loss = target, class_weight, adjust, spec.smoothing
+        return attach_rows(operators, logits, value, loss, saved, recompute, sample_stats, weighing)
+    return attach(operators, logits, value, saved, recompute)
+
+
+def weights_of(sample_stats: Tensor, weighing: Tensor | None) -> Tensor:
+    """W of the samples that robust_logit_loss left (csrc/math/weights.h RobustNumbers)."""
+    if weighing is None:
+        return sample_stats[1]
+    log_s, _, _, max_weight = weighing.unbind()
+    return torch.minimum((sample_stats[1].double() - log_s).exp(), max_weight).to(sample_stats.dtype)
+
+
+class _RobustWeights(torch.autograd.Function):
+    """(W, log s') differentiable in the losses (MATH: vjp in csrc/math/weights.h robust_weight_vjp)."""
+
+    @staticmethod
+    def forward(ctx, losses, log_s, lam, mask, gamma, alpha, flags, backend):
+        ctx.operators = OPERATORS[backend].compiled
+        weights, new_log_s, dlog_s = ctx.operators.robust_weights(losses, log_s, lam, mask, gamma, alpha, flags)
+        ctx.save_for_backward(weights, lam, dlog_s)
+        return weights, new_log_s
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_weights, grad_log_s):
+        grad = ctx.operators.robust_weights_backward(
+            ctx.saved_tensors[0], grad_weights.contiguous(), grad_log_s, *ctx.saved_tensors[1:]
+        )
+        return grad, None, None, None, None, None, None, None
+
+
+def robust_weights(operators: Operators, *args) -> tuple[Tensor, Tensor]:
+    """(W, log s') of the operator robust_weights, differentiable in the losses. args: its arguments."""
+    if not operators.native:
+        return operators.robust_weights(*args)[:2]
+    return _RobustWeights.apply(*args, operators.backend)

@@ -1,0 +1,98 @@
+"""Labels out of range: an IndexError at once on the CPU, by a later call on a GPU."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_BAD_LABEL = re.compile(r"absgd_fast label out of range: label=(-?\d+) row=(\d+) classes=(\d+)( in an earlier call)?;")
+
+
+def translated(error: RuntimeError, first_row: int = 0) -> Exception:
+    """The stable ABI passes every C++ error on as RuntimeError; give a bad label its own type and words. first_row: where the
+    rows of this call begin."""
+    found = _BAD_LABEL.search(str(error))
+    if found is None:
+        return error
+    label, row, classes = map(int, found.groups()[:3])
+    earlier = found.group(4) is not None
+    return bad_label(label, row if earlier else row + first_row, classes, earlier)
+
+
+def bad_label(label: int, row: int, classes: int, earlier: bool = False) -> IndexError:
+    return IndexError(
+        f"target: label {label} in row {row} (counted over the flattened target){' of an earlier batch' if earlier else ''},"
+        f" expected 0 <= label < {classes}; pass ignore_index for rows that shall not count"
+    )
+
+
+def check_labels(target: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """For the backends that cannot raise from within a kernel: labels fit for indexing.
+
+    On the CPU the first label out of range is an IndexError. On a GPU its row is ignored, and a later call raises (the
+    host does not wait, and an index out of range would end the CUDA context).
+    """
+    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if target.device.type == "cpu":
+        if bad.any():
+            row = int(bad.flatten().nonzero()[0])
+            raise bad_label(int(target.flatten()[row]), row, classes)
+        return target
+    if target.numel() and not torch.compiler.is_compiling():
+        report, seen = reported_labels(check=True), _seen_labels(target.device)
+        row = bad.flatten().to(torch.uint8).argmax()
+        found = torch.stack(
+            [target.flatten().gather(0, row.reshape(1))[0].long(), row, torch.full_like(row, classes), torch.ones_like(row)]
+        )
+        seen.copy_(torch.where(bad.any() & (seen[3] == 0), found, seen))
+        report.copy_(seen, non_blocking=True)
+    return target.masked_fill(bad, ignore_index)
+
+
+@cache
+def _report() -> Tensor:
+    return torch.zeros(4, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+
+
+_seen: dict[torch.device, Tensor] = {}
+
+
+def _seen_labels(device: torch.device) -> Tensor:
+    if device not in _seen:
+        _seen[device] = torch.zeros(4, dtype=torch.int64, device=device)
+    return _seen[device]
+
+
+def reported_labels(check: bool) -> Tensor:
+    """(label, row, classes, 1) of a label out of range, or zeros; in memory that the host and the GPU share.
+
+    check: IndexError if an earlier call left one.
+    """
+    report = _report()
+    if check:
+        label, row, classes, found = report.numpy()
+        if found == 1:
+            report.zero_()
+            for seen in _seen.values():
+                seen.zero_()
+            raise bad_label(int(label), int(row), int(classes), earlier=True)
+    return report
+
+
+@cache
+def kernels_can_report() -> bool:
+    """Whether a GPU's kernels can write into the memory of `reported_labels`."""
+    return torch.cuda.is_available() or not torch.xpu.is_available()
+
+
+def report_of_kernels() -> Tensor | None:
+    """`reported_labels(check=True)` for a kernel to write into.
+
+    None on Intel's GPUs, for which that memory is not pinned: there the kernels ignore a label out of range without a word. What
+    `check_labels` finds is copied, and so is heard everywhere.
+    """
+    report = reported_labels(check=True)
+    return report if kernels_can_report() else None

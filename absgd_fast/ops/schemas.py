@@ -1,0 +1,309 @@
+"""Every operator of the package, each as one record: its schema, its fake, and who has it.
+
+Which operators there are, which of them a library of C++ has, which module of kernels/ has their Triton twin and which run in
+plain torch is written nowhere else in Python; tests/test_ops.py compares the records with the lists in csrc/.
+
+Words that stand in many schemas:
+    flags               bits of _codes.py
+    hyper_a, hyper_b    the numbers of a loss or of an optimizer's rule, whatever these are called there
+    adjust              (3, C), the class vectors S, D, M
+    valid               real: 1 where a row counts; 0 where it is ignored, pruned, or (on a GPU) has a label out of range
+    saved               what backward needs: the gradient, the statistics of the rows, or nothing, as flags say
+    sample_stats        (3, ...): losses, weights, validity of each sample
+    partials, settled   of reference.partial_stats, of reference.settle
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import _backend
+from .._codes import WITH_GRAD, WITH_STATS
+from ..reference import real_dtype
+from . import in_torch
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator.
+
+    schema: its arguments and results. fake: their shapes and dtypes, for torch.compile.
+    native: the libraries of C++ that have it, "cpu" and "cuda".
+    triton: the module of kernels/ that has a function of this name. triton_flags: the arguments that this function takes in place
+        of `flags`, if any (backends.py decodes them). cuda_arguments: how many of the last arguments only the CUDA kernels read; the
+        Triton function does not take them.
+    in_torch: it in plain torch, for `REFERENCE`, and for Triton where `triton` is None.
+    """
+
+    name: str
+    schema: str
+    fake: Callable
+    native: tuple[str, ...] = ("cpu", "cuda")
+    triton: str | None = None
+    triton_flags: tuple[str, ...] = ()
+    cuda_arguments: int = 0
+    in_torch: Callable | None = None
+
+
+RECORDS: dict[str, Operator] = {}
+
+
+def _operator(schema: str, **who_has_it):
+    """Record the operator whose fake is decorated."""
+
+    def record(fake: Callable) -> Callable:
+        name = schema.split("(")[0]
+        RECORDS[name] = Operator(name, schema, fake, **who_has_it)
+        return fake
+
+    return record
+
+
+_STATE = "Tensor(a!) log_s, Tensor(b!) nonfinite, Tensor lam, float gamma, float alpha, float mix, float max_weight, int flags"
+_SAMPLES = "Tensor? score, Tensor? sample_weight, Tensor? mask"
+_LOSS = "Tensor logits, Tensor target, Tensor? class_weight, Tensor? adjust, float hyper_a, float hyper_b, int ignore_index"
+
+# What a Triton function takes in place of `flags`
+_NORMALIZER = ("normalizer", "init_first")
+_LOGIT_LOSS = ("kind", "prune", "report")
+
+
+def _samples(logits: Tensor) -> tuple:
+    return (logits.shape[0], *logits.shape[2:])
+
+
+def _saved(like: Tensor, samples: tuple, flags: int) -> Tensor:
+    """What backward needs. A gradient made in the forward pass is not stored in float16: what a loss scale (GradScaler) is
+    there to lift into range would already be 0 when backward brings that scale."""
+    if flags & WITH_STATS:
+        return like.new_empty((4, *samples), dtype=real_dtype(like.dtype))
+    dtype = torch.float32 if like.dtype == torch.float16 else like.dtype
+    return like.new_empty(like.shape if flags & WITH_GRAD else (0,), dtype=dtype)
+
+
+# ---- losses on logits, alone and with the robust weights -----------------------------------------------------------------
+
+
+@_operator(
+    f"logit_loss({_LOSS}, int flags) -> (Tensor losses, Tensor saved, Tensor valid)",
+    triton="losses", triton_flags=(*_LOGIT_LOSS, "with_stats"), in_torch=in_torch.logit_loss,
+)  # fmt: skip
+def _(logits, target, class_weight, adjust, hyper_a, hyper_b, ignore_index, flags):
+    samples, real = _samples(logits), real_dtype(logits.dtype)
+    return logits.new_empty(samples, dtype=real), _saved(logits, samples, flags), logits.new_empty(samples, dtype=real)
+
+
+# The same, and over the logits ((B, C) contiguous, not float16) the gradient of each row's own loss.
+@_operator(
+    f"logit_loss_({_LOSS.replace('Tensor logits', 'Tensor(c!) logits')}, int flags) -> (Tensor losses, Tensor valid)",
+    triton="losses", triton_flags=_LOGIT_LOSS,
+)  # fmt: skip
+def _(logits, target, class_weight, adjust, hyper_a, hyper_b, ignore_index, flags):
+    samples, real = _samples(logits), real_dtype(logits.dtype)
+    return logits.new_empty(samples, dtype=real), logits.new_empty(samples, dtype=real)
+
+
+# weighing (4) float64, csrc/math/weights.h Weighing: where it is given, sample_stats[1] has z instead of the weights (-inf: ignored,
+# NaN: non-finite), from which backward and `weights_of` make them; so no launch has to wait for the last loss.
+@_operator(
+    f"robust_logit_loss({_LOSS}, {_SAMPLES}, {_STATE}, Tensor(c!)? weighing)"
+    " -> (Tensor loss, Tensor sample_stats, Tensor saved)",
+    triton="losses", triton_flags=(*_NORMALIZER, *_LOGIT_LOSS, "with_stats", "update"), cuda_arguments=1,
+    in_torch=in_torch.robust_logit_loss,
+)  # fmt: skip
+def _(logits, target, class_weight, adjust, hyper_a, hyper_b, ignore_index, score, sample_weight, mask, log_s, nonfinite, lam,
+      gamma, alpha, mix, max_weight, flags, weighing):  # fmt: skip
+    samples, real = _samples(logits), real_dtype(logits.dtype)
+    return logits.new_empty((), dtype=real), logits.new_empty((3, *samples), dtype=real), _saved(logits, samples, flags)
+
+
+# stats (4, B, ...): four numbers of each row of logits (csrc/math/losses.h RowGradient). smoothing: of soft targets. sample_stats,
+# weighing: of robust_logit_loss, or None.
+@_operator(
+    "logit_loss_backward(Tensor logits, Tensor target, Tensor? class_weight, Tensor? adjust, float smoothing, Tensor stats,"
+    " Tensor upstream, Tensor? sample_stats, Tensor? weighing) -> Tensor",
+    native=("cuda",), triton="losses", cuda_arguments=2,
+)  # fmt: skip
+def _(logits, target, class_weight, adjust, smoothing, stats, upstream, sample_stats, weighing):
+    return logits.new_empty(logits.shape)
+
+
+# The robust loss of rows whose normaliser is known, by which z is bounded: exp(z - log s') is a row's weight as soon as its loss
+# is there, so its gradient is written while the row is on the chip. Elsewhere logit_loss, robust_partial_stats and robust_apply do it.
+@_operator(
+    f"settled_logit_loss({_LOSS}, {_SAMPLES}, Tensor settled, Tensor log_s, Tensor lam, int flags)"
+    " -> (Tensor loss, Tensor sample_stats, Tensor saved, Tensor partial_stats)",
+    native=("cuda",),
+)  # fmt: skip
+def _(logits, target, class_weight, adjust, hyper_a, hyper_b, ignore_index, score, sample_weight, mask, settled, log_s, lam,
+      flags):  # fmt: skip
+    samples, real = _samples(logits), real_dtype(logits.dtype)
+    return (logits.new_empty((), dtype=real), logits.new_empty((3, *samples), dtype=real), _saved(logits, samples, WITH_GRAD),
+            settled.new_empty(3))  # fmt: skip
+
+
+# ---- robust weights of losses that are there already ---------------------------------------------------------------------
+
+
+@_operator(
+    f"robust_loss(Tensor losses, {_SAMPLES}, {_STATE}) -> (Tensor loss, Tensor sample_stats, Tensor grad)",
+    triton="weights", triton_flags=(*_NORMALIZER, "update", "with_grad"), in_torch=in_torch.robust_loss,
+)  # fmt: skip
+def _(losses, score, sample_weight, mask, log_s, nonfinite, lam, gamma, alpha, mix, max_weight, flags):
+    return losses.new_empty(()), losses.new_empty((3, *losses.shape)), _saved(losses, losses.shape, flags)
+
+
+# The three stages of robust_loss, for rows of several processes, micro-batches or chunks (reference/weights.py). settled bounds z
+# in robust_partial_stats, and in robust_apply where `bounded`.
+@_operator(
+    "robust_partial_stats(Tensor losses, Tensor? score, Tensor? mask, Tensor log_s, Tensor lam, Tensor? settled) -> Tensor",
+    in_torch=in_torch.robust_partial_stats,
+)
+def _(losses, score, mask, log_s, lam, settled):
+    return losses.new_empty((3,), dtype=torch.float64)
+
+
+@_operator(
+    "robust_settle(Tensor partials, Tensor(a!) log_s, Tensor(b!) nonfinite, Tensor lam, Tensor? reference, float gamma,"
+    " float alpha, float grad_multiplier, int flags) -> Tensor",
+    in_torch=in_torch.robust_settle,
+)
+def _(partials, log_s, nonfinite, lam, reference, gamma, alpha, grad_multiplier, flags):
+    return partials.new_empty((6,))
+
+
+@_operator(
+    f"robust_apply(Tensor losses, {_SAMPLES}, Tensor settled, Tensor log_s, Tensor lam, bool bounded, float mix,"
+    " float max_weight, int flags) -> (Tensor loss, Tensor sample_stats, Tensor grad)",
+    in_torch=in_torch.robust_apply,
+)
+def _(losses, score, sample_weight, mask, settled, log_s, lam, bounded, mix, max_weight, flags):
+    return losses.new_empty(()), losses.new_empty((3, *losses.shape)), _saved(losses, losses.shape, flags)
+
+
+# dlog_s (2) float64: the derivative of log s' and of the next state by z, each over W (csrc/math/weights.h robust_weight_vjp)
+@_operator(
+    "robust_weights(Tensor losses, Tensor log_s, Tensor lam, Tensor? mask, float gamma, float alpha, int flags)"
+    " -> (Tensor weights, Tensor log_s_new, Tensor dlog_s)",
+    triton="weights", triton_flags=_NORMALIZER, in_torch=in_torch.robust_weights,
+)  # fmt: skip
+def _(losses, log_s, lam, mask, gamma, alpha, flags):
+    return losses.new_empty(losses.shape), log_s.new_empty(()), losses.new_empty((2,), dtype=torch.float64)
+
+
+@_operator(
+    "robust_weights_backward(Tensor weights, Tensor grad_weights, Tensor grad_log_s, Tensor lam, Tensor dlog_s) -> Tensor",
+    triton="weights",
+)
+def _(weights, grad_weights, grad_log_s, lam, dlog_s):
+    return weights.new_empty(weights.shape)
+
+
+# ---- other weights -------------------------------------------------------------------------------------------------------
+
+# Only the CPU has kernels of these two: elsewhere they are a few launches of torch's on one number per row (weights/).
+
+
+# W of a rule that solves for a level (RULES_OF_LOSSES); hyper_a, hyper_b: beta and reg, or rho.
+@_operator("rule_weights(Tensor losses, Tensor? mask, int rule, float hyper_a, float hyper_b) -> Tensor", native=("cpu",))
+def _(losses, mask, rule, hyper_a, hyper_b):
+    return losses.new_empty(losses.shape)
+
+
+# W of group DRO; log_q moves where `update`.
+@_operator(
+    "group_weights(Tensor losses, Tensor? mask, Tensor groups, Tensor(a!) log_q, float eta, bool update) -> Tensor",
+    native=("cpu",),
+)
+def _(losses, mask, groups, log_q, eta, update):
+    return losses.new_empty(losses.shape)
+
+
+# Weights of L2RW (csrc/math/weights.h RectifiedNumbers), which are constants: nothing is differentiated through them.
+@_operator("rectified(Tensor products) -> Tensor", triton="weights", in_torch=in_torch.rectified)
+def _(products):
+    return products.new_empty(products.shape)
+
+
+# ---- a gradient that is known, times the upstream one --------------------------------------------------------------------
+
+
+@_operator("scale(Tensor grad, Tensor upstream, bool to_half) -> Tensor", triton="weights")
+def _(grad, upstream, to_half):
+    return grad.new_empty(grad.shape, dtype=torch.float16 if to_half else grad.dtype)
+
+
+@_operator("scale_(Tensor(a!) grad, Tensor upstream) -> ()", triton="weights")
+def _(grad, upstream):
+    return None
+
+
+# ---- steps ---------------------------------------------------------------------------------------------------------------
+
+
+# One step of `rule` (an index of RULES) on all parameters. states: those the rule keeps, of all parameters, one kind after the
+# other; steps: how many steps each parameter took, where the rule counts them. lr_tensor, grad_scale, found_inf: one number each,
+# read where the parameters are (the last two on GPUs only); grads are written where grad_scale divides them. settled: of
+# robust_settle: its SCALE multiplies the gradients, and with non-finite rows nothing is written. flags: those of a step.
+@_operator(
+    "step_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] states, Tensor(d!)[] steps, Tensor? lr_tensor,"
+    " Tensor? grad_scale, Tensor? found_inf, Tensor? settled, float lr, float weight_decay, float hyper_a, float hyper_b,"
+    " float eps, int rule, int flags) -> ()",
+    triton="step",
+)
+def _(params, grads, states, steps, lr_tensor, grad_scale, found_inf, settled, lr, weight_decay, hyper_a, hyper_b, eps, rule,
+      flags):  # fmt: skip
+    return None
+
+
+# The same step over the table of a StepPlan: writes the tensors whose addresses are in it (eager only). `on`: any of them.
+@_operator("planned_step(Tensor(a!) table, Tensor on) -> ()")
+def _(table, on):
+    return None
+
+
+# Robust weights of the losses (B), their weighted mean of the rows of each gradient (B, *shape of the parameter), and one step of
+# sgd with it: nothing but the new log s, which is returned, where a row is non-finite. buffers: none without momentum.
+# lam_tensor, lr_tensor: used instead of lam and lr. form: flags of a step; flags: normalizer and INIT_FIRST.
+@_operator(
+    "weighted_step_(Tensor(a!)[] params, Tensor(b!)[] buffers, Tensor[] grads, Tensor losses, Tensor? sample_weight, Tensor? mask,"
+    " Tensor log_s, Tensor? lam_tensor, Tensor? lr_tensor, float lam, float gamma, float alpha, float mix, float max_weight,"
+    " float lr, float weight_decay, float momentum, float dampening, int form, int flags) -> Tensor log_s_new",
+    triton="weighted", triton_flags=_NORMALIZER, in_torch=in_torch.weighted_step_,
+)  # fmt: skip
+def _(params, buffers, grads, losses, sample_weight, mask, log_s, lam_tensor, lr_tensor, lam, gamma, alpha, mix, max_weight, lr,
+      weight_decay, momentum, dampening, form, flags):  # fmt: skip
+    if any(t.device != losses.device for t in (*params, *buffers, *grads)):  # one on "meta" brings them all here
+        raise RuntimeError(f"weighted_step_: expected all tensors on {losses.device} as the losses")
+    return log_s.new_empty(())
+
+
+# ---- registration --------------------------------------------------------------------------------------------------------
+
+# What the libraries say of themselves: no tensors, no fakes.
+TOOLS = ("isas() -> str", "use_isa(str name) -> bool", "native_signatures() -> str", "cuda_signatures() -> str",
+         "cuda_unbound() -> str", "cuda_versions() -> str")  # fmt: skip
+
+# The kernels of the first are registered by the native libraries, those of the second by backends.py.
+NATIVE, TRITON = (torch.library.Library(name, "DEF") for name in ("absgd_fast", "absgd_fast_triton"))
+
+
+def _register(lib: torch.library.Library, operator: Operator) -> None:
+    lib.define(operator.schema)
+    # autograd.py attaches gradients by hand, so the dispatch keys of autograd have nothing to do (0.5 us a call)
+    for key in ("Autograd", "ADInplaceOrView"):
+        lib.impl(operator.name, torch.library.fallthrough_kernel, key)
+    torch.library.register_fake(f"{lib.ns}::{operator.name}", operator.fake, lib=lib)
+
+
+for _record in RECORDS.values():
+    for _lib in (NATIVE, TRITON):
+        _register(_lib, _record)
+for _tool in TOOLS:
+    NATIVE.define(_tool)
+
+_backend.load()  # registers the kernels, if they are there

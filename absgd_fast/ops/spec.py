@@ -1,0 +1,56 @@
+"""Which loss on logits an operator is asked for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _codes, reference
+
+
+class LossSpec(NamedTuple):
+    """A loss on logits in the terms of the operators, which take these six beside the logits and the target."""
+
+    class_weight: Tensor | None  # (C)
+    adjust: Tensor | None  # (3, C): the class vectors S, D, M
+    hyper_a: float  # what these two are depends on the kind: _codes.HYPERPARAMETERS
+    hyper_b: float
+    ignore_index: int
+    bits: int  # the kind, PRUNE and HARD
+
+    @property
+    def soft(self) -> bool:
+        """Whether targets may be probabilities: cross-entropy without a margin, which stands at one label."""
+        return self.bits < _codes.HARD
+
+    @property
+    def smoothing(self) -> float:
+        """The label smoothing, which cross-entropy alone has."""
+        return self.hyper_a if self.bits < _codes.KIND else 0.0
+
+    def recompute(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The losses in plain torch, differentiable as often as one likes."""
+        kind = _codes.KINDS[self.bits // _codes.KIND]
+        options = dict(zip(_codes.HYPERPARAMETERS[kind], (self.hyper_a, self.hyper_b)))
+        if kind == "gce":
+            options |= {"k": self.hyper_b or None, "prune": bool(self.bits & _codes.PRUNE)}
+        if self.adjust is not None:
+            options |= dict(zip(("scale", "shift", "margin"), self.adjust))
+        return reference.logit_loss(
+            logits, target, kind=kind, weight=self.class_weight, ignore_index=self.ignore_index, **options
+        )
+
+    def valid(self, target: Tensor, losses: Tensor) -> Tensor:
+        """Which rows of `recompute` count, bool."""
+        valid = torch.ones_like(losses, dtype=torch.bool) if target.is_floating_point() else target != self.ignore_index
+        return valid & (losses != 0) if self.bits & _codes.PRUNE else valid  # what is not pruned is below 0
+
+
+def masked_target(target: Tensor, mask: Tensor | None, spec: LossSpec) -> Tensor:
+    """The target whose masked rows carry the label that is ignored: a row that does not count may hold any label at all.
+    Probabilities stay as they are."""
+    if mask is None or target.is_floating_point():
+        return target
+    return target.masked_fill(~mask, spec.ignore_index)

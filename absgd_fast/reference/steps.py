@@ -1,0 +1,276 @@
+"""Steps of the optimizers (Algorithm 1, step 6; Sec. 3.4), and the step from per-sample gradients."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .weights import NONFINITE, partial_stats, settle, state_of, weigh
+
+
+@contextmanager
+def _real_values(param: Tensor, *others: Tensor | None):
+    """The tensors as real numbers, without autograd: complex ones as pairs; a half-precision parameter in float32, and written
+    back at the end."""
+    with torch.no_grad():
+        views = [torch.view_as_real(t.resolve_conj()) if t is not None and t.is_complex() else t for t in (param, *others)]
+        half = param.dtype in (torch.bfloat16, torch.float16)
+        if half:
+            views[:2] = [t.float() for t in views[:2]]
+        yield views
+        if half:
+            param.copy_(views[0])
+
+
+def _slope(w: Tensor, grad: Tensor, weight_decay: float, maximize: bool) -> Tensor:
+    """The gradient as the rules see it: G = grad + weight_decay * w, with -grad where the objective is maximized."""
+    g = -grad if maximize else grad
+    return g.add(w, alpha=weight_decay) if weight_decay else g
+
+
+def momentum_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor | None],
+    *,
+    lr: float | Tensor,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    heavy_ball: bool = False,
+) -> list[Tensor | None]:
+    """Step 6 of Algorithm 1, in place: momentum SGD in torch's form, or the paper's own (Eq. 2) with `heavy_ball`.
+
+        G = grad + weight_decay * w                            (-grad with `maximize`)
+        torch's form:  b = momentum * b + (1 - dampening) * G   (b = G at first),   w -= lr * b   (nesterov: G + momentum * b)
+        Eq. 2:         d = momentum * d - lr * G                (d = w_t - w_{t-1}),   w += d
+
+    The two agree until lr changes: Eq. 2 keeps the past steps at the lr they were taken with.
+
+    Args:
+        params, grads: lists of tensors of equal shapes.
+        momentum_buffers: per parameter b (or d), or None before its first step.
+
+    Returns:
+        the momentum buffers (None where momentum = 0).
+
+    >>> w = torch.tensor([1.0])
+    >>> buffers = momentum_step_([w], [torch.tensor([2.0])], [None], lr=0.1, momentum=0.9)
+    >>> w
+    tensor([0.8000])
+    """
+    out: list[Tensor | None] = []
+    for w, grad, buffer in zip(params, grads, momentum_buffers):
+        with _real_values(w, grad, buffer) as (x, g, b):
+            g = _slope(x, g, weight_decay, maximize)
+            if heavy_ball:
+                b = torch.zeros_like(x) if b is None else b
+                b.mul_(momentum).sub_(lr * g)
+                x.add_(b)
+            else:
+                if momentum:
+                    if b is None:
+                        b = g.clone()
+                    else:
+                        b.mul_(momentum).add_(g, alpha=1 - dampening)
+                    g = g.add(b, alpha=momentum) if nesterov else b
+                x.sub_(lr * g)
+        if buffer is None and b is not None and momentum:
+            buffer = torch.view_as_complex(b) if w.is_complex() else b
+        out.append(buffer if momentum else None)
+    return out
+
+
+@torch.no_grad()
+def weighted_momentum_step_(
+    params: list[Tensor],
+    momentum_buffers: list[Tensor | None],
+    per_sample_grads: list[Tensor],
+    losses: Tensor,
+    log_s: float | Tensor,
+    lam: float | Tensor,
+    *,
+    lr: float | Tensor,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    heavy_ball: bool = False,
+    mix: float = 0.0,
+    max_weight: float = math.inf,
+    sample_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    **options,
+) -> Tensor:
+    """Steps 3-6 of Algorithm 1 from per-sample gradients, in place: the weights, their weighted mean of the gradients (the
+    gradient of `robust_loss`), and `momentum_step_` with it.
+
+        G = (1/n) sum_i t_i (W_i + mix) g_i
+
+    A row whose factor is 0 (masked, say) takes no part, whatever its gradient holds. Where a row has a NaN or infinite loss
+    nothing is written.
+
+    Args:
+        per_sample_grads: per parameter (B, *shape).
+        momentum_buffers: per parameter b (or d, with `heavy_ball`), zeros before the first step; None where momentum = 0.
+        losses: (B).
+        options: of `settle`.
+
+    Returns:
+        new log s (0-d).
+
+    >>> w, grads = torch.tensor([1.0]), torch.tensor([[2.0], [4.0]])
+    >>> log_s = weighted_momentum_step_([w], [None], [grads], torch.tensor([1.0, 3.0]), -math.inf, math.inf, lr=0.1)
+    >>> w  # the plain mean
+    tensor([0.7000])
+    """
+    losses, lam, log_s = state_of(losses, lam, log_s)
+    settled, new_log_s = settle(partial_stats(losses, log_s, lam, mask=mask)[None], log_s, lam, **options)
+    if settled[NONFINITE] > 0:
+        return new_log_s
+    factor, *_ = weigh(
+        losses, settled, log_s, lam, mix=mix, max_weight=max_weight, sample_weight=sample_weight, mask=mask
+    )  # fmt: skip
+    means = []
+    for g in per_sample_grads:
+        f = factor.view(-1, *[1] * (g.dim() - 1))
+        means.append(torch.where(f == 0, 0.0, f * g.to(f.dtype)).sum(0))
+    momentum_step_(
+        params, means, momentum_buffers, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+        nesterov=nesterov, maximize=maximize, heavy_ball=heavy_ball,
+    )  # fmt: skip
+    return new_log_s
+
+
+def adam_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor | None],
+    steps: list[Tensor],
+    *,
+    lr: float | Tensor = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    decoupled_weight_decay: bool = False,
+    paper_form: bool = False,
+) -> None:
+    """Adam, in place (Kingma & Ba 2015, Alg. 1), on G = grad + weight_decay * w, t = step + 1:
+
+        v = beta_1 v + (1 - beta_1) G,    u = beta_2 u + (1 - beta_2) G^2,    u_max = max(u_max, u)    (amsgrad)
+        w = w - lr (v / (1 - beta_1^t)) / (sqrt(u / (1 - beta_2^t)) + eps)
+
+    decoupled_weight_decay (AdamW): G = grad, and w = w - lr weight_decay w besides. paper_form (ABSGD paper, Eq. 9): the
+    same without the two corrections, eps = G_0.
+
+    Args:
+        exp_avgs, exp_avg_sqs: v and u of each parameter. max_exp_avg_sqs: u_max, or None: not amsgrad.
+        steps: one number each, how many steps the parameter took; one more afterwards.
+
+    >>> w, v, u = torch.ones(1), torch.zeros(1), torch.zeros(1)
+    >>> adam_step_([w], [torch.tensor([2.0])], [v], [u], [None], [torch.zeros(())], lr=0.1)
+    >>> w
+    tensor([0.9000])
+    """
+    for param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step in zip(
+        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps
+    ):
+        with _real_values(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq) as (w, g, v, u, u_max):
+            step += 1
+            decoupled = decoupled_weight_decay or paper_form
+            g = _slope(w, g, 0.0 if decoupled else weight_decay, maximize)
+            v.lerp_(g, 1 - betas[0])
+            u.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+            if u_max is not None:
+                u = u_max.copy_(torch.maximum(u_max, u))
+            t = step.double().to(w.device)
+            correction_v, correction_u = (1.0, 1.0) if paper_form else (1 - betas[0] ** t, 1 - betas[1] ** t)
+            change = (v / correction_v) / ((u / correction_u).sqrt() + eps)
+            if decoupled and weight_decay:
+                change = change + weight_decay * w
+            w.sub_(lr * change)
+
+
+def rmsprop_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    square_avgs: list[Tensor],
+    momentum_buffers: list[Tensor | None],
+    grad_avgs: list[Tensor | None],
+    steps: list[Tensor],
+    *,
+    lr: float | Tensor = 1e-2,
+    alpha: float = 0.99,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    maximize: bool = False,
+) -> None:
+    """RMSprop, in place (Tieleman & Hinton 2012; centered: Graves 2013, Eq. 38 to 45), on G = grad + weight_decay * w:
+
+        u = alpha u + (1 - alpha) G^2,    m = alpha m + (1 - alpha) G,    d = G / (sqrt(u - m^2) + eps)    (m: centered)
+        w = w - lr d;    with momentum  b = momentum b + d,  w = w - lr b
+
+    Args:
+        square_avgs: u of each parameter. momentum_buffers, grad_avgs: b and m, or None: no momentum, not centered.
+        steps: one number each, one more afterwards.
+
+    >>> w, u = torch.ones(1), torch.zeros(1)
+    >>> rmsprop_step_([w], [torch.tensor([2.0])], [u], [None], [None], [torch.zeros(())], lr=0.01)
+    >>> w
+    tensor([0.9000])
+    """
+    for param, grad, square_avg, buffer, grad_avg, step in zip(params, grads, square_avgs, momentum_buffers, grad_avgs, steps):
+        with _real_values(param, grad, square_avg, buffer, grad_avg) as (w, g, u, b, m):
+            step += 1
+            g = _slope(w, g, weight_decay, maximize)
+            u.mul_(alpha).addcmul_(g, g, value=1 - alpha)
+            if m is not None:
+                m.lerp_(g, 1 - alpha)
+                u = u - m * m
+            d = g / (u.sqrt() + eps)
+            if b is not None:
+                d = b.mul_(momentum).add_(d)
+            w.sub_(lr * d)
+
+
+def adagrad_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    sums: list[Tensor],
+    steps: list[Tensor],
+    *,
+    lr: float | Tensor = 1e-2,
+    lr_decay: float = 0.0,
+    eps: float = 1e-10,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> None:
+    """AdaGrad, in place (Duchi et al. 2011), on G = grad + weight_decay * w, t = step + 1:
+
+        u = u + G^2,    w = w - lr / (1 + (t - 1) lr_decay) G / (sqrt(u) + eps)
+
+    Args:
+        sums: u of each parameter. steps: one number each, one more afterwards.
+
+    >>> w, u = torch.ones(1), torch.zeros(1)
+    >>> adagrad_step_([w], [torch.tensor([2.0])], [u], [torch.zeros(())], lr=0.1)
+    >>> w
+    tensor([0.9000])
+    """
+    for param, grad, total, step in zip(params, grads, sums, steps):
+        with _real_values(param, grad, total) as (w, g, u):
+            step += 1
+            g = _slope(w, g, weight_decay, maximize)
+            u.addcmul_(g, g)
+            rate = lr / (1 + (step.double().to(w.device) - 1) * lr_decay)
+            w.sub_(rate * (g / (u.sqrt() + eps)))

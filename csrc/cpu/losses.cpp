@@ -1,0 +1,162 @@
+// The kernels of the losses on logits. Two walks over a tile of rows give the same numbers per row: with many adjacent
+// classes along_classes.h, else along_rows.h. Compiled once per instruction set, each time into its own namespace
+// (ABSGD_ISA_NAMESPACE).
+#include "along_classes.h"
+#include "along_rows.h"
+
+namespace absgd {
+namespace ABSGD_ISA_NAMESPACE {
+namespace {
+
+// The tile's numbers -> losses, statistics and coefficients in the per-row arrays.
+template <class L>
+void finish_tile(const LogitArgs& a, int64_t first, Tile<L>& t) {
+  using T = typename L::Scalar;
+  using V = typename L::V;
+  const T* v = static_cast<const T*>(a.class_weight);
+  const bool soft = a.soft != nullptr, all_weigh = a.all_classes_weigh();
+  const T smoothing_coef = ClassWeights<T>::of(a).smoothing_coef(soft);
+  for (int j = 0; j < kTileRows; j += L::N) {
+    T v_label[L::N];
+    uint8_t valid[L::N];
+    for (int i = 0; i < L::N; ++i) {
+      v_label[i] = v == nullptr || a.classes == 0 || soft ? T(1) : v[t.label[j + i]];
+      valid[i] = t.valid[j + i];
+    }
+    typename L::I counts = L::load_flags(valid);
+    const V max = L::load(t.max + j), w = L::load(v_label);
+    const V max_minus_target = soft ? L::set(0) : max - L::load(t.target_logit + j);
+    const Row<L> row{max_minus_target, L::load(t.sumexp_others + j), soft ? L::set(0) : L::exp(-max_minus_target)};
+    V loss, coefficient;
+    if (soft) {
+      loss = coefficient = L::set(0);
+    } else {
+      for_loss<L, T>(a.loss, [&](const auto& functor) {
+        loss = functor.loss(row, w);
+        coefficient = functor.coefficient(row, w);
+      });
+    }
+    // sum_k weight_k (-log p_k) = log_total sum weight - sum_k weight_k (a_k - max)
+    if (all_weigh)
+      loss += L::set(smoothing_coef) * (row.log_total() * L::load(t.weight_total + j) - L::load(t.weighted_logits + j));
+    if (a.loss.least < __builtin_inf()) {  // pruned rows do not count
+      counts = counts & ~(row.nll() >= L::set(T(a.loss.least)));
+      for (int i = 0; i < L::N; ++i) valid[i] = counts[i] != 0;
+    }
+    for (int i = 0; i < L::N; ++i) a.valid[first + j + i] = valid[i];
+    auto out = [&](void* array, V x) { L::store(static_cast<T*>(array) + first + j, x); };
+    out(a.losses, L::select(counts, loss, L::set(0)));
+    out(a.row_max, max);
+    out(a.row_sumexp_others, row.sumexp_others);
+    out(a.row_exp_target, row.exp_target);
+    out(a.row_weight_total, L::load(t.weight_total + j));
+    out(a.coefficient, L::select(counts, coefficient, L::set(0)));
+  }
+}
+
+template <class S, class T, int kForm>
+int64_t logit_stats_typed(const LogitArgs& a, int64_t begin, int64_t end) {
+  using L = Lanes<T>;
+  const bool all_weigh = a.all_classes_weigh(), along_classes = a.along_classes();
+  int64_t out_of_range = kAllLabelsInRange;
+  TileInput<L, S, kForm> in(a);
+  Tile<L> t;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    out_of_range = smaller(out_of_range, in.move_to(tile, t));
+    in.read_targets(t);
+    if (a.classes == 0) {
+      // nothing to read: every row is ignored, or its label is out of range
+    } else if (along_classes) {
+      stats_along_classes(in, t);
+    } else {
+      stats_along_rows(in, all_weigh, t);
+    }
+    finish_tile<L>(a, in.first, t);
+  }
+  return out_of_range;
+}
+
+// What the gradient needs of each row of a tile: grad_k = exp(a_k - max) scale - smoothing_coef weight_k off the label,
+// at_label - smoothing_coef v_y on it.
+template <class L, class S, int kForm>
+ABSGD_FN void gradient_numbers(const TileInput<L, S, kForm>& in, typename L::Scalar smoothing_coef,
+                               GradientTile<typename L::Scalar>& out) {
+  using T = typename L::Scalar;
+  const LogitArgs& a = in.a;
+  const T* const factor = static_cast<const T*>(a.factor);
+  for (int j = 0; j < kTileRows; j += L::N) {
+    auto read = [&](const void* array) { return L::load(static_cast<const T*>(array) + in.first + j); };
+    T u[L::N];
+    for (int i = 0; i < L::N; ++i)
+      u[i] = j + i >= in.count ? T(0) : factor == nullptr ? T(1) : factor[in.first + j + i];
+    const Row<L> row{L::set(0), read(a.row_sumexp_others), read(a.row_exp_target)};
+    const typename L::V upstream = L::load(u);
+    const auto g = RowGradient<L>::of(row, read(a.coefficient) * upstream, upstream * L::set(smoothing_coef),
+                                      read(a.row_weight_total));
+    L::store(out.max + j, read(a.row_max));
+    L::store(out.smoothing_coef + j, g.smoothing_coef);
+    L::store(out.scale + j, g.scale);
+    L::store(out.at_label + j, g.at_label);
+  }
+}
+
+// G: how the gradient is stored, S except for f16 (LogitArgs::grad)
+template <class S, class T, class G, int kForm>
+void logit_grads_typed(const LogitArgs& a, int64_t begin, int64_t end) {
+  using L = Lanes<T>;
+  const bool all_weigh = a.all_classes_weigh(), along_classes = a.along_classes();
+  TileInput<L, S, kForm> in(a);
+  const T smoothing_coef = all_weigh ? in.weights.smoothing_coef(a.soft != nullptr) : T(0);
+  Tile<L> t;
+  GradientTile<T> numbers;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    in.move_to(tile, t);
+    const auto grads = row_pointers(static_cast<G*>(a.grad), a, a.classes * a.inner, a.inner, 1, in.first);
+    gradient_numbers(in, smoothing_coef, numbers);
+    if (along_classes)
+      gradient_along_classes(in, t, numbers, grads);
+    else
+      gradient_along_rows(in, all_weigh, t, numbers, grads);
+  }
+}
+
+// f(a constant of LogitArgs::adjust_form)
+template <class F>
+ABSGD_FN auto for_form(int form, F f) {
+  switch (form) {
+    case 0:
+      return f(Constant<int, 0>{});
+    case kAdjusts:
+      return f(Constant<int, kAdjusts>{});
+    case kAdjusts | kScales:
+      return f(Constant < int, kAdjusts | kScales > {});
+    case kAdjusts | kShifts:
+      return f(Constant < int, kAdjusts | kShifts > {});
+    default:
+      return f(Constant < int, kAdjusts | kScales | kShifts > {});
+  }
+}
+
+}  // namespace
+
+int64_t logit_stats(const LogitArgs& a, int64_t begin, int64_t end) {
+  return for_storage(a.dtype, [&](auto s, auto t) {
+    return for_form(a.adjust_form, [&](auto form) {
+      return logit_stats_typed<typename decltype(s)::type, typename decltype(t)::type, decltype(form)::value>(a, begin,
+                                                                                                              end);
+    });
+  });
+}
+void logit_grads(const LogitArgs& a, int64_t begin, int64_t end) {
+  for_form(a.adjust_form, [&](auto form) {
+    constexpr int kForm = decltype(form)::value;
+    if (a.dtype == Dtype::f16) return logit_grads_typed<f16, float, float, kForm>(a, begin, end);
+    for_storage(a.dtype, [&](auto s, auto t) {
+      using S = typename decltype(s)::type;
+      logit_grads_typed<S, typename decltype(t)::type, S, kForm>(a, begin, end);
+    });
+  });
+}
+
+}  // namespace ABSGD_ISA_NAMESPACE
+}  // namespace absgd

@@ -1,0 +1,78 @@
+// Reading and writing N rows at once: lane j holds row j.
+#pragma once
+
+#include "kernels.h"
+#include "lanes.h"
+
+namespace absgd {
+namespace ABSGD_ISA_NAMESPACE {
+namespace {
+
+template <int... J>
+struct Indices {};
+template <int N, int... J>
+struct MakeIndices : MakeIndices<N - 1, N - 1, J...> {};
+template <int... J>
+struct MakeIndices<0, J...> {
+  using type = Indices<J...>;
+};
+
+template <class L>
+ABSGD_FN typename L::Scalar to_real(typename L::Scalar x) {
+  return x;
+}
+template <class L>
+ABSGD_FN float to_real(bf16 x) {
+  return bits_as<float>(uint32_t(x.bits) << 16);
+}
+template <class L>
+ABSGD_FN float to_real(f16 x) {
+  f16 many[L::N] = {x};
+  return L::load(many)[0];
+}
+
+// Where the rows of a tile begin, and how far their classes lie apart.
+template <class S>
+struct RowPointers {
+  S* row[kTileRows];
+  int64_t stride_class;
+  bool adjacent;  // row[j] == row[0] + j: one vector load instead of a gather
+
+  ABSGD_FN S* at(int j, int64_t c) const { return row[j] + c * stride_class; }
+};
+
+template <class S>
+RowPointers<S> row_pointers(S* base, const LogitArgs& a, int64_t stride_batch, int64_t stride_class,
+                            int64_t stride_inner, int64_t first) {
+  RowPointers<S> out;
+  out.stride_class = stride_class;
+  const int64_t last = a.rows() - 1;
+  out.adjacent = true;
+  for (int j = 0; j < kTileRows; ++j) {  // rows past the end repeat the last one
+    const int64_t i = smaller(first + j, last);
+    out.row[j] = base + (i / a.inner) * stride_batch + (i % a.inner) * stride_inner;
+    if (out.row[j] != out.row[0] + j) out.adjacent = false;
+  }
+  return out;
+}
+
+template <class L, class S, int... J>
+ABSGD_FN typename L::V gather(const RowPointers<const S>& rows, int first, int64_t c, Indices<J...>) {
+  return typename L::V{to_real<L>(*rows.at(first + J, c))...};
+}
+template <class L, class S>
+ABSGD_FN typename L::V load_rows(const RowPointers<const S>& rows, int first, int64_t c) {
+  if (rows.adjacent) return L::load(rows.at(first, c));
+  return gather<L>(rows, first, c, typename MakeIndices<L::N>::type{});
+}
+template <class L, class S>
+ABSGD_FN void store_rows(const RowPointers<S>& rows, int first, int64_t c, typename L::V x, int count) {
+  if (rows.adjacent && count >= L::N) return L::store(rows.at(first, c), x);
+  S out[L::N];
+  L::store(out, x);
+  for (int j = 0; j < smaller(count, L::N); ++j) *rows.at(first + j, c) = out[j];
+}
+
+}  // namespace
+}  // namespace ABSGD_ISA_NAMESPACE
+}  // namespace absgd

@@ -1,0 +1,131 @@
+// What the two walks over logits have in common: a tile of rows, its labels and its numbers.
+#pragma once
+
+#include "rows.h"
+
+namespace absgd {
+namespace ABSGD_ISA_NAMESPACE {
+namespace {
+
+template <class T, T v>
+struct Constant {
+  static constexpr T value = v;
+};
+
+// The numbers of each row, as the first walk finds them.
+template <class L>
+struct Tile {
+  using T = typename L::Scalar;
+  T max[kTileRows], target_logit[kTileRows], margin[kTileRows], sumexp_others[kTileRows];
+  T weighted_logits[kTileRows], weight_total[kTileRows];  // sum_k weight_k (a_k - max) and sum_k weight_k
+  typename L::Int label[kTileRows];                       // -1: soft targets
+  bool valid[kTileRows];
+};
+
+// The four numbers of each row that its gradient depends on (math/losses.h RowGradient).
+template <class T>
+struct GradientNumbers {
+  T max, scale, at_label, smoothing_coef;
+};
+template <class T>
+struct GradientTile {
+  T max[kTileRows], scale[kTileRows], at_label[kTileRows], smoothing_coef[kTileRows];
+
+  ABSGD_FN GradientNumbers<T> row(int j) const { return {max[j], scale[j], at_label[j], smoothing_coef[j]}; }
+};
+
+// The class vectors of an adjusted row (math/losses.h): a_k = S_k x_k + D_k, the label's less M_y.
+template <class T>
+struct Adjust {
+  const T *s, *d, *m;
+
+  static Adjust of(const LogitInput& a) {
+    const T* s = static_cast<const T*>(a.adjust);
+    return {s, s + a.classes, s + 2 * a.classes};
+  }
+};
+
+// What the classes beside the label weigh in the loss of a row (launch.h ClassWeights), as the loops are compiled for
+// it. `equal`: label smoothing without class weights.
+enum class OtherClasses { none, equal, weighted };
+
+// f(a constant of type OtherClasses)
+template <class F>
+ABSGD_FN void for_other_classes(const LogitArgs& a, F f) {
+  if (!a.all_classes_weigh()) return f(Constant<OtherClasses, OtherClasses::none>{});
+  if (a.soft == nullptr && a.class_weight == nullptr) return f(Constant<OtherClasses, OtherClasses::equal>{});
+  f(Constant<OtherClasses, OtherClasses::weighted>{});
+}
+
+// Rows [first, first + count) -> labels; returns the first row whose label is out of range.
+template <class L>
+int64_t read_labels(const LogitArgs& a, int64_t first, int count, Tile<L>& t) {
+  int64_t out_of_range = kAllLabelsInRange;
+  for (int j = 0; j < kTileRows; ++j) {
+    t.label[j] = 0;
+    t.valid[j] = false;
+    if (j >= count) continue;
+    const int64_t i = first + j;
+    if (a.soft != nullptr) {
+      t.label[j] = -1;
+      t.valid[j] = a.mask == nullptr || a.mask[i] != 0;
+      continue;
+    }
+    const int64_t y =
+        a.target_int64 ? static_cast<const int64_t*>(a.target)[i] : static_cast<const int32_t*>(a.target)[i];
+    if (y == a.ignore_index) continue;
+    if (y < 0 || y >= a.classes) {
+      out_of_range = smaller(out_of_range, i);
+      continue;
+    }
+    t.label[j] = typename L::Int(y);
+    t.valid[j] = a.mask == nullptr || a.mask[i] != 0;
+  }
+  return out_of_range;
+}
+
+// The logits and the class vectors of the tile at hand. S: how logits are stored; kForm: LogitArgs::adjust_form.
+template <class LaneType, class S, int kForm>
+struct TileInput {
+  using L = LaneType;
+  using T = typename L::Scalar;
+  static constexpr bool kAdjusted = kForm != 0;
+  const LogitArgs& a;
+  const ClassWeights<T> weights;
+  const Adjust<T> adjust;
+  int64_t tile = 0, first = 0;  // first: the tile's first row
+  int count = 0;                // rows of the tile
+  RowPointers<const S> rows;
+
+  explicit TileInput(const LogitArgs& args)
+      : a(args), weights(ClassWeights<T>::of(args)), adjust(Adjust<T>::of(args)) {}
+
+  // Returns the first row whose label is out of range.
+  ABSGD_FN int64_t move_to(int64_t index, Tile<L>& t) {
+    tile = index;
+    first = tile * kTileRows;
+    count = int(smaller(kTileRows, a.rows() - first));
+    const int64_t out_of_range = read_labels<L>(a, first, count, t);
+    rows = row_pointers(static_cast<const S*>(a.logits), a, a.stride_batch, a.stride_class, a.stride_inner, first);
+    return out_of_range;
+  }
+  // The label's logits and margins; the other numbers of the tile become 0.
+  ABSGD_FN void read_targets(Tile<L>& t) const {
+    for (int j = 0; j < kTileRows; ++j) {
+      const int64_t y = t.label[j];
+      const bool there = y >= 0 && a.classes > 0;
+      t.margin[j] = kAdjusted && there ? adjust.m[y] : T(0);
+      t.target_logit[j] = there ? to_real<L>(*rows.at(j, y)) : T(0);
+      if (kAdjusted && there) t.target_logit[j] = adjust.s[y] * t.target_logit[j] + adjust.d[y] - t.margin[j];
+      t.max[j] = t.sumexp_others[j] = t.weighted_logits[j] = t.weight_total[j] = 0;
+    }
+  }
+  // The largest logit of row j; of an adjusted row `max` was taken without the label.
+  ABSGD_FN T whole_max(T max, const Tile<L>& t, int j) const {
+    return kAdjusted && t.label[j] >= 0 && t.target_logit[j] > max ? t.target_logit[j] : max;
+  }
+};
+
+}  // namespace
+}  // namespace ABSGD_ISA_NAMESPACE
+}  // namespace absgd

@@ -1,0 +1,259 @@
+// The kernels of the weights of a vector of losses, robust and rectified, and of the scaling of gradients. Compiled
+// once per instruction set.
+#include "kernels.h"
+#include "lanes.h"
+
+namespace absgd {
+namespace ABSGD_ISA_NAMESPACE {
+namespace {
+
+// ---- robust weights ------------------------------------------------------------------------------------------------
+
+// N values from index i on; past `end` it repeats the fill.
+template <class L>
+ABSGD_FN typename L::V load_some(const typename L::Scalar* p, int64_t i, int64_t end, typename L::Scalar fill) {
+  if (i + L::N <= end) return L::load(p + i);
+  typename L::Scalar part[L::N];
+  for (int j = 0; j < L::N; ++j) part[j] = i + j < end ? p[i + j] : fill;
+  return L::load(part);
+}
+template <class L>
+ABSGD_FN void store_some(typename L::Scalar* p, int64_t i, int64_t end, typename L::V x) {
+  if (i + L::N <= end) return L::store(p + i, x);
+  typename L::Scalar part[L::N];
+  L::store(part, x);
+  for (int j = 0; i + j < end; ++j) p[i + j] = part[j];
+}
+template <class L>
+ABSGD_FN typename L::I load_valid(const uint8_t* valid, int64_t i, int64_t end) {
+  uint8_t part[L::N];
+  for (int j = 0; j < L::N; ++j) part[j] = i + j < end && (valid == nullptr || valid[i + j] != 0);
+  return L::load_flags(part);
+}
+
+// The losses [first, last) of one block.
+struct Block {
+  int64_t first, last;
+
+  ABSGD_FN Block(const RobustArgs& a, int64_t index)
+      : first(index * kBlock), last(smaller(index * kBlock + kBlock, a.count)) {}
+};
+
+// One register of losses: z, and which of them count.
+template <class L>
+struct Scores {
+  typename L::V loss, z;
+  typename L::I valid, finite;
+
+  ABSGD_FN Scores(const RobustArgs& a, int64_t i, int64_t end) {
+    using T = typename L::Scalar;
+    const T* losses = static_cast<const T*>(a.losses);
+    loss = load_some<L>(losses, i, end, 0);
+    const typename L::V score = a.scores == nullptr ? loss : load_some<L>(static_cast<const T*>(a.scores), i, end, 0);
+    z = score / L::set(T(a.lam));
+    valid = load_valid<L>(a.valid, i, end);
+    const typename L::V limit = L::set(T(a.z_limit));
+    finite = valid & is_usable<L>(loss, score, z, limit) & (z <= L::set(T(a.z_max)));
+  }
+};
+
+template <class T>
+void block_stats_typed(const RobustArgs& a, BlockStats* out, int64_t begin, int64_t end) {
+  using L = Lanes<T>;
+  using V = typename L::V;
+  const V lowest = L::set(T(-__builtin_inf()));
+  for (int64_t b = begin; b < end; ++b) {
+    const Block block(a, b);
+    V max = lowest;
+    typename L::I finite = L::set_int(0), valid = L::set_int(0);
+    for (int64_t i = block.first; i < block.last; i += L::N) {
+      const Scores<L> s(a, i, block.last);
+      max = L::max(max, L::select(s.finite, s.z, lowest));
+      finite -= s.finite;  // a true comparison is -1
+      valid -= s.valid;
+    }
+    BlockStats stats{double(L::highest(max)), 0.0, 0, 0};
+    for (int j = 0; j < L::N; ++j) {
+      stats.finite += finite[j];
+      stats.nonfinite += valid[j] - finite[j];
+    }
+    if (stats.finite > 0) {
+      V sum = L::set(0);
+      for (int64_t i = block.first; i < block.last; i += L::N) {
+        const Scores<L> s(a, i, block.last);
+        sum += L::select(s.finite, L::exp(s.z - L::set(T(stats.max))), L::set(0));
+      }
+      stats.sum = double(L::sum(sum));
+    }
+    out[b] = stats;
+  }
+}
+
+// max and sum of all blocks: log sum exp(z) = max + log(sum)
+BlockStats all_of(const RobustArgs& a, const BlockStats* blocks) {
+  using L = StateLane;
+  BlockStats out{-__builtin_inf(), 0, 0, 0};
+  for (int64_t b = 0; b < blocks_of(a); ++b) {
+    out.finite += blocks[b].finite;
+    out.nonfinite += blocks[b].nonfinite;
+    if (blocks[b].finite > 0 && blocks[b].max > out.max) out.max = blocks[b].max;
+  }
+  for (int64_t b = 0; b < blocks_of(a); ++b)
+    if (blocks[b].finite > 0) out.sum += blocks[b].sum * L::exp(blocks[b].max - out.max);
+  return out;
+}
+
+template <class T>
+void robust_apply_typed(const RobustArgs& a, const WeightUpdate& o, double* loss_sums, int64_t begin, int64_t end) {
+  using L = Lanes<T>;
+  using V = typename L::V;
+  const T* sample_weight = static_cast<const T*>(a.sample_weight);
+  const V nan = L::set(T(__builtin_nan(""))), zero = L::set(0);
+  const auto numbers = RobustNumbers<L>::template of<T>(Weighing::of(a.lam, a.mix, a.max_weight, o));
+  for (int64_t b = begin; b < end; ++b) {
+    const Block block(a, b);
+    V sum = zero;
+    for (int64_t i = block.first; i < block.last; i += L::N) {
+      const Scores<L> s(a, i, block.last);
+      auto where_finite = [&](V x) { return L::select(s.finite, x, L::select(s.valid, nan, zero)); };
+      const V w = where_finite(numbers.weight(s.z));
+      const V t = sample_weight == nullptr ? L::set(1) : load_some<L>(sample_weight, i, block.last, 0);
+      const V factor = where_finite(numbers.factor(w, t));
+      sum += L::select(s.valid, factor * s.loss, zero);
+      store_some<L>(static_cast<T*>(a.weights), i, block.last, w);
+      if (a.factor != nullptr) store_some<L>(static_cast<T*>(a.factor), i, block.last, factor);
+    }
+    loss_sums[b] = double(L::sum(sum));
+  }
+}
+
+// A loss that is not finite has weight NaN, which it keeps to itself.
+template <class T>
+void robust_dot_typed(const RobustArgs& a, const void* upstream, double* dot_sums, int64_t begin, int64_t end) {
+  using L = Lanes<T>;
+  using V = typename L::V;
+  for (int64_t b = begin; b < end; ++b) {
+    const Block block(a, b);
+    V sum = L::set(0);
+    for (int64_t i = block.first; i < block.last; i += L::N) {
+      const V w = load_some<L>(static_cast<const T*>(a.weights), i, block.last, 0);
+      sum += L::select(w == w, w * load_some<L>(static_cast<const T*>(upstream), i, block.last, 0), L::set(0));
+    }
+    dot_sums[b] = double(L::sum(sum));
+  }
+}
+
+template <class T>
+void robust_vjp_typed(const RobustArgs& a, const VjpArgs& g, int64_t begin, int64_t end) {
+  using L = Lanes<T>;
+  for (int64_t b = begin; b < end; ++b) {
+    const Block block(a, b);
+    for (int64_t i = block.first; i < block.last; i += L::N)
+      store_some<L>(static_cast<T*>(g.out), i, block.last,
+                    robust_weight_vjp<L>(load_some<L>(static_cast<const T*>(a.weights), i, block.last, 0),
+                                         load_some<L>(static_cast<const T*>(g.upstream), i, block.last, 0),
+                                         L::set(T(g.dot)), L::set(T(g.upstream_log_s)), L::set(T(g.dlog_s)),
+                                         L::set(T(g.dlog_s_state)), L::set(T(1 / a.lam))));
+  }
+}
+
+// ---- rectified weights ---------------------------------------------------------------------------------------------
+
+template <class T>
+void rectified_typed(const T* products, int64_t count, T* weights) {
+  using L = Lanes<T>;
+  using Wide = Lanes<double>;
+  using Narrow = Lanes<T, int(sizeof(T)) * Wide::N>;  // as many values as Wide has
+  RectifiedSum<Wide> sum{Wide::set(0), Wide::set(0)};
+  for (int64_t i = 0; i < count; i += Wide::N)
+    sum.add(__builtin_convertvector(load_some<Narrow>(products, i, count, 0), typename Wide::V));
+  const auto numbers = RectifiedNumbers<L>::template of<T>(Wide::sum(sum.plain), Wide::sum(sum.scaled));
+  for (int64_t i = 0; i < count; i += L::N)
+    store_some<L>(weights, i, count, numbers.weight(load_some<L>(products, i, count, 0)));
+}
+
+// ---- gradient scaling ----------------------------------------------------------------------------------------------
+
+// out = in * factor(i) over `count` elements.
+template <class L, class S, class G, class F>
+ABSGD_FN void scale_slice(const S* in, G* out, int64_t count, const F& factor) {
+  int64_t i = 0;
+  for (; i + L::N <= count; i += L::N) L::store(out + i, L::load(in + i) * factor(i));
+  if (i == count) return;
+  S part[L::N] = {};
+  G done[L::N];
+  __builtin_memcpy(part, in + i, size_t(count - i) * sizeof(S));
+  L::store(done, L::load(part) * factor(i));
+  __builtin_memcpy(out + i, done, size_t(count - i) * sizeof(G));
+}
+
+template <class S, class T, class G>
+void scale_typed(const ScaleArgs& a, int64_t begin, int64_t end) {
+  using L = Lanes<T>;
+  const T* upstream = static_cast<const T*>(a.upstream);
+  G* out = static_cast<G*>(a.grad);
+  const S* in = static_cast<const S*>(a.source);
+  // slices of equal factors: a row of classes (inner = 1); else the factors lie along the slice
+  if (upstream == nullptr) {
+    const int64_t at = begin * a.inner;
+    return scale_slice<L>(in + at, out + at, (end - begin) * a.inner, [&](int64_t) { return L::set(T(a.scalar)); });
+  }
+  for (int64_t slice = begin; slice < end;) {
+    const int64_t b = slice / a.classes;
+    if (a.inner == 1) {
+      const int64_t stop = smaller((b + 1) * a.classes, end);
+      scale_slice<L>(in + slice, out + slice, stop - slice, [&](int64_t) { return L::set(upstream[b]); });
+      slice = stop;
+    } else {
+      const int64_t at = slice * a.inner;
+      const T* u = upstream + b * a.inner;
+      scale_slice<L>(in + at, out + at, a.inner, [&](int64_t i) { return load_some<L>(u, i, a.inner, 0); });
+      ++slice;
+    }
+  }
+}
+
+}  // namespace
+
+void robust_block_stats(const RobustArgs& a, BlockStats* out, int64_t begin, int64_t end) {
+  for_real(a.dtype, [&](auto t) { block_stats_typed<typename decltype(t)::type>(a, out, begin, end); });
+}
+WeightUpdate robust_finish(const RobustArgs& a, const BlockStats* blocks, double log_s) {
+  const BlockStats all = all_of(a, blocks);
+  return next_weight_update<StateLane>(a, log_s, all.max, all.sum, all.finite, all.nonfinite);
+}
+PartialStats robust_partial_stats(const RobustArgs& a, const BlockStats* blocks) {
+  const BlockStats all = all_of(a, blocks);
+  return {all.finite > 0 ? all.max + StateLane::log(all.sum) : all.max, double(all.finite), double(all.nonfinite)};
+}
+SettleResult robust_settle(const SettleArgs& a) {
+  using L = StateLane;
+  const PartialStats t = add_partial_stats<L>(a.partials, a.count, a.stride);
+  const WeightUpdate o = next_weight_update<L>(a.config, a.log_s, t.log_sum, 1, int64_t(t.count), int64_t(t.nonfinite));
+  return {normalizer_of<L>(o, t, a.grad_multiplier, a.reference), o.new_log_s};
+}
+void robust_apply(const RobustArgs& a, const WeightUpdate& o, double* loss_sums, int64_t begin, int64_t end) {
+  for_real(a.dtype, [&](auto t) { robust_apply_typed<typename decltype(t)::type>(a, o, loss_sums, begin, end); });
+}
+void robust_dot(const RobustArgs& a, const void* upstream, double* dot_sums, int64_t begin, int64_t end) {
+  for_real(a.dtype, [&](auto t) { robust_dot_typed<typename decltype(t)::type>(a, upstream, dot_sums, begin, end); });
+}
+void robust_vjp(const RobustArgs& a, const VjpArgs& g, int64_t begin, int64_t end) {
+  for_real(a.dtype, [&](auto t) { robust_vjp_typed<typename decltype(t)::type>(a, g, begin, end); });
+}
+void rectified(Dtype dtype, const void* products, int64_t count, void* weights) {
+  for_real(dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    rectified_typed(static_cast<const T*>(products), count, static_cast<T*>(weights));
+  });
+}
+void scale(const ScaleArgs& a, int64_t begin, int64_t end) {
+  if (a.dtype == Dtype::f16) return scale_typed<float, float, f16>(a, begin, end);
+  for_storage(a.dtype, [&](auto s, auto t) {
+    using S = typename decltype(s)::type;
+    scale_typed<S, typename decltype(t)::type, S>(a, begin, end);
+  });
+}
+
+}  // namespace ABSGD_ISA_NAMESPACE
+}  // namespace absgd

@@ -1,0 +1,91 @@
+// The robust loss of a small batch, everything by one block: losses, log s', weights and gradient in one launch, with
+// one read and one write of the logits.
+#include "row_gradient.cuh"
+#include "row_launch.cuh"
+
+namespace absgd {
+namespace gpu {
+namespace {
+
+// f(number, class) for the classes of a row that one lane of its team keeps in registers, `number` in [0,
+// kTeamClasses).
+template <class F>
+__device__ __forceinline__ void along_kept_classes(int lane, int width, int classes, F f) {
+#pragma unroll
+  for (int u = 0; u < kTeamClasses; ++u)
+    if (lane + u * width < classes) f(u, lane + u * width);
+}
+
+//     1. Each row has a team of `width` lanes, which read its logits, kTeamClasses into the registers of each.
+//     2. The team sums along the classes; every lane of it makes the loss, and one stores it.
+//     3. The block adds up the sums of all rows, and one thread settles log s' and the state.
+//     4. Each row's weight follows, and the team writes the gradient from the logits in its registers.
+//     5. The block adds up the rows' parts of the loss.
+template <class S, class T, class G, bool kGeneral>
+__global__ void __launch_bounds__(kTeamThreads, 1)
+    robust_logit_loss_block_kernel(const LogitForward __grid_constant__ a, const Robust __grid_constant__ r,
+                                   int width) {
+  const int classes = int(a.classes);
+  const Place<Walk::lanes> place(a.rows(), width, 0);
+  const int64_t i = place.row;
+  const int lane = place.lane;
+  const bool writes = place.writes();
+  RobustRows<T> all(r);
+  const S* x = row_of<S>(a, i);
+  const RawLabel raw(a, i);
+  S in[kTeamClasses];
+  along_kept_classes(lane, width, classes, [&](int u, int k) { in[u] = x[k * a.stride_class]; });
+  const T t = all.sample_weight(i), score = all.score(i);
+  const Label label = raw.checked(a, a.report, i, writes);
+  RowSums<T, kGeneral> sums(RowView<T, kGeneral>(a, i, label.y));
+  const T target_logit = sums.view.target_logit(a, x, label);
+  sums.reference = sums.view.reference(x, classes > 0, target_logit);
+  along_kept_classes(lane, width, label.valid ? classes : 0, [&](int u, int k) { sums.one(to_real(in[u]), k); });
+  sums.combine(WarpTeam{lane, width});
+  const RowResult<T> row = finish_row(a, label, target_logit, sums);
+  const Sample<T> sample = all.sample(row, score);
+  if (writes) {
+    store_row(a, i, row, t);
+    all.sums.add(sample, t);
+  }
+  SHARED(Weighing[1], shared);
+  const BatchSums total = block_sums<T>(all.sums);
+  if (threadIdx.x == 0) {
+    const double lam = lam_of(r);
+    shared[0] = Weighing::of(lam, r.mix, r.max_weight, settle(r, lam, total));
+  }
+  __syncthreads();
+  const Weighed<T> own(RobustNumbers<Lane<T>>::template of<T>(shared[0]), sample, t);
+  if (place.inside) {
+    const RowView<T, kGeneral> view(a, i, row.counts ? label.y : -1);
+    const RowGradients<T, kGeneral> gradients(view, row.max, row.gradient, own.factor);
+    G* out = static_cast<G*>(a.grad) + RowIndex(a, i).of_class_0(a);
+    along_kept_classes(lane, width, classes, [&](int u, int k) {
+      const T value = gradients.scale == 0 ? gradients.finish(T(0), k) : gradients.value(to_real(in[u]), k);
+      out[k * a.inner] = to_storage<G>(value);
+    });
+  }
+  if (writes) static_cast<T*>(r.weights)[i] = own.weight;
+  const double loss = double(BlockTeam::here().sum(writes && sample.valid ? own.factor * sample.loss : T(0)));
+  if (threadIdx.x == 0) *static_cast<T*>(r.loss) = T(loss);
+}
+
+}  // namespace
+
+const char* robust_logit_loss_block(const LogitForward& a, const Robust& r, void* stream) {
+  if (a.rows() == 0) return robust_fwd(r, stream);
+  const int width = lanes_for(a.classes, kTeamClasses);
+  for_types(a.dtype, [&](auto types) {
+    using K = decltype(types);
+    if constexpr (sizeof(typename K::T) == sizeof(float)) {
+      const auto kernel = is_general(a)
+                              ? robust_logit_loss_block_kernel<typename K::S, typename K::T, typename K::G, true>
+                              : robust_logit_loss_block_kernel<typename K::S, typename K::T, typename K::G, false>;
+      LAUNCH(kernel, 1, kTeamThreads, 0, static_cast<cudaStream_t>(stream), a, r, width);
+    }
+  });
+  return failure();
+}
+
+}  // namespace gpu
+}  // namespace absgd

@@ -1,0 +1,54 @@
+// The CPU's operators of the step.
+#pragma once
+
+#include "../step.h"
+#include "../weights.h"
+#include "threads.h"
+
+namespace {
+
+void count(const DeviceNumber& steps) {
+  if (steps.data == nullptr) return;
+  if (steps.is_double)
+    *static_cast<double*>(steps.data) += 1;
+  else
+    *static_cast<float*>(steps.data) += 1;
+}
+
+void run_step(StepTable& table) {
+  if (table.skips()) return;
+  check_overlap(table);
+  if (table.overlap) {
+    for (const StepTensor* t = table.tensors; t != table.tensors + table.tensor_count; ++t) {
+      count(t->step);
+      cpu_kernels().step(table, t->begin, t->begin + t->count);
+    }
+    return;
+  }
+  for (const StepTensor* t = table.tensors; t != table.tensors + table.tensor_count; ++t) count(t->step);
+  parallel(table.elements, 1, [&](int64_t begin, int64_t end) { cpu_kernels().step(table, begin, end); });
+}
+
+// The table lies in the tensor's memory, where StepPlan (host.cpp) wrote it a moment ago. (The second argument only
+// tells the dispatcher where the parameters are.)
+void planned_step(const Tensor& table, const Tensor&) { run_step(planned_table(table)); }
+
+void step_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& states,
+           const std::vector<Tensor>& steps, const std::optional<Tensor>& lr_tensor,
+           const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+           const std::optional<Tensor>& robust, double lr, double weight_decay, double hyper_a, double hyper_b,
+           double eps, int64_t rule, int64_t flags) {
+  STD_TORCH_CHECK(!grad_scale.has_value() && !found_inf.has_value(),
+                  "step_: grad_scale and found_inf are for GPUs; on the CPU unscale before");
+  StepGroup group = step_group(lr, weight_decay, hyper_a, hyper_b, eps, rule, flags);
+  if (lr_tensor.has_value()) {
+    const DeviceNumber number = number_on(kHere, *lr_tensor, "lr");
+    group.lr = number.is_double ? *static_cast<const double*>(number.data) : *static_cast<const float*>(number.data);
+  }
+  StepLists lists(params, grads, states, steps, group);
+  if (robust.has_value()) lists.table.robust = normalizer_on(kHere, *robust);
+  run_step(lists.table);
+  lists.restore(false);
+}
+
+}  // namespace

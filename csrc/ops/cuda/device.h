@@ -1,0 +1,29 @@
+// What every CUDA operator begins and ends with: its device and stream, and what a launch says when it fails.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <optional>
+
+#include "../../ops_common.h"
+#include "../../torch_stream.h"
+
+namespace {
+
+void check(const char* failed) { STD_TORCH_CHECK(failed == nullptr, "absgd_fast: CUDA says: ", failed); }
+
+// The device of a tensor made current, and its stream.
+struct OnDevice {
+  Device device;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  void* stream = nullptr;
+
+  explicit OnDevice(const Tensor& t) : device(device_of(t)) {
+    if (device.type == kCpu) return;
+    guard.emplace(device.index);
+    const char* const failed = torch_stream(device.index, &stream);
+    STD_TORCH_CHECK(failed == nullptr, "absgd_fast: ", failed);
+  }
+};
+
+}  // namespace

@@ -1,0 +1,80 @@
+"""What the tests of the benchmarks share: small data of every kind, and a run of one small case each."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from absgd_fast import __main__ as cli
+
+with pytest.MonkeyPatch.context() as patch:  # benchmarks are no part of the package
+    patch.syspath_prepend(Path(cli.__file__).resolve().parents[1])
+    from benchmarks import cases, device, gpu_folder, gpu_report, imbalance, l2rw, models, peers, run, timing  # noqa: F401
+
+CPU = torch.device("cpu")
+DATA = {
+    "loss": [partial(cases.Logits, 32, 10), partial(cases.Logits, 32, 10, torch.bfloat16)],
+    "family": [partial(cases.Logits, 32, 10, loss=name) for name in cases.LOSSES if name != "cross-entropy"],
+    "step": [partial(cases.Tensors, [(3, 4), (5,)])],
+    "rules": [partial(cases.Tensors, [(3, 4), (5,)], rule=rule) for rule in cases.RULES],
+    "weighted": [partial(cases.Samples, 9, [(3, 4), (5,)])],
+    "train": [partial(cases.Training, "mlp"), partial(cases.Training, "cnn")],
+    "gpu loss": [partial(cases.Logits, 32, 10, dtype, copies=2) for dtype in (torch.float32, torch.bfloat16)],
+    "gpu step": [partial(cases.Tensors, [(3, 4), (5,)])],
+    "gpu rules": [partial(cases.Tensors, [(3, 4), (5,)], rule="AdamW")],
+    "gpu weighted": [partial(cases.Samples, 9, [(3, 4), (5,)])],
+    "gpu deferred": [partial(cases.MicroBatches, 3, 11, 10, dtype) for dtype in (torch.float32, torch.bfloat16)],
+    "gpu linear": [partial(cases.Head, 37, 8, 50, dtype) for dtype in (torch.float32, torch.bfloat16)],
+    "gpu train": [case.data for case in cases.gpu_cases("cpu", tiny=True) if case.suite == "gpu train"],
+}
+NEED_MORE = {"absgd_fast, triton", "Liger"}  # than a CPU has, or tests install
+if not hasattr(torch.nn.functional, "linear_cross_entropy"):
+    NEED_MORE.add("torch, chunked")
+EVERYBODY = [(suite, make, name) for suite in DATA for make in DATA[suite] for name in peers.PEERS[suite]]
+
+
+@pytest.fixture(autouse=True)
+def same_path(monkeypatch):
+    """The command adds the checkout to the path; for these tests only."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """torch.compile takes ten seconds and a C++ compiler; its formula can be had without."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+@pytest.fixture
+def tiny(monkeypatch, no_compiler):
+    """One small case of each kind, few rounds; targets that are surely met or surely missed."""
+    small = [
+        cases.Case("loss", "8 × 5", partial(cases.Logits, 8, 5), {"cross_entropy": 1e9, "absgd package": 0.0}),
+        cases.Case("family", "VS, 8 × 5", partial(cases.Logits, 8, 5, loss="VS"), {"our cross-entropy": 1e9}),
+        cases.Case("memory", "8 × 5", partial(cases.Logits, 8, 5), {"growth": 1e9, "peak": 1e9, "retained": -1e9}),
+        cases.Case("step", "two tensors", partial(cases.Tensors, [(3, 4), (5,)]), {"SGD fused": 1e9}),
+        cases.Case("rules", "AdamW", partial(cases.Tensors, [(3, 4), (5,)], rule="AdamW"), {"torch's fastest": 1e9}),
+        cases.Case("weighted", "9 × 17", partial(cases.Samples, 9, [(3, 4), (5,)]), {cases.COPY: 1e9}),
+        cases.Case("train", "mlp", partial(cases.Training, "mlp")),
+    ]
+    for module, name, value in (
+        (run, "CASES", small), (timing, "ROUNDS", (3, 3)), (timing, "BLOCK", 1e5), (run, "GROWTH_STEPS", 10),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+
+
+def replace(monkeypatch, suite, name, factory):
+    monkeypatch.setitem(peers.PEERS[suite], name, factory)
+
+
+def plain_called_robust(data):
+    return peers._loss(data, torch.nn.functional.cross_entropy)
+
+
+def refuse(data):
+    raise peers.LeftOut("it is not there")
+
+
+GPU_SH = Path(run.__file__).with_name("gpu.sh")

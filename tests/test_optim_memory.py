@@ -1,0 +1,103 @@
+"""What the optimizers keep alive, and what they let go."""
+
+import gc
+import sys
+import weakref
+
+import pytest
+import torch
+from optim_cases import EACH, each_optimizer, kept, make, set_grads, steps
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("case", [EACH["sgd-nesterov"], EACH["adam-amsgrad-decay"]], ids=["sgd", "adam"])
+def test_no_growth(case, one_way, garbage):
+    """Thousands of steps; one leaked Python object a step would show as that many blocks, 100 bytes a step as 1 MB."""
+    params = make([(4,), (8, 8)], torch.float32)
+    optimizer = case.own(params, one_way, lr=1e-3)
+
+    def run(n):
+        for _ in range(n):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            optimizer.zero_grad()
+        gc.collect()
+        return sys.getallocatedblocks(), resident_bytes()
+
+    count = {"reference": 500, "cpu": 10_000, None: 1_000}[one_way]
+    blocks, resident = run(200)
+    more_blocks, more_resident = run(count)
+    assert more_blocks - blocks < 200
+    assert more_resident - resident < 1_000_000
+
+
+@each_optimizer
+def test_gradients_and_replaced_states_are_let_go(case, garbage):
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = case.own([p])
+    old = []
+    for _ in range(3):
+        p.grad = torch.ones(3)
+        grad = weakref.ref(p.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert grad() is None and all(t() is None for t in old)
+        old = [weakref.ref(state[name]) for state, name in kept(optimizer)]
+        assert old
+        for state, name in kept(optimizer):
+            state[name] = torch.ones(3)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    old = [weakref.ref(value) for kept_of_p in optimizer.state.values() for value in kept_of_p.values()]
+    assert old and all(t() is not None for t in old)
+    del optimizer, state
+    gc.collect()
+    assert all(t() is None for t in old)
+
+
+@each_optimizer
+def test_the_table_is_kept_between_steps(case):
+    """As long as nothing grows: a step allocates no new one."""
+    params = make()
+    optimizer = case.own(params)
+    if optimizer._plan is None:
+        pytest.skip("no host module, or no kernels")
+    steps(params, optimizer, range(2))
+    set_grads(params, seed=2)
+    optimizer.step()
+    plan, table = optimizer._plan, optimizer._plan.table.data_ptr()
+    steps(params, optimizer, range(5))
+    assert optimizer._plan is plan and plan.table.data_ptr() == table
+
+
+@each_optimizer
+def test_a_step_inside_backward_does_not_keep_the_model_alive(one_way, case, garbage):
+    """The hook's closure makes a cycle: parameter, hook, optimizer, plan. The garbage collector can undo it."""
+    model = torch.nn.Linear(3, 2)
+    alive = weakref.ref(model)
+    for p in model.parameters():
+        optimizer = case.own([p], one_way)
+
+        def hook(param, optimizer=optimizer):
+            optimizer.step()
+            param.grad = None
+
+        p.register_post_accumulate_grad_hook(hook)
+    before = model.weight.detach().clone()
+    for _ in range(3):
+        model(torch.ones(4, 3)).sum().backward()
+    assert not torch.equal(before, model.weight) and model.weight.grad is None
+    del model, p, hook, optimizer
+    gc.collect()
+    assert alive() is None
