@@ -187,7 +187,7 @@ class _ClassVectorLoss(LogitLoss):
         super().__init__("ce", weight, ignore_index, reduction, backend)
         self.cls_num_list = _checks.class_counts(cls_num_list).tolist()
         self.scaled = True  # False: S = 1 (schedule.TLA)
-        self._kept: dict = {}  # (device, dtype, scaled) -> S, D, M
+        self._made: dict = {}  # (device, dtype, scaled) -> S, D, M
 
     def _vectors(self, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raise NotImplementedError
@@ -198,15 +198,15 @@ class _ClassVectorLoss(LogitLoss):
 
     def _adjust(self, logits: Tensor) -> Tensor:
         key = logits.device, real_dtype(logits.dtype), self.scaled
-        if key not in self._kept:
+        if key not in self._made:
             counts = torch.tensor(self.cls_num_list, dtype=torch.float64)
             scale, shift, margin = self._vectors(counts)
             scale = scale if self.scaled else torch.ones_like(scale)
-            self._kept[key] = torch.stack([scale, shift, margin]).to(key[0], key[1])
-        return self._kept[key]
+            self._made[key] = torch.stack([scale, shift, margin]).to(key[0], key[1])
+        return self._made[key]
 
     def __getstate__(self):
-        return self.__dict__ | {"_kept": {}}
+        return self.__dict__ | {"_made": {}}
 
 
 class LDAM(_ClassVectorLoss):

@@ -344,7 +344,7 @@ def _from_statistics(data):
     other = copy(operators)
     other.backward_mode = lambda logits: ops.WITH_STATS
     # what ABLoss remembers of its first call on a device
-    criterion._served.device, criterion._served.operators = data.logits.device, other
+    criterion._served = data.logits.device, other
     return _loss(data, criterion)
 
 

@@ -105,7 +105,7 @@ def test_statistics_can_be_forced():
     operators = types.SimpleNamespace(backend="cuda", backward_mode=lambda logits: 0, in_place=False, has_rules=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(peers.ops, "serving", lambda device, backend: operators)
-        patch.setattr(peers, "_loss", lambda data, criterion: criterion._served.operators)
+        patch.setattr(peers, "_loss", lambda data, criterion: criterion._served[1])
         other = peers._from_statistics(cases.Logits(8, 5))
     assert other.backward_mode(None) == peers.ops.WITH_STATS and operators.backward_mode(None) == 0
 

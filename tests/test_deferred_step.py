@@ -121,3 +121,24 @@ def test_a_second_load_does_not_bring_lost_gradients_back(one_backend):
     training.load()
     with pytest.raises(RuntimeError, match="a state was loaded"):
         training.step()
+
+
+@pytest.mark.parametrize("event", ["discard", "load"])
+def test_what_follows_a_settled_step_leaves_the_last_weights(one_backend, event):
+    training = Training(one_backend).bring_to(SETTLED)
+    before = training.criterion.last.weights
+    getattr(training, event)()
+    torch.testing.assert_close(training.criterion.last.weights, before, rtol=0, atol=0)
+
+
+def test_deferred_mode_can_be_switched(one_backend):
+    """Off and on again, with the process group and the divisor that the criterion had; what cannot be deferred is refused."""
+    criterion = ab.ABLoss(lam=0.5, deferred=True, loss_divisor=3, process_group=None, backend=one_backend)
+    criterion.deferred = False
+    assert criterion.deferred_step is None and criterion.loss_divisor == 3 and criterion.process_group is None
+    criterion.deferred = True
+    assert criterion.deferred_step.phase is IDLE and criterion.loss_divisor == 3
+    mixed = ab.ABLoss(lam=0.5, mix=1.0, backend=one_backend)
+    with pytest.raises(ValueError, match="mix: got 1 with deferred=True"):
+        mixed.deferred = True
+    assert not mixed.deferred

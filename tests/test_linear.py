@@ -492,7 +492,7 @@ def test_a_gpu_is_not_waited_for(rows, chunks, dtype, monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # neither knows `meta`
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     criterion = ab.LinearABLoss(lam=0.5).to("meta")
-    criterion._served.device, criterion._served.operators = torch.device("meta"), ops.OPERATORS["cuda"]
+    criterion._served = torch.device("meta"), ops.OPERATORS["cuda"]
     hidden, weight, bias = (torch.empty(n, dtype=dtype, device="meta", requires_grad=True) for n in ((rows, 6), (50, 6), (50,)))
     target = torch.empty(rows, dtype=torch.int64, device="meta")
     each = torch.empty(rows, device="meta")

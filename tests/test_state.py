@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from conftest import identity
 
 import absgd_fast as ab
 
@@ -519,3 +520,42 @@ def test_lambda_is_exact_in_float64():
     criterion.lam.fill_(0.7)
     assert float(criterion.double().lam) == pytest.approx(0.7, rel=1e-7) and float(criterion.lam) != 0.7
     assert float(criterion.float().lam) == pytest.approx(0.7, rel=1e-7)
+
+
+# ---- copies, and what a user replaces afterwards ------------------------------------------------------------------------
+
+
+def test_a_rule_can_be_replaced(one_backend):
+    """The criterion weighs by the rule that it shows."""
+    criterion = ab.ABLoss(identity, rule=Constant(1.0), backend=one_backend)
+    losses = torch.tensor([1.0, 3.0], requires_grad=True)
+    assert float(criterion(losses).detach()) == pytest.approx(2.0)
+    criterion.rule = Constant(3.0)
+    assert float(criterion(losses).detach()) == pytest.approx(6.0)
+
+
+class Constant(torch.nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, losses):
+        return torch.full_like(losses, self.weight)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, lambda c: c._replicate_for_data_parallel()], ids=["copy", "replica"])
+def test_a_shallow_copy_remembers_its_own_forward(one_backend, copied):
+    criterion = ab.ABLoss(identity, lam=0.5, backend=one_backend)
+    criterion(torch.ones(3, requires_grad=True))
+    other = copied(criterion)
+    assert float(other.last.mean_loss) == 1.0
+    other(torch.full((3,), 5.0, requires_grad=True))
+    assert float(criterion.last.mean_loss) == 1.0 and float(other.last.mean_loss) == 5.0
+
+
+@pytest.mark.parametrize("options", [{"deferred": True}, {"loss_divisor": 2.0}], ids=str)
+def test_what_is_shared_goes_through_no_transform(one_backend, options):
+    """Said before an open RelativeLam looks into the losses."""
+    criterion = ab.ABLoss(identity, lam=ab.RelativeLam(0.5), process_group=None, backend=one_backend, **options)
+    with pytest.raises(RuntimeError, match="do not go through torch.func transforms"):
+        torch.func.vmap(criterion)(torch.ones(2, 3, requires_grad=True))

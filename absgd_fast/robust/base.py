@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -17,14 +18,6 @@ from .normalizer import OWN, Deferred, Own, Shared
 from .processes import Processes
 from .state import RobustState
 from .step import OPEN, DeferredStep
-
-
-class _Served:
-    """The device of the last batch, and the operators that serve it."""
-
-    def __init__(self):
-        self.device: torch.device | None = None
-        self.operators: ops.Operators | None = None
 
 
 class RobustLoss(RobustState):
@@ -45,16 +38,15 @@ class RobustLoss(RobustState):
             raise ValueError("lam: got None, expected a number other than 0 or RelativeLam(r); math.inf is the plain mean")
         if criterion is not None and not callable(criterion):
             raise TypeError(f"criterion: got {type(criterion).__name__}, expected a callable that returns per-sample losses")
+        shared = (Deferred if deferred else Shared)(Processes(process_group), _checks.positive(loss_divisor, "loss_divisor"))
         super().__init__(lam, **numbers)
-        self._shared = (Deferred if deferred else Shared)(
-            Processes(process_group), _checks.positive(loss_divisor, "loss_divisor")
-        )
+        self._shared = shared
         if deferred:
             options.check("deferred=True", vars(self))
         self.criterion = CrossEntropy() if criterion is None else criterion
         self.backend = backend
         self.memo = Memo()
-        self._served = _Served()
+        self._served: tuple[torch.device, ops.Operators] | None = None  # the device of the last batch, and what serves it
         reason = None if backend is None else _backend.why_not(backend)  # the module may still be moved to another device
         if reason is not None:
             raise RuntimeError(
@@ -82,6 +74,14 @@ class RobustLoss(RobustState):
     @property
     def deferred(self) -> bool:
         return self._shared.deferred
+
+    @deferred.setter
+    def deferred(self, value: bool) -> None:
+        if bool(value) == self.deferred:
+            return
+        if value:
+            options.check("deferred=True", vars(self))
+        self._shared = (Deferred if value else Shared)(self._shared.processes, self._shared.loss_divisor)
 
     @property
     def deferred_step(self) -> DeferredStep | None:
@@ -117,8 +117,23 @@ class RobustLoss(RobustState):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self._served = _Served()
+        self._served = None
         return self
+
+    def _own_parts(self) -> None:
+        """What a shallow copy or a replica does not share with its original: what the latest forward left."""
+        self.memo = copy.copy(self.memo)
+
+    def __copy__(self):
+        copied = type(self).__new__(type(self))
+        copied.__setstate__(self.__dict__)
+        copied._own_parts()
+        return copied
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        replica._own_parts()
+        return replica
 
     def _refusal(self, lam: Tensor | None) -> str | None:
         """Why a saved lambda cannot be loaded."""
@@ -218,7 +233,14 @@ class RobustLoss(RobustState):
     def normalizer_for(self, trains: bool) -> Own | Shared:
         """What settles log s' of a forward: only one that trains shares it."""
         shared = self._shared
-        return shared if trains and shared.takes_part() else OWN
+        if not (trains and shared.takes_part()):
+            return OWN
+        if ops.transformed():
+            raise RuntimeError(
+                "ABLoss: deferred, loss_divisor and a process group do not go through torch.func transforms; expected a plain"
+                " forward, or ABLoss(process_group=None), or functional.robust_weights"
+            )
+        return shared
 
     def chosen_backend(self) -> str | None:
         return self.backend or getattr(self.criterion, "backend", None)
@@ -229,7 +251,7 @@ class RobustLoss(RobustState):
             return ops.REFERENCE
         served = self._served
         device = x.device if isinstance(x, Tensor) else None
-        operators = served.operators if served.device == device and device is not None else self._serve(device)
+        operators = served[1] if served is not None and served[0] == device else self._serve(device)
         return operators.compiled if torch.compiler.is_compiling() else operators
 
     def _serve(self, device: torch.device | None) -> ops.Operators:
@@ -241,7 +263,7 @@ class RobustLoss(RobustState):
             )
         operators = ops.serving(device, self.chosen_backend())
         if not torch.compiler.is_compiling():
-            self._served.device, self._served.operators = device, operators
+            self._served = device, operators
         return operators
 
     def extra_repr(self) -> str:

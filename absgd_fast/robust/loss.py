@@ -146,9 +146,10 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
             logits, target = args
             if isinstance(logits, Tensor) and isinstance(target, Tensor):
                 spec = fused_spec(self._modules.get("criterion"), logits)
-            if spec is not None and weighting.fuses:
+            if spec is not None:
                 operators = self.operators_for(logits)
-                if operators.native and (normalizer is OWN or update_state and normalizer.knows_weights(self, operators, logits)):
+                at_once = normalizer is OWN or (update_state and normalizer.knows_weights(self, operators, logits))
+                if at_once and weighting.fuses and operators.native:
                     return fused(self, operators, normalizer, logits, target, spec, samples, update_state)
         return general(self, weighting, normalizer, args, spec, samples, groups, update_state)
 

@@ -88,11 +88,6 @@ class Shared:
         )
 
     def weigh(self, state, operators, losses, samples, classes, update_state, mode) -> tuple[Tensor, Tensor, Tensor]:
-        if ops.transformed():
-            raise RuntimeError(
-                "ABLoss: deferred, loss_divisor and a process group do not go through torch.func transforms; expected a plain"
-                " forward, or ABLoss(process_group=None), or functional.robust_weights"
-            )
         sample_weight, mask, score = samples
         log_s, _, lam, _, _, mix, max_weight, _ = state.operands(False, 0)
         plain = losses.detach()

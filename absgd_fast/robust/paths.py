@@ -100,7 +100,7 @@ def general(
         losses, valid = _losses_of_spec(criterion, logits, target, spec, samples.mask)
         samples, classes = checked(samples._replace(mask=valid), losses, losses.dtype), logits.shape[1]
     operators = criterion.operators_for(losses)
-    return weighting.robust_loss(criterion, criterion.memo, operators, normalizer, losses, samples, groups, classes, update_state)
+    return weighting.robust_loss(criterion, operators, normalizer, losses, samples, groups, classes, update_state)
 
 
 def _losses_of_spec(criterion, logits, target, spec, mask) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """What weighs the losses: lambda (`Tilt`), or a rule that the user gives (`FromRule`).
 
 A weighting has `robust_loss`, and `with_groups`: the weighting that a forward with groups= uses. `fuses` says whether the operators know
-it, so that losses and weights can be made in one call.
+it, so that losses and weights can be made in one call. The rule itself belongs to the criterion, where a user may replace it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from .. import _checks, ops
 from ..weights.tilted import NATIVE_TILTS, term
-from .last import Memo
 from .normalizer import OWN, Own, Samples, Shared
 from .state import RobustState
 
@@ -30,30 +29,33 @@ class Tilt:
         raise ValueError("groups: only a rule uses groups; leave it out")
 
     def robust_loss(
-        self, state: RobustState, memo: Memo, operators: ops.Operators, normalizer: Own | Shared, losses: Tensor, samples: Samples,
+        self, criterion: RobustState, operators: ops.Operators, normalizer: Own | Shared, losses: Tensor, samples: Samples,
         groups: Tensor | None, classes: int, update_state: bool,
     ) -> Tensor:  # fmt: skip
-        """The robust loss of losses that are in the dtype of the weights, contiguous; samples are checked."""
-        if state.lam_is_open and update_state:
-            state.fix_lam(losses.detach(), samples.mask, lambda stats: normalizer.gather(stats, state, classes))
+        """The robust loss of losses that are in the dtype of the weights, contiguous; samples are checked.
+
+        criterion: a state that also has a `memo` and the `rule` (base.py `RobustLoss`).
+        """
+        if criterion.lam_is_open and update_state:
+            criterion.fix_lam(losses.detach(), samples.mask, lambda stats: normalizer.gather(stats, criterion, classes))
         mode = vector_mode(operators, losses)
-        loss, sample_stats, slope = normalizer.weigh(state, operators, losses, samples, classes, update_state, mode)
-        memo.remember(sample_stats)
+        loss, sample_stats, slope = normalizer.weigh(criterion, operators, losses, samples, classes, update_state, mode)
+        criterion.memo.remember(sample_stats)
         return attached(operators, mode, losses, loss, slope)
 
 
 class TermTilt(Tilt):
     """The flat `weights.term` with a tilt that the kernels take: lambda = 1/t, normalised by the batch alone."""
 
-    def __init__(self, rule: Callable):
-        self._rule = rule
+    def __init__(self, with_groups: FromRule):
+        self._with_groups = with_groups
 
     def with_groups(self) -> FromRule:
-        return FromRule(self._rule)
+        return self._with_groups
 
-    def robust_loss(self, state, memo, operators, normalizer, *batch) -> Tensor:
+    def robust_loss(self, criterion, operators, normalizer, *batch) -> Tensor:
         check_alone(normalizer)
-        return super().robust_loss(state, memo, operators, normalizer, *batch)
+        return super().robust_loss(criterion, operators, normalizer, *batch)
 
 
 class FromRule:
@@ -61,36 +63,37 @@ class FromRule:
 
     fuses = False
 
-    def __init__(self, rule: Callable):
-        self._rule, self._takes = rule, options_of(rule)
+    def __init__(self, takes: frozenset[str]):
+        self._takes = takes  # which of groups, mask and update the rule takes
 
     def with_groups(self) -> FromRule:
         return self
 
-    def robust_loss(self, state, memo, operators, normalizer, losses, samples, groups, classes, update_state) -> Tensor:
+    def robust_loss(self, criterion, operators, normalizer, losses, samples, groups, classes, update_state) -> Tensor:
         check_alone(normalizer)
         sample_weight, mask, score = samples
         plain = losses.detach()
         seen = plain if score is None else score.where(plain.isfinite(), math.nan)
-        weights = weights_of_rule(self._rule, self._takes, seen, mask, groups, update_state)
-        if state.max_weight != math.inf:
-            weights = weights.clamp(max=state.max_weight)
-        factor = weights + state.mix if state.mix else weights
+        weights = weights_of_rule(criterion.rule, self._takes, seen, mask, groups, update_state)
+        if criterion.max_weight != math.inf:
+            weights = weights.clamp(max=criterion.max_weight)
+        factor = weights + criterion.mix if criterion.mix else weights
         factor = factor if sample_weight is None else factor * sample_weight
-        log_s, nonfinite, lam, *_ = state.operands(False, 0)
+        log_s, nonfinite, lam, *_ = criterion.operands(False, 0)
         mode = vector_mode(operators, losses)
         flags = ops.flags("moving", "first") | mode | (ops.UPDATE if update_state else 0)
         plain_mean = torch.full_like(lam, math.inf), 1.0, 1.0, 0.0, math.inf, flags
         loss, sample_stats, slope = operators.robust_loss(losses, score, factor, mask, log_s, nonfinite, *plain_mean)
         sample_stats[1] = weights
-        memo.remember(sample_stats)
+        criterion.memo.remember(sample_stats)
         return attached(operators, mode, losses, loss, slope)
 
 
 def weighting_of(rule: Callable | None) -> Tilt | FromRule:
     if rule is None:
         return Tilt()
-    return FromRule(rule) if flat_tilt(rule) is None else TermTilt(rule)
+    from_rule = FromRule(options_of(rule))
+    return from_rule if flat_tilt(rule) is None else TermTilt(from_rule)
 
 
 def check_alone(normalizer: Own | Shared) -> None:
