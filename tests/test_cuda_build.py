@@ -98,7 +98,7 @@ def test_accesses_are_16_bytes_wide(builds, architecture):
     seen = set()
     for name, body in re.findall(r"\.entry (\w+)\(.*?\n\{(.*?)\n\}", text, re.S):
         kernel = short(name)
-        adjacent = re.match(r"logit_loss_(fwd|bwd|made)_kernel<.*, [01], (true|false)>|(weighted_)?step_kernel", kernel)
+        adjacent = re.match(r"logit_loss_(fwd|bwd|with_grad)_kernel<.*, [01], (true|false)>|(weighted_)?step_kernel", kernel)
         if adjacent:
             seen.add(kernel)
             assert re.search(wide[0], body), kernel
