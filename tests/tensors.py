@@ -29,3 +29,16 @@ def class_weight(classes):
 def counts(classes):
     """1 to 97 samples per class, neighbours unequal, the largest neither first nor last."""
     return [1 + (37 * c + 11) % 97 for c in range(classes)]
+
+
+def equation_2(optimizer, params, set_grads, beta, decay):
+    """Steps the optimizer twenty times with an lr that changes; after each step, what Eq. 2 of the paper makes of the parameters."""
+    now = [p.detach().clone() for p in params]
+    before = [p.clone() for p in now]
+    for step in range(20):
+        lr = optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
+        set_grads(params, seed=step)
+        optimizer.step()
+        after = [w - lr * (p.grad + decay * w) + beta * (w - v) for w, v, p in zip(now, before, params)]
+        before, now = now, after
+        yield now

@@ -528,7 +528,8 @@ def test_preparing_runs_what_compiles(monkeypatch, capsys):
 def test_preparing_in_processes(monkeypatch):
     """A process for each case; where the one in question needs no compiler, nothing goes wrong."""
     number = next(k for k, case in enumerate(cases.gpu_cases("cpu", tiny=True)) if case.suite == "gpu train")
-    monkeypatch.syspath_prepend(Path(run.__file__).parents[1])  # which the processes inherit: benchmarks are no part of the package
+    # which the processes inherit: benchmarks are no part of the package
+    monkeypatch.syspath_prepend(Path(run.__file__).parents[1])
     monkeypatch.setattr(run, "range", lambda count: [number], raising=False)
     assert run.prepare(1, "gpu", CPU, True, 2) == []
 

@@ -6,7 +6,7 @@ from unittest.mock import patch
 import torch
 from gpu_cases import INF, NAN, ONE_LAUNCH, device_tools, gpu, over
 from gpu_hooks import pytest_generate_tests, setup_function, teardown_function, unpoisoned  # noqa: F401
-from tensors import DTYPES, wide
+from tensors import DTYPES, equation_2, wide
 
 import absgd_fast as ab
 from absgd_fast import _backend
@@ -182,14 +182,7 @@ def test_heavy_ball_is_equation_2(where):
     beta, decay = 0.9, 0.01
     params = parameters(where)
     optimizer = ab.ABSGD(params, lr=0.1, momentum=beta, weight_decay=decay, heavy_ball=True, backend=where.backend)
-    now = [p.detach().clone() for p in params]
-    before = [p.clone() for p in now]
-    for step in range(20):
-        lr = optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
-        set_grads(params, seed=step)
-        optimizer.step()
-        after = [w - lr * (p.grad + decay * w) + beta * (w - v) for w, v, p in zip(now, before, params)]
-        before, now = now, after
+    *_, now = equation_2(optimizer, params, set_grads, beta, decay)
     for p, w in zip(params, now):
         torch.testing.assert_close(p.detach(), w, rtol=1e-12, atol=1e-12)
 

@@ -22,6 +22,7 @@ from optim_cases import (
     states,
     through_a_file,
 )
+from tensors import equation_2
 
 import absgd_fast as ab
 
@@ -85,14 +86,7 @@ def test_heavy_ball_is_equation_2(way):
     beta, decay = 0.9, 0.01
     params = make()
     optimizer = ab.ABSGD(params, lr=0.1, momentum=beta, weight_decay=decay, heavy_ball=True, backend=way)
-    now = [p.detach().clone() for p in params]
-    before = [p.clone() for p in now]
-    for step in range(20):
-        lr = optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
-        set_grads(params, seed=step)
-        optimizer.step()
-        after = [w - lr * (p.grad + decay * w) + beta * (w - v) for w, v, p in zip(now, before, params)]
-        before, now = now, after
+    for now in equation_2(optimizer, params, set_grads, beta, decay):
         assert_near("parameters", params, now, 1e-12)
 
 

@@ -111,7 +111,7 @@ class LinearABLoss(RobustLoss):
                 self.fix_lam(*chunks.losses(), lambda stats: normalizer.gather(stats, self, chunks.classes))
             grads = RelativeGradients(self, operators, chunks, wanted)
             losses, valid = grads.losses_and_validity() if any(wanted) else chunks.losses()
-            log_s, lam = self.log_s, self.current_lam()
+            log_s, _, lam, *_ = self.operands(False, 0)
             settled, bounded = normalizer.settle(
                 self, operators, lambda bound: operators.robust_partial_stats(losses, score, valid, log_s, lam, bound),
                 chunks.classes, update_state,

@@ -25,7 +25,7 @@ from .._codes import (
     flags,
 )
 from ..reference import COUNT, LOG_S, LOG_SUM, NONFINITE, PARTIAL_STATS, SCALE, Z_MAX
-from .autograd import attach, attach_logit_gradient, attach_rows, robust_weights, weights_of
+from .autograd import attach, attach_logit_gradient, robust_weights, weights_of
 from .backends import ANY, ONE_BLOCK, OPERATORS, REFERENCE, Kernels, Operators, lanes_of_a_row, serving
 from .in_torch import stack_sample_stats
 from .labels import bad_label, check_labels, kernels_can_report, report_of_kernels, reported_labels, translated
@@ -36,7 +36,7 @@ from .spec import LossSpec, masked_target
 __all__ = [
     "ANY", "COUNT", "HARD", "INIT_FIRST", "KIND", "Kernels", "LOG_S", "LOG_SUM", "LossSpec", "NONFINITE", "ONE_BLOCK", "OPERATORS",
     "Operator", "Operators", "PARTIAL_STATS", "PRUNE", "RECORDS", "REFERENCE", "RULES", "RULES_OF_LOSSES", "SCALE", "UPDATE",
-    "WITH_GRAD", "WITH_STATS", "Z_MAX", "attach", "attach_logit_gradient", "attach_rows", "bad_label", "check_labels", "flags",
+    "WITH_GRAD", "WITH_STATS", "Z_MAX", "attach", "attach_logit_gradient", "bad_label", "check_labels", "flags",
     "graph_is_kept", "kernels_can_report", "lanes_of_a_row", "masked_target", "report_of_kernels", "reported_labels",
     "robust_weights", "serving", "stack_sample_stats", "transformed", "translated", "weights_of",
 ]  # fmt: skip

@@ -114,30 +114,22 @@ def attach(operators: Operators, x: Tensor, value: Tensor, grad: Tensor, recompu
     return _known(x, (value, grad, operators, recompute))
 
 
-def attach_rows(
-    operators: Operators, x: Tensor, value: Tensor, loss: tuple, stats: Tensor, recompute, sample_stats: Tensor | None = None,
-    weighing: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """value as a function of the logits x, whose gradient follows from x, (target, class weight, adjust, smoothing), the
-    statistics of its rows and, where these are weighed late, what robust_logit_loss left for that."""
-    saved = (stats, None, None) if weighing is None else (stats, sample_stats, weighing)
-    if torch.compiler.is_compiling():
-        return _GradientFromStatsCompiled.apply(x, value, *loss, *saved, operators.backend)
-    return _from_stats(x, (value, loss, saved, operators, recompute))
-
-
 def attach_logit_gradient(
     operators: Operators, mode: int, logits: Tensor, value: Tensor, spec: LossSpec, target: Tensor, class_weight: Tensor | None,
     adjust: Tensor | None, saved: Tensor, recompute, sample_stats: Tensor | None = None, weighing: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """value as a function of the logits, by what an operator saved in a backward mode that is not 0.
+    """value as a function of the logits, by what an operator saved in a backward mode that is not 0: the gradient, or statistics of
+    the rows, from which backward makes it.
 
-    class_weight, adjust: as the operator was given them. sample_stats, weighing: of robust_logit_loss.
+    class_weight, adjust: as the operator was given them. sample_stats, weighing: of robust_logit_loss, where it weighs late.
     """
-    if mode == WITH_STATS:
-        loss = target, class_weight, adjust, spec.smoothing
-        return attach_rows(operators, logits, value, loss, saved, recompute, sample_stats, weighing)
-    return attach(operators, logits, value, saved, recompute)
+    if mode != WITH_STATS:
+        return attach(operators, logits, value, saved, recompute)
+    loss = target, class_weight, adjust, spec.smoothing
+    stats = (saved, None, None) if weighing is None else (saved, sample_stats, weighing)
+    if torch.compiler.is_compiling():
+        return _GradientFromStatsCompiled.apply(logits, value, *loss, *stats, operators.backend)
+    return _from_stats(logits, (value, loss, stats, operators, recompute))
 
 
 def weights_of(sample_stats: Tensor, weighing: Tensor | None) -> Tensor:

@@ -30,6 +30,13 @@ def _normalizer_options(gamma: float, alpha: float, flags: int) -> dict:
     return dict(gamma=gamma, alpha=alpha, init=init, normalizer=_codes.NORMALIZERS[flags & _codes.NORMALIZER])
 
 
+def _commit(log_s: Tensor, nonfinite: Tensor, new_log_s: Tensor, is_nonfinite: Tensor, flags: int) -> None:
+    """Writes the state, in place, where UPDATE says so."""
+    if flags & _codes.UPDATE:
+        log_s.copy_(new_log_s)
+        nonfinite += is_nonfinite
+
+
 # ---- losses on logits --------------------------------------------------------------------------------------------------
 
 
@@ -63,9 +70,7 @@ def robust_loss(losses, score, sample_weight, mask, log_s, nonfinite, lam, gamma
     )  # fmt: skip
     with torch.no_grad():
         sample_stats = stack_sample_stats(losses.detach(), weights, mask)
-        if flags & _codes.UPDATE:
-            log_s.copy_(new_log_s)
-            nonfinite += is_nonfinite
+        _commit(log_s, nonfinite, new_log_s, is_nonfinite, flags)
     return loss, sample_stats, None
 
 
@@ -80,9 +85,7 @@ def robust_settle(partials, log_s, nonfinite, lam, reference_point, gamma, alpha
         partials, log_s, lam, grad_multiplier=grad_multiplier, reference=reference_point,
         **_normalizer_options(gamma, alpha, flags),
     )  # fmt: skip
-    if flags & _codes.UPDATE:
-        log_s.copy_(new_log_s)
-        nonfinite += settled[NONFINITE] > 0
+    _commit(log_s, nonfinite, new_log_s, settled[NONFINITE] > 0, flags)
     return settled
 
 

@@ -71,7 +71,6 @@ class Shared:
         return False
 
     def gather(self, stats: Tensor, state: RobustState, classes: int) -> Tensor:
-        self.processes.count()
         return self.processes.gather(stats, state, self.deferred, self.loss_divisor, classes)
 
     def settle(self, state, operators, partial_stats_of, classes, update_state) -> tuple[Tensor, bool]:

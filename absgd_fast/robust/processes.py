@@ -46,7 +46,7 @@ class Processes:
 
     def gather(self, stats: Tensor, state: RobustState, deferred: bool, loss_divisor: float, classes: int) -> Tensor:
         """(processes, 3 or more): the statistics of all processes, which are seen to be set up alike."""
-        count = self._count
+        count = self.count()
         if count == 1:
             return stats.unsqueeze(0)
         fixed = (state.gamma, state.alpha, state.mix, state.max_weight, state.bits, deferred, loss_divisor, classes,

@@ -75,15 +75,13 @@ class RobustState(ExactState):
 
     # ---- what an operator is given ----
 
-    def current_lam(self) -> Tensor:
-        """lambda; infinity, which is the plain mean, while a RelativeLam is open."""
-        lam = self._buffers["lam"]
-        return torch.full_like(lam, math.inf) if self.lam_is_open else lam
-
     def operands(self, update_state: bool, more_bits: int) -> tuple:
-        """The last arguments of the operators: log_s, nonfinite, lam, gamma, alpha, mix, max_weight, flags."""
+        """The last arguments of the operators: log_s, nonfinite, lam, gamma, alpha, mix, max_weight, flags.
+
+        lam is infinity, which is the plain mean, while a RelativeLam is open.
+        """
         buffers = self._buffers
-        lam = self.current_lam() if self.lam_is_open else buffers["lam"]
+        lam = torch.full_like(buffers["lam"], math.inf) if self.lam_is_open else buffers["lam"]
         flags = self.bits + (ops.UPDATE if update_state else 0) + more_bits
         return buffers["log_s"], buffers["nonfinite_batches"], lam, self.gamma, self.alpha, self.mix, self.max_weight, flags
 
