@@ -27,7 +27,9 @@ class CMakeBuild(build_ext):
         except RuntimeError as error:
             if os.environ.get("ABSGD_FAST_REQUIRE_NATIVE") == "1":
                 raise SystemExit(f"absgd_fast: {error}") from None
-            info = dict(native=False, host=False, reason=str(error), compiler=None, isas=[], cuda=None, cuda_reason=str(error), torch=None)
+            info = dict(
+                native=False, host=False, reason=str(error), compiler=None, isas=[], cuda=None, cuda_reason=str(error), torch=None
+            )
             (package / "_build_info.json").write_text(json.dumps(info) + "\n")
             print(f"absgd_fast: {error}\nabsgd_fast: installing without native kernels", file=sys.stderr)
 
@@ -38,10 +40,18 @@ class CMakeBuild(build_ext):
             raise RuntimeError("cmake not found; pip install cmake ninja")
         ninja = ["-GNinja"] if shutil.which("ninja", path=path) else []
         shutil.rmtree(build, ignore_errors=True)  # a build directory remembers paths of a vanished build environment
-        for arguments in (["-S", ROOT, "-B", build, f"-DPython_EXECUTABLE={sys.executable}", *ninja],
-                          ["--build", build], ["--install", build, "--prefix", package]):
-            done = subprocess.run(["cmake", *map(str, arguments)], env={**os.environ, "PATH": path}, text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for arguments in (
+            ["-S", ROOT, "-B", build, f"-DPython_EXECUTABLE={sys.executable}", *ninja],
+            ["--build", build],
+            ["--install", build, "--prefix", package],
+        ):
+            done = subprocess.run(
+                ["cmake", *map(str, arguments)],
+                env={**os.environ, "PATH": path},
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
             print(done.stdout, flush=True)
             if done.returncode:
                 lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]

@@ -81,9 +81,11 @@ def _parser():
     train.add_argument("--out", metavar="DIR", help=f"where results.json and report.html go (default: {OUT})")
     train.add_argument("--threads", type=int, help="CPU threads (default: 1 for digits, torch's choice for CIFAR)")
     train.add_argument(
-        "--checkpoint-every", type=int, metavar="STEPS",
+        "--checkpoint-every",
+        type=int,
+        metavar="STEPS",
         help=f"write DIR/{CHECKPOINT} after every so many steps; 0 = every 30 seconds (default: 0)",
-    )  # fmt: skip
+    )
     train.add_argument(
         "--resume",
         metavar="DIR",
@@ -353,9 +355,14 @@ def _run_all(console, config, source, keeper, state, finished):
     from absgd_fast.experiments.train import runs
 
     columns = (
-        TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"),
-        TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("{task.description:<18}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("epochs"),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
     before, trained = (state["finished"], _epochs_done(config, state)) if state else ([], 0)
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("starting", total=config.seeds * len(config.methods) * config.epochs, completed=trained)

@@ -29,8 +29,16 @@ def build_info() -> dict:
         return json.loads((_HERE / "_build_info.json").read_text())
     except FileNotFoundError:
         reason = "the package was not built; run `pip install .` in the source tree"
-        return {"native": False, "host": False, "reason": reason, "compiler": None, "isas": [], "torch": None,
-                "cuda": None, "cuda_reason": reason}  # fmt: skip
+        return {
+            "native": False,
+            "host": False,
+            "reason": reason,
+            "compiler": None,
+            "isas": [],
+            "torch": None,
+            "cuda": None,
+            "cuda_reason": reason,
+        }
 
 
 @cache

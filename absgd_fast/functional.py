@@ -17,9 +17,18 @@ from .reference import real_dtype
 
 
 def loss_spec(
-    kind: str, weight: Tensor | None, adjust: Tensor | None, label_smoothing: float, ignore_index: int,
-    gamma: float, q: float, k: float | None, prune: bool, alpha: float, beta: float,
-) -> LossSpec:  # fmt: skip
+    kind: str,
+    weight: Tensor | None,
+    adjust: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    gamma: float,
+    q: float,
+    k: float | None,
+    prune: bool,
+    alpha: float,
+    beta: float,
+) -> LossSpec:
     """The checked arguments of `logit_loss`."""
     _checks.choice(kind, "kind", KINDS)
     hyper_a = hyper_b = 0.0  # _codes.HYPERPARAMETERS says what they are
@@ -186,8 +195,9 @@ def robust_weights(
 
 
 @lru_cache(256)
-def _weighted_options(gamma, alpha, init, normalizer, mix, max_weight, momentum, dampening, weight_decay, nesterov, maximize,
-                      heavy_ball) -> tuple[float, int, int]:  # fmt: skip
+def _weighted_options(
+    gamma, alpha, init, normalizer, mix, max_weight, momentum, dampening, weight_decay, nesterov, maximize, heavy_ball
+) -> tuple[float, int, int]:
     """Checks them: once, because they stay the same from step to step (4 us). max_weight as a number, and the operator's bits."""
     _checks.unit_interval(gamma, "gamma")
     _checks.unit_interval(alpha, "alpha")

@@ -153,9 +153,15 @@ class GCE(LogitLoss):
     """
 
     def __init__(
-        self, q: float = 0.7, k: float | None = None, prune: bool = False,
-        weight=None, ignore_index: int = -100, reduction: str = "none", backend=None,
-    ):  # fmt: skip
+        self,
+        q: float = 0.7,
+        k: float | None = None,
+        prune: bool = False,
+        weight=None,
+        ignore_index: int = -100,
+        reduction: str = "none",
+        backend=None,
+    ):
         super().__init__("gce", weight, ignore_index, reduction, backend, q=q, k=k, prune=prune)
 
 
@@ -171,9 +177,14 @@ class SCE(LogitLoss):
     """
 
     def __init__(
-        self, alpha: float = 0.1, beta: float = 1.0,
-        weight=None, ignore_index: int = -100, reduction: str = "none", backend=None,
-    ):  # fmt: skip
+        self,
+        alpha: float = 0.1,
+        beta: float = 1.0,
+        weight=None,
+        ignore_index: int = -100,
+        reduction: str = "none",
+        backend=None,
+    ):
         super().__init__("sce", weight, ignore_index, reduction, backend, alpha=alpha, beta=beta)
 
 
@@ -226,9 +237,15 @@ class LDAM(_ClassVectorLoss):
     """
 
     def __init__(
-        self, cls_num_list: Sequence[int], max_m: float = 0.5, s: float = 30.0,
-        weight=None, ignore_index: int = -100, reduction: str = "none", backend=None,
-    ):  # fmt: skip
+        self,
+        cls_num_list: Sequence[int],
+        max_m: float = 0.5,
+        s: float = 30.0,
+        weight=None,
+        ignore_index: int = -100,
+        reduction: str = "none",
+        backend=None,
+    ):
         super().__init__(cls_num_list, weight, ignore_index, reduction, backend)
         self.max_m = _checks.within(max_m, "max_m", 0, math.inf)
         self.s = _checks.within(s, "s", 0, math.inf, open_below=True)
@@ -254,9 +271,15 @@ class VS(_ClassVectorLoss):
     """
 
     def __init__(
-        self, cls_num_list: Sequence[int], gamma: float = 0.3, tau: float = 1.0,
-        weight=None, ignore_index: int = -100, reduction: str = "none", backend=None,
-    ):  # fmt: skip
+        self,
+        cls_num_list: Sequence[int],
+        gamma: float = 0.3,
+        tau: float = 1.0,
+        weight=None,
+        ignore_index: int = -100,
+        reduction: str = "none",
+        backend=None,
+    ):
         super().__init__(cls_num_list, weight, ignore_index, reduction, backend)
         self.gamma = _checks.within(gamma, "gamma", 0, math.inf)
         self.tau = _checks.within(tau, "tau", 0, math.inf)
@@ -274,9 +297,14 @@ class LogitAdjusted(VS):
     """
 
     def __init__(
-        self, cls_num_list: Sequence[int], tau: float = 1.0,
-        weight=None, ignore_index: int = -100, reduction: str = "none", backend=None,
-    ):  # fmt: skip
+        self,
+        cls_num_list: Sequence[int],
+        tau: float = 1.0,
+        weight=None,
+        ignore_index: int = -100,
+        reduction: str = "none",
+        backend=None,
+    ):
         super().__init__(cls_num_list, 0.0, tau, weight, ignore_index, reduction, backend)
 
 
@@ -288,9 +316,14 @@ class CDT(VS):
     """
 
     def __init__(
-        self, cls_num_list: Sequence[int], gamma: float = 0.3,
-        weight=None, ignore_index: int = -100, reduction: str = "none", backend=None,
-    ):  # fmt: skip
+        self,
+        cls_num_list: Sequence[int],
+        gamma: float = 0.3,
+        weight=None,
+        ignore_index: int = -100,
+        reduction: str = "none",
+        backend=None,
+    ):
         super().__init__(cls_num_list, gamma, 0.0, weight, ignore_index, reduction, backend)
 
 

@@ -303,9 +303,10 @@ class _Step:
             return any(p.requires_grad for p in m.parameters())
 
         layers = [
-            m for m in self.unwrapped.modules()
+            m
+            for m in self.unwrapped.modules()
             if trains(m) and not any(trains(child) for name, child in m.named_children() if name != "parametrizations")
-        ]  # fmt: skip
+        ]
         mixing = [m for m in self.unwrapped.modules() if isinstance(m, _BatchNorm) and m.training and not trains(m)]
         handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
         handles += [layer.register_forward_hook(note_mixing) for layer in mixing]

@@ -200,18 +200,32 @@ RULES = {
         ab.ABAdam, torch.optim.Adam, {"fused": True}, 2, _counted_steps(reference.adam_step_, (True, True, False)), lr=0.1
     ),
     "AdamW": Rule(
-        ab.ABAdamW, torch.optim.AdamW, {"fused": True}, 2,
-        _counted_steps(reference.adam_step_, (True, True, False), decoupled_weight_decay=True), lr=0.1, weight_decay=1e-2,
+        ab.ABAdamW,
+        torch.optim.AdamW,
+        {"fused": True},
+        2,
+        _counted_steps(reference.adam_step_, (True, True, False), decoupled_weight_decay=True),
+        lr=0.1,
+        weight_decay=1e-2,
     ),
     "RMSprop": Rule(
-        ab.ABRMSprop, torch.optim.RMSprop, {"foreach": True}, 1,
-        _counted_steps(reference.rmsprop_step_, (True, False, False)), lr=0.1,
+        ab.ABRMSprop,
+        torch.optim.RMSprop,
+        {"foreach": True},
+        1,
+        _counted_steps(reference.rmsprop_step_, (True, False, False)),
+        lr=0.1,
     ),
     "AdaGrad": Rule(
-        ab.ABAdagrad, torch.optim.Adagrad, {"fused": True}, 1, _counted_steps(reference.adagrad_step_, (True,)),
-        on_gpu={"foreach": True}, lr=0.1,
+        ab.ABAdagrad,
+        torch.optim.Adagrad,
+        {"fused": True},
+        1,
+        _counted_steps(reference.adagrad_step_, (True,)),
+        on_gpu={"foreach": True},
+        lr=0.1,
     ),
-}  # fmt: skip
+}
 
 
 class Tensors:
@@ -487,9 +501,14 @@ FEW_CLASSES, FEW_ROWS = (16384, 10), (2, 8142)
 # around the border of the kernel that is one block: at most 128 classes, and 512 lanes of 4 classes each
 ONE_BLOCK = [(128, 10), (256, 4), (16, 100), (5, 128), (32, 16)]
 PROBE = {  # the cases of a run that may stay the only one
-    "8192 × 32000 bf16", "16384 × 10 fp32", "128 × 10 fp32", "2 × 8142 fp32", "ResNet-50, 161 tensors",
-    "16 × 5 fp32", "three tensors",
-}  # fmt: skip
+    "8192 × 32000 bf16",
+    "16384 × 10 fp32",
+    "128 × 10 fp32",
+    "2 × 8142 fp32",
+    "ResNet-50, 161 tensors",
+    "16 × 5 fp32",
+    "three tensors",
+}
 PROBED = {"absgd_fast", "cross_entropy", "absgd package", "SGD fused"}  # none of them compiles
 ANY = math.inf
 

@@ -105,15 +105,23 @@ def measure(normed, rows, rounds):
     times = interleave_long(steps, rounds)
     memory = {name: statistics.median(peak_bytes(step) for _ in range(3)) for name, step in steps.items()}
     return {
-        "batch_norm": normed, "rows": rows, "clean_rows": rows // 8, "rounds": rounds, "seconds": quartiles(times[PLAIN]),
+        "batch_norm": normed,
+        "rows": rows,
+        "clean_rows": rows // 8,
+        "rounds": rounds,
+        "seconds": quartiles(times[PLAIN]),
         "methods": {
             name: {
-                "ratio": ratios(times[name], times[PLAIN]), "most": TIME.get(name, (None, None))[normed],
-                "memory": memory[name] / memory[PLAIN], "most_memory": MEMORY, "distance": errors[name],
+                "ratio": ratios(times[name], times[PLAIN]),
+                "most": TIME.get(name, (None, None))[normed],
+                "memory": memory[name] / memory[PLAIN],
+                "most_memory": MEMORY,
+                "distance": errors[name],
             }
-            for name in steps if name != PLAIN
+            for name in steps
+            if name != PLAIN
         },
-    }  # fmt: skip
+    }
 
 
 def main(argv=None):

@@ -67,12 +67,17 @@ def measure(rows, width, classes, rounds, chunk=None, seed=0):
 
     times = interleave_long({name: partial(weighed, name) for name in peaks}, rounds, forget)
     return {
-        "rows": rows, "width": width, "classes": classes, "chunk": chunk, "rounds": rounds, "error": error,
+        "rows": rows,
+        "width": width,
+        "classes": classes,
+        "chunk": chunk,
+        "rounds": rounds,
+        "error": error,
         "seconds": {name: quartiles(values) for name, values in times.items()},
         "memory": {name: statistics.median(values) / logits for name, values in peaks.items()},
         "ratio": ratios(times[OURS], times[PLAIN]),
         "targets": {"memory": MOST_MEMORY, "ratio": MOST_TIME},
-    }  # fmt: skip
+    }
 
 
 def main(argv=None):
@@ -94,8 +99,10 @@ def main(argv=None):
             f"{name:24} {seconds['median']:8.2f} s   peak beyond the gradients: {100 * found['memory'][name]:.1f} % of the logits"
         )
     met = found["memory"][OURS] <= MOST_MEMORY and found["ratio"]["median"] <= MOST_TIME
-    print(f"time of ours / theirs {found['ratio']['median']:.2f} (≤ {MOST_TIME:g}), memory ≤ {100 * MOST_MEMORY:g} %: "
-          f"{'met' if met else 'missed'}; gradients differ by {found['error']:.0e}")  # fmt: skip
+    print(
+        f"time of ours / theirs {found['ratio']['median']:.2f} (≤ {MOST_TIME:g}), memory ≤ {100 * MOST_MEMORY:g} %: "
+        f"{'met' if met else 'missed'}; gradients differ by {found['error']:.0e}"
+    )
     if arguments.out:
         write(report | {"linear": found}, arguments.out)
     return 0 if found["error"] < 1e-4 else 1

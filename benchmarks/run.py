@@ -109,9 +109,13 @@ def _timed(case, data, times, errors, absent):
             target = case.targets.get(name)
             peers[name] |= {"ratio": ratio, "target": target, "met": None if target is None else ratio["median"] <= target}
     return {
-        "suite": case.suite, "case": case.name, "rounds": len(ours), "tolerance": data.tolerance,
-        "peers": peers, "absent": absent,
-    }  # fmt: skip
+        "suite": case.suite,
+        "case": case.name,
+        "rounds": len(ours),
+        "tolerance": data.tolerance,
+        "peers": peers,
+        "absent": absent,
+    }
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -186,9 +190,13 @@ def weigh(case):
     peers, absent = gather(case, data, lambda peer, error: {name: _attempt(measure, peer) for name, measure in measures.items()})
     met = {name: None if peers[OURS][name] is None else peers[OURS][name] <= target for name, target in case.targets.items()}
     return {
-        "suite": case.suite, "case": case.name, "peers": peers, "absent": absent,
-        "targets": dict(case.targets), "met": met,
-    }  # fmt: skip
+        "suite": case.suite,
+        "case": case.name,
+        "peers": peers,
+        "absent": absent,
+        "targets": dict(case.targets),
+        "met": met,
+    }
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

@@ -60,8 +60,11 @@ def tiny(monkeypatch, no_compiler):
         cases.Case("train", "mlp", partial(cases.Training, "mlp")),
     ]
     for module, name, value in (
-        (run, "CASES", small), (timing, "ROUNDS", (3, 3)), (timing, "BLOCK", 1e5), (run, "GROWTH_STEPS", 10),
-    ):  # fmt: skip
+        (run, "CASES", small),
+        (timing, "ROUNDS", (3, 3)),
+        (timing, "BLOCK", 1e5),
+        (run, "GROWTH_STEPS", 10),
+    ):
         monkeypatch.setattr(module, name, value)
 
 

@@ -22,10 +22,14 @@ for room in ("bench", "deferred", "gpu", "interpreted", "optim", "weights"):
 
 # derandomize: a failure seen once is seen by everybody. The fixtures below only choose a backend, so examples may share them.
 settings.register_profile(
-    "absgd_fast", deadline=None, derandomize=True, max_examples=30, database=None,
+    "absgd_fast",
+    deadline=None,
+    derandomize=True,
+    max_examples=30,
+    database=None,
     phases=[Phase.explicit, Phase.generate, Phase.shrink],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+)
 settings.load_profile("absgd_fast")
 
 # ---- the table ------------------------------------------------------------------------------------------------------
@@ -67,8 +71,25 @@ class Loss:
         return self.fused(**given, **more)
 
     @staticmethod
-    def eager(logits, target, *, kind, scale=None, shift=None, margin=None, weight=None, ignore_index=-100, gamma=2.0, q=0.7,
-              k=None, prune=False, alpha=0.1, beta=1.0, reduction="none", **smoothing):  # fmt: skip
+    def eager(
+        logits,
+        target,
+        *,
+        kind,
+        scale=None,
+        shift=None,
+        margin=None,
+        weight=None,
+        ignore_index=-100,
+        gamma=2.0,
+        q=0.7,
+        k=None,
+        prune=False,
+        alpha=0.1,
+        beta=1.0,
+        reduction="none",
+        **smoothing,
+    ):
         """Every loss as one would write it around F.cross_entropy; a mean divides by the weights of the rows that count."""
         along = (-1, *[1] * (logits.dim() - 2))
         if scale is not None:
@@ -109,8 +130,13 @@ LOSSES = {
     "ce": Loss(ab.CrossEntropy, sparse=False),
     "ce-weight": Loss(ab.CrossEntropy, given=weighted()),
     "ce-smooth": Loss(ab.CrossEntropy, given=lambda c: {"label_smoothing": 0.1}, cancels=("gradient",), every_class=True),
-    "ce-weight-smooth-ignore": Loss(ab.CrossEntropy, given=weighted(label_smoothing=0.3, ignore_index=0), cancels=("gradient",),
-                                    every_class=True, sparse=False),
+    "ce-weight-smooth-ignore": Loss(
+        ab.CrossEntropy,
+        given=weighted(label_smoothing=0.3, ignore_index=0),
+        cancels=("gradient",),
+        every_class=True,
+        sparse=False,
+    ),
     "focal": Loss(ab.Focal, "focal"),
     "focal-half-weight": Loss(ab.Focal, "focal", weighted(gamma=0.5)),  # below 1: another limit at p = 1
     "focal-zero": Loss(ab.Focal, "focal", lambda c: {"gamma": 0.0}),
@@ -123,7 +149,7 @@ LOSSES = {
     "vs-weight-ignore": Loss(ab.VS, "ce", lambda c: weighted(ignore_index=2)(c) | counted()(c), oracle.vs),
     "la": Loss(ab.LogitAdjusted, "ce", counted(tau=1.3), oracle.logit_adjusted),
     "cdt": Loss(ab.CDT, "ce", counted(gamma=0.2), oracle.cdt),
-}  # fmt: skip
+}
 
 
 # ---- ways in which given losses reach ABLoss ------------------------------------------------------------------------

@@ -174,9 +174,14 @@ def problem(shape, dtype, seed=0, scale=3.0, loss="ce"):
     flat = oracle.rows(logits.double()), target.flatten().numpy()
     (losses, grads), valid = oracle.logit_loss(*flat, **options), oracle.valid(*flat, **options)
     return SimpleNamespace(
-        logits=logits, target=target, options=options, valid=valid.reshape(target.shape), ignore_index=ignore,
-        losses=losses.reshape(target.shape), grads=oracle.unrows(grads, shape),
-    )  # fmt: skip
+        logits=logits,
+        target=target,
+        options=options,
+        valid=valid.reshape(target.shape),
+        ignore_index=ignore,
+        losses=losses.reshape(target.shape),
+        grads=oracle.unrows(grads, shape),
+    )
 
 
 def exact_losses(x, target, options):

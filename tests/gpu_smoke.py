@@ -19,19 +19,19 @@ if __name__ == "__main__":
     tests = Path(__file__).resolve().parent
     sys.path[:0] = [str(tests), str(tests.parent)]
 
-import gpu_cases as cases  # noqa: E402
-import gpu_runner as runner  # noqa: E402
-import oracle  # noqa: E402
-import test_gpu_graphs as graphs  # noqa: E402
-import test_gpu_losses as losses  # noqa: E402
-import test_gpu_robust as robust  # noqa: E402
-import test_gpu_steps as stepping  # noqa: E402
-import test_gpu_training as training  # noqa: E402
-import torch  # noqa: E402
-from gpu_trainings import LOOPS, MICRO  # noqa: E402
+import gpu_cases as cases
+import gpu_runner as runner
+import oracle
+import test_gpu_graphs as graphs
+import test_gpu_losses as losses
+import test_gpu_robust as robust
+import test_gpu_steps as stepping
+import test_gpu_training as training
+import torch
+from gpu_trainings import LOOPS, MICRO
 
-import absgd_fast as ab  # noqa: E402
-from absgd_fast import _backend, ops  # noqa: E402
+import absgd_fast as ab
+from absgd_fast import _backend, ops
 
 FP32 = torch.float32
 

@@ -90,8 +90,9 @@ class Head:
         target = torch.randint(classes, (rows,), generator=draw)
         target[3::11] = -100
         self.target, self.where, self.wanted = target.to(where.device), where, [t for t in self.given if t is not None]
-        criterion = ab.LinearABLoss(where.fused(loss, classes, dtype), chunk=rows // 4 + 5, backend=where.backend,
-                                    **{"lam": 0.6} | options)  # fmt: skip
+        criterion = ab.LinearABLoss(
+            where.fused(loss, classes, dtype), chunk=rows // 4 + 5, backend=where.backend, **{"lam": 0.6} | options
+        )
         criterion = criterion.to(where.device)
         self.criterion = criterion.double() if dtype == torch.float64 else criterion
 

@@ -82,17 +82,51 @@ def in_place(logits, weight=None, smoothing=0.0, report=None, kind=0, second=0.0
 def robust_logit_loss(logits, weight=None, smoothing=0.0, rows=None, report=None, normalizer=0, mix=0.0, update=True):
     real = launch.real_dtype(logits.dtype)
     losses.robust_logit_loss(
-        logits, labels(len(logits)), weight, None, smoothing, 0.0, -100, rows, rows, None if rows is None else rows > 0, log_s(real),
-        torch.tensor(0), log_s(real), 0.9, 1.0, mix, math.inf, kind=0, prune=False, normalizer=normalizer, init_first=True,
-        update=update, with_stats=True, report=report,
-    )  # fmt: skip
+        logits,
+        labels(len(logits)),
+        weight,
+        None,
+        smoothing,
+        0.0,
+        -100,
+        rows,
+        rows,
+        None if rows is None else rows > 0,
+        log_s(real),
+        torch.tensor(0),
+        log_s(real),
+        0.9,
+        1.0,
+        mix,
+        math.inf,
+        kind=0,
+        prune=False,
+        normalizer=normalizer,
+        init_first=True,
+        update=update,
+        with_stats=True,
+        report=report,
+    )
 
 
 def robust_loss(values, rows=None, update=True):
     weights.robust_loss(
-        values, rows, rows, None if rows is None else rows > 0, log_s(values.dtype), torch.tensor(0), log_s(), 0.9, 1.0, 0.5, 2.0,
-        normalizer=0, init_first=False, update=update, with_grad=True,
-    )  # fmt: skip
+        values,
+        rows,
+        rows,
+        None if rows is None else rows > 0,
+        log_s(values.dtype),
+        torch.tensor(0),
+        log_s(),
+        0.9,
+        1.0,
+        0.5,
+        2.0,
+        normalizer=0,
+        init_first=False,
+        update=update,
+        with_grad=True,
+    )
 
 
 def robust_weights(values):
@@ -121,19 +155,48 @@ def optimizer_step(rule, dtype=F32, shift=0, numbers=(), flags=0, weight_decay=1
     robust = torch.zeros(6, dtype=F64) if "robust" in numbers else None
     steps = [] if rule == "sgd" else [torch.zeros((), dtype=count) for _ in range(2)]
     step.step_(
-        params, grads, [t for ts in states for t in ts], steps, *given, robust, 0.1, weight_decay, first, second, 1e-8, RULES.index(rule),
+        params,
+        grads,
+        [t for ts in states for t in ts],
+        steps,
+        *given,
+        robust,
+        0.1,
+        weight_decay,
+        first,
+        second,
+        1e-8,
+        RULES.index(rule),
         flags,
-    )  # fmt: skip
+    )
 
 
 def weighted_step(dtype=F32, momentum=0.9, form=0, lr_tensor=None, shift=0, weight_decay=1e-4, elements=5000, batch=64):
     real = launch.real_dtype(dtype)
     params, buffers = ([torch.zeros(elements + shift, dtype=d)[shift:]] * 2 for d in (dtype, real))
     weighted.weighted_step_(
-        params, buffers if momentum else [], [torch.zeros(batch, elements, dtype=dtype)] * 2, torch.zeros(batch, dtype=real), None, None,
-        log_s(real), None, lr_tensor, 0.5, 0.9, 1.0, 0.0, math.inf, 0.1, weight_decay, momentum, 0.0, form, normalizer=0,
+        params,
+        buffers if momentum else [],
+        [torch.zeros(batch, elements, dtype=dtype)] * 2,
+        torch.zeros(batch, dtype=real),
+        None,
+        None,
+        log_s(real),
+        None,
+        lr_tensor,
+        0.5,
+        0.9,
+        1.0,
+        0.0,
+        math.inf,
+        0.1,
+        weight_decay,
+        momentum,
+        0.0,
+        form,
+        normalizer=0,
         init_first=True,
-    )  # fmt: skip
+    )
 
 
 ALL_NUMBERS = ("lr", "grad_scale", "found_inf", "robust")
@@ -157,7 +220,7 @@ STEPS = {
     "adagrad": (("adagrad", F32), dict(count=F64)),
     "adagrad fp64": (("adagrad", F64), dict(numbers=ALL_NUMBERS)),
     "adagrad fp16": (("adagrad", F16), dict(weight_decay=0.0)),
-}  # fmt: skip
+}
 CALLS = {
     # one row per program; a loop over classes; a tile of rows
     "512 x 1000 fp32": lambda: logit_loss(torch.zeros(512, 1000), labels(512)),
@@ -255,13 +318,36 @@ def test_no_global_constants():
 
 # Every kernel and type at least once; all calls on sm_90
 ELSEWHERE = [
-    "512 x 1000 fp32", "64 x 32000 bf16", "64 x 1000 fp64", "in place 64 x 32000 bf16", "in place 64 x 1000 fp64", "robust 128 x 10 fp32", "robust 8192 x 100 bf16",
-    "robust 128 x 1000 fp64", "9000 losses fp64", "90000 losses fp32", "900 weights fp32", "90000 weights fp64",
-    "900 rectified weights fp32", "90 rectified weights fp64", "scale",
-    "step, nesterov", "step, heavy ball fp64", "step, amsgrad", "step, amsgrad fp64", "step, adamw fp16", "step, paper form bf16",
-    "step, rmsprop, centered, momentum", "step, rmsprop, centered, momentum fp64", "step, adagrad fp64", "step, adagrad fp16",
-    "weighted", "weighted, heavy ball bf16", "weighted, plain fp16", "weighted fp64",
-]  # fmt: skip
+    "512 x 1000 fp32",
+    "64 x 32000 bf16",
+    "64 x 1000 fp64",
+    "in place 64 x 32000 bf16",
+    "in place 64 x 1000 fp64",
+    "robust 128 x 10 fp32",
+    "robust 8192 x 100 bf16",
+    "robust 128 x 1000 fp64",
+    "9000 losses fp64",
+    "90000 losses fp32",
+    "900 weights fp32",
+    "90000 weights fp64",
+    "900 rectified weights fp32",
+    "90 rectified weights fp64",
+    "scale",
+    "step, nesterov",
+    "step, heavy ball fp64",
+    "step, amsgrad",
+    "step, amsgrad fp64",
+    "step, adamw fp16",
+    "step, paper form bf16",
+    "step, rmsprop, centered, momentum",
+    "step, rmsprop, centered, momentum fp64",
+    "step, adagrad fp64",
+    "step, adagrad fp16",
+    "weighted",
+    "weighted, heavy ball bf16",
+    "weighted, plain fp16",
+    "weighted fp64",
+]
 
 
 @pytest.mark.parametrize("call, target", [(c, t) for c in CALLS for t in TARGETS if t == "sm_90" or c in ELSEWHERE])
@@ -341,7 +427,7 @@ def test_float64_of_the_state_only(call):
     for made in recorded(call, "sm_90"):
         size = "LOSSES" if "LOSSES" in made.options else "BLOCK"
         ptx = [made.compile("sm_90", **{size: made.options[size] // n}).asm["ptx"] for n in (2, 1)]
-        operations = [Counter(re.findall(r"^\s*(?:@%p\d+ )?([\w.]+\.f64)\s", text, re.M)) for text in ptx]
+        operations = [Counter(re.findall(r"^\s*(?:@%p\d+ )?([\w.]+\.f64)\s", text, re.MULTILINE)) for text in ptx]
         assert operations[0] == operations[1] and operations[0], made.name
 
 
@@ -462,4 +548,4 @@ def test_last_program_sees_the_others(call):
     for made in recorded(call, "gfx942"):
         code = made.compile("gfx942").asm["amdgcn"]
         first, _, rest = code.partition("buffer_wbl2 sc1")
-        assert re.search(r"s_waitcnt vmcnt\(0\).*?s_barrier.*?buffer_wbl2 sc1.*?global_atomic_add", rest, re.S), made.name
+        assert re.search(r"s_waitcnt vmcnt\(0\).*?s_barrier.*?buffer_wbl2 sc1.*?global_atomic_add", rest, re.DOTALL), made.name

@@ -164,9 +164,10 @@ def test_ignored_rows_are_not_read(monkeypatch):
 
     read, load = [], InterpreterBuilder.create_masked_load
     monkeypatch.setattr(
-        InterpreterBuilder, "create_masked_load",
+        InterpreterBuilder,
+        "create_masked_load",
         lambda self, p, mask, *a: (read.append(int(np.sum(mask.data))), load(self, p, mask, *a))[1],
-    )  # fmt: skip
+    )
     for ignored in (0, 2):
         logits, target = make((4, 4097))
         target[:ignored] = -100
@@ -255,9 +256,31 @@ def test_same_as_the_public_api(lam):
         value = criterion(leaf, target, sample_weight=torch.linspace(0, 1, 9))
         value.backward()
         loss, rows, stats = losses.robust_logit_loss(
-            logits, target, None, None, 0.1, 0.0, -100, None, torch.linspace(0, 1, 9).double(), None, log_s, nonfinite, lam, 0.8, 0.9, 0.2,
-            3.0, kind=0, prune=False, normalizer=0, init_first=True, update=True, with_stats=True, report=None,
-        )  # fmt: skip
+            logits,
+            target,
+            None,
+            None,
+            0.1,
+            0.0,
+            -100,
+            None,
+            torch.linspace(0, 1, 9).double(),
+            None,
+            log_s,
+            nonfinite,
+            lam,
+            0.8,
+            0.9,
+            0.2,
+            3.0,
+            kind=0,
+            prune=False,
+            normalizer=0,
+            init_first=True,
+            update=True,
+            with_stats=True,
+            report=None,
+        )
         grad = losses.logit_loss_backward(logits, target, None, None, 0.1, stats, torch.tensor(1.0, dtype=torch.float64))
         for ours, theirs in (
             (loss, value),

@@ -84,10 +84,22 @@ class Step:
             "adagrad": lambda: (o["lr_decay"], 0.0),
         }[self.rule]()
         step.step_(
-            self.params, self.grads, [t for ts in self.states if ts is not None for t in ts], self.steps, lr_tensor, grad_scale,
-            found_inf, robust, o["lr"], o["weight_decay"], first, second, o["eps"], RULES.index(self.rule),
+            self.params,
+            self.grads,
+            [t for ts in self.states if ts is not None for t in ts],
+            self.steps,
+            lr_tensor,
+            grad_scale,
+            found_inf,
+            robust,
+            o["lr"],
+            o["weight_decay"],
+            first,
+            second,
+            o["eps"],
+            RULES.index(self.rule),
             sum(bit for name, bit in FLAGS.items() if o.get(name)),
-        )  # fmt: skip
+        )
 
     def wanted(self, scale=1.0, **options):
         """The lists after the same step by reference/, in float64."""

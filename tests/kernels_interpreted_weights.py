@@ -20,16 +20,48 @@ from absgd_fast.kernels import launch, losses, weights
 # ---- robust weights ----------------------------------------------------------------------------------------------------
 
 
-def robust(logits, target, log_s=-INF, lam=0.7, score=None, sample_weight=None, mask=None, update=True, upstream=1.0,
-           weight=None, label_smoothing=0.0, report=None, state_dtype=None, **options):  # fmt: skip
+def robust(
+    logits,
+    target,
+    log_s=-INF,
+    lam=0.7,
+    score=None,
+    sample_weight=None,
+    mask=None,
+    update=True,
+    upstream=1.0,
+    weight=None,
+    label_smoothing=0.0,
+    report=None,
+    state_dtype=None,
+    **options,
+):
     """loss, rows, gradient, log_s, nonfinite."""
     real = wide(logits.dtype)
     log_s, nonfinite, lam = state(log_s, lam, state_dtype or real)
     positional, flags = numbers(**options)
     loss, rows, stats = losses.robust_logit_loss(
-        logits, target, weight, None, label_smoothing, 0.0, -100, score, sample_weight, mask, log_s, nonfinite, lam, *positional,
-        **flags, kind=0, prune=False, update=update, with_stats=True, report=report,
-    )  # fmt: skip
+        logits,
+        target,
+        weight,
+        None,
+        label_smoothing,
+        0.0,
+        -100,
+        score,
+        sample_weight,
+        mask,
+        log_s,
+        nonfinite,
+        lam,
+        *positional,
+        **flags,
+        kind=0,
+        prune=False,
+        update=update,
+        with_stats=True,
+        report=report,
+    )
     grad = losses.logit_loss_backward(logits, target, weight, None, label_smoothing, stats, torch.tensor(upstream, dtype=real))
     return loss, rows, grad, log_s, nonfinite
 
@@ -65,9 +97,10 @@ def per_row(which, shape, dtype):
     """sample_weight, mask, score, of which `which` are given."""
     n = math.prod(shape)
     out = dict(
-        sample_weight=torch.linspace(-1, 2, n, dtype=dtype), score=torch.linspace(3, -1, n, dtype=dtype),
+        sample_weight=torch.linspace(-1, 2, n, dtype=dtype),
+        score=torch.linspace(3, -1, n, dtype=dtype),
         mask=torch.arange(n) % 3 != 1,
-    )  # fmt: skip
+    )
     return {k: v.reshape(shape) for k, v in out.items() if which in (k, "all")}
 
 
@@ -360,9 +393,10 @@ def test_scale_by_one_touches_nothing(monkeypatch):
 
     stored, store = [], InterpreterBuilder.create_masked_store
     monkeypatch.setattr(
-        InterpreterBuilder, "create_masked_store",
+        InterpreterBuilder,
+        "create_masked_store",
         lambda self, p, v, mask, *a: (stored.append(int(np.sum(mask.data))), store(self, p, v, mask, *a))[1],
-    )  # fmt: skip
+    )
     for upstream, elements in ((1.0, 0), (2.0, 12)):
         stored.clear()
         weights.scale_(torch.ones(3, 4), torch.tensor(upstream))

@@ -57,61 +57,81 @@ def real(t):
 
 # optimizer: (ours, torch's, {options: ...}). With heavy_ball or paper_form the formulas above stand in for torch's class.
 OPTIMIZERS = {
-    "sgd": (ab.ABSGD, torch.optim.SGD, {
-        "plain": dict(momentum=0.0),
-        "decay": dict(momentum=0.0, weight_decay=0.1),
-        "momentum": dict(momentum=0.9),
-        "momentum-decay": dict(momentum=0.9, weight_decay=0.05),
-        "dampening": dict(momentum=0.8, dampening=0.3, weight_decay=0.01),
-        "nesterov": dict(momentum=0.9, nesterov=True, weight_decay=0.01),
-        "maximize": dict(momentum=0.5, maximize=True, weight_decay=0.01),
-        "tensor-lr": dict(momentum=0.9, lr=torch.tensor(0.02)),
-        "heavy-ball": dict(momentum=0.9, weight_decay=0.05, heavy_ball=True),
-        "heavy-ball-maximize": dict(momentum=0.5, weight_decay=0.05, heavy_ball=True, maximize=True),
-        "heavy-ball-plain": dict(momentum=0.0, heavy_ball=True),
-    }),
-    "adam": (ab.ABAdam, torch.optim.Adam, {
-        "default": dict(),
-        "betas": dict(betas=(0.5, 0.8), eps=1e-3),
-        "betas-0": dict(betas=(0.0, 0.0), eps=1e-3),
-        "tensor-betas": dict(betas=(torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.95, dtype=torch.float64))),
-        "decay": dict(weight_decay=0.1),
-        "amsgrad": dict(amsgrad=True, betas=(0.9, 0.9)),
-        "amsgrad-decay": dict(amsgrad=True, betas=(0.7, 0.9), weight_decay=0.05, maximize=True),
-        "maximize": dict(maximize=True),
-        "tensor-lr": dict(lr=torch.tensor(0.02, dtype=torch.float64)),
-        "paper-form": dict(paper_form=True, eps=0.1),
-        "paper-form-decay": dict(paper_form=True, eps=1e-2, weight_decay=0.1, betas=(0.7, 0.9)),
-        "paper-form-maximize": dict(paper_form=True, eps=1e-3, maximize=True, weight_decay=0.1),
-    }),
-    "adamw": (ab.ABAdamW, torch.optim.AdamW, {
-        "default": dict(),
-        "decay": dict(weight_decay=0.3, betas=(0.7, 0.9)),
-        "plain": dict(weight_decay=0.0),
-        "amsgrad": dict(amsgrad=True, betas=(0.9, 0.9), eps=1e-4, weight_decay=0.1),
-        "maximize": dict(maximize=True, weight_decay=0.1),
-        "tensor-lr": dict(lr=torch.tensor([0.02], dtype=torch.float64)),
-        "paper-form": dict(paper_form=True, eps=0.1, weight_decay=0.3),
-    }),
-    "rmsprop": (ab.ABRMSprop, torch.optim.RMSprop, {
-        "default": dict(),
-        "alpha": dict(alpha=0.8, eps=1e-3),
-        "decay": dict(weight_decay=0.1),
-        "momentum": dict(momentum=0.9, eps=1e-4),
-        "centered": dict(centered=True, eps=1e-3),
-        "everything": dict(centered=True, momentum=0.7, weight_decay=0.05, alpha=0.9, eps=1e-2, maximize=True),
-        "maximize": dict(maximize=True),
-        "tensor-lr": dict(lr=torch.tensor(0.02)),
-    }),
-    "adagrad": (ab.ABAdagrad, torch.optim.Adagrad, {
-        "default": dict(),
-        "lr-decay": dict(lr_decay=0.1),
-        "decay": dict(weight_decay=0.1),
-        "initial": dict(initial_accumulator_value=0.5, eps=1e-3),
-        "everything": dict(lr_decay=0.05, weight_decay=0.05, initial_accumulator_value=0.1, maximize=True),
-        "tensor-lr": dict(lr=torch.tensor(0.02, dtype=torch.float64), lr_decay=0.05),
-    }),
-}  # fmt: skip
+    "sgd": (
+        ab.ABSGD,
+        torch.optim.SGD,
+        {
+            "plain": dict(momentum=0.0),
+            "decay": dict(momentum=0.0, weight_decay=0.1),
+            "momentum": dict(momentum=0.9),
+            "momentum-decay": dict(momentum=0.9, weight_decay=0.05),
+            "dampening": dict(momentum=0.8, dampening=0.3, weight_decay=0.01),
+            "nesterov": dict(momentum=0.9, nesterov=True, weight_decay=0.01),
+            "maximize": dict(momentum=0.5, maximize=True, weight_decay=0.01),
+            "tensor-lr": dict(momentum=0.9, lr=torch.tensor(0.02)),
+            "heavy-ball": dict(momentum=0.9, weight_decay=0.05, heavy_ball=True),
+            "heavy-ball-maximize": dict(momentum=0.5, weight_decay=0.05, heavy_ball=True, maximize=True),
+            "heavy-ball-plain": dict(momentum=0.0, heavy_ball=True),
+        },
+    ),
+    "adam": (
+        ab.ABAdam,
+        torch.optim.Adam,
+        {
+            "default": dict(),
+            "betas": dict(betas=(0.5, 0.8), eps=1e-3),
+            "betas-0": dict(betas=(0.0, 0.0), eps=1e-3),
+            "tensor-betas": dict(betas=(torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.95, dtype=torch.float64))),
+            "decay": dict(weight_decay=0.1),
+            "amsgrad": dict(amsgrad=True, betas=(0.9, 0.9)),
+            "amsgrad-decay": dict(amsgrad=True, betas=(0.7, 0.9), weight_decay=0.05, maximize=True),
+            "maximize": dict(maximize=True),
+            "tensor-lr": dict(lr=torch.tensor(0.02, dtype=torch.float64)),
+            "paper-form": dict(paper_form=True, eps=0.1),
+            "paper-form-decay": dict(paper_form=True, eps=1e-2, weight_decay=0.1, betas=(0.7, 0.9)),
+            "paper-form-maximize": dict(paper_form=True, eps=1e-3, maximize=True, weight_decay=0.1),
+        },
+    ),
+    "adamw": (
+        ab.ABAdamW,
+        torch.optim.AdamW,
+        {
+            "default": dict(),
+            "decay": dict(weight_decay=0.3, betas=(0.7, 0.9)),
+            "plain": dict(weight_decay=0.0),
+            "amsgrad": dict(amsgrad=True, betas=(0.9, 0.9), eps=1e-4, weight_decay=0.1),
+            "maximize": dict(maximize=True, weight_decay=0.1),
+            "tensor-lr": dict(lr=torch.tensor([0.02], dtype=torch.float64)),
+            "paper-form": dict(paper_form=True, eps=0.1, weight_decay=0.3),
+        },
+    ),
+    "rmsprop": (
+        ab.ABRMSprop,
+        torch.optim.RMSprop,
+        {
+            "default": dict(),
+            "alpha": dict(alpha=0.8, eps=1e-3),
+            "decay": dict(weight_decay=0.1),
+            "momentum": dict(momentum=0.9, eps=1e-4),
+            "centered": dict(centered=True, eps=1e-3),
+            "everything": dict(centered=True, momentum=0.7, weight_decay=0.05, alpha=0.9, eps=1e-2, maximize=True),
+            "maximize": dict(maximize=True),
+            "tensor-lr": dict(lr=torch.tensor(0.02)),
+        },
+    ),
+    "adagrad": (
+        ab.ABAdagrad,
+        torch.optim.Adagrad,
+        {
+            "default": dict(),
+            "lr-decay": dict(lr_decay=0.1),
+            "decay": dict(weight_decay=0.1),
+            "initial": dict(initial_accumulator_value=0.5, eps=1e-3),
+            "everything": dict(lr_decay=0.05, weight_decay=0.05, initial_accumulator_value=0.1, maximize=True),
+            "tensor-lr": dict(lr=torch.tensor(0.02, dtype=torch.float64), lr_decay=0.05),
+        },
+    ),
+}
 FORMS = {"heavy_ball": HeavyBall, "paper_form": PaperForm}
 
 
@@ -149,10 +169,15 @@ CASES = {
 EACH = {
     name: CASES[name]
     for name in (
-        "sgd-nesterov", "sgd-heavy-ball", "adam-amsgrad-decay", "adam-paper-form-decay", "adamw-decay", "rmsprop-everything",
+        "sgd-nesterov",
+        "sgd-heavy-ball",
+        "adam-amsgrad-decay",
+        "adam-paper-form-decay",
+        "adamw-decay",
+        "rmsprop-everything",
         "adagrad-everything",
     )
-}  # fmt: skip
+}
 TORCHS = {name: case for name, case in EACH.items() if not case.form}
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 each_optimizer = pytest.mark.parametrize("case", EACH.values(), ids=EACH)

@@ -32,8 +32,20 @@ class Weights:
     good: np.ndarray  # valid and finite: the n rows of the formulas
 
 
-def robust_weights(losses, log_s, lam, *, gamma=0.9, alpha=1.0, init="first", mask=None,
-                   normalizer="moving", max_weight=None, score=None, largest=INF):  # fmt: skip
+def robust_weights(
+    losses,
+    log_s,
+    lam,
+    *,
+    gamma=0.9,
+    alpha=1.0,
+    init="first",
+    mask=None,
+    normalizer="moving",
+    max_weight=None,
+    score=None,
+    largest=INF,
+):
     """MATH section 1. `largest`: above it, |L/lam| is infinite in the precision of the state."""
     losses = np.asarray(losses, np.float64)
     valid = np.ones(losses.shape, bool) if mask is None else np.asarray(mask, bool)
@@ -114,8 +126,24 @@ def rectified(products):
 A = -math.log(1e-4)  # SCE's stand-in for -log 0
 
 
-def logit_loss(logits, target, *, kind="ce", scale=None, shift=None, margin=None, weight=None, label_smoothing=0.0,
-               ignore_index=-100, gamma=2.0, q=0.7, k=None, prune=False, alpha=0.1, beta=1.0):  # fmt: skip
+def logit_loss(
+    logits,
+    target,
+    *,
+    kind="ce",
+    scale=None,
+    shift=None,
+    margin=None,
+    weight=None,
+    label_smoothing=0.0,
+    ignore_index=-100,
+    gamma=2.0,
+    q=0.7,
+    k=None,
+    prune=False,
+    alpha=0.1,
+    beta=1.0,
+):
     """Losses (B,) and d loss / d logits (B, C) of logits (B, C), r summed without the target. Rows that do not count are 0.
 
     "weighted_focal" is the authors' form, with the class weight inside the probability.

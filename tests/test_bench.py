@@ -143,8 +143,10 @@ def test_a_compiler_that_fails_is_reported(monkeypatch):
 
 
 def test_tensor_lists():
-    sizes = {name: (len(shapes), sum(map(math.prod, shapes))) for name, shapes in
-             {"resnet32": cases.resnet32(), "resnet50": cases.resnet50()}.items()}  # fmt: skip
+    sizes = {
+        name: (len(shapes), sum(map(math.prod, shapes)))
+        for name, shapes in {"resnet32": cases.resnet32(), "resnet50": cases.resnet50()}.items()
+    }
     assert sizes == {"resnet32": (94, 464_144), "resnet50": (161, 25_557_032)}
     assert (len(cases.resnet152()), sum(map(math.prod, cases.resnet152()))) == (467, 60_192_808)
 
@@ -168,8 +170,11 @@ def test_rounds_interleave_everybody(monkeypatch):
 
 def test_ratios_are_taken_round_by_round(monkeypatch, tiny):
     """A machine that gets slower during the run changes the times but not the ratio."""
-    monkeypatch.setattr(run, "interleave", lambda runs, seconds: {
-        name: [t * (1 if name == "absgd_fast" else 2) for t in (1.0, 10.0, 100.0)] for name in runs})  # fmt: skip
+    monkeypatch.setattr(
+        run,
+        "interleave",
+        lambda runs, seconds: {name: [t * (1 if name == "absgd_fast" else 2) for t in (1.0, 10.0, 100.0)] for name in runs},
+    )
     peer = run.compare(next(case for case in run.CASES if case.suite == "step"), seconds=1)["peers"]["SGD fused"]
     assert peer["ratio"] == {"median": 0.5, "q1": 0.5, "q3": 0.5}
     assert peer["us"] == {"median": 20.0, "q1": 11.0, "q3": 110.0}
@@ -236,16 +241,20 @@ def test_an_old_report_outlives_a_failing_write(tmp_path, monkeypatch):
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("options, words", [
-    (["--suite", "everything"], ["'everything'", "loss", "step", "train", "all"]),
-    (["--threads", "0"], ["'0'", "whole number > 0"]),
-    (["--threads", "two"], ["'two'", "whole number > 0"]),
-    (["--seconds", "nan"], ["'nan'", "number > 0"]),
-    (["--seconds", "-1"], ["'-1'", "number > 0"]),
-    (["--out", "."], ["'.'", "a file that can be written"]),
-    (["--out", "file/x.json"], ["'file/x.json'", "a file that can be written"]),
-    (["--sweet", "loss"], ["--sweet"]),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--suite", "everything"], ["'everything'", "loss", "step", "train", "all"]),
+        (["--threads", "0"], ["'0'", "whole number > 0"]),
+        (["--threads", "two"], ["'two'", "whole number > 0"]),
+        (["--seconds", "nan"], ["'nan'", "number > 0"]),
+        (["--seconds", "-1"], ["'-1'", "number > 0"]),
+        (["--out", "."], ["'.'", "a file that can be written"]),
+        (["--out", "file/x.json"], ["'file/x.json'", "a file that can be written"]),
+        (["--sweet", "loss"], ["--sweet"]),
+    ],
+    ids=str,
+)
 def test_bad_arguments(options, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")

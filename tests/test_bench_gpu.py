@@ -38,19 +38,25 @@ def gpu_case(suite, name, **options):
 def test_what_is_timed_on_a_gpu():
     """What memory bounds comes first, the one-block kernel last; a share of the copy depends on the card."""
     found = cases.gpu_cases()
-    large, small = ([f"{rows} × {classes} {dtype}" for rows, classes in shapes for dtype in ("bf16", "fp32")]
-                    for shapes in (cases.SHAPES, cases.SMALL_SHAPES))  # fmt: skip
+    large, small = (
+        [f"{rows} × {classes} {dtype}" for rows, classes in shapes for dtype in ("bf16", "fp32")]
+        for shapes in (cases.SHAPES, cases.SMALL_SHAPES)
+    )
     names = [case.name for case in found if case.suite == "gpu loss"]
     assert names == [*large, "16384 × 10 fp32", "2 × 8142 fp32", *small] and names[0] == "8192 × 32000 bf16"
     order = [case.name for case in found]
-    with_figures = {f"gpu {suite}" for suite in "deferred step weighted linear train".split()}
+    with_figures = {f"gpu {suite}" for suite in ["deferred", "step", "weighted", "linear", "train"]}
     others = [order.index(case.name) for case in found if case.suite in with_figures]
     assert max(others) < order.index("256 × 365 bf16")  # a shape among others waits for what has figures of its own
     suites = list(dict.fromkeys(case.suite for case in found))
-    assert suites == [f"gpu {name}" for name in "loss deferred step weighted linear train rules limit".split()]
+    assert suites == [f"gpu {name}" for name in ["loss", "deferred", "step", "weighted", "linear", "train", "rules", "limit"]]
     assert [case.name for case in cases.gpu_probe(found)] == [
-        "8192 × 32000 bf16", "16384 × 10 fp32", "2 × 8142 fp32", "ResNet-50, 161 tensors", "128 × 10 fp32"
-    ]  # fmt: skip
+        "8192 × 32000 bf16",
+        "16384 × 10 fp32",
+        "2 × 8142 fp32",
+        "ResNet-50, 161 tensors",
+        "128 × 10 fp32",
+    ]
     for case in cases.gpu_probe(found):  # cold, a compiler takes longer than the probe has
         assert not set(run.taking_part(case)) & {*run.COMPILING} and set(case.targets) <= set(run.taking_part(case))
     assert set(run.taking_part(gpu_case("gpu step", "ResNet-50, 161 tensors"))) == peers.PEERS["gpu step"].keys()
@@ -64,8 +70,11 @@ def test_the_figures_of_a_gpu():
     for name in ("512 × 8142 bf16", "16384 × 10 fp32"):
         assert gpu_case("gpu loss", name).targets["Liger"] == 1.5
     assert gpu_case("gpu loss", "128 × 10 fp32").targets["Liger"] == 1.0  # one block, one pass
-    for name, card, least in (("8192 × 32000 bf16", "NVIDIA H200", 0.85), ("8192 × 32000 fp32", "NVIDIA H100 80GB HBM3", 0.88),
-                              ("8192 × 128256 bf16", "NVIDIA H200", 0.90)):  # fmt: skip
+    for name, card, least in (
+        ("8192 × 32000 bf16", "NVIDIA H200", 0.85),
+        ("8192 × 32000 fp32", "NVIDIA H100 80GB HBM3", 0.88),
+        ("8192 × 128256 bf16", "NVIDIA H200", 0.90),
+    ):
         assert gpu_case("gpu loss", name, card=card).bounds == launches | {"share of copy": (least, math.inf)}
     assert "torch.compile" not in gpu_case("gpu loss", "512 × 1000 fp32").targets
     assert gpu_case("gpu loss", "16384 × 10 fp32").targets["cross_entropy"] == 1.3
@@ -175,11 +184,14 @@ def test_liger_comes_before_what_compiles_longer():
     assert names.index("Liger") < names.index("torch.compile") == len(names) - 1
 
 
-@pytest.mark.parametrize("text, words", [
-    ("import sys\nassert sys.modules['peft'] is None\nLigerCrossEntropyLoss = dict", None),
-    ("raise RuntimeError('no driver')", "Liger cannot be imported: RuntimeError: no driver"),
-    ("import nowhere_at_all", "No module named 'nowhere_at_all': pip install liger-kernel"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("import sys\nassert sys.modules['peft'] is None\nLigerCrossEntropyLoss = dict", None),
+        ("raise RuntimeError('no driver')", "Liger cannot be imported: RuntimeError: no driver"),
+        ("import nowhere_at_all", "No module named 'nowhere_at_all': pip install liger-kernel"),
+    ],
+)
 def test_liger_is_imported_without_what_it_asks_for(tmp_path, monkeypatch, capsys, text, words):
     folder = tmp_path / "liger_kernel" / "transformers"
     folder.mkdir(parents=True)
@@ -395,7 +407,7 @@ def test_the_report_of_a_gpu(quick, tmp_path, capsys):
     assert {"gpu", "copy", "results", "figures", "not_measured", "seconds_per_case", "versions", "date"} <= report.keys()
     assert {"triton", "liger-kernel", "torch"} <= report["versions"].keys() and report["not_measured"] == []
     suites = [result["suite"] for result in report["results"]]
-    assert suites == [f"gpu {name}" for name in "loss loss deferred step weighted linear train rules limit".split()]
+    assert suites == [f"gpu {name}" for name in ["loss", "loss", "deferred", "step", "weighted", "linear", "train", "rules", "limit"]]
     _, loss, deferred, step, _, linear, whole, _, limit = report["results"]
     assert set(step["peers"]) == {"absgd_fast", "SGD fused", "SGD foreach"} and "absgd_fast, triton" in step["absent"]
     assert set(loss["peers"]) == {"absgd_fast", "cross_entropy", "absgd package", "torch.compile"}

@@ -103,9 +103,14 @@ def test_a_run_goes_on_from_every_step(model, tiny, tmp_path, monkeypatch):
     # a second per step: even `seconds` must come out equal
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     config = Config(
-        model="mlp" if model == "jitter" else model, noise="symmetric", lam=0.7, warmup=0.5, epochs=4, batch_size=12,
+        model="mlp" if model == "jitter" else model,
+        noise="symmetric",
+        lam=0.7,
+        warmup=0.5,
+        epochs=4,
+        batch_size=12,
         seeds=2 if model == "linear" else 1,
-    )  # fmt: skip
+    )
     files = []
 
     def keep(take, finished):
@@ -341,8 +346,13 @@ def never_stopped(driver, tmp_path_factory):
     assert sorted(os.listdir(folder)) == ["report.html", "results.json"]  # and no checkpoint: it took no 30 seconds
     results = untimed(folder)
     assert [(r["method"], r["seed"]) for r in results["runs"]] == [
-        ("sgd", 0), ("absgd", 0), ("reference", 0), ("absgd", 1), ("reference", 1), ("sgd", 1),
-    ]  # fmt: skip
+        ("sgd", 0),
+        ("absgd", 0),
+        ("reference", 0),
+        ("absgd", 1),
+        ("reference", 1),
+        ("sgd", 1),
+    ]
     return results
 
 
@@ -423,7 +433,7 @@ def test_killed_again_and_again(driver, tmp_path):
     assert json.loads((out / "results.json").read_text())["command"].endswith("--checkpoint-every 1 --out results")
 
 
-def test_ctrl_c_and_resume(monkeypatch, capsys, never_stopped, in_an_empty_folder):  # noqa: F811
+def test_ctrl_c_and_resume(monkeypatch, capsys, never_stopped, in_an_empty_folder):
     monkeypatch.setattr(report, "html", lambda results: "")
     with monkeypatch.context() as patch:
         patch.setattr(train, "runs", interrupt_after(3))
@@ -438,7 +448,7 @@ def test_ctrl_c_and_resume(monkeypatch, capsys, never_stopped, in_an_empty_folde
     assert untimed("some results") == never_stopped
 
 
-def test_ctrl_c_inside_a_run(monkeypatch, capsys, never_stopped, in_an_empty_folder):  # noqa: F811
+def test_ctrl_c_inside_a_run(monkeypatch, capsys, never_stopped, in_an_empty_folder):
     """Twice: before the first run is finished and after it; what is half done is not kept."""
     monkeypatch.setattr(report, "html", lambda results: "")
     steps, backward = itertools.count(1), torch.Tensor.backward
@@ -471,7 +481,7 @@ def good(driver, tmp_path_factory):
 
 
 @pytest.fixture
-def resumable(good, in_an_empty_folder):  # noqa: F811
+def resumable(good, in_an_empty_folder):
     (in_an_empty_folder / "results").mkdir()
     (in_an_empty_folder / "results" / "results.json").write_text("older")
     file = in_an_empty_folder / "results" / "checkpoint.pt"
@@ -604,7 +614,7 @@ def test_the_checkpoints_own_options_may_be_given(resumable, monkeypatch, never_
     assert untimed("results") == never_stopped
 
 
-def test_nothing_to_resume(capsys, in_an_empty_folder):  # noqa: F811
+def test_nothing_to_resume(capsys, in_an_empty_folder):
     line = refused(capsys, "train", "--resume", "nowhere")
     assert "there is no checkpoint.pt in nowhere" in line and os.listdir(".") == []
     assert "--resume" in refused(capsys, "train", "--resume")
@@ -613,7 +623,7 @@ def test_nothing_to_resume(capsys, in_an_empty_folder):  # noqa: F811
         assert "there is no checkpoint.pt" in refused(capsys, "train", "--resume", ".")
 
 
-def test_a_complete_training(capsys, monkeypatch, never_stopped, in_an_empty_folder):  # noqa: F811
+def test_a_complete_training(capsys, monkeypatch, never_stopped, in_an_empty_folder):
     monkeypatch.setattr(report, "html", lambda results: "")
     command = ["train", *QUICK, "--lam", "inf", "--methods", "sgd,absgd"]
     assert cli.main(command) == 0

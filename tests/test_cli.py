@@ -172,10 +172,15 @@ def test_a_real_interrupt(in_an_empty_folder):
     command += ["--epochs", "20", "--seeds", "10000", "--threads", "1", "--out", "results"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=in_an_empty_folder,
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=in_an_empty_folder,
         # a shell's background job, which the tests may be, has SIGINT ignored, and so would its children
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
     try:
         first = process.stdout.readline()
         process.send_signal(signal.SIGINT)

@@ -48,9 +48,9 @@ def test_bits(one):
     read_by_python_alone = {"HARD", "KIND"}
     sections = Path(_codes.__file__).read_text().split("# ---- ")[1:]
     section = next(text for text in sections if f"\n{in_python(one)} =" in text)
-    written = set(re.findall(r"^([A-Z_]+) = \d+", section, re.M))
+    written = set(re.findall(r"^([A-Z_]+) = \d+", section, re.MULTILINE))
     assert written - read_by_python_alone == {in_python(name) for name in values}
-    assert _codes.KIND == 1 << int(constant("kKindShift")) and _codes.HARD == _codes.KIND // 2 not in values.values()
+    assert 1 << int(constant("kKindShift")) == _codes.KIND and _codes.HARD == _codes.KIND // 2 not in values.values()
 
 
 def test_bits_do_not_overlap():

@@ -49,9 +49,16 @@ def train(digits, loss, optimizer, lr, steps=50, epoch=10):
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
-@pytest.mark.parametrize("lam, milestone, options", [
-    (1.0, 0, {}), (-1.0, 2, {}), (2.0, 1, {"abgamma": 0.5, "abalpha": 0.7}), (-1.5, 3, {"abgamma": 0.1}),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "lam, milestone, options",
+    [
+        (1.0, 0, {}),
+        (-1.0, 2, {}),
+        (2.0, 1, {"abgamma": 0.5, "abalpha": 0.7}),
+        (-1.5, 3, {"abgamma": 0.1}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_fifty_steps_on_digits(digits, name, lam, milestone, options):
     """Parameters within 1e-5 of the package's; and 1e-3 or more from plain cross-entropy, so the weights took part."""
@@ -156,8 +163,21 @@ def allocated():
     """Bytes in use in the C heap, where tensors and graph nodes live and tracemalloc does not look. Exact, with glibc."""
 
     class Info(ctypes.Structure):
-        _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks",
-                                                          "fsmblks", "uordblks", "fordblks", "keepcost")]  # fmt: skip
+        _fields_ = [
+            (name, ctypes.c_size_t)
+            for name in (
+                "arena",
+                "ordblks",
+                "smblks",
+                "hblks",
+                "hblkhd",
+                "usmblks",
+                "fsmblks",
+                "uordblks",
+                "fordblks",
+                "keepcost",
+            )
+        ]
 
     mallinfo = ctypes.CDLL(None).mallinfo2
     mallinfo.restype = Info

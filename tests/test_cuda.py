@@ -52,10 +52,16 @@ def package(folder, kind):
         target / "_ops_cpu.so",
         kind,
         include_dirs=[ROOT / "csrc"],
-        extra_flags=["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DABSGD_DISPATCH_KEY=CPU", "-isystem", torch_root / "include",
-                     f"-L{torch_root / 'lib'}", "-ltorch_cpu"],
+        extra_flags=[
+            "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            "-DABSGD_DISPATCH_KEY=CPU",
+            "-isystem",
+            torch_root / "include",
+            f"-L{torch_root / 'lib'}",
+            "-ltorch_cpu",
+        ],
         extra_sources=[ROOT / "csrc" / "ops_cuda.cpp", TESTS / "cuda_on_cpu" / "tools.cpp"],
-    )  # fmt: skip
+    )
     return target.parent
 
 

@@ -96,7 +96,7 @@ def test_accesses_are_16_bytes_wide(builds, architecture):
     text = "".join((builds[0] / f"{file}-{architecture}.ptx").read_text() for file in FILES)
     wide = [rf"\b{access}[.\w]*\.(v4\.[buf]32|v2\.[buf]64)" for access in ("ld", "st")]
     seen = set()
-    for name, body in re.findall(r"\.entry (\w+)\(.*?\n\{(.*?)\n\}", text, re.S):
+    for name, body in re.findall(r"\.entry (\w+)\(.*?\n\{(.*?)\n\}", text, re.DOTALL):
         kernel = short(name)
         adjacent = re.match(r"logit_loss_(fwd|bwd|with_grad)_kernel<.*, [01], (true|false)>|(weighted_)?step_kernel", kernel)
         if adjacent:
@@ -149,9 +149,18 @@ def loads_together(instructions: list[str], least: int = 4) -> int:
 # The loops over losses, over sums of blocks and over gradients that each kernel has. Where they had one serial load a turn,
 # robust_fwd, robust_sums and rectified came out with 0 and robust_apply with 1.
 LOOPS = {
-    "robust_fwd": 2, "robust_sums": 2, "robust_apply": 2, "robust_weights_dot": 3, "robust_weights_bwd": 1, "rectified": 2,
-    "scale": 1, "bounded_loss": 2, "weighted_step": 2, "logit_loss_fwd": 2, "logit_loss_with_grad": 2,
-}  # fmt: skip
+    "robust_fwd": 2,
+    "robust_sums": 2,
+    "robust_apply": 2,
+    "robust_weights_dot": 3,
+    "robust_weights_bwd": 1,
+    "rectified": 2,
+    "scale": 1,
+    "bounded_loss": 2,
+    "weighted_step": 2,
+    "logit_loss_fwd": 2,
+    "logit_loss_with_grad": 2,
+}
 
 
 @pytest.mark.skipif(disassembler() is None, reason="needs cuobjdump, from a CUDA toolkit or Triton's wheel")
@@ -187,7 +196,7 @@ def test_a_row_does_not_wait_for_its_label(builds):
 def test_float_kernels_compute_in_float(builds):
     """No double arithmetic in the loops over float32, bfloat16 and float16 (state and numbers are double, once per launch)."""
     text = (builds[0] / "losses-90.ptx").read_text()
-    for name, body in re.findall(r"\.entry (\w+)\(.*?\n\{(.*?)\n\}", text, re.S):
+    for name, body in re.findall(r"\.entry (\w+)\(.*?\n\{(.*?)\n\}", text, re.DOTALL):
         kernel = short(name)
         if "double" not in kernel and "_bwd_" in kernel:
             # of log s' in two parts, once a row

@@ -45,11 +45,21 @@ def test_twenty_steps(one_backend, way, clip, dtype, limit):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(normalizer="batch"), dict(normalizer="none", lam=-1.0), dict(init="zero"), dict(init="zero", alpha=0.3, gamma=0.2),
-     dict(lam=-0.5), dict(lam=INF), dict(lam=-INF), dict(gamma=1.0), dict(gamma=0.1), dict(alpha=0.4),
-     dict(normalizer="batch", alpha=0.4, lam=-2.0)],
+    [
+        dict(normalizer="batch"),
+        dict(normalizer="none", lam=-1.0),
+        dict(init="zero"),
+        dict(init="zero", alpha=0.3, gamma=0.2),
+        dict(lam=-0.5),
+        dict(lam=INF),
+        dict(lam=-INF),
+        dict(gamma=1.0),
+        dict(gamma=0.1),
+        dict(alpha=0.4),
+        dict(normalizer="batch", alpha=0.4, lam=-2.0),
+    ],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("way", ["ABSGD-robust", "ABSGD-finish"])
 def test_options(one_backend, way, options):
     """The gradient itself (of finish_), the parameters and log s, in the first step and in later ones."""

@@ -55,8 +55,15 @@ class Training:
 
     def everything(self):
         step = self.criterion.deferred_step
-        tensors = (self.weight, self.weight.grad, self.criterion.log_s, self.criterion.lam, step.partial_stats, step.reference,
-                   step.settled)  # fmt: skip
+        tensors = (
+            self.weight,
+            self.weight.grad,
+            self.criterion.log_s,
+            self.criterion.lam,
+            step.partial_stats,
+            step.reference,
+            step.settled,
+        )
         return [None if t is None else t.detach().clone() for t in tensors]
 
 
@@ -70,13 +77,30 @@ NOT_ALLOWED = {
     ("set_lam", OPEN): "set_lam: got another lambda in the middle of a deferred step, expected it after the optimizer's step",
 }
 NEXT = {
-    ("forward", IDLE): OPEN, ("forward", OPEN): OPEN, ("forward", SETTLED): OPEN, ("forward", FINISHED): OPEN,
-    ("forward", LOST): OPEN, ("step", IDLE): IDLE, ("step", OPEN): SETTLED, ("step", SETTLED): SETTLED,
-    ("finish_", OPEN): FINISHED, ("set_lam", IDLE): IDLE, ("set_lam", SETTLED): SETTLED, ("set_lam", FINISHED): FINISHED,
-    ("set_lam", LOST): LOST, ("load", IDLE): IDLE, ("load", OPEN): LOST, ("load", SETTLED): IDLE, ("load", FINISHED): IDLE,
-    ("load", LOST): LOST, ("discard", IDLE): IDLE, ("discard", OPEN): IDLE, ("discard", SETTLED): IDLE,
-    ("discard", FINISHED): IDLE, ("discard", LOST): IDLE,
-}  # fmt: skip
+    ("forward", IDLE): OPEN,
+    ("forward", OPEN): OPEN,
+    ("forward", SETTLED): OPEN,
+    ("forward", FINISHED): OPEN,
+    ("forward", LOST): OPEN,
+    ("step", IDLE): IDLE,
+    ("step", OPEN): SETTLED,
+    ("step", SETTLED): SETTLED,
+    ("finish_", OPEN): FINISHED,
+    ("set_lam", IDLE): IDLE,
+    ("set_lam", SETTLED): SETTLED,
+    ("set_lam", FINISHED): FINISHED,
+    ("set_lam", LOST): LOST,
+    ("load", IDLE): IDLE,
+    ("load", OPEN): LOST,
+    ("load", SETTLED): IDLE,
+    ("load", FINISHED): IDLE,
+    ("load", LOST): LOST,
+    ("discard", IDLE): IDLE,
+    ("discard", OPEN): IDLE,
+    ("discard", SETTLED): IDLE,
+    ("discard", FINISHED): IDLE,
+    ("discard", LOST): IDLE,
+}
 
 
 def test_the_table_is_whole():

@@ -181,11 +181,14 @@ def test_two_optimizers_share_a_criterion(one_backend, how, bad):
 
 @pytest.mark.parametrize(
     "ours, theirs",
-    [(partial(ab.ABSGD, lr=0.1, momentum=0), partial(torch.optim.SGD, lr=0.1)),
-     (partial(ab.ABAdagrad, lr=0.1), partial(torch.optim.Adagrad, lr=0.1)),
-     (None, partial(torch.optim.SGD, lr=0.1)), (None, partial(torch.optim.SparseAdam, lr=0.01, eps=1e-4))],
+    [
+        (partial(ab.ABSGD, lr=0.1, momentum=0), partial(torch.optim.SGD, lr=0.1)),
+        (partial(ab.ABAdagrad, lr=0.1), partial(torch.optim.Adagrad, lr=0.1)),
+        (None, partial(torch.optim.SGD, lr=0.1)),
+        (None, partial(torch.optim.SparseAdam, lr=0.01, eps=1e-4)),
+    ],
     ids=["ABSGD-robust", "ABAdagrad-robust", "SGD-finish", "SparseAdam-finish"],
-)  # fmt: skip
+)
 def test_sparse_gradients(one_backend, ours, theirs):
     """Rows of a table that come in several micro-batches, and several times in one."""
     tables = []
@@ -375,9 +378,13 @@ def compiled():
 
 @pytest.mark.parametrize(
     "backend, way",
-    [(None, "ABSGD-robust"), (None, "ABAdam-robust"), (None, "ABSGD-finish"),
-     pytest.param("reference", "ABSGD-robust", marks=pytest.mark.slow)],
-)  # fmt: skip
+    [
+        (None, "ABSGD-robust"),
+        (None, "ABAdam-robust"),
+        (None, "ABSGD-finish"),
+        pytest.param("reference", "ABSGD-robust", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled(backend, way, compiled):
     """Loss and step compiled, the kernels' in one graph each. A row that is not finite skips the step."""
     whole = backend is None and _backend.available("cpu")

@@ -61,8 +61,22 @@ def state(criterion):
     return {k: v.clone() for k, v in criterion.state_dict().items()}
 
 
-COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "broadcast", "barrier", "gather",
-               "reduce", "reduce_scatter", "reduce_scatter_tensor", "all_to_all", "scatter", "send", "recv")  # fmt: skip
+COLLECTIVES = (
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "broadcast",
+    "barrier",
+    "gather",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "all_to_all",
+    "scatter",
+    "send",
+    "recv",
+)
 
 
 @contextlib.contextmanager
@@ -96,9 +110,22 @@ def in_turn(rank, *bodies):
 
 # ---- the plain loss ----------------------------------------------------------------------------------------------------
 
-OPTIONS = [{}, dict(lam=-0.5), dict(lam=INF), dict(lam=-INF), dict(mix=1.0), dict(max_weight=0.7), dict(normalizer="batch"),
-           dict(normalizer="none", lam=-1.0), dict(init="zero", alpha=0.4), dict(gamma=1.0), dict(gamma=0.2),
-           dict(backend="reference"), dict(criterion=weighted), dict(loss_divisor=4)]  # fmt: skip
+OPTIONS = [
+    {},
+    dict(lam=-0.5),
+    dict(lam=INF),
+    dict(lam=-INF),
+    dict(mix=1.0),
+    dict(max_weight=0.7),
+    dict(normalizer="batch"),
+    dict(normalizer="none", lam=-1.0),
+    dict(init="zero", alpha=0.4),
+    dict(gamma=1.0),
+    dict(gamma=0.2),
+    dict(backend="reference"),
+    dict(criterion=weighted),
+    dict(loss_divisor=4),
+]
 SHARES = [ROWS, [torch.arange(21), torch.arange(0)], [torch.arange(0), torch.arange(21)], [torch.arange(1), torch.arange(1, 21)]]
 
 
@@ -525,14 +552,20 @@ def state_of_several_optimizers(rank):
 
 # Option, the two ranks' values, and how the message names them
 DISAGREEMENTS = [
-    ("lam", (0.5, 0.25), ("0.5", "0.25")), ("lam", (INF, 0.25), ("inf", "0.25")),
-    ("gamma", (0.9, 0.8), ("0.9", "0.8")), ("alpha", (0.5, 1.0), ("0.5", "1")), ("mix", (0.0, 1.0), ("0", "1")),
-    ("max_weight", (None, 2.0), ("inf", "2")), ("normalizer", ("batch", "none"), ("batch", "none")),
-    ("normalizer", ("moving", "batch"), ("moving", "batch")), ("init", ("first", "zero"), ("first", "zero")),
-    ("deferred", (False, True), ("False", "True")), ("loss_divisor", (1, 4), ("1", "4")),
+    ("lam", (0.5, 0.25), ("0.5", "0.25")),
+    ("lam", (INF, 0.25), ("inf", "0.25")),
+    ("gamma", (0.9, 0.8), ("0.9", "0.8")),
+    ("alpha", (0.5, 1.0), ("0.5", "1")),
+    ("mix", (0.0, 1.0), ("0", "1")),
+    ("max_weight", (None, 2.0), ("inf", "2")),
+    ("normalizer", ("batch", "none"), ("batch", "none")),
+    ("normalizer", ("moving", "batch"), ("moving", "batch")),
+    ("init", ("first", "zero"), ("first", "zero")),
+    ("deferred", (False, True), ("False", "True")),
+    ("loss_divisor", (1, 4), ("1", "4")),
     ("lam", (ab.RelativeLam(0.5), 0.25), ("RelativeLam", "0.25")),
     ("lam", (ab.RelativeLam(0.5), ab.RelativeLam(-0.5)), ("0.5", "-0.5")),
-]  # fmt: skip
+]
 
 
 def assert_disagree(criterion, call, name, shown):

@@ -352,8 +352,13 @@ def test_methods_of_a_seed_see_the_same(monkeypatch):
     config = replace(SHORT, noise="symmetric", seeds=2, epochs=2, warmup=0)
     finished = list(train.runs(config))
     assert [(r["method"], r["seed"]) for r in finished] == [
-        ("sgd", 0), ("absgd", 0), ("reference", 0), ("absgd", 1), ("reference", 1), ("sgd", 1),
-    ]  # fmt: skip
+        ("sgd", 0),
+        ("absgd", 0),
+        ("reference", 0),
+        ("absgd", 1),
+        ("reference", 1),
+        ("sgd", 1),
+    ]
     for run in (1, 2):  # run 0 is the warm-up
         ours, *others = (seen[name][run] for name in SHORT.methods)
         assert len(ours["batches"]) == 2 * 18
@@ -606,16 +611,24 @@ def test_only_shared_seeds_are_paired():
 @pytest.mark.parametrize(
     "gains, verdict, help_, classes",
     [
-        ([3, 4, 5], "better", r"^Yes. absgd beat sgd by 5.3 ± 0.8 points .*66.3 % against 61.0 %.*3 of them",
-         r"rose on 3 of 3 classes, most on class 2 \(\+8.0 points, 1 training image\).*It fell on none.*"
-         r"1 largest classes: \+4.0 points; over the 2 smallest: \+6.0\. "
-         r"In the last epoch right labels weighed 1.50 on average, wrong ones 0.10"),
-        ([-3, -4, -5], "worse", r"^No, it did harm. absgd fell behind sgd by 5.3 ± 0.8 points .*better in 0 of them",
-         r"rose on 0 of 3 classes. It fell on 3, most on class 2 \(−8.0 points, 1 training image\)"),
+        (
+            [3, 4, 5],
+            "better",
+            r"^Yes. absgd beat sgd by 5.3 ± 0.8 points .*66.3 % against 61.0 %.*3 of them",
+            r"rose on 3 of 3 classes, most on class 2 \(\+8.0 points, 1 training image\).*It fell on none.*"
+            r"1 largest classes: \+4.0 points; over the 2 smallest: \+6.0\. "
+            r"In the last epoch right labels weighed 1.50 on average, wrong ones 0.10",
+        ),
+        (
+            [-3, -4, -5],
+            "worse",
+            r"^No, it did harm. absgd fell behind sgd by 5.3 ± 0.8 points .*better in 0 of them",
+            r"rose on 0 of 3 classes. It fell on 3, most on class 2 \(−8.0 points, 1 training image\)",
+        ),
         ([3, -3, 0.3], "unclear", r"^Not shown. .* \+0.1 ± .*interval, −.* to \+.*, contains 0", "rose on 3"),
         ([30], "unclear", r"^One seed cannot tell: absgd came out \+40.0 points", "rose on 3"),
     ],
-)  # fmt: skip
+)
 def test_headline_follows_the_results(gains, verdict, help_, classes):
     answers = report.answers(made_up(gains))
     assert answers["verdict"] == verdict

@@ -378,8 +378,11 @@ def test_class_vectors_are_adjusted_logits(backend, seed, kind, which):
     """a = S x + D - M at the label, by hand; any subset of the three, for every kind."""
     x, y, _, rng = batch_of(seed)
     classes = x.shape[1]
-    vectors = {"scale": tensor(rng.uniform(0.2, 2, classes)), "shift": tensor(rng.normal(0, 2, classes)),
-               "margin": tensor(rng.uniform(-1, 2, classes))}  # fmt: skip
+    vectors = {
+        "scale": tensor(rng.uniform(0.2, 2, classes)),
+        "shift": tensor(rng.normal(0, 2, classes)),
+        "margin": tensor(rng.uniform(-1, 2, classes)),
+    }
     vectors = {name: vectors[name] for name in which}
 
     def by_hand(x):

@@ -188,7 +188,9 @@ def test_a_bad_row_under_capture(where, shape):
 
     moved = []
     check_replay(
-        where, lambda: Spoilt(where, (7, shape[0] - 7), shape[1]), replays=4,
+        where,
+        lambda: Spoilt(where, (7, shape[0] - 7), shape[1]),
+        replays=4,
         each=lambda k, eager: moved.append(not torch.equal(eager.before, eager.w)),
-    )  # fmt: skip
+    )
     assert moved == [True, False, True, True]

@@ -355,7 +355,7 @@ def test_compiles_into_one_graph(where, compiler, batch):
         warnings.simplefilter("ignore")
         for compiled in (False, True):
             criterion = where.criterion(lam=-0.5)
-            run = step = lambda x, y, criterion=criterion: criterion(model(x), y)  # noqa: E731
+            run = step = lambda x, y, criterion=criterion: criterion(model(x), y)
             if compiled:
                 run = torch.compile(step, fullgraph=True, backend=compiler, dynamic=False)
             for _ in range(3):

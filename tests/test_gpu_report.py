@@ -37,12 +37,19 @@ def test_figures_are_judged():
     gpu_report.finish(report, [case])  # as after every case
     assert report["results"][0]["peers"]["absgd_fast"]["share"]["median"] == pytest.approx(0.9)
     met = {figure["figure"]: figure["met"] for figure in report["figures"]}
-    assert met == {"time over absgd package": False, "memory over absgd package": False, "share of copy": True,
-                   "forward launches": True, "backward launches": False, "host us": True,
-                   "time over Liger": None, "memory over Liger": None}  # fmt: skip
+    assert met == {
+        "time over absgd package": False,
+        "memory over absgd package": False,
+        "share of copy": True,
+        "forward launches": True,
+        "backward launches": False,
+        "host us": True,
+        "time over Liger": None,
+        "memory over Liger": None,
+    }
     assert report["figures"][4]["most"] is None and json.dumps(report)
     lines = gpu_report.lines(report)
-    assert lines[0].split()[:3] == ["gpu", "loss", "us"] and lines[1].split() == "x 10 0% 5 – 90% 1+2 0.50!".split()
+    assert lines[0].split()[:3] == ["gpu", "loss", "us"] and lines[1].split() == ["x", "10", "0%", "5", "–", "90%", "1+2", "0.50!"]
     assert "WRONG" in lines[2] and "absgd package: a twin" in lines and "not measured: z" in lines
     assert lines[-5:] == [
         "not judged: 2: x: time over Liger; x: memory over Liger",
@@ -107,29 +114,35 @@ def smoke_lines(*lines):
 RIGHT = [("logit_loss", "cuda", "begun"), ("logit_loss", "cuda", "passed")]
 
 
-@pytest.mark.parametrize("lines, code, done, died", [
-    (RIGHT, 0, 1, None),
-    ([*RIGHT, ("scale", "cuda", "failed")], 1, 2, None),
-    ([*RIGHT, ("scale", "cuda", "begun")], 139, 1, "exit code 139, in scale (cuda)"),
-    (RIGHT, 124, 1, "exit code 124, after logit_loss (cuda)"),
-    ([], 2, 0, "exit code 2, before its first operator | no such file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "lines, code, done, died",
+    [
+        (RIGHT, 0, 1, None),
+        ([*RIGHT, ("scale", "cuda", "failed")], 1, 2, None),
+        ([*RIGHT, ("scale", "cuda", "begun")], 139, 1, "exit code 139, in scale (cuda)"),
+        (RIGHT, 124, 1, "exit code 124, after logit_loss (cuda)"),
+        ([], 2, 0, "exit code 2, before its first operator | no such file"),
+    ],
+)
 def test_what_the_smoke_test_came_to(lines, code, done, died):
     stage = {"exit": code, "said": ["Traceback", "no such file"]}
     found = gpu_report.smoked(smoke_lines(*lines) + '{"operator": "half a li', stage)
     assert len(found["operators"]) == done and found.get("died") == died
 
 
-@pytest.mark.parametrize("log, code, errors, reason", [
-    ("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors", 0, 0, None),
-    ("========= ERROR SUMMARY: 3 errors", 9, 3, None),
-    ("========= ERROR SUMMARY: 0 errors", 1, 0, "what ran under it failed"),
-    ("========= Error: Device not supported\n========= ERROR SUMMARY: 1 error", 1, None, "ERROR SUMMARY"),
-    ("========= ERROR SUMMARY: 0 errors", 124, None, "stopped after 60 s"),
-    ("========= Invalid __global__ write\n=========     at x\n========= Misaligned address", 124, 2, "stopped after 60 s"),
-    ("========= Invalid __global__ read of size 4 bytes", 139, 1, "no summary"),
-    ("timeout: failed to run command: No such file", 127, None, "it said nothing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "log, code, errors, reason",
+    [
+        ("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors", 0, 0, None),
+        ("========= ERROR SUMMARY: 3 errors", 9, 3, None),
+        ("========= ERROR SUMMARY: 0 errors", 1, 0, "what ran under it failed"),
+        ("========= Error: Device not supported\n========= ERROR SUMMARY: 1 error", 1, None, "ERROR SUMMARY"),
+        ("========= ERROR SUMMARY: 0 errors", 124, None, "stopped after 60 s"),
+        ("========= Invalid __global__ write\n=========     at x\n========= Misaligned address", 124, 2, "stopped after 60 s"),
+        ("========= Invalid __global__ read of size 4 bytes", 139, 1, "no summary"),
+        ("timeout: failed to run command: No such file", 127, None, "it said nothing"),
+    ],
+)
 def test_what_a_sanitizer_said(log, code, errors, reason):
     found = gpu_report.sanitized({"exit": code, "seconds": 1, "limit": 60, "said": log.splitlines()})
     assert found["errors"] == errors and (reason is None or reason in found["reason"])
@@ -174,14 +187,28 @@ def a_bench(**changes):
 
 
 ALL_WELL = dict(smoke=0, cuda=0, triton=0, compile=0, probe=0, caches=0)
-LEFT = {"smoke.jsonl": smoke_lines(*RIGHT), "cuda.json": left_by_tests(test_a__x="passed", test_b__y="skipped"),
-        "triton.json": left_by_tests(test_c__x="passed"), "bench.json": a_bench()}  # fmt: skip
+LEFT = {
+    "smoke.jsonl": smoke_lines(*RIGHT),
+    "cuda.json": left_by_tests(test_a__x="passed", test_b__y="skipped"),
+    "triton.json": left_by_tests(test_c__x="passed"),
+    "bench.json": a_bench(),
+}
 
 
 def test_one_call_in_one_json(a_call, capsys):
     report = a_call("prove", ALL_WELL, LEFT)
-    assert set(report) == {*gpu_report.OF_THE_BENCHMARK, "manifest", "calls", "logs", "smoke", "tests", "skips", "sanitizer",
-                           "benchmark", "failed"}  # fmt: skip
+    assert set(report) == {
+        *gpu_report.OF_THE_BENCHMARK,
+        "manifest",
+        "calls",
+        "logs",
+        "smoke",
+        "tests",
+        "skips",
+        "sanitizer",
+        "benchmark",
+        "failed",
+    }
     assert report["gpu"] == {"name": "NVIDIA H200"} and report["manifest"]["commit"] == "abc" and report["failed"] == []
     assert report["calls"]["prove"]["probe"] == {"exit": 0, "seconds": 5, "limit": 9} and report["logs"] == {"prove": {}}
     printed = capsys.readouterr().out.splitlines()
@@ -191,20 +218,33 @@ def test_one_call_in_one_json(a_call, capsys):
     assert "prove: smoke 5 s, cuda 5 s, triton 5 s, compile 5 s, probe 5 s, caches 5 s" in printed
 
 
-@pytest.mark.parametrize("codes, left, words", [
-    (dict(smoke=1), {"smoke.jsonl": smoke_lines(*RIGHT, ("scale", "cuda", "failed"))},
-     ["smoke: 1 operators failed", "FAILED scale (cuda)"]),
-    (dict(smoke=139), {"smoke.jsonl": smoke_lines(("scale", "cuda", "begun"))}, ["DIED: exit code 139, in scale (cuda)"]),
-    (dict(cuda=1), {"cuda.json": left_by_tests(test_a__x="failed", test_b__x="passed")},
-     ["1 failed, 0 not run", "FAILED test_a[cuda-x]: off by one"]),
-    (dict(cuda=1), {"cuda.json": left_by_tests(test_a__x="not run", test_b__x="passed")}, ["0 failed, 1 not run"]),
-    (dict(cuda=124), {"cuda.json": ""}, ["FAILED stage cuda: no result: exit code 124 after 5 s", "cuda 5 s, stopped"]),
-    (dict(probe=1), {"bench.json": a_bench(results=[dict(suite="gpu loss", case="y", wrong="off by 1")])}, ["wrong at y"]),
-    (dict(probe=1), {"bench.json": "{"}, ["benchmark: no result"]),
-    (dict(probe=1), {}, ["FAILED: probe: exit code 1"]),
-    (dict(probe=139), {"bench.json": a_bench(results=[dict(suite="gpu loss", case="y", wrong="off by 1")])},
-     ["wrong at y; probe: exit code 139"]),
-], ids=range(9))  # fmt: skip
+@pytest.mark.parametrize(
+    "codes, left, words",
+    [
+        (
+            dict(smoke=1),
+            {"smoke.jsonl": smoke_lines(*RIGHT, ("scale", "cuda", "failed"))},
+            ["smoke: 1 operators failed", "FAILED scale (cuda)"],
+        ),
+        (dict(smoke=139), {"smoke.jsonl": smoke_lines(("scale", "cuda", "begun"))}, ["DIED: exit code 139, in scale (cuda)"]),
+        (
+            dict(cuda=1),
+            {"cuda.json": left_by_tests(test_a__x="failed", test_b__x="passed")},
+            ["1 failed, 0 not run", "FAILED test_a[cuda-x]: off by one"],
+        ),
+        (dict(cuda=1), {"cuda.json": left_by_tests(test_a__x="not run", test_b__x="passed")}, ["0 failed, 1 not run"]),
+        (dict(cuda=124), {"cuda.json": ""}, ["FAILED stage cuda: no result: exit code 124 after 5 s", "cuda 5 s, stopped"]),
+        (dict(probe=1), {"bench.json": a_bench(results=[dict(suite="gpu loss", case="y", wrong="off by 1")])}, ["wrong at y"]),
+        (dict(probe=1), {"bench.json": "{"}, ["benchmark: no result"]),
+        (dict(probe=1), {}, ["FAILED: probe: exit code 1"]),
+        (
+            dict(probe=139),
+            {"bench.json": a_bench(results=[dict(suite="gpu loss", case="y", wrong="off by 1")])},
+            ["wrong at y; probe: exit code 139"],
+        ),
+    ],
+    ids=range(9),
+)
 def test_a_failure_ends_in_exit_code_1(a_call, capsys, codes, left, words):
     report = a_call("prove", ALL_WELL | codes, LEFT | left)
     printed = capsys.readouterr().out

@@ -211,16 +211,31 @@ class Parts:
             [operators.robust_partial_stats(p["losses"], row(p, "score"), row(p, "mask"), *state, None) for p in self.parts]
         )
         self.settled = operators.robust_settle(
-            totals, self.log_s, self.nonfinite, self.lam, None, options["gamma"], options["alpha"], float(ranks),
+            totals,
+            self.log_s,
+            self.nonfinite,
+            self.lam,
+            None,
+            options["gamma"],
+            options["alpha"],
+            float(ranks),
             flags | ops.UPDATE,
-        )  # fmt: skip
+        )
         applied = [
             operators.robust_apply(
-                p["losses"], row(p, "score"), row(p, "sample_weight"), row(p, "mask"), self.settled, *state, False,
-                options.get("mix", 0.0), options.get("max_weight", INF), ops.WITH_GRAD,
+                p["losses"],
+                row(p, "score"),
+                row(p, "sample_weight"),
+                row(p, "mask"),
+                self.settled,
+                *state,
+                False,
+                options.get("mix", 0.0),
+                options.get("max_weight", INF),
+                ops.WITH_GRAD,
             )
             for p in self.parts
-        ]  # fmt: skip
+        ]
         loss, rows, grads = zip(*applied)
         return sum(loss), torch.cat([r[1] for r in rows]), torch.cat(grads)
 

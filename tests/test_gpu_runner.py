@@ -204,9 +204,14 @@ def test_workers_that_hang_and_die():
         seen.append((result["test"], result["status"], result["message"]))
     worker.stop()
     assert seen == [
-        ("a", "passed", ""), ("hang", "failed", "no answer within 0 s"), ("b", "passed", ""),
-        ("die", "failed", "the process died with exit code 7"), ("c", "passed", ""), ("lost", "passed", ""), ("d", "passed", ""),
-    ]  # fmt: skip
+        ("a", "passed", ""),
+        ("hang", "failed", "no answer within 0 s"),
+        ("b", "passed", ""),
+        ("die", "failed", "the process died with exit code 7"),
+        ("c", "passed", ""),
+        ("lost", "passed", ""),
+        ("d", "passed", ""),
+    ]
 
 
 def test_a_run_without_pytest():
@@ -350,12 +355,15 @@ def fails(where):
     raise ValueError("wrong number")
 
 
-@pytest.mark.parametrize("operators, lost, code", [
-    ({"right": lambda where: None}, False, 0),
-    ({"right": lambda where: None, "wrong": fails}, False, 1),
-    ({"wrong": fails, "right": lambda where: None}, True, 3),
-    ({"right": lambda where: None, "wrong": fails}, True, 3),  # the last one too
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "operators, lost, code",
+    [
+        ({"right": lambda where: None}, False, 0),
+        ({"right": lambda where: None, "wrong": fails}, False, 1),
+        ({"wrong": fails, "right": lambda where: None}, True, 3),
+        ({"right": lambda where: None, "wrong": fails}, True, 3),  # the last one too
+    ],
+)
 def test_the_exit_code_says_whether_the_device_can_still_be_used(monkeypatch, pretended, tmp_path, operators, lost, code):
     """A wrong number leaves the rest to be tried; a lost context does not."""
 
@@ -364,8 +372,10 @@ def test_the_exit_code_says_whether_the_device_can_still_be_used(monkeypatch, pr
             raise RuntimeError("an illegal memory access was encountered")
 
     found = []
-    tried = {name: lambda where, name=name, function=function: (found.append(name), function(where))
-             for name, function in operators.items()}  # fmt: skip
+    tried = {
+        name: lambda where, name=name, function=function: (found.append(name), function(where))
+        for name, function in operators.items()
+    }
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(gpu_smoke, "OPERATORS", tried)
     monkeypatch.setattr(gpu_cases, "CPU", [pretended])
@@ -385,8 +395,10 @@ def test_the_last_line_names_the_operator_that_crashed(tmp_path):
     done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True)
     assert done.returncode == -11
     assert [(line["operator"], line["status"]) for line in lines(out)] == [
-        ("fine", "begun"), ("fine", "passed"), ("crashes", "begun"),
-    ]  # fmt: skip
+        ("fine", "begun"),
+        ("fine", "passed"),
+        ("crashes", "begun"),
+    ]
 
 
 def test_a_backend_that_cannot_run_has_proved_nothing(monkeypatch, tmp_path):

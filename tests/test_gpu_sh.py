@@ -48,8 +48,9 @@ def test_what_is_in_the_folder(folder, with_cuda, capsys):
     assert code == 0 and manifest["wrong"] == []
     assert manifest["competitors"] == ["liger_kernel-0.8.5"] and "liger_kernel-0.8.5" in printed
     assert manifest["libraries"]["_ops_cuda.so"] == {
-        "bytes": 3, "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    }  # fmt: skip
+        "bytes": 3,
+        "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+    }
     assert (manifest["commit"], manifest["architectures"], manifest["torch"]) == ("abc", "90-real", torch.__version__)
 
 
@@ -182,9 +183,14 @@ def test_a_rehearsed_folder(rehearsal):
 
 
 @with_bash
-@pytest.mark.parametrize("call, stages", [
-    ("prove", "smoke cuda compile triton probe caches"), ("again", "failed large memcheck"), ("measure", "bench"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call, stages",
+    [
+        ("prove", "smoke cuda compile triton probe caches"),
+        ("again", "failed large memcheck"),
+        ("measure", "bench"),
+    ],
+)
 def test_a_rehearsed_call(rehearsal, call, stages):
     """Few files, small enough to be brought back; the seconds of each stage; a table at the end. (Without load the four calls
     take 40 s.)"""

@@ -279,9 +279,14 @@ class Weighted:
 
     def step(self, **options):
         self.log_s = weighted_momentum_step_(
-            self.params, self.buffers, self.grads, self.losses, self.log_s, **dict(lam=-0.75, lr=2**-6) | options,
+            self.params,
+            self.buffers,
+            self.grads,
+            self.losses,
+            self.log_s,
+            **dict(lam=-0.75, lr=2**-6) | options,
             backend=self.where.backend,
-        )  # fmt: skip
+        )
 
     def check(self, **options):
         """One step, from where this one is, in float64."""

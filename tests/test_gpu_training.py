@@ -89,8 +89,11 @@ def test_linear(where, loss, dtype, bias):
     for seed in range(2):
         head = Head(where, dtype, bias, loss, seed)
         if exact is None:
-            exact = ab.ABLoss(LOSSES[loss].module(**tensors_of(LOSSES[loss].given(len(head.given[1])), torch.float64)), lam=0.6,
-                              backend="reference").double()  # fmt: skip
+            exact = ab.ABLoss(
+                LOSSES[loss].module(**tensors_of(LOSSES[loss].given(len(head.given[1])), torch.float64)),
+                lam=0.6,
+                backend="reference",
+            ).double()
         else:
             head.criterion.log_s.copy_(exact.log_s)
         for name, got, wanted in zip(("loss", "hidden", "weight", "bias"), head.step(), head.plain(exact)):

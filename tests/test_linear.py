@@ -324,13 +324,17 @@ BAD = {
     "hidden": (dict(hidden=torch.ones(3, 4, 5)), ValueError, r"hidden \(3, 4, 5\) and linear_weight \(10, 4\)"),
     "weight": (dict(linear_weight=torch.ones(10, 5)), ValueError, r"hidden \(3, 4\) and linear_weight \(10, 5\)"),
     "bias": (dict(bias=torch.ones(9)), ValueError, r"bias: got shape \(9,\), expected \(10,\)"),
-    "dtype": (dict(linear_weight=torch.ones(10, 4).double()), TypeError, "linear_weight: got torch.float64, but hidden is torch.float32"),
+    "dtype": (
+        dict(linear_weight=torch.ones(10, 4).double()),
+        TypeError,
+        "linear_weight: got torch.float64, but hidden is torch.float32",
+    ),
     "half": (dict(hidden=torch.ones(3, 4).half(), linear_weight=torch.ones(10, 4).half()), TypeError, "float16"),
     "target": (dict(target=torch.tensor([0, 1])), ValueError, "target"),
     "label": (dict(target=torch.tensor([0, 1, 10])), IndexError, "label 10 in row 2"),
     "mask": (dict(mask=torch.ones(3)), TypeError, "mask: got torch.float32, expected torch.bool"),
     "sample_weight": (dict(sample_weight=torch.ones(2)), ValueError, r"sample_weight: got shape \(2,\)"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -15,7 +15,33 @@ from absgd_fast.functional import logit_loss
 
 INF = math.inf
 # 1..9: below a lane; then one below, at and above multiples of the lanes (4, 8, 16 floats) and of four of them (16, 32, 64)
-CLASSES = [*range(1, 10), 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 97, 127, 128, 129, 255, 257, 511, 513, 999, 1000, 1001]  # fmt: skip
+CLASSES = [
+    *range(1, 10),
+    15,
+    16,
+    17,
+    31,
+    32,
+    33,
+    47,
+    48,
+    49,
+    63,
+    64,
+    65,
+    95,
+    97,
+    127,
+    128,
+    129,
+    255,
+    257,
+    511,
+    513,
+    999,
+    1000,
+    1001,
+]
 SPARSE = [1, 2, 3, 8, 17, 33, 70, 130, 1001]  # each kind of remainder once: for what only the formula of a row decides
 
 
@@ -463,8 +489,9 @@ def check_near_one(backend, case, classes, r):
     target = labels_that_count(case, classes)[[0, classes // 2 - (classes == 2), -1]]
     true = range(3), target
     x = torch.randn(3, classes, generator=torch.Generator().manual_seed(2)).double()
-    scale, shift, margin = (torch.tensor(options.get(k, [d] * classes)).double() for k, d in
-                            (("scale", 1.0), ("shift", 0.0), ("margin", 0.0)))  # fmt: skip
+    scale, shift, margin = (
+        torch.tensor(options.get(k, [d] * classes)).double() for k, d in (("scale", 1.0), ("shift", 0.0), ("margin", 0.0))
+    )
     others = scale * x + shift
     others[true] = -INF
     x[true] = (others.logsumexp(1) - math.log(r) - shift[target] + margin[target]) / scale[target]
@@ -818,7 +845,7 @@ def test_bad_labels_of_images(one_backend):
         (lambda: ab.adrw_weights([1, 2], nu=-0.5), r"nu.*-0\.5.*0"),
         (lambda: ab.adrw_weights([1, 2], nu=math.nan), "nu.*nan.*0"),
     ],
-)  # fmt: skip
+)
 def test_bad_numbers(make, words):
     """When the loss is made, not at the first batch: the argument, its value and the allowed range."""
     with pytest.raises(ValueError, match=f"(?s){words}"):
@@ -827,10 +854,18 @@ def test_bad_numbers(make, words):
 
 @pytest.mark.parametrize("numbers", [[1, 0, 2], [1, -3, 2], [1, math.nan], [1, math.inf], [], [[1, 2]]], ids=str)
 @pytest.mark.parametrize(
-    "make", [ab.LDAM, ab.VS, ab.LogitAdjusted, ab.CDT, ab.class_balanced_weights, partial(ab.adrw_weights, nu=1.0),
-             partial(ab.vs_tla_adrw, start=1)],
+    "make",
+    [
+        ab.LDAM,
+        ab.VS,
+        ab.LogitAdjusted,
+        ab.CDT,
+        ab.class_balanced_weights,
+        partial(ab.adrw_weights, nu=1.0),
+        partial(ab.vs_tla_adrw, start=1),
+    ],
     ids=["ldam", "vs", "la", "cdt", "class_balanced", "adrw", "recipe"],
-)  # fmt: skip
+)
 def test_bad_counts(make, numbers):
     with pytest.raises(
         ValueError, match="(?s)cls_num_list.*" + r".*".join(str(n) for n in numbers if isinstance(n, (int, float)))
@@ -866,8 +901,12 @@ MASKED = {
 def test_masked_logits(backend, where, mask):
     """Vocabularies and actions are masked by any of these numbers. A row's loss and gradient are those of the other classes, to
     the rounding of the mask itself where nothing else is there."""
-    for classes, dtype, apart in ((8, torch.float32, False), (40, torch.bfloat16, True), (1100, torch.float32, False),
-                                  (4101, torch.bfloat16, False)):  # fmt: skip
+    for classes, dtype, apart in (
+        (8, torch.float32, False),
+        (40, torch.bfloat16, True),
+        (1100, torch.float32, False),
+        (4101, torch.bfloat16, False),
+    ):
         if where == "the label too" and mask == -INF:
             continue
         for smoothing in (0.0, 0.1) if mask > -1e12 and where != "all but the label" else (0.0,):

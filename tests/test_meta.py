@@ -136,19 +136,25 @@ class Net(NamedTuple):
 
 NETS = {
     "mlp": Net(lambda: nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, C)), last=("2.weight", "2.bias")),
-    "inplace": Net(lambda: nn.Sequential(nn.Linear(6, 9), nn.ReLU(inplace=True), nn.Linear(9, C, bias=False)), last=("2.weight",)),
+    "inplace": Net(
+        lambda: nn.Sequential(nn.Linear(6, 9), nn.ReLU(inplace=True), nn.Linear(9, C, bias=False)), last=("2.weight",)
+    ),
     "linear": Net(lambda: nn.Linear(6, C), last=("weight", "bias")),
     "batchnorm": Net(lambda: conv(nn.BatchNorm2d), (2, 6, 6), ("5.weight", "5.bias")),
     "batchnorm, eval": Net(lambda: conv(nn.BatchNorm2d), (2, 6, 6), ("5.weight", "5.bias"), False),
     "average": Net(lambda: conv(partial(nn.BatchNorm2d, momentum=None)), (2, 6, 6), ("5.weight", "5.bias")),
-    "layernorm": Net(lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, C)), (6,), ("3.weight", "3.bias")),
+    "layernorm": Net(
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, C)), (6,), ("3.weight", "3.bias")
+    ),
     "tied": Net(Tied, last=("head.weight", "head.bias")),
     "frozen": Net(frozen, last=("4.weight", "4.bias")),
     "frozen weight": Net(lambda: bias_alone(nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, C))), last=("2.bias",)),
     "unused": Net(HeadFirst, last=("head.weight", "head.bias")),
     "transformer": Net(Encoder, (4, 6), ("head.weight", "head.bias")),
-    "dropout": Net(lambda: nn.Sequential(nn.Linear(6, 9), Drop(), nn.Tanh(), Drop(), nn.Linear(9, C)), (6,), ("4.weight", "4.bias")),
-}  # fmt: skip
+    "dropout": Net(
+        lambda: nn.Sequential(nn.Linear(6, 9), Drop(), nn.Tanh(), Drop(), nn.Linear(9, C)), (6,), ("4.weight", "4.bias")
+    ),
+}
 
 
 def setting(net, dtype=torch.float32):
@@ -269,8 +275,10 @@ def test_losses_in_single_precision(method, make, one_backend):
     loss = make() if make() is cross_entropy else make(backend=one_backend)
     model, batch, clean = setting("mlp")
     exact = setting("mlp", torch.float64)
-    eager = {ab.Focal: lambda x, y: (1 - (-cross_entropy(x, y)).exp()) ** 2 * cross_entropy(x, y),
-             ab.GCE: lambda x, y: (1 - (-0.7 * cross_entropy(x, y)).exp()) / 0.7}.get(make, cross_entropy)  # fmt: skip
+    eager = {
+        ab.Focal: lambda x, y: (1 - (-cross_entropy(x, y)).exp()) ** 2 * cross_entropy(x, y),
+        ab.GCE: lambda x, y: (1 - (-0.7 * cross_entropy(x, y)).exp()) / 0.7,
+    }.get(make, cross_entropy)
     wanted = algorithm_1(exact[0], eager, *exact[1:], NETS["mlp"].last if method == "last_layer" else None)
     assert distance(l2rw_weights(model, loss, batch, clean, method=method), wanted) <= tolerance(method, torch.float32)
 
@@ -437,8 +445,11 @@ def test_a_bad_clean_sample(method):
 def snapshot(model):
     """Everything that a pass could leave behind, bit for bit."""
     parameters = dict(model.named_parameters())
-    hooks = [len(getattr(m, k)) for m in model.modules()
-             for k in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")]  # fmt: skip
+    hooks = [
+        len(getattr(m, k))
+        for m in model.modules()
+        for k in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    ]
     return {
         "parameters": {n: p.detach().clone() for n, p in parameters.items()},
         "identity": {n: (id(p), p.data_ptr(), p.is_leaf, p.requires_grad) for n, p in parameters.items()},
@@ -661,14 +672,25 @@ BAD = {
     "mean": (dict(loss_fn=nn.CrossEntropyLoss()), "reduction=.none"),
     "our mean": (dict(loss_fn=ab.CrossEntropy(reduction="mean")), "reduction=.none"),
     "nothing to train": (dict(model=frozen_wholly()), "requires? grad|requires_grad|trainable"),
-    "bfloat16": (dict(model=setting("mlp", torch.bfloat16)[0], batch=(X.bfloat16(), Y), clean_batch=(X.bfloat16(), Y),
-                      method="finite_difference"), "bfloat16|float32"),
-    "float16": (dict(model=setting("mlp", torch.float16)[0], batch=(X.half(), Y), clean_batch=(X.half(), Y),
-                     method="finite_difference"), "float16|float32"),
-    "rows that are no samples": (dict(model=Tokens(), batch=(torch.randn(B, 4, 6), Y), clean_batch=(torch.randn(B, 4, 6), Y),
-                                      method="last_layer"), "last_layer|last layer"),
+    "bfloat16": (
+        dict(
+            model=setting("mlp", torch.bfloat16)[0],
+            batch=(X.bfloat16(), Y),
+            clean_batch=(X.bfloat16(), Y),
+            method="finite_difference",
+        ),
+        "bfloat16|float32",
+    ),
+    "float16": (
+        dict(model=setting("mlp", torch.float16)[0], batch=(X.half(), Y), clean_batch=(X.half(), Y), method="finite_difference"),
+        "float16|float32",
+    ),
+    "rows that are no samples": (
+        dict(model=Tokens(), batch=(torch.randn(B, 4, 6), Y), clean_batch=(torch.randn(B, 4, 6), Y), method="last_layer"),
+        "last_layer|last layer",
+    ),
     "no parameters in the last layer": (dict(model=nn.Tanh(), method="last_layer"), "param|layer|train"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -250,9 +250,17 @@ def test_robust_loss_of_plain_torch_is_that_of_its_losses(kind, update):
     losses = spec.recompute(logits, target.where(mask, -100))
     counts = spec.valid(target, losses) & mask
     wanted, weights, log_s, _ = reference.robust_loss(
-        losses, *before[::2], score=score, mask=counts, mix=0.25, max_weight=3.0, sample_weight=weight, gamma=0.6, alpha=0.5,
+        losses,
+        *before[::2],
+        score=score,
+        mask=counts,
+        mix=0.25,
+        max_weight=3.0,
+        sample_weight=weight,
+        gamma=0.6,
+        alpha=0.5,
         init="zero",
-    )  # fmt: skip
+    )
     assert torch.equal(loss, wanted) and torch.equal(stats[1], weights) and torch.equal(stats[2] > 0, counts) and saved is None
     assert torch.equal(*(torch.autograd.grad(value, logits)[0] for value in (loss, wanted)))
     assert torch.equal(state[0], log_s if update else before[0]) and state[1] == 0

@@ -149,10 +149,31 @@ def share_a_gradient(params, optimizer):
 
 
 CHANGES = [
-    swap_data, new_storage, resize, replace_states, swap_state_data, drop_one_state, drop_the_state, set_options, tensor_lr,
-    no_weight_decay, maximize, freeze, reorder, remove_a_parameter, replace_a_parameter, load_own_state, strided_gradient,
-    expanded_gradient, strided_state, strided_parameter, channels_last, channels_last_parameter, tie, share_a_gradient,
-]  # fmt: skip
+    swap_data,
+    new_storage,
+    resize,
+    replace_states,
+    swap_state_data,
+    drop_one_state,
+    drop_the_state,
+    set_options,
+    tensor_lr,
+    no_weight_decay,
+    maximize,
+    freeze,
+    reorder,
+    remove_a_parameter,
+    replace_a_parameter,
+    load_own_state,
+    strided_gradient,
+    expanded_gradient,
+    strided_state,
+    strided_parameter,
+    channels_last,
+    channels_last_parameter,
+    tie,
+    share_a_gradient,
+]
 
 
 @each_optimizer
@@ -325,8 +346,17 @@ def test_tensor_subclasses(one_way, case):
         assert_same(params, ours, expected, theirs)
 
 
-SPARSE = ("sgd-plain", "sgd-momentum", "sgd-dampening", "sgd-nesterov", "sgd-maximize", "adagrad-default", "adagrad-lr-decay",
-          "adagrad-initial", "adagrad-tensor-lr")  # fmt: skip
+SPARSE = (
+    "sgd-plain",
+    "sgd-momentum",
+    "sgd-dampening",
+    "sgd-nesterov",
+    "sgd-maximize",
+    "adagrad-default",
+    "adagrad-lr-decay",
+    "adagrad-initial",
+    "adagrad-tensor-lr",
+)
 
 
 @pytest.mark.parametrize("name", SPARSE)

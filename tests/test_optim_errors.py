@@ -126,8 +126,9 @@ def test_a_bad_group_is_not_added(one_way, case, bad):
     def group(ps):
         return {"twice": ps[:1], "not a leaf": [ps[0] * 2], "a number": [1.0], "a set": {*ps}}[bad]
 
-    assert_same_error(lambda: ours.add_param_group({"params": group(params)}),
-                      lambda: theirs.add_param_group({"params": group(expected)}))  # fmt: skip
+    assert_same_error(
+        lambda: ours.add_param_group({"params": group(params)}), lambda: theirs.add_param_group({"params": group(expected)})
+    )
     assert len(ours.param_groups) == 1
     for step in range(3):
         set_grads(params, expected, seed=step)
@@ -161,8 +162,14 @@ def closure_that_raises(params, optimizer):
     pass
 
 
-FAILURES = [sparse_gradient, gradient_of_another_size, number_that_is_a_string, option_that_is_missing, parameter_in_one_place,
-            closure_that_raises]  # fmt: skip
+FAILURES = [
+    sparse_gradient,
+    gradient_of_another_size,
+    number_that_is_a_string,
+    option_that_is_missing,
+    parameter_in_one_place,
+    closure_that_raises,
+]
 
 
 @each_optimizer

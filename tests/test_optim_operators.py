@@ -31,8 +31,21 @@ def arguments(rule, kinds, numbers, counts, dtype=torch.float32):
     kept = [t for _ in range(kinds) for t in tensors(torch.float32 if dtype in HALF else dtype)]
     given = {"first": 0.0, "second": 0.0, "eps": 0.0} | {k: v for k, v in numbers.items() if k != "flags"}
     steps = [torch.zeros(()), torch.ones(())] if counts else []
-    return [tensors(), tensors(), kept, steps, None, None, None, None, 0.1, 0.01, *given.values(), ops.RULES.index(rule),
-            numbers.get("flags", 0)]  # fmt: skip
+    return [
+        tensors(),
+        tensors(),
+        kept,
+        steps,
+        None,
+        None,
+        None,
+        None,
+        0.1,
+        0.01,
+        *given.values(),
+        ops.RULES.index(rule),
+        numbers.get("flags", 0),
+    ]
 
 
 @pytest.mark.parametrize("rule, kinds, numbers, counts", RULE_ROWS)

@@ -10,7 +10,7 @@ import torch
 import absgd_fast as ab
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +20,21 @@ def names():
     batch = lambda: (torch.randn(6, 8), torch.randint(4, (6,)))  # noqa: E731
     model = torch.nn.Linear(8, 4)
     return {
-        "torch": torch, "ab": ab, "model": model, "loader": [batch()], "groups": [[batch(), batch()]], "counts": [40, 20, 10, 5],
-        "hidden": torch.randn(6, 8, requires_grad=True), "head": torch.nn.Linear(8, 4), "target": torch.randint(4, (6,)),
-        "images": torch.randn(70, 8), "labels": torch.randint(4, (70,)), "backbone": torch.nn.Identity(), "epochs": 2, "clean_loader": [batch()],
-    }  # fmt: skip
+        "torch": torch,
+        "ab": ab,
+        "model": model,
+        "loader": [batch()],
+        "groups": [[batch(), batch()]],
+        "counts": [40, 20, 10, 5],
+        "hidden": torch.randn(6, 8, requires_grad=True),
+        "head": torch.nn.Linear(8, 4),
+        "target": torch.randint(4, (6,)),
+        "images": torch.randn(70, 8),
+        "labels": torch.randint(4, (70,)),
+        "backbone": torch.nn.Identity(),
+        "epochs": 2,
+        "clean_loader": [batch()],
+    }
 
 
 def test_there_are_examples():

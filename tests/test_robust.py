@@ -87,8 +87,17 @@ def test_oracle_options_matter(rng):
         return forward.loss, *forward.grad, exact.log_s
 
     plain = outcome()
-    changed = [dict(lam=-0.5), dict(lam=INF), dict(gamma=0.5), dict(alpha=0.4), dict(mix=1.0), dict(init="zero"),
-               dict(normalizer="batch"), dict(normalizer="none"), dict(max_weight=0.3)]  # fmt: skip
+    changed = [
+        dict(lam=-0.5),
+        dict(lam=INF),
+        dict(gamma=0.5),
+        dict(alpha=0.4),
+        dict(mix=1.0),
+        dict(init="zero"),
+        dict(normalizer="batch"),
+        dict(normalizer="none"),
+        dict(max_weight=0.3),
+    ]
     calls = [dict(sample_weight=rng.random(21)), dict(mask=rng.random(21) < 0.7), dict(score=rng.random(21)), dict(update=False)]
     outcomes = [outcome(**c) for c in changed] + [outcome(call=c) for c in calls]
     assert all(not np.allclose(plain, o, rtol=1e-6) for o in outcomes)
@@ -178,8 +187,10 @@ def test_numbers_by_hand(one_backend):
 def test_default_criterion(one_backend, rng):
     """criterion=None is cross-entropy per sample."""
     logits, target = torch.tensor(rng.normal(size=(6, 4))), torch.tensor([0, 1, 2, 3, -100, 1])
-    values = [c(logits, target) for c in (ab.ABLoss(lam=0.5, backend=one_backend),
-              ab.ABLoss(ab.CrossEntropy(), lam=0.5, backend=one_backend))]  # fmt: skip
+    values = [
+        c(logits, target)
+        for c in (ab.ABLoss(lam=0.5, backend=one_backend), ab.ABLoss(ab.CrossEntropy(), lam=0.5, backend=one_backend))
+    ]
     exact = oracle.ABLoss(0.5)(oracle.cross_entropy(logits, target)[0], mask=target != -100)
     assert torch.equal(*values) and values[0].item() == pytest.approx(exact.loss, rel=1e-6)
 

@@ -35,7 +35,9 @@ BUGS = {
     ("sum_rows", "missing_loop_barrier"): {"plain": WRONG, "race": SHARED},
     ("sum_rows", "divergent_barrier"): {"plain": r"divergent barrier: .* __syncthreads of kernels.cu:\d+ .* that of kernels.cu"},
     ("sum_rows", "early_return"): {"plain": r"lanes 0xffffff00 of mask 0xffffffff are missing; lane 8 has returned"},
-    ("sum_rows", "late_return"): {"plain": r"thread 0 waits at the __syncthreads .* 32 threads have returned, thread 224 the first"},
+    ("sum_rows", "late_return"): {
+        "plain": r"thread 0 waits at the __syncthreads .* 32 threads have returned, thread 224 the first"
+    },
     ("reverse", "missing_barrier"): {"plain": WRONG, "race": UNINITIALISED},
     ("histogram", "missing_barrier"): {"plain": WRONG, "race": SHARED},
     # shared memory
@@ -47,7 +49,9 @@ BUGS = {
     # warps
     ("sum_rows", "lane_returned"): {"plain": r"lanes 0x2000 of mask 0xffffffff are missing; lane 13 has returned"},
     ("sum_rows", "own_lane_not_in_mask"): {"plain": r"mask 0xffff of the shuffle .* leaves out the calling lane"},
-    ("sum_rows", "lanes_missing"): {"plain": r"lanes 0xffff0000 of mask 0xffffffff .* lane 16 waits at the __syncthreads of kernels"},
+    ("sum_rows", "lanes_missing"): {
+        "plain": r"lanes 0xffff0000 of mask 0xffffffff .* lane 16 waits at the __syncthreads of kernels"
+    },
     ("sum_rows", "other_intrinsic"): {"plain": r"divergent warp: .* at the (vote|shuffle) of .* at the (vote|shuffle) of"},
     ("sum_rows", "reads_lane_not_in_mask"): {"plain": r"lane 8 reads lane 16, which mask 0xffff leaves out"},
     ("sum_rows", "wrong_width"): {"plain": WRONG},
@@ -85,7 +89,7 @@ BUGS = {
     ("reverse", "much_shared"): {"plain": r"232464 bytes of dynamic shared memory"},
     ("reverse", "no_opt_in"): {"plain": r"65536 bytes of dynamic shared memory, 49152 are possible until cudaFuncSetAttribute"},
     ("step", "many_parameters"): {"plain": r"35\d\d\d bytes of parameters, at most 32764"},
-}  # fmt: skip
+}
 
 # ---- builds ---------------------------------------------------------------------------------------------------------
 

@@ -190,8 +190,14 @@ Pair operator+(Pair a, Pair b) { return a; }
 }}
 """
     assert cpp_functions(source) == [
-        ("#define TWICE", 2), ("Pair", 1), ("get", 4), ("sum", 6), ("run", 3), ("kernel", 2), ("operator+", 1),
-    ]  # fmt: skip
+        ("#define TWICE", 2),
+        ("Pair", 1),
+        ("get", 4),
+        ("sum", 6),
+        ("run", 3),
+        ("kernel", 2),
+        ("operator+", 1),
+    ]
 
 
 def test_what_is_too_long_is_found():

@@ -63,7 +63,7 @@ HIDING = {
     "class and function": ("class A: pass\ndef A(): pass\n", ["A (line 1, line 2)"]),
     "before a branch": ("def f(): pass\nif x:\n    def f(): pass\n", ["f (line 1, line 3)"]),
     "asynchronous": ("async def f(): pass\ndef f(): pass\n", ["f (line 1, line 2)"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("source, found", HIDING.values(), ids=HIDING)

@@ -83,8 +83,14 @@ def test_func_grad_and_vjp(case, fused):
     results = []
     for f in (fused, eager_of(case)):
         value, pull = vjp(lambda x: f(x, TARGET), x.detach())
-        results.append([value, *pull(torch.linspace(-1, 2, ROWS, dtype=x.dtype)), grad(lambda x: f(x, TARGET).sum())(x.detach()),
-                        jacrev(lambda x: f(x, TARGET))(x.detach())])  # fmt: skip
+        results.append(
+            [
+                value,
+                *pull(torch.linspace(-1, 2, ROWS, dtype=x.dtype)),
+                grad(lambda x: f(x, TARGET).sum())(x.detach()),
+                jacrev(lambda x: f(x, TARGET))(x.detach()),
+            ]
+        )
     close(*results)
 
 
@@ -143,8 +149,7 @@ def test_images(case, one_backend):
     fused = case.module(CLASSES, backend=one_backend)
     results = []
     for f in (fused, eager_of(case)):
-        results.append([*jvp(lambda x: f(x, target), (x,), (t,)),
-                        vmap(grad(lambda x, y: f(x[None], y[None]).sum()))(x, target)])  # fmt: skip
+        results.append([*jvp(lambda x: f(x, target), (x,), (t,)), vmap(grad(lambda x, y: f(x[None], y[None]).sum()))(x, target)])
     close(*results)
 
 
@@ -155,8 +160,13 @@ def test_soft_targets(one_backend):
     options = dict(weight=weight, label_smoothing=0.2, reduction="none")
     results = []
     for f in (ab.CrossEntropy(backend=one_backend, **options), torch.nn.CrossEntropyLoss(**options)):
-        results.append([*jvp(lambda x: f(x, target), (x,), (t,)), hessian(lambda x: f(x, target).sum())(x),
-                        vmap(grad(lambda x, y: f(x[None], y[None])[0]))(x, target)])  # fmt: skip
+        results.append(
+            [
+                *jvp(lambda x: f(x, target), (x,), (t,)),
+                hessian(lambda x: f(x, target).sum())(x),
+                vmap(grad(lambda x, y: f(x[None], y[None])[0]))(x, target),
+            ]
+        )
     close(*results)
 
 

@@ -24,8 +24,26 @@ REAL = {torch.float32: dict(rtol=2e-6, atol=2e-6), torch.float64: dict(rtol=1e-1
 NEAR = REAL | {torch.bfloat16: dict(rtol=2**-8, atol=2e-6), torch.float16: dict(rtol=2**-10, atol=2e-6)}
 
 
-def exact_step(params, buffers, grads, losses, log_s, *, lam, lr, momentum=0.9, dampening=0.0, weight_decay=0.0, nesterov=False,
-               maximize=False, heavy_ball=False, mix=0.0, mask=None, sample_weight=None, **options):  # fmt: skip
+def exact_step(
+    params,
+    buffers,
+    grads,
+    losses,
+    log_s,
+    *,
+    lam,
+    lr,
+    momentum=0.9,
+    dampening=0.0,
+    weight_decay=0.0,
+    nesterov=False,
+    maximize=False,
+    heavy_ball=False,
+    mix=0.0,
+    mask=None,
+    sample_weight=None,
+    **options,
+):
     """One step in float64 with NumPy: (parameters, buffers, log s), new arrays."""
     params, buffers = ([np.asarray(t, np.float64) for t in ts] for ts in (params, buffers))
     w = oracle.robust_weights(losses, float(log_s), float(lam), mask=mask, **options)
@@ -69,8 +87,14 @@ class Problem:
     def step(self, log_s, exact=True, batch=None, **options):
         """One step on the next batch, checked against the exact one from the same place; the new log s."""
         grads, losses = batch or self.next()
-        expected = exact_step(self.doubles(self.params), self.doubles(self.buffers), self.doubles(grads), losses.double().numpy(),
-                              log_s, **{k: v for k, v in options.items() if k != "backend"})  # fmt: skip
+        expected = exact_step(
+            self.doubles(self.params),
+            self.doubles(self.buffers),
+            self.doubles(grads),
+            losses.double().numpy(),
+            log_s,
+            **{k: v for k, v in options.items() if k != "backend"},
+        )
         before = [b.clone() for b in self.buffers]
         new = weighted_momentum_step_(self.params, self.buffers, grads, losses, log_s, **options)
         assert isinstance(new, torch.Tensor) and new.shape == () and not new.requires_grad
@@ -148,9 +172,13 @@ def test_rows_that_do_not_count(backend, dtype, options):
 
 
 @given(
-    seed=st.integers(0, 2**32 - 1), batch=st.integers(1, 40), lam=st.sampled_from([-20.0, -1.0, -0.3, 0.3, 1.0, 20.0]),
-    gamma=st.sampled_from([1.0, 0.9, 0.01]), log_s=st.sampled_from([-INF, -4.0, 3.0]), init=st.sampled_from(["first", "zero"]),
-)  # fmt: skip
+    seed=st.integers(0, 2**32 - 1),
+    batch=st.integers(1, 40),
+    lam=st.sampled_from([-20.0, -1.0, -0.3, 0.3, 1.0, 20.0]),
+    gamma=st.sampled_from([1.0, 0.9, 0.01]),
+    log_s=st.sampled_from([-INF, -4.0, 3.0]),
+    init=st.sampled_from(["first", "zero"]),
+)
 def test_any_batch(backend, seed, batch, lam, gamma, log_s, init):
     sizes = [(int(n),) for n in np.random.default_rng(seed).integers(0, 200, 3)]
     problem = Problem(sizes, batch, torch.float64, seed)
@@ -240,8 +268,19 @@ def test_as_loss_backward_and_optimizer(backend, name, dtype, near):
         y = torch.randint(5, (19,), generator=draw)
         mask, t = torch.rand(19, generator=draw) < 0.8, torch.rand(19, generator=draw, dtype=torch.float64).to(dtype)
         grads, losses = vmap(grad_and_value(loss_of), in_dims=(None, 0, 0))(params, x, y)
-        log_s = weighted_momentum_step_(params.values(), buffers, grads.values(), losses, log_s, **rule, lr=0.05, mask=mask,
-                                        sample_weight=t, **options, backend=backend)  # fmt: skip
+        log_s = weighted_momentum_step_(
+            params.values(),
+            buffers,
+            grads.values(),
+            losses,
+            log_s,
+            **rule,
+            lr=0.05,
+            mask=mask,
+            sample_weight=t,
+            **options,
+            backend=backend,
+        )
         optimizer.zero_grad()
         criterion(theirs(x), y, mask=mask, sample_weight=t).backward()
         optimizer.step()
@@ -275,7 +314,9 @@ def test_overflow_of_the_exponent_is_a_bad_row(backend):
     problem = Problem([(3,)], 2)
     grads, _ = problem.next()
     before = copies(problem.params, problem.buffers)
-    new = weighted_momentum_step_(problem.params, problem.buffers, grads, torch.tensor([1e30, 1e-10]), 0.25, lam=1e-10, lr=0.1, backend=backend)  # fmt: skip
+    new = weighted_momentum_step_(
+        problem.params, problem.buffers, grads, torch.tensor([1e30, 1e-10]), 0.25, lam=1e-10, lr=0.1, backend=backend
+    )
     assert float(new) == 0.25 and not any(changed(sum(before, []), problem.params + problem.buffers))
 
 
@@ -314,8 +355,19 @@ def test_inputs_are_left_alone(backend):
     before = copies(given)[0]
     buffers = copies(problem.buffers)[0]
     for momentum in (0.9, 0.0):
-        new = weighted_momentum_step_(problem.params, problem.buffers, grads, losses, log_s, lam=lam, lr=lr, momentum=momentum,
-                                      mask=mask, sample_weight=t, backend=backend)  # fmt: skip
+        new = weighted_momentum_step_(
+            problem.params,
+            problem.buffers,
+            grads,
+            losses,
+            log_s,
+            lam=lam,
+            lr=lr,
+            momentum=momentum,
+            mask=mask,
+            sample_weight=t,
+            backend=backend,
+        )
         assert not any(changed(before, given))
         assert new.data_ptr() not in {x.data_ptr() for x in given}
         assert any(changed(buffers, problem.buffers)) == (momentum == 0.9)
@@ -349,9 +401,14 @@ def test_numbers_in_tensors(backend, lr_dtype, shape):
     batch = one.next()
     weighted_momentum_step_(one.params, one.buffers, *batch, 0.25, lam=-0.75, lr=0.125, backend=backend)
     weighted_momentum_step_(
-        other.params, other.buffers, *batch, torch.tensor(0.25), lam=torch.tensor(-0.75, dtype=torch.float64),
-        lr=torch.full(shape, 0.125, dtype=lr_dtype), backend=backend,
-    )  # fmt: skip
+        other.params,
+        other.buffers,
+        *batch,
+        torch.tensor(0.25),
+        lam=torch.tensor(-0.75, dtype=torch.float64),
+        lr=torch.full(shape, 0.125, dtype=lr_dtype),
+        backend=backend,
+    )
     torch.testing.assert_close(one.params + one.buffers, other.params + other.buffers, rtol=1e-6, atol=1e-7)
 
 
@@ -390,7 +447,9 @@ def test_under_torch_compile(backend):
         batch, lr = problem.next(), torch.tensor(lr)
         log_s = compiled(problem.params, problem.buffers, *batch, log_s, lr=lr)
         wanted = step(twin.params, twin.buffers, *batch, wanted, lr=lr)
-    torch.testing.assert_close([log_s, *problem.params, *problem.buffers], [wanted, *twin.params, *twin.buffers], rtol=1e-12, atol=1e-12)  # fmt: skip
+    torch.testing.assert_close(
+        [log_s, *problem.params, *problem.buffers], [wanted, *twin.params, *twin.buffers], rtol=1e-12, atol=1e-12
+    )
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
@@ -488,8 +547,17 @@ def test_same_bits_for_any_number_of_threads(backend, dtype, threads):
         problem = Problem([(30_001,), (77,), (200, 31)], 21, dtype)
         log_s = -INF
         for mask in (None, torch.arange(21) % 5 > 0):
-            log_s = weighted_momentum_step_(problem.params, problem.buffers, *problem.next(), log_s, lam=-0.7, lr=0.1, mask=mask,
-                                            weight_decay=0.01, backend=backend)  # fmt: skip
+            log_s = weighted_momentum_step_(
+                problem.params,
+                problem.buffers,
+                *problem.next(),
+                log_s,
+                lam=-0.7,
+                lr=0.1,
+                mask=mask,
+                weight_decay=0.01,
+                backend=backend,
+            )
         results.append([log_s, *problem.params, *problem.buffers])
     for other in results[1:]:
         assert not any(changed(results[0], other))
@@ -525,14 +593,22 @@ def put(**values):
 
 memory = torch.ones(20)
 WRONG = {
-    "grads of another shape": (swap("per_sample_grads", 1, torch.ones(4, 2, 3)), ValueError, r"per_sample_grads\[1\].*4, 2, 3.*2, 2.*4"),
+    "grads of another shape": (
+        swap("per_sample_grads", 1, torch.ones(4, 2, 3)),
+        ValueError,
+        r"per_sample_grads\[1\].*4, 2, 3.*2, 2.*4",
+    ),
     "grads without a batch": (swap("per_sample_grads", 0, torch.ones(3)), ValueError, r"per_sample_grads\[0\].*\(3,\).*\(4, 3\)"),
     "flat grads": (swap("per_sample_grads", 1, torch.ones(4, 4)), ValueError, r"per_sample_grads\[1\].*\(4, 4\).*\(4, 2, 2\)"),
     "another batch": (swap("per_sample_grads", 0, torch.ones(5, 3)), ValueError, r"per_sample_grads\[0\].*\(5, 3\).*4 losses"),
     "losses of another batch": (put(losses=torch.ones(3)), ValueError, r"per_sample_grads\[0\].*\(4, 3\).*3 losses"),
     "one loss": (put(losses=torch.tensor(1.0)), ValueError, r"losses.*\(\).*\(B,\)"),
     "losses of two dimensions": (put(losses=torch.ones(4, 1)), ValueError, r"losses.*\(4, 1\).*\(B,\)"),
-    "buffer of another shape": (swap("momentum_buffers", 0, torch.zeros(4)), ValueError, r"momentum_buffers\[0\].*\(4,\).*\(3,\)"),
+    "buffer of another shape": (
+        swap("momentum_buffers", 0, torch.zeros(4)),
+        ValueError,
+        r"momentum_buffers\[0\].*\(4,\).*\(3,\)",
+    ),
     "fewer grads": (put(per_sample_grads=[torch.ones(4, 3)]), ValueError, "per_sample_grads.*1 tensors.*2 params"),
     "fewer buffers": (put(momentum_buffers=[torch.zeros(3)]), ValueError, "momentum_buffers.*1 tensors.*2 params"),
     "no buffers": (put(momentum_buffers=None), ValueError, "momentum_buffers.*0 tensors.*zeros.*2 params"),
@@ -542,24 +618,62 @@ WRONG = {
     "fewer params": (put(params=[torch.ones(3)]), ValueError, "(per_sample_grads|momentum_buffers).*2 tensors.*1 params"),
     "integers": (swap("params", 0, torch.ones(3, dtype=torch.int64)), TypeError, r"params\[0\].*int64.*float32"),
     "complex numbers": (swap("params", 0, torch.ones(3, dtype=torch.complex64)), TypeError, r"params\[0\].*complex64.*float32"),
-    "grads of another dtype": (swap("per_sample_grads", 0, torch.ones(4, 3).half()), TypeError, r"per_sample_grads\[0\].*float16.*float32"),
-    "buffers of another dtype": (swap("momentum_buffers", 1, torch.zeros(2, 2).double()), TypeError, r"momentum_buffers\[1\].*float64.*float32"),
+    "grads of another dtype": (
+        swap("per_sample_grads", 0, torch.ones(4, 3).half()),
+        TypeError,
+        r"per_sample_grads\[0\].*float16.*float32",
+    ),
+    "buffers of another dtype": (
+        swap("momentum_buffers", 1, torch.zeros(2, 2).double()),
+        TypeError,
+        r"momentum_buffers\[1\].*float64.*float32",
+    ),
     "a parameter in double": (swap("params", 1, torch.ones(2, 2).double()), TypeError, r"losses.*float32.*params\[1\].*float64"),
     "losses in double": (put(losses=torch.ones(4).double()), TypeError, r"losses.*float64.*params\[0\].*float32"),
     "integer losses": (put(losses=torch.ones(4, dtype=torch.int64)), TypeError, "losses.*int64"),
     "no losses": (put(losses=[1.0, 2.0]), TypeError, "losses.*list"),
-    "another device": (swap("per_sample_grads", 0, torch.ones(4, 3, device="meta")), ValueError, r"per_sample_grads\[0\].*meta.*cpu"),
-    "a sparse gradient": (swap("per_sample_grads", 0, torch.eye(4, 3).to_sparse()), TypeError, r"per_sample_grads\[0\].*sparse.*strided"),
-    "a parameter listed twice": (swap("params", 0, lambda a: a["params"][1].view(4)[:3]), ValueError, r"params\[[01]\], params\[[01]\].*share"),
-    "a buffer listed twice": (swap("momentum_buffers", 0, lambda a: a["momentum_buffers"][1].view(4)[1:]), ValueError, r"momentum_buffers.*share"),
-    "a buffer that is its parameter": (swap("momentum_buffers", 1, lambda a: a["params"][1]), ValueError, r"(params|buffers)\[1\].*share"),
-    "a gradient that is a parameter": (swap("per_sample_grads", 0, lambda a: a["params"][0].expand(4, 3)), ValueError, r"params\[0\].*share"),
+    "another device": (
+        swap("per_sample_grads", 0, torch.ones(4, 3, device="meta")),
+        ValueError,
+        r"per_sample_grads\[0\].*meta.*cpu",
+    ),
+    "a sparse gradient": (
+        swap("per_sample_grads", 0, torch.eye(4, 3).to_sparse()),
+        TypeError,
+        r"per_sample_grads\[0\].*sparse.*strided",
+    ),
+    "a parameter listed twice": (
+        swap("params", 0, lambda a: a["params"][1].view(4)[:3]),
+        ValueError,
+        r"params\[[01]\], params\[[01]\].*share",
+    ),
+    "a buffer listed twice": (
+        swap("momentum_buffers", 0, lambda a: a["momentum_buffers"][1].view(4)[1:]),
+        ValueError,
+        r"momentum_buffers.*share",
+    ),
+    "a buffer that is its parameter": (
+        swap("momentum_buffers", 1, lambda a: a["params"][1]),
+        ValueError,
+        r"(params|buffers)\[1\].*share",
+    ),
+    "a gradient that is a parameter": (
+        swap("per_sample_grads", 0, lambda a: a["params"][0].expand(4, 3)),
+        ValueError,
+        r"params\[0\].*share",
+    ),
     "losses that are a parameter": (lambda a: a.update(losses=a["params"][1].view(4)), ValueError, "losses.*share|share.*losses"),
     "an expanded parameter": (swap("params", 0, torch.ones(1).expand(3)), ValueError, r"params\[0\].*share one place.*clone"),
     "an expanded buffer": (swap("momentum_buffers", 0, torch.zeros(1).expand(3)), ValueError, r"buffers\[0\].*share one place"),
     "the same columns twice": (
-        lambda a: a.update(params=[memory[:6:2], memory[:6:2].view(3)], momentum_buffers=[torch.zeros(3), torch.zeros(3)],
-                           per_sample_grads=[torch.ones(4, 3), torch.ones(4, 3)]), ValueError, r"params\[0\], params\[1\].*share"),
+        lambda a: a.update(
+            params=[memory[:6:2], memory[:6:2].view(3)],
+            momentum_buffers=[torch.zeros(3), torch.zeros(3)],
+            per_sample_grads=[torch.ones(4, 3), torch.ones(4, 3)],
+        ),
+        ValueError,
+        r"params\[0\], params\[1\].*share",
+    ),
     "mask of another shape": (put(mask=torch.ones(3, dtype=torch.bool)), ValueError, r"mask.*\(3,\).*\(4,\)"),
     "mask of numbers": (put(mask=torch.ones(4)), TypeError, "mask.*float32.*bool"),
     "sample_weight of another shape": (put(sample_weight=torch.ones(5)), ValueError, r"sample_weight.*\(5,\).*\(4,\)"),
@@ -583,7 +697,7 @@ WRONG = {
     "heavy ball with nesterov": (put(nesterov=True, heavy_ball=True), ValueError, "heavy_ball.*nesterov"),
     "heavy ball with dampening": (put(dampening=0.5, heavy_ball=True), ValueError, "heavy_ball.*dampening"),
     "backend": (put(backend="abacus"), ValueError, "backend.*abacus"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -624,7 +738,7 @@ def test_what_is_not_wrong(one_backend):
 def test_the_examples_of_the_readme():
     """Both run, and both train: 30 epochs on two blobs, one label in eight wrong, after which every right one is predicted."""
     text = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-    examples = [e for e in re.findall(r"```python\n(.*?)```", text, re.S) if "weighted_momentum_step_" in e]
+    examples = [e for e in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "weighted_momentum_step_" in e]
     assert len(examples) == 2
     draw = torch.Generator().manual_seed(0)
     labels = torch.randint(2, (64,), generator=draw)
@@ -634,8 +748,18 @@ def test_the_examples_of_the_readme():
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         loader = [(images[part], noisy[part]) for part in torch.arange(64).split(16)] * 30
-        names = dict(ab=ab, torch=torch, math=math, model=model, loader=loader, backbone=model[:2], images=images, labels=noisy,
-                     head=model[2], epochs=30)  # fmt: skip
+        names = dict(
+            ab=ab,
+            torch=torch,
+            math=math,
+            model=model,
+            loader=loader,
+            backbone=model[:2],
+            images=images,
+            labels=noisy,
+            head=model[2],
+            epochs=30,
+        )
         assert (model(images).argmax(1) == labels).float().mean() < 0.5
         exec(compile(example, "README.md", "exec"), names)
         assert (model(images).argmax(1) == labels).all() and math.isfinite(names["log_s"])

@@ -331,9 +331,12 @@ STRETCHED = {
     **{f"term({t:g})": partial(weights.term, t=t) for t in (1e30, -1e30, 1e-30, 0.0, INF, -INF, 88.0)},
     **{f"cvar({b:g}, {r:g})": partial(weights.cvar, beta=b, reg=r) for b in (1e-30, 0.5, 1.0) for r in (0, 1e-30, 1.0, 1e30)},
     **{f"chi2({r:g})": partial(weights.chi2, rho=r) for r in (0.0, 1e-30, 0.3, 1e30)},
-    **{f"groups({t:g}, {u:g})": partial(weights.term, t=t, t_group=u)
-       for t in (1e30, -1e30, 1e-30, 0.0, INF, -INF) for u in (1e30, -1e30, 1e-30, 1.0, INF, -INF)},
-}  # fmt: skip
+    **{
+        f"groups({t:g}, {u:g})": partial(weights.term, t=t, t_group=u)
+        for t in (1e30, -1e30, 1e-30, 0.0, INF, -INF)
+        for u in (1e30, -1e30, 1e-30, 1.0, INF, -INF)
+    },
+}
 
 
 @pytest.mark.parametrize("name", STRETCHED)
@@ -460,7 +463,7 @@ BAD = {
     "dro: negative": (lambda: weights.GroupDRO(2)(L3, G3 - 1), IndexError, "-1"),
     "dro: integers": (lambda: weights.GroupDRO(2)(G3, G3), (TypeError, ValueError), "losses"),
     "dro: 0-d": (lambda: weights.GroupDRO(2)(torch.tensor(1.0), torch.tensor(0)), (TypeError, ValueError), "losses"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -84,10 +84,18 @@ class _LinearMethod(Method):
                 logits, labels, *spec, bits | WITH_GRAD
             )  # what autograd would be told
             log_s = ab.functional.weighted_momentum_step_(
-                params, [state[p]["momentum_buffer"] for p in params], [slopes[:, :, None] * pixels[:, None, :], slopes], losses,
-                loss.log_s, lam=loss.lam, gamma=loss.gamma, mix=loss.mix, lr=group["lr"], momentum=group["momentum"],
+                params,
+                [state[p]["momentum_buffer"] for p in params],
+                [slopes[:, :, None] * pixels[:, None, :], slopes],
+                losses,
+                loss.log_s,
+                lam=loss.lam,
+                gamma=loss.gamma,
+                mix=loss.mix,
+                lr=group["lr"],
+                momentum=group["momentum"],
                 weight_decay=group["weight_decay"],
-            )  # fmt: skip
+            )
             loss.log_s.copy_(log_s)
         self.optimizer._opt_called = True  # what a schedule asks for before it is stepped
         self.weights = lambda: torch.exp(losses / loss.lam - log_s) if loss.lam.isfinite() else None
@@ -285,9 +293,7 @@ class _Reweighting(Method):
     def step(self, model, images, labels):
         (x, y), draws = self.clean, self.stateful["draws"].generator
         few = torch.randperm(len(y), generator=draws)[: 2 * len(labels)]
-        loss, weights = ab.meta.l2rw_loss(
-            model, self.loss, (images, labels), (x[few], y[few]), self.how, return_weights=True
-        )  # fmt: skip
+        loss, weights = ab.meta.l2rw_loss(model, self.loss, (images, labels), (x[few], y[few]), self.how, return_weights=True)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

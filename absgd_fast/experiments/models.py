@@ -42,10 +42,15 @@ def make_model(name, shape, classes, seed):
             )
         if name == "cnn":
             return nn.Sequential(
-                nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-                nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-                nn.Flatten(), nn.Linear(32 * (height // 4) * (width // 4), classes),
-            )  # fmt: skip
+                nn.Conv2d(channels, 16, 3, padding=1),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+                nn.Conv2d(16, 32, 3, padding=1),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+                nn.Flatten(),
+                nn.Linear(32 * (height // 4) * (width // 4), classes),
+            )
         return resnet(channels, classes)
 
 
@@ -68,10 +73,14 @@ def resnet(channels, classes, blocks_per_stage=5):
             blocks.append(_Block(width, out, stride=2 if i == 0 and out != width else 1))
             width = out
     return nn.Sequential(
-        nn.Conv2d(channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(channels, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
         *blocks,
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes),
-    )  # fmt: skip
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, classes),
+    )
 
 
 class _Block(nn.Module):

@@ -78,9 +78,14 @@ def _recall(runs_of):
         average, std = _mean_std(recall)
         places = [place + (i - (len(runs_of) - 1) / 2) * width for place in range(len(groups))]
         axes.bar(
-            places, average, width * 0.92, yerr=std if len(recall) > 1 else None, label=method,
-            error_kw={"elinewidth": 0.8, "ecolor": "#222222"}, **bar(method),
-        )  # fmt: skip
+            places,
+            average,
+            width * 0.92,
+            yerr=std if len(recall) > 1 else None,
+            label=method,
+            error_kw={"elinewidth": 0.8, "ecolor": "#222222"},
+            **bar(method),
+        )
     labels = [f"{name}\n{images}".replace(" ", "\n") for _, name, images in groups]
     axes.set_xticks(range(len(groups)), labels)
     axes.grid(False, axis="x")
@@ -104,9 +109,13 @@ def _weights(results, method, mine):
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     mark_switch(axes, results)
     axes.legend(
-        title="class (training images)", frameon=False, fontsize=8, title_fontsize=8, loc="center left",
+        title="class (training images)",
+        frameon=False,
+        fontsize=8,
+        title_fontsize=8,
+        loc="center left",
         bbox_to_anchor=(1.0, 0.5),
-    )  # fmt: skip
+    )
     return (
         "Weight of each class",
         "Average robust weight that the steps of each epoch gave to the samples labelled as this class, mean over the "
@@ -126,9 +135,15 @@ def _clean_and_flipped(results, runs_of):
             average, _ = _over_seeds(runs_of[method].values(), key)
             epochs = range(1, len(average) + 1)
             axes.plot(
-                epochs, average, label=f"{method}, {label}", marker=marker, markevery=max(1, len(average) // 10),
-                markersize=5, linewidth=1.6, **STYLES[method],
-            )  # fmt: skip
+                epochs,
+                average,
+                label=f"{method}, {label}",
+                marker=marker,
+                markevery=max(1, len(average) // 10),
+                markersize=5,
+                linewidth=1.6,
+                **STYLES[method],
+            )
             ends += average.tolist()
     axes.axhline(1, color=STYLES[BASELINE]["color"], linewidth=1, linestyle="--")
     log_if_wide(axes, ends)

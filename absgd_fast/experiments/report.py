@@ -32,14 +32,16 @@ def rows(results):
     for method, entry in results["summary"].items():
         paired = results["paired"].get(method)
         ratios = time_ratios(runs_of[method], runs_of.get(BASELINE, {}))
-        body.append([
-            method,
-            plus_minus(entry["accuracy"], "std"),
-            plus_minus(entry["balanced_accuracy"], "std"),
-            plus_minus(entry["seconds"], "std", 3 if entry["seconds"]["mean"] < 1 else 2),
-            plus_minus(paired["balanced_accuracy"], "stderr", 2, signed=True) if paired else "",
-            f"{median(ratios):.2f}" if ratios and method != BASELINE else "",
-        ])  # fmt: skip
+        body.append(
+            [
+                method,
+                plus_minus(entry["accuracy"], "std"),
+                plus_minus(entry["balanced_accuracy"], "std"),
+                plus_minus(entry["seconds"], "std", 3 if entry["seconds"]["mean"] < 1 else 2),
+                plus_minus(paired["balanced_accuracy"], "stderr", 2, signed=True) if paired else "",
+                f"{median(ratios):.2f}" if ratios and method != BASELINE else "",
+            ]
+        )
     return header, body
 
 

@@ -60,9 +60,16 @@ def mark_switch(axes, results):
     if 0 < switch < c["epochs"] and switched:
         axes.axvline(switch + 0.5, color="#444444", linewidth=1, linestyle=":")
         axes.annotate(
-            "λ on" if set(switched) & set(OF_LAM) else "rule on", (switch + 0.5, 1), xycoords=("data", "axes fraction"),
-            xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=9, color="#444444",
-        )  # fmt: skip
+            "λ on" if set(switched) & set(OF_LAM) else "rule on",
+            (switch + 0.5, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=9,
+            color="#444444",
+        )
 
 
 def log_if_wide(axes, values):

@@ -16,9 +16,16 @@ from .math import loss_and_slope, multiple, nll, number, reference_point, row_gr
 
 @triton.jit
 def tile_rows(
-    program, lanes, classes, stride_outer, stride_lane, stride_class,
-    ADJACENT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    program,
+    lanes,
+    classes,
+    stride_outer,
+    stride_lane,
+    stride_class,
+    ADJACENT: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """The rows of a tile: (outer, lane, lanes, classes, offset of each row in the logits, stride of classes)."""
     if ADJACENT == "classes":
         classes, stride_class = multiple(classes, UNIT), 1
@@ -78,9 +85,7 @@ def labels_of_rows(target, report, row, inside, classes, ignore_index, count, SO
 
 
 @triton.jit
-def target_logits(
-    logits, class_weight, adjust, y, labelled, offset, stride_class, classes, T: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
+def target_logits(logits, class_weight, adjust, y, labelled, offset, stride_class, classes, T: tl.constexpr, ROWS: tl.constexpr):
     """Adjusted logit, weight and margin of each row's label."""
     x_y = tl.load(logits + offset + y.to(tl.int64) * stride_class, mask=labelled, other=0.0).to(T)
     v_y = tl.full([ROWS], 1.0, T) if class_weight is None else tl.load(class_weight + y, mask=labelled, other=0.0)
@@ -118,20 +123,49 @@ def adjusted(x, adjust, col, classes):
 
 @triton.jit
 def loss_numbers(
-    keep, keep_low, uniform, uniform_low, hyper_a, hyper_a_low, hyper_b, hyper_b_low, cut, cut_low, least, least_low, T: tl.constexpr
-):  # fmt: skip
+    keep,
+    keep_low,
+    uniform,
+    uniform_low,
+    hyper_a,
+    hyper_a_low,
+    hyper_b,
+    hyper_b_low,
+    cut,
+    cut_low,
+    least,
+    least_low,
+    T: tl.constexpr,
+):
     """The numbers of a loss as `row_losses` takes them (csrc/math/losses.h LossNumbers, ClassWeights)."""
     return (
-        number(keep, keep_low, T), number(uniform, uniform_low, T), number(hyper_a, hyper_a_low, T), number(hyper_b, hyper_b_low, T),
-        number(cut, cut_low, T), number(least, least_low, T),
-    )  # fmt: skip
+        number(keep, keep_low, T),
+        number(uniform, uniform_low, T),
+        number(hyper_a, hyper_a_low, T),
+        number(hyper_b, hyper_b_low, T),
+        number(cut, cut_low, T),
+        number(least, least_low, T),
+    )
 
 
 @triton.jit
 def walk_classes(
-    logits, target, class_weight, adjust, tile, y, inside, stop, keep, uniform,
-    T: tl.constexpr, WEIGHTS: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits,
+    target,
+    class_weight,
+    adjust,
+    tile,
+    y,
+    inside,
+    stop,
+    keep,
+    uniform,
+    T: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    INNER: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Of each row: max, sum of exp(a - max) without the label; sum of weight, sum of weight (a - max). One pass."""
     outer, lane, lanes, classes, offset, stride_class = tile
     row_max = tl.full([ROWS], float("-inf"), T)

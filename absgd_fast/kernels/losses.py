@@ -52,7 +52,7 @@ def logit_loss_fwd_kernel(
     T: tl.constexpr = losses.dtype.element_ty
     numbers = loss_numbers(
         keep, keep_low, uniform, uniform_low, hyper_a, hyper_a_low, hyper_b, hyper_b_low, cut, cut_low, least, least_low, T
-    )  # fmt: skip
+    )
     row_losses(
         logits, target, class_weight, adjust, mask, losses, validity, stats, report, count.to(tl.int64), lanes, classes,
         stride_outer, stride_lane, stride_class, ignore_index, numbers, KIND, PRUNE, WEIGHTS, INNER, ADJACENT, UNIT, ROWS, BLOCK, SKIP,
@@ -80,7 +80,7 @@ def robust_logit_loss_fwd_kernel(
     count = count.to(tl.int64)
     numbers = loss_numbers(
         keep, keep_low, uniform, uniform_low, hyper_a, hyper_a_low, hyper_b, hyper_b_low, cut, cut_low, least, least_low, T
-    )  # fmt: skip
+    )
     row_losses(
         logits, target, class_weight, adjust, mask, sample_stats, sample_stats + 2 * count, stats, report, count, lanes, classes, stride_outer,
         stride_lane, stride_class, ignore_index, numbers, KIND, PRUNE, WEIGHTS, INNER, ADJACENT, UNIT, ROWS, BLOCK, SKIP,
@@ -106,9 +106,7 @@ def logit_loss_bwd_kernel(
     T: tl.constexpr = stats.dtype.element_ty
     col_blocks = tl.cdiv(classes, BLOCK)
     program = tl.program_id(0)
-    tile = tile_rows(
-        program // col_blocks, lanes, classes, stride_outer, stride_lane, stride_class, ADJACENT, UNIT, ROWS
-    )  # fmt: skip
+    tile = tile_rows(program // col_blocks, lanes, classes, stride_outer, stride_lane, stride_class, ADJACENT, UNIT, ROWS)
     outer, lane, lanes, classes, offset, stride_class = tile
     count = count.to(tl.int64)
     inside = lane < lanes
@@ -138,7 +136,7 @@ def logit_loss_in_place_kernel(
     T: tl.constexpr = losses.dtype.element_ty
     numbers = loss_numbers(
         keep, keep_low, uniform, uniform_low, hyper_a, hyper_a_low, hyper_b, hyper_b_low, cut, cut_low, least, least_low, T
-    )  # fmt: skip
+    )
     y, row_max, scale, at_label, smoothing_coef = row_losses(
         logits, target, class_weight, adjust, None, losses, validity, None, report, count.to(tl.int64), lanes, classes,
         stride_outer, stride_lane, stride_class, ignore_index, numbers, KIND, PRUNE, WEIGHTS, INNER, ADJACENT, UNIT, ROWS, BLOCK, SKIP,
@@ -196,9 +194,22 @@ class _Loss(NamedTuple):
         """A kernel that makes nothing but per-sample losses. tensors: those that it takes after `adjust`."""
         logits, walk = walked(logits)
         launch.launch(
-            kernel, walk.programs, logits, logits, self.target, self.class_weight, self.adjust, *tensors, count, *walk.numbers,
-            self.ignore_index, *self.numbers, num_warps=walk.warps, **self.constants, **walk.constants,
-        )  # fmt: skip
+            kernel,
+            walk.programs,
+            logits,
+            logits,
+            self.target,
+            self.class_weight,
+            self.adjust,
+            *tensors,
+            count,
+            *walk.numbers,
+            self.ignore_index,
+            *self.numbers,
+            num_warps=walk.warps,
+            **self.constants,
+            **walk.constants,
+        )
 
 
 def _new_rows(logits: Tensor, *leading: int) -> Tensor:
@@ -352,8 +363,21 @@ def logit_loss_backward(
     logits, walk = walked(logits)
     each = any(upstream.stride())
     launch.launch(
-        logit_loss_bwd_kernel, walk.backward_programs, logits, logits, target.contiguous(), class_weight, adjust, stats,
-        upstream.contiguous() if each else upstream, grad, stats.numel() // 4, *walk.numbers,
-        *parts(1 - label_smoothing, label_smoothing / max(logits.shape[1], 1)), EACH=each, SOFT=target.is_floating_point(), **walk.backward,
-    )  # fmt: skip
+        logit_loss_bwd_kernel,
+        walk.backward_programs,
+        logits,
+        logits,
+        target.contiguous(),
+        class_weight,
+        adjust,
+        stats,
+        upstream.contiguous() if each else upstream,
+        grad,
+        stats.numel() // 4,
+        *walk.numbers,
+        *parts(1 - label_smoothing, label_smoothing / max(logits.shape[1], 1)),
+        EACH=each,
+        SOFT=target.is_floating_point(),
+        **walk.backward,
+    )
     return grad

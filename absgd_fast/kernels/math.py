@@ -242,9 +242,7 @@ def sgd_step(w, v, g, lr, momentum, keep, form: tl.constexpr):
 
 
 @triton.jit
-def adam_step(
-    w, v, u, u_max, g, new_1, beta_2, new_2, eps, rate, scale, shrink, amsgrad: tl.constexpr, shrinks: tl.constexpr
-):  # fmt: skip
+def adam_step(w, v, u, u_max, g, new_1, beta_2, new_2, eps, rate, scale, shrink, amsgrad: tl.constexpr, shrinks: tl.constexpr):
     """Adam, new = 1 - beta, rate = lr / c_1, scale = 1 / c_2; shrink = lr weight_decay of the decoupled form. Eq. 9 is that form
     with c_1 = c_2 = 1."""
     v += new_1 * (g - v)

@@ -70,13 +70,25 @@ def step_block(
         w, s_0 = sgd_step(w, s_0, g, lr, hyper_a, one_minus_b, FORM)
     elif RULE == "adam":
         w, s_0, s_1, s_2 = adam_step(
-            w, s_0, s_1, s_2, g, one_minus_a, hyper_b, one_minus_b, eps, rate, scale, lr * weight_decay, STATES & 4 != 0,
+            w,
+            s_0,
+            s_1,
+            s_2,
+            g,
+            one_minus_a,
+            hyper_b,
+            one_minus_b,
+            eps,
+            rate,
+            scale,
+            lr * weight_decay,
+            STATES & 4 != 0,
             DECAY == "decoupled",
-        )  # fmt: skip
+        )
     elif RULE == "rmsprop":
         w, s_0, s_1, s_2 = rms_prop_step(
             w, s_0, s_1, s_2, g, hyper_a, one_minus_a, hyper_b, eps, lr, STATES & 2 != 0, STATES & 4 != 0
-        )  # fmt: skip
+        )
     else:
         w, s_0 = adagrad_step(w, s_0, g, eps, rate)
     if STATES & 1:
@@ -130,19 +142,31 @@ def step_kernel(
         if start + BLOCK <= count:
             step_block(
                 param, grad, state_0, state_1, state_2, i, None, scale, gain, numbers, T, RULE, FORM, STATES, DECAY, MAXIMIZE
-            )  # fmt: skip
+            )
         else:
             step_block(
                 param, grad, state_0, state_1, state_2, i, i < count, scale, gain, numbers, T, RULE, FORM, STATES, DECAY, MAXIMIZE
-            )  # fmt: skip
+            )
 
 
 @triton.jit(do_not_specialize=["tensors"])
 def count_steps_kernel(
-    table, corrected, lr_tensor, found_inf, settled,  # as above
-    tensors, lr, lr_low, hyper_a, hyper_a_low, hyper_b, hyper_b_low,  # hyper_a, hyper_b: of `corrections`
-    C: tl.constexpr, RULE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    table,
+    corrected,
+    lr_tensor,
+    found_inf,
+    settled,  # as above
+    tensors,
+    lr,
+    lr_low,
+    hyper_a,
+    hyper_a_low,
+    hyper_b,
+    hyper_b_low,  # hyper_a, hyper_b: of `corrections`
+    C: tl.constexpr,
+    RULE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One more step for every tensor, and what this one owes to its count. C: how counts are stored."""
     tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tensors = tl.where(goes(found_inf, settled), tensors, 0)
@@ -258,9 +282,18 @@ def step_(
             f" {name} with flags {flags} keeps {len(slots)} states of"
         )
     step = _Step(
-        name, flags, momentum, slots, lr_tensor, grad_scale, found_inf, robust, _numbers(lr, weight_decay, hyper_a, hyper_b, eps),
-        _correction_numbers(name, hyper_a, hyper_b), weight_decay != 0,
-    )  # fmt: skip
+        name,
+        flags,
+        momentum,
+        slots,
+        lr_tensor,
+        grad_scale,
+        found_inf,
+        robust,
+        _numbers(lr, weight_decay, hyper_a, hyper_b, eps),
+        _correction_numbers(name, hyper_a, hyper_b),
+        weight_decay != 0,
+    )
     lists = [params, grads, *(states[j * size : (j + 1) * size] for j in range(len(slots)))]
     for some in _by_dtype(lists, steps):
         _step_alike(step, *some)
@@ -307,9 +340,21 @@ def _launch(step: _Step, table: Table, like: Tensor, size: int, count_dtype: tor
     corrected = None if rule in ("sgd", "rmsprop") or flags & _codes.PAPER_FORM else table.corrected
     if count_dtype is not None:
         launch.launch(
-            count_steps_kernel, -(-size // _COUNT_BLOCK), like, table.table, corrected, step.lr_tensor, step.found_inf, step.settled,
-            size, *step.numbers[:2], *step.correction_numbers, C=DTYPES[count_dtype], RULE=rule, BLOCK=_COUNT_BLOCK,
-        )  # fmt: skip
+            count_steps_kernel,
+            -(-size // _COUNT_BLOCK),
+            like,
+            table.table,
+            corrected,
+            step.lr_tensor,
+            step.found_inf,
+            step.settled,
+            size,
+            *step.numbers[:2],
+            *step.correction_numbers,
+            C=DTYPES[count_dtype],
+            RULE=rule,
+            BLOCK=_COUNT_BLOCK,
+        )
     if table.owner.numel():
         launch.launch(
             step_kernel, table.owner.numel(), like, table.table, table.owner, corrected, step.lr_tensor, step.grad_scale, step.found_inf,

@@ -13,7 +13,7 @@ class Walk:
     """How the programs of a launch share logits of one shape and layout. Chosen by reasoning, not by measurement: 8 or 16
     elements a thread, so that several loads of 16 bytes are under way, and one row per program as soon as a row fills it."""
 
-    __slots__ = ("numbers", "constants", "programs", "warps", "backward", "backward_programs")
+    __slots__ = ("backward", "backward_programs", "constants", "numbers", "programs", "warps")
 
     def __init__(self, batch, classes, inner, strides, itemsize, aligned):
         stride_batch, stride_class, stride_inner = strides

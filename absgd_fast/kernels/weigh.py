@@ -69,9 +69,7 @@ def partial_sums(losses, score, valid, lam, begin, end, LIMIT: tl.constexpr, BLO
 
 
 @triton.jit
-def settle(
-    z_max, sumexp, n, n_nonfinite, log_s, unweighted, gamma, alpha, NORMALIZER: tl.constexpr, INIT_FIRST: tl.constexpr
-):  # fmt: skip
+def settle(z_max, sumexp, n, n_nonfinite, log_s, unweighted, gamma, alpha, NORMALIZER: tl.constexpr, INIT_FIRST: tl.constexpr):
     """All sums -> log s' for the weights, the new state, d log s' / d z_j / W_j for either, 1 / n (math/weights.h WeightUpdate). Scalars,
     float64."""
     moves = (n > 0) & (unweighted == 0)  # the plain mean: z = 0, W = exp(0 - 0)

@@ -34,9 +34,22 @@ def weighted_mean(block, factors, i, inside, batch, count, T: tl.constexpr, ROWS
 
 @triton.jit
 def weighted_block(
-    param, block, buffer, factors, i, inside, batch, count, numbers,
-    T: tl.constexpr, FORM: tl.constexpr, DECAYS: tl.constexpr, MAXIMIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    param,
+    block,
+    buffer,
+    factors,
+    i,
+    inside,
+    batch,
+    count,
+    numbers,
+    T: tl.constexpr,
+    FORM: tl.constexpr,
+    DECAYS: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Elements i of one tensor; `inside` masks them, or is None."""
     lr, weight_decay, momentum, keep = numbers
     mean = weighted_mean(block, factors, i, inside, batch, count, T, ROWS, BLOCK)
@@ -76,13 +89,11 @@ def weighted_step_kernel(
         i = start + tl.arange(0, BLOCK)
         # a whole block needs no mask, which would stand in the way of loads of 16 bytes
         if start + BLOCK <= count:
-            weighted_block(
-                param, block, buffer, factors, i, None, batch, count, numbers, T, FORM, DECAYS, MAXIMIZE, ROWS, BLOCK
-            )  # fmt: skip
+            weighted_block(param, block, buffer, factors, i, None, batch, count, numbers, T, FORM, DECAYS, MAXIMIZE, ROWS, BLOCK)
         else:
             weighted_block(
                 param, block, buffer, factors, i, i < count, batch, count, numbers, T, FORM, DECAYS, MAXIMIZE, ROWS, BLOCK
-            )  # fmt: skip
+            )
 
 
 KERNELS = (weighted_step_kernel,)

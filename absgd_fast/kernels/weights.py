@@ -60,7 +60,7 @@ def robust_sums_fwd_kernel(
     lam = tl.load(lam).to(losses.dtype.element_ty)
     z_max, sumexp, n, n_nonfinite = partial_sums(
         losses, score, valid, lam, begin, tl.minimum(begin + per_program, count), LIMIT, BLOCK, ""
-    )  # fmt: skip
+    )
     place = scratch + 2 + program
     tl.store(place, z_max)
     tl.store(place + programs, sumexp)
@@ -78,9 +78,17 @@ def robust_sums_fwd_kernel(
         sumexp = tl.sum(sumexps * tl.exp(maxima - z_max), 0)  # NaN where no sample is finite: `settle` does not look then
         before = tl.load(log_s).to(tl.float64)
         norm, new_log_s, dlog_s, dlog_s_state, inverse_n = settle(
-            z_max, sumexp, n, n_nonfinite, before, tl.abs(lam) == float("inf"),
-            number(gamma, gamma_low, tl.float64), number(alpha, alpha_low, tl.float64), NORMALIZER, INIT_FIRST,
-        )  # fmt: skip
+            z_max,
+            sumexp,
+            n,
+            n_nonfinite,
+            before,
+            tl.abs(lam) == float("inf"),
+            number(gamma, gamma_low, tl.float64),
+            number(alpha, alpha_low, tl.float64),
+            NORMALIZER,
+            INIT_FIRST,
+        )
         tl.store(scratch, norm)
         tl.store(scratch + 1, inverse_n)
         commit(new_log_s, n_nonfinite, dlog_s, dlog_s_state, update, log_s, nonfinite, state_out, dlog_s_out)
@@ -131,12 +139,18 @@ def robust_dots_bwd_kernel(weights, upstream, dots, count, per_program, BLOCK: t
 
 @triton.jit(do_not_specialize=["count", "per_program"])
 def robust_weights_bwd_kernel(
-    weights, upstream,  # (count) real
-    upstream_log_s, lam, dlog_s,  # (), (), (2) float64
+    weights,
+    upstream,  # (count) real
+    upstream_log_s,
+    lam,
+    dlog_s,  # (), (), (2) float64
     dots,  # (programs) float64: sums of W_i d_i of parts; None: this one program makes the sum itself
     grad,  # (count) real
-    count, per_program, BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
-):  # fmt: skip
+    count,
+    per_program,
+    BLOCK: tl.constexpr,
+    PARTIALS: tl.constexpr,
+):
     T: tl.constexpr = weights.dtype.element_ty
     if dots is None:
         dot = weighted_sum(weights, upstream, 0, count, BLOCK)
@@ -174,9 +188,15 @@ def scale_kernel(
     grad,  # (slices, length)
     upstream,  # real: one number (EACH = 0), one of each slice (1), (slices / classes, length) (2)
     out,  # (slices, length); may be grad itself
-    slices, length, classes,
-    EACH: tl.constexpr, IN_PLACE: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    slices,
+    length,
+    classes,
+    EACH: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     length = multiple(length, UNIT)
     blocks = tl.cdiv(length, BLOCK)
     program = tl.program_id(0)
@@ -198,9 +218,14 @@ def scale_kernel(
 
 
 KERNELS = (
-    robust_loss_fwd_kernel, robust_sums_fwd_kernel, robust_apply_fwd_kernel, robust_dots_bwd_kernel, robust_weights_bwd_kernel,
-    rectified_kernel, scale_kernel,
-)  # fmt: skip
+    robust_loss_fwd_kernel,
+    robust_sums_fwd_kernel,
+    robust_apply_fwd_kernel,
+    robust_dots_bwd_kernel,
+    robust_weights_bwd_kernel,
+    rectified_kernel,
+    scale_kernel,
+)
 
 
 # ---- launchers -----------------------------------------------------------------------------------------------------------
@@ -326,9 +351,22 @@ def robust_weights_backward(weights: Tensor, grad_weights: Tensor, grad_log_s: T
         dots, warps = weights.new_empty(programs, dtype=torch.float64), 4
         launch.launch(robust_dots_bwd_kernel, programs, weights, weights, grad_weights, dots, count, per_program, BLOCK=_BLOCK)
     launch.launch(
-        robust_weights_bwd_kernel, programs, weights, weights, grad_weights, grad_log_s, lam, dlog_s, dots, grad, count,
-        per_program, BLOCK=_BLOCK // 4 * warps, PARTIALS=launch.MOST_PARTIALS, num_warps=warps,
-    )  # fmt: skip
+        robust_weights_bwd_kernel,
+        programs,
+        weights,
+        weights,
+        grad_weights,
+        grad_log_s,
+        lam,
+        dlog_s,
+        dots,
+        grad,
+        count,
+        per_program,
+        BLOCK=_BLOCK // 4 * warps,
+        PARTIALS=launch.MOST_PARTIALS,
+        num_warps=warps,
+    )
     return grad
 
 
@@ -358,9 +396,21 @@ def _scale(grad: Tensor, upstream: Tensor, out: Tensor) -> None:
     block = min(launch.power_of_two(length), _BLOCK)
     rows = min(_BLOCK // block, launch.power_of_two(slices))
     launch.launch(
-        scale_kernel, -(-slices // rows) * -(-length // block), out, grad, upstream, out, slices, length, classes,
-        EACH=each, IN_PLACE=out is grad, UNIT=launch.unit(out.element_size(), length), ROWS=rows, BLOCK=block,
-    )  # fmt: skip
+        scale_kernel,
+        -(-slices // rows) * -(-length // block),
+        out,
+        grad,
+        upstream,
+        out,
+        slices,
+        length,
+        classes,
+        EACH=each,
+        IN_PLACE=out is grad,
+        UNIT=launch.unit(out.element_size(), length),
+        ROWS=rows,
+        BLOCK=block,
+    )
 
 
 def scale(grad: Tensor, upstream: Tensor, to_half: bool) -> Tensor:

@@ -42,9 +42,16 @@ class Chunks:
     """The inputs of one forward pass, and the walk over its samples."""
 
     def __init__(
-        self, criterion: Callable, operators: ops.Operators, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
-        samples: Samples, size: int | None,
-    ):  # fmt: skip
+        self,
+        criterion: Callable,
+        operators: ops.Operators,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        samples: Samples,
+        size: int | None,
+    ):
         self.operators, self.classes = operators, weight.shape[0]
         self.hidden, self.weight, self.bias = hidden.contiguous(), weight, bias
         self.spec = _spec(criterion, hidden.new_empty((0, self.classes)))

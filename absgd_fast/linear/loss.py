@@ -98,9 +98,15 @@ class LinearABLoss(RobustLoss):
 
     @torch.compiler.disable  # the chunks are a loop of Python around torch's matrix products
     def _in_chunks(
-        self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, normalizer: Own | Shared, samples: Samples,
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        normalizer: Own | Shared,
+        samples: Samples,
         update_state: bool,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
         given = [None if t is None else t.detach() for t in (hidden, weight, bias)]
         operators = self.operators_for(hidden)
@@ -113,13 +119,25 @@ class LinearABLoss(RobustLoss):
             losses, valid = grads.losses_and_validity() if any(wanted) else chunks.losses()
             log_s, _, lam, *_ = self.operands(False, 0)
             settled, bounded = normalizer.settle(
-                self, operators, lambda bound: operators.robust_partial_stats(losses, score, valid, log_s, lam, bound),
-                chunks.classes, update_state,
-            )  # fmt: skip
+                self,
+                operators,
+                lambda bound: operators.robust_partial_stats(losses, score, valid, log_s, lam, bound),
+                chunks.classes,
+                update_state,
+            )
             loss, sample_stats, sample_factor = operators.robust_apply(
-                losses, score, sample_weight, valid, settled, log_s, lam, bounded, 0.0, self.max_weight,
+                losses,
+                score,
+                sample_weight,
+                valid,
+                settled,
+                log_s,
+                lam,
+                bounded,
+                0.0,
+                self.max_weight,
                 ops.WITH_GRAD if wanted[0] else 0,
-            )  # fmt: skip
+            )
         self.memo.remember(sample_stats)
         if not any(wanted):
             return loss

@@ -115,9 +115,19 @@ def attach(operators: Operators, x: Tensor, value: Tensor, grad: Tensor, recompu
 
 
 def attach_logit_gradient(
-    operators: Operators, mode: int, logits: Tensor, value: Tensor, spec: LossSpec, target: Tensor, class_weight: Tensor | None,
-    adjust: Tensor | None, saved: Tensor, recompute, sample_stats: Tensor | None = None, weighing: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    operators: Operators,
+    mode: int,
+    logits: Tensor,
+    value: Tensor,
+    spec: LossSpec,
+    target: Tensor,
+    class_weight: Tensor | None,
+    adjust: Tensor | None,
+    saved: Tensor,
+    recompute,
+    sample_stats: Tensor | None = None,
+    weighing: Tensor | None = None,
+) -> Tensor:
     """value as a function of the logits, by what an operator saved in a backward mode that is not 0: the gradient, or statistics of
     the rows, from which backward makes it.
 

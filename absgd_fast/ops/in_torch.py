@@ -49,9 +49,26 @@ def logit_loss(logits, target, class_weight, adjust, hyper_a, hyper_b, ignore_in
 
 
 def robust_logit_loss(
-    logits, target, class_weight, adjust, hyper_a, hyper_b, ignore_index, score, sample_weight, mask, log_s, nonfinite, lam,
-    gamma, alpha, mix, max_weight, flags, weighing,
-):  # fmt: skip
+    logits,
+    target,
+    class_weight,
+    adjust,
+    hyper_a,
+    hyper_b,
+    ignore_index,
+    score,
+    sample_weight,
+    mask,
+    log_s,
+    nonfinite,
+    lam,
+    gamma,
+    alpha,
+    mix,
+    max_weight,
+    flags,
+    weighing,
+):
     """The losses, and then the robust loss of them. (weighing is None: the weights are made at once.)"""
     spec = LossSpec(class_weight, adjust, hyper_a, hyper_b, ignore_index, flags)
     target = _checks.target(logits, target, soft=spec.soft)
@@ -65,9 +82,16 @@ def robust_logit_loss(
 
 def robust_loss(losses, score, sample_weight, mask, log_s, nonfinite, lam, gamma, alpha, mix, max_weight, flags):
     loss, weights, new_log_s, is_nonfinite = reference.robust_loss(
-        losses, log_s, lam, mix=mix, sample_weight=sample_weight, score=score, mask=mask, max_weight=max_weight,
+        losses,
+        log_s,
+        lam,
+        mix=mix,
+        sample_weight=sample_weight,
+        score=score,
+        mask=mask,
+        max_weight=max_weight,
         **_normalizer_options(gamma, alpha, flags),
-    )  # fmt: skip
+    )
     with torch.no_grad():
         sample_stats = stack_sample_stats(losses.detach(), weights, mask)
         _commit(log_s, nonfinite, new_log_s, is_nonfinite, flags)
@@ -82,9 +106,13 @@ def robust_partial_stats(losses, score, mask, log_s, lam, settled):
 @torch.no_grad()
 def robust_settle(partials, log_s, nonfinite, lam, reference_point, gamma, alpha, grad_multiplier, flags):
     settled, new_log_s = reference.settle(
-        partials, log_s, lam, grad_multiplier=grad_multiplier, reference=reference_point,
+        partials,
+        log_s,
+        lam,
+        grad_multiplier=grad_multiplier,
+        reference=reference_point,
         **_normalizer_options(gamma, alpha, flags),
-    )  # fmt: skip
+    )
     _commit(log_s, nonfinite, new_log_s, settled[NONFINITE] > 0, flags)
     return settled
 
@@ -116,12 +144,45 @@ def rectified(products):
 # ---- the step from per-sample gradients --------------------------------------------------------------------------------
 
 
-def weighted_step_(params, buffers, grads, losses, sample_weight, mask, log_s, lam_tensor, lr_tensor, lam, gamma, alpha, mix,
-                   max_weight, lr, weight_decay, momentum, dampening, form, flags):  # fmt: skip
+def weighted_step_(
+    params,
+    buffers,
+    grads,
+    losses,
+    sample_weight,
+    mask,
+    log_s,
+    lam_tensor,
+    lr_tensor,
+    lam,
+    gamma,
+    alpha,
+    mix,
+    max_weight,
+    lr,
+    weight_decay,
+    momentum,
+    dampening,
+    form,
+    flags,
+):
     return reference.weighted_momentum_step_(
-        params, buffers or [None] * len(params), grads, losses, log_s, lam if lam_tensor is None else lam_tensor, mix=mix,
-        sample_weight=sample_weight, mask=mask, max_weight=max_weight, lr=lr if lr_tensor is None else lr_tensor.reshape(()),
-        momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=bool(form & _codes.NESTEROV),
-        maximize=bool(form & _codes.MAXIMIZE), heavy_ball=bool(form & _codes.HEAVY_BALL),
+        params,
+        buffers or [None] * len(params),
+        grads,
+        losses,
+        log_s,
+        lam if lam_tensor is None else lam_tensor,
+        mix=mix,
+        sample_weight=sample_weight,
+        mask=mask,
+        max_weight=max_weight,
+        lr=lr if lr_tensor is None else lr_tensor.reshape(()),
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=bool(form & _codes.NESTEROV),
+        maximize=bool(form & _codes.MAXIMIZE),
+        heavy_ball=bool(form & _codes.HEAVY_BALL),
         **_normalizer_options(gamma, alpha, flags),
-    )  # fmt: skip
+    )

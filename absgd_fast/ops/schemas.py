@@ -90,8 +90,10 @@ def _saved(like: Tensor, samples: tuple, flags: int) -> Tensor:
 
 @_operator(
     f"logit_loss({_LOSS}, int flags) -> (Tensor losses, Tensor saved, Tensor valid)",
-    triton="losses", triton_flags=(*_LOGIT_LOSS, "with_stats"), in_torch=in_torch.logit_loss,
-)  # fmt: skip
+    triton="losses",
+    triton_flags=(*_LOGIT_LOSS, "with_stats"),
+    in_torch=in_torch.logit_loss,
+)
 def _(logits, target, class_weight, adjust, hyper_a, hyper_b, ignore_index, flags):
     samples, real = _samples(logits), real_dtype(logits.dtype)
     return logits.new_empty(samples, dtype=real), _saved(logits, samples, flags), logits.new_empty(samples, dtype=real)
@@ -100,8 +102,9 @@ def _(logits, target, class_weight, adjust, hyper_a, hyper_b, ignore_index, flag
 # The same, and over the logits ((B, C) contiguous, not float16) the gradient of each row's own loss.
 @_operator(
     f"logit_loss_({_LOSS.replace('Tensor logits', 'Tensor(c!) logits')}, int flags) -> (Tensor losses, Tensor valid)",
-    triton="losses", triton_flags=_LOGIT_LOSS,
-)  # fmt: skip
+    triton="losses",
+    triton_flags=_LOGIT_LOSS,
+)
 def _(logits, target, class_weight, adjust, hyper_a, hyper_b, ignore_index, flags):
     samples, real = _samples(logits), real_dtype(logits.dtype)
     return logits.new_empty(samples, dtype=real), logits.new_empty(samples, dtype=real)
@@ -110,13 +113,33 @@ def _(logits, target, class_weight, adjust, hyper_a, hyper_b, ignore_index, flag
 # weighing (4) float64, csrc/math/weights.h Weighing: where it is given, sample_stats[1] has z instead of the weights (-inf: ignored,
 # NaN: non-finite), from which backward and `weights_of` make them; so no launch has to wait for the last loss.
 @_operator(
-    f"robust_logit_loss({_LOSS}, {_SAMPLES}, {_STATE}, Tensor(c!)? weighing)"
-    " -> (Tensor loss, Tensor sample_stats, Tensor saved)",
-    triton="losses", triton_flags=(*_NORMALIZER, *_LOGIT_LOSS, "with_stats", "update"), cuda_arguments=1,
+    f"robust_logit_loss({_LOSS}, {_SAMPLES}, {_STATE}, Tensor(c!)? weighing) -> (Tensor loss, Tensor sample_stats, Tensor saved)",
+    triton="losses",
+    triton_flags=(*_NORMALIZER, *_LOGIT_LOSS, "with_stats", "update"),
+    cuda_arguments=1,
     in_torch=in_torch.robust_logit_loss,
-)  # fmt: skip
-def _(logits, target, class_weight, adjust, hyper_a, hyper_b, ignore_index, score, sample_weight, mask, log_s, nonfinite, lam,
-      gamma, alpha, mix, max_weight, flags, weighing):  # fmt: skip
+)
+def _(
+    logits,
+    target,
+    class_weight,
+    adjust,
+    hyper_a,
+    hyper_b,
+    ignore_index,
+    score,
+    sample_weight,
+    mask,
+    log_s,
+    nonfinite,
+    lam,
+    gamma,
+    alpha,
+    mix,
+    max_weight,
+    flags,
+    weighing,
+):
     samples, real = _samples(logits), real_dtype(logits.dtype)
     return logits.new_empty((), dtype=real), logits.new_empty((3, *samples), dtype=real), _saved(logits, samples, flags)
 
@@ -126,8 +149,10 @@ def _(logits, target, class_weight, adjust, hyper_a, hyper_b, ignore_index, scor
 @_operator(
     "logit_loss_backward(Tensor logits, Tensor target, Tensor? class_weight, Tensor? adjust, float smoothing, Tensor stats,"
     " Tensor upstream, Tensor? sample_stats, Tensor? weighing) -> Tensor",
-    native=("cuda",), triton="losses", cuda_arguments=2,
-)  # fmt: skip
+    native=("cuda",),
+    triton="losses",
+    cuda_arguments=2,
+)
 def _(logits, target, class_weight, adjust, smoothing, stats, upstream, sample_stats, weighing):
     return logits.new_empty(logits.shape)
 
@@ -138,12 +163,17 @@ def _(logits, target, class_weight, adjust, smoothing, stats, upstream, sample_s
     f"settled_logit_loss({_LOSS}, {_SAMPLES}, Tensor settled, Tensor log_s, Tensor lam, int flags)"
     " -> (Tensor loss, Tensor sample_stats, Tensor saved, Tensor partial_stats)",
     native=("cuda",),
-)  # fmt: skip
-def _(logits, target, class_weight, adjust, hyper_a, hyper_b, ignore_index, score, sample_weight, mask, settled, log_s, lam,
-      flags):  # fmt: skip
+)
+def _(
+    logits, target, class_weight, adjust, hyper_a, hyper_b, ignore_index, score, sample_weight, mask, settled, log_s, lam, flags
+):
     samples, real = _samples(logits), real_dtype(logits.dtype)
-    return (logits.new_empty((), dtype=real), logits.new_empty((3, *samples), dtype=real), _saved(logits, samples, WITH_GRAD),
-            settled.new_empty(3))  # fmt: skip
+    return (
+        logits.new_empty((), dtype=real),
+        logits.new_empty((3, *samples), dtype=real),
+        _saved(logits, samples, WITH_GRAD),
+        settled.new_empty(3),
+    )
 
 
 # ---- robust weights of losses that are there already ---------------------------------------------------------------------
@@ -151,8 +181,10 @@ def _(logits, target, class_weight, adjust, hyper_a, hyper_b, ignore_index, scor
 
 @_operator(
     f"robust_loss(Tensor losses, {_SAMPLES}, {_STATE}) -> (Tensor loss, Tensor sample_stats, Tensor grad)",
-    triton="weights", triton_flags=(*_NORMALIZER, "update", "with_grad"), in_torch=in_torch.robust_loss,
-)  # fmt: skip
+    triton="weights",
+    triton_flags=(*_NORMALIZER, "update", "with_grad"),
+    in_torch=in_torch.robust_loss,
+)
 def _(losses, score, sample_weight, mask, log_s, nonfinite, lam, gamma, alpha, mix, max_weight, flags):
     return losses.new_empty(()), losses.new_empty((3, *losses.shape)), _saved(losses, losses.shape, flags)
 
@@ -189,8 +221,10 @@ def _(losses, score, sample_weight, mask, settled, log_s, lam, bounded, mix, max
 @_operator(
     "robust_weights(Tensor losses, Tensor log_s, Tensor lam, Tensor? mask, float gamma, float alpha, int flags)"
     " -> (Tensor weights, Tensor log_s_new, Tensor dlog_s)",
-    triton="weights", triton_flags=_NORMALIZER, in_torch=in_torch.robust_weights,
-)  # fmt: skip
+    triton="weights",
+    triton_flags=_NORMALIZER,
+    in_torch=in_torch.robust_weights,
+)
 def _(losses, log_s, lam, mask, gamma, alpha, flags):
     return losses.new_empty(losses.shape), log_s.new_empty(()), losses.new_empty((2,), dtype=torch.float64)
 
@@ -255,8 +289,9 @@ def _(grad, upstream):
     " float eps, int rule, int flags) -> ()",
     triton="step",
 )
-def _(params, grads, states, steps, lr_tensor, grad_scale, found_inf, settled, lr, weight_decay, hyper_a, hyper_b, eps, rule,
-      flags):  # fmt: skip
+def _(
+    params, grads, states, steps, lr_tensor, grad_scale, found_inf, settled, lr, weight_decay, hyper_a, hyper_b, eps, rule, flags
+):
     return None
 
 
@@ -273,10 +308,32 @@ def _(table, on):
     "weighted_step_(Tensor(a!)[] params, Tensor(b!)[] buffers, Tensor[] grads, Tensor losses, Tensor? sample_weight, Tensor? mask,"
     " Tensor log_s, Tensor? lam_tensor, Tensor? lr_tensor, float lam, float gamma, float alpha, float mix, float max_weight,"
     " float lr, float weight_decay, float momentum, float dampening, int form, int flags) -> Tensor log_s_new",
-    triton="weighted", triton_flags=_NORMALIZER, in_torch=in_torch.weighted_step_,
-)  # fmt: skip
-def _(params, buffers, grads, losses, sample_weight, mask, log_s, lam_tensor, lr_tensor, lam, gamma, alpha, mix, max_weight, lr,
-      weight_decay, momentum, dampening, form, flags):  # fmt: skip
+    triton="weighted",
+    triton_flags=_NORMALIZER,
+    in_torch=in_torch.weighted_step_,
+)
+def _(
+    params,
+    buffers,
+    grads,
+    losses,
+    sample_weight,
+    mask,
+    log_s,
+    lam_tensor,
+    lr_tensor,
+    lam,
+    gamma,
+    alpha,
+    mix,
+    max_weight,
+    lr,
+    weight_decay,
+    momentum,
+    dampening,
+    form,
+    flags,
+):
     if any(t.device != losses.device for t in (*params, *buffers, *grads)):  # one on "meta" brings them all here
         raise RuntimeError(f"weighted_step_: expected all tensors on {losses.device} as the losses")
     return log_s.new_empty(())
@@ -285,8 +342,14 @@ def _(params, buffers, grads, losses, sample_weight, mask, log_s, lam_tensor, lr
 # ---- registration --------------------------------------------------------------------------------------------------------
 
 # What the libraries say of themselves: no tensors, no fakes.
-TOOLS = ("isas() -> str", "use_isa(str name) -> bool", "native_signatures() -> str", "cuda_signatures() -> str",
-         "cuda_unbound() -> str", "cuda_versions() -> str")  # fmt: skip
+TOOLS = (
+    "isas() -> str",
+    "use_isa(str name) -> bool",
+    "native_signatures() -> str",
+    "cuda_signatures() -> str",
+    "cuda_unbound() -> str",
+    "cuda_versions() -> str",
+)
 
 # The kernels of the first are registered by the native libraries, those of the second by backends.py.
 NATIVE, TRITON = (torch.library.Library(name, "DEF") for name in ("absgd_fast", "absgd_fast_triton"))

@@ -18,7 +18,7 @@ from .adam import ABAdam, ABAdamW
 from .rmsprop import ABRMSprop
 from .sgd import ABSGD
 
-__all__ = ["ABAdagrad", "ABAdam", "ABAdamW", "ABRMSprop", "ABSGD"]
+__all__ = ["ABSGD", "ABAdagrad", "ABAdam", "ABAdamW", "ABRMSprop"]
 
 for _public in (ABAdagrad, ABAdam, ABAdamW, ABRMSprop, ABSGD):
     _public.__module__ = __name__  # a pickle names the public place, so that files in here may be moved

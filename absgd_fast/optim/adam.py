@@ -125,6 +125,14 @@ class ABAdamW(ABAdam, torch.optim.AdamW):
         backend: str | None = None,
     ):
         super().__init__(
-            params, lr, betas, eps, weight_decay,
-            amsgrad=amsgrad, maximize=maximize, paper_form=paper_form, robust=robust, backend=backend,
-        )  # fmt: skip
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            paper_form=paper_form,
+            robust=robust,
+            backend=backend,
+        )

@@ -71,9 +71,14 @@ def _stays_in_graph(group: dict, device: torch.device) -> bool:
 
 
 def launch(
-    rule: OptimizerRule, operators: Operators, group: dict, numbers: list[float], lists: list[list[Tensor]], steps: list[Tensor],
+    rule: OptimizerRule,
+    operators: Operators,
+    group: dict,
+    numbers: list[float],
+    lists: list[list[Tensor]],
+    steps: list[Tensor],
     scaling: Scaling,
-) -> None:  # fmt: skip
+) -> None:
     """One step of parameters, gradients and states on one device. numbers: of `OptimizerRule.numbers`."""
     params, grads, *states = lists
     device, lr = params[0].device, group["lr"]
@@ -85,6 +90,14 @@ def launch(
             lr_tensor = torch.ones((), dtype=torch.float64, device=device) * lr
     there = [None if t is None else t.to(device, non_blocking=True) for t in scaling]
     operators.step_(
-        params, grads, [t for values in states for t in values], steps, lr_tensor, *there,
-        0.0 if lr_tensor is not None else read_number(group, _LR), *numbers, rule.number, rule.bits(group),
-    )  # fmt: skip
+        params,
+        grads,
+        [t for values in states for t in values],
+        steps,
+        lr_tensor,
+        *there,
+        0.0 if lr_tensor is not None else read_number(group, _LR),
+        *numbers,
+        rule.number,
+        rule.bits(group),
+    )

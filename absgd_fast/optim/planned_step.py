@@ -28,9 +28,16 @@ def make_plan(rule: OptimizerRule, backends: set[str]):
     places = {name: tuple(place) for name, place in places.items() if place is not None}
     try:
         return host.StepPlan(
-            Tensor, torch.nn.Parameter, _allocate_table, "cpu" in backends, "cuda" in backends,
-            rule.number, places, rule.flags, tuple(rule.states),
-        )  # fmt: skip
+            Tensor,
+            torch.nn.Parameter,
+            _allocate_table,
+            "cpu" in backends,
+            "cuda" in backends,
+            rule.number,
+            places,
+            rule.flags,
+            tuple(rule.states),
+        )
     except (AttributeError, ValueError):
         return None  # a torch without DLPack's exchange table, version 1
 

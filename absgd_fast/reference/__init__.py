@@ -31,7 +31,28 @@ from .weights import (
 )
 
 __all__ = [
-    "COUNT", "KINDS", "LOG_S", "LOG_SUM", "MAX_Z_GAP", "NONFINITE", "NORMALIZERS", "PARTIAL_STATS", "SCALE", "SCE_A", "Z_MAX",
-    "adagrad_step_", "adam_step_", "apply", "logit_loss", "momentum_step_", "partial_stats", "real_dtype", "rectified",
-    "rmsprop_step_", "robust_loss", "robust_weights", "settle", "weighted_momentum_step_",
-]  # fmt: skip
+    "COUNT",
+    "KINDS",
+    "LOG_S",
+    "LOG_SUM",
+    "MAX_Z_GAP",
+    "NONFINITE",
+    "NORMALIZERS",
+    "PARTIAL_STATS",
+    "SCALE",
+    "SCE_A",
+    "Z_MAX",
+    "adagrad_step_",
+    "adam_step_",
+    "apply",
+    "logit_loss",
+    "momentum_step_",
+    "partial_stats",
+    "real_dtype",
+    "rectified",
+    "rmsprop_step_",
+    "robust_loss",
+    "robust_weights",
+    "settle",
+    "weighted_momentum_step_",
+]

@@ -134,17 +134,23 @@ def weighted_momentum_step_(
     settled, new_log_s = settle(partial_stats(losses, log_s, lam, mask=mask)[None], log_s, lam, **options)
     if settled[NONFINITE] > 0:
         return new_log_s
-    factor, *_ = weigh(
-        losses, settled, log_s, lam, mix=mix, max_weight=max_weight, sample_weight=sample_weight, mask=mask
-    )  # fmt: skip
+    factor, *_ = weigh(losses, settled, log_s, lam, mix=mix, max_weight=max_weight, sample_weight=sample_weight, mask=mask)
     means = []
     for g in per_sample_grads:
         f = factor.view(-1, *[1] * (g.dim() - 1))
         means.append(torch.where(f == 0, 0.0, f * g.to(f.dtype)).sum(0))
     momentum_step_(
-        params, means, momentum_buffers, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
-        nesterov=nesterov, maximize=maximize, heavy_ball=heavy_ball,
-    )  # fmt: skip
+        params,
+        means,
+        momentum_buffers,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        maximize=maximize,
+        heavy_ball=heavy_ball,
+    )
     return new_log_s
 
 

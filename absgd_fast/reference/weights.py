@@ -220,9 +220,17 @@ def apply(
     # detached, because no_grad does not stop a tangent of forward-mode AD
     score = score if score is None else score.detach()
     factor, weights, valid = weigh(
-        losses.detach(), settled, log_s, lam, mix=mix, max_weight=max_weight, sample_weight=sample_weight, score=score,
-        mask=mask, bounded=bounded,
-    )  # fmt: skip
+        losses.detach(),
+        settled,
+        log_s,
+        lam,
+        mix=mix,
+        max_weight=max_weight,
+        sample_weight=sample_weight,
+        score=score,
+        mask=mask,
+        bounded=bounded,
+    )
     return torch.where(valid, factor * losses, 0.0).sum(), weights
 
 
@@ -277,9 +285,7 @@ def robust_loss(
     with torch.no_grad():
         given = dict(score=None if score is None else score.detach(), mask=mask)
         settled, new_log_s = settle(partial_stats(losses.detach(), log_s, lam, **given)[None], log_s, lam, **options)
-    loss, weights = apply(
-        losses, settled, log_s, lam, mix=mix, max_weight=max_weight, sample_weight=sample_weight, **given
-    )  # fmt: skip
+    loss, weights = apply(losses, settled, log_s, lam, mix=mix, max_weight=max_weight, sample_weight=sample_weight, **given)
     return loss, weights, new_log_s, settled[NONFINITE] > 0
 
 

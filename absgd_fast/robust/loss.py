@@ -115,14 +115,35 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
         if rule is not None:
             if not callable(rule):
                 raise TypeError(f"rule: got {type(rule).__name__}, expected one of absgd_fast.weights, or a callable losses -> W")
-            options.check("rule", dict(lam=lam, gamma=gamma, alpha=alpha, init=init, normalizer=normalizer,
-                                       process_group=process_group, deferred=deferred, loss_divisor=loss_divisor))  # fmt: skip
+            options.check(
+                "rule",
+                dict(
+                    lam=lam,
+                    gamma=gamma,
+                    alpha=alpha,
+                    init=init,
+                    normalizer=normalizer,
+                    process_group=process_group,
+                    deferred=deferred,
+                    loss_divisor=loss_divisor,
+                ),
+            )
             tilt = flat_tilt(rule)
             lam, normalizer = (math.inf, normalizer) if tilt is None else (1 / tilt, "batch")
         super().__init__(
-            criterion, lam=lam, gamma=gamma, alpha=alpha, mix=mix, init=init, normalizer=normalizer, max_weight=max_weight,
-            process_group=process_group, deferred=deferred, loss_divisor=loss_divisor, backend=backend,
-        )  # fmt: skip
+            criterion,
+            lam=lam,
+            gamma=gamma,
+            alpha=alpha,
+            mix=mix,
+            init=init,
+            normalizer=normalizer,
+            max_weight=max_weight,
+            process_group=process_group,
+            deferred=deferred,
+            loss_divisor=loss_divisor,
+            backend=backend,
+        )
         self.rule = rule
         self._weighting = weighting_of(rule)
 

@@ -43,9 +43,15 @@ class Own:
         return state.settle_partials(operators, partial_stats_of(None).unsqueeze(0), update_state=update_state), False
 
     def weigh(
-        self, state: RobustState, operators: ops.Operators, losses: Tensor, samples: Samples, classes: int, update_state: bool,
+        self,
+        state: RobustState,
+        operators: ops.Operators,
+        losses: Tensor,
+        samples: Samples,
+        classes: int,
+        update_state: bool,
         mode: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The robust loss, the statistics of its samples and, where `mode` asks for it, its gradient."""
         sample_weight, mask, score = samples
         return operators.robust_loss(losses, score, sample_weight, mask, *state.operands(update_state, mode))
@@ -77,9 +83,14 @@ class Shared:
         return self.settle_together(state, operators, partial_stats_of(None), classes, update_state), False
 
     def settle_together(
-        self, state: RobustState, operators: ops.Operators, partial_stats: Tensor, classes: int, update_state: bool,
+        self,
+        state: RobustState,
+        operators: ops.Operators,
+        partial_stats: Tensor,
+        classes: int,
+        update_state: bool,
         reference: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         partials = self.gather(partial_stats, state, classes)
         multiplier = len(partials) * self.loss_divisor
         return state.settle_partials(
@@ -91,9 +102,12 @@ class Shared:
         log_s, _, lam, _, _, mix, max_weight, _ = state.operands(False, 0)
         plain = losses.detach()
         settled, bounded = self.settle(
-            state, operators, lambda bound: operators.robust_partial_stats(plain, score, mask, log_s, lam, bound), classes,
+            state,
+            operators,
+            lambda bound: operators.robust_partial_stats(plain, score, mask, log_s, lam, bound),
+            classes,
             update_state,
-        )  # fmt: skip
+        )
         return operators.robust_apply(losses, score, sample_weight, mask, settled, log_s, lam, bounded, mix, max_weight, mode)
 
 

@@ -29,14 +29,18 @@ def _before_log_s(owner: str) -> tuple[Conflict, Conflict]:
     """What needs log s' before all samples are known."""
     return (
         Conflict(
-            owner, "mix", _given("mix", 0),
+            owner,
+            "mix",
+            _given("mix", 0),
             "mix: got {value:g} with {owner}, expected 0: two sums of other sizes cannot share one gradient",
         ),
         Conflict(
-            owner, "max_weight", lambda options: options["max_weight"] != math.inf and options["normalizer"] != "none",
+            owner,
+            "max_weight",
+            lambda options: options["max_weight"] != math.inf and options["normalizer"] != "none",
             "max_weight: got {value:g} with {owner}, expected None: the weights are known only after the gradient",
         ),
-    )  # fmt: skip
+    )
 
 
 CONFLICTS = (
@@ -46,18 +50,22 @@ CONFLICTS = (
     _alone("init", "first"),
     _alone("normalizer", "moving"),
     Conflict(
-        "rule", "process_group", lambda options: options["process_group"] not in (None, AUTO),
+        "rule",
+        "process_group",
+        lambda options: options["process_group"] not in (None, AUTO),
         "process_group: got a group with a rule, which weighs the batch of one process; expected None",
     ),
     _alone("deferred", False),
     _alone("loss_divisor", 1),
     *_before_log_s("deferred=True"),
     Conflict(
-        "LinearABLoss", "rule", _given("rule", None),
+        "LinearABLoss",
+        "rule",
+        _given("rule", None),
         "rule: got one with LinearABLoss, whose gradients are made before all losses are known; use ABLoss",
     ),
     *_before_log_s("LinearABLoss"),
-)  # fmt: skip
+)
 
 
 def check(owner: str, options: dict) -> None:

@@ -17,9 +17,15 @@ NOTHING = Samples()
 
 
 def fused(
-    criterion: RobustLoss, operators: ops.Operators, normalizer: Own | Deferred, logits: Tensor, target: Tensor, spec: LossSpec,
-    samples: Samples, update_state: bool,
-) -> Tensor:  # fmt: skip
+    criterion: RobustLoss,
+    operators: ops.Operators,
+    normalizer: Own | Deferred,
+    logits: Tensor,
+    target: Tensor,
+    spec: LossSpec,
+    samples: Samples,
+    update_state: bool,
+) -> Tensor:
     """The robust loss of logits, of which the operators know the loss. Written for few Python calls: at 128 x 10 the kernels take
     3 us of the 25 that forward and backward take."""
     weight, adjust, hyper_a, hyper_b, ignore_index, bits = spec
@@ -88,9 +94,15 @@ def _by_reference_point(criterion, operators, normalizer: Deferred, spec: LossSp
 
 
 def general(
-    criterion: RobustLoss, weighting: Tilt | FromRule, normalizer: Own | Shared, args: tuple, spec: LossSpec | None,
-    samples: Samples, groups: Tensor | None, update_state: bool,
-) -> Tensor:  # fmt: skip
+    criterion: RobustLoss,
+    weighting: Tilt | FromRule,
+    normalizer: Own | Shared,
+    args: tuple,
+    spec: LossSpec | None,
+    samples: Samples,
+    groups: Tensor | None,
+    update_state: bool,
+) -> Tensor:
     """The robust loss of any per-sample losses: those of `spec`, or what the criterion returns."""
     if spec is None:
         losses, classes = _per_sample_losses(criterion.criterion(*args)), 0

@@ -13,9 +13,17 @@ _is_distributed = torch.distributed.is_initialized if torch.distributed.is_avail
 
 # What processes must have in common to share one normaliser, in the order of `Processes.gather`.
 _CONFIGURATION = (
-    "lam", "gamma", "alpha", "mix", "max_weight", "normalizer and init", "deferred", "loss_divisor", "the number of classes",
+    "lam",
+    "gamma",
+    "alpha",
+    "mix",
+    "max_weight",
+    "normalizer and init",
+    "deferred",
+    "loss_divisor",
+    "the number of classes",
     "the r of RelativeLam",
-)  # fmt: skip
+)
 
 
 class Processes:
@@ -49,8 +57,17 @@ class Processes:
         count = self.count()
         if count == 1:
             return stats.unsqueeze(0)
-        fixed = (state.gamma, state.alpha, state.mix, state.max_weight, state.bits, deferred, loss_divisor, classes,
-                 state.relative_lam if state.lam_is_open else 0.0)  # fmt: skip
+        fixed = (
+            state.gamma,
+            state.alpha,
+            state.mix,
+            state.max_weight,
+            state.bits,
+            deferred,
+            loss_divisor,
+            classes,
+            state.relative_lam if state.lam_is_open else 0.0,
+        )
         key = (fixed, stats.device)
         if self._configured is None or self._configured[0] != key:
             numbers = torch.tensor([float(x) for x in fixed], dtype=torch.float64).to(stats.device, non_blocking=True)

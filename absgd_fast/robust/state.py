@@ -86,9 +86,14 @@ class RobustState(ExactState):
         return buffers["log_s"], buffers["nonfinite_batches"], lam, self.gamma, self.alpha, self.mix, self.max_weight, flags
 
     def settle_partials(
-        self, operators: ops.Operators, partials: Tensor, *, reference: Tensor | None = None, grad_multiplier: float = 1.0,
+        self,
+        operators: ops.Operators,
+        partials: Tensor,
+        *,
+        reference: Tensor | None = None,
+        grad_multiplier: float = 1.0,
         update_state: bool = False,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """(6) float64: the settled normaliser of all partial statistics together (reference.settle); log s moves if told to."""
         log_s, nonfinite, lam, gamma, alpha, _, _, flags = self.operands(update_state, 0)
         return operators.robust_settle(partials, log_s, nonfinite, lam, reference, gamma, alpha, grad_multiplier, flags)

@@ -29,9 +29,16 @@ class Tilt:
         raise ValueError("groups: only a rule uses groups; leave it out")
 
     def robust_loss(
-        self, criterion: RobustState, operators: ops.Operators, normalizer: Own | Shared, losses: Tensor, samples: Samples,
-        groups: Tensor | None, classes: int, update_state: bool,
-    ) -> Tensor:  # fmt: skip
+        self,
+        criterion: RobustState,
+        operators: ops.Operators,
+        normalizer: Own | Shared,
+        losses: Tensor,
+        samples: Samples,
+        groups: Tensor | None,
+        classes: int,
+        update_state: bool,
+    ) -> Tensor:
         """The robust loss of losses that are in the dtype of the weights, contiguous; samples are checked.
 
         criterion: a state that also has a `memo` and the `rule` (base.py `RobustLoss`).

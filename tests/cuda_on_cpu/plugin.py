@@ -35,11 +35,15 @@ LATER = (
     "test_no_classes",
 )
 OF_THE_CPU = (
-    "test_choosing_an_instruction_set", "test_one_operator_forward_and_one_backward", "test_logits_are_not_stored",
-    "test_benchmark", "test_two_processes",
+    "test_choosing_an_instruction_set",
+    "test_one_operator_forward_and_one_backward",
+    "test_logits_are_not_stored",
+    "test_benchmark",
+    "test_two_processes",
     # here the records of two backends are mixed, and the robust loss leaves z in place of the weights (`weighing`)
-    "test_backends_have_the_operators_of_their_records", "test_plain_torch_does_what_the_kernels_do[robust_logit_loss]",
-)  # fmt: skip
+    "test_backends_have_the_operators_of_their_records",
+    "test_plain_torch_does_what_the_kernels_do[robust_logit_loss]",
+)
 
 
 def pytest_collection_modifyitems(config, items):

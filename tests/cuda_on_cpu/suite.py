@@ -129,9 +129,13 @@ def test_rectified_weights(count):
 # a row on lanes, in a block, in a block with more of it than shared memory keeps, with its classes apart, more of them than
 # blocks that run at once
 MADE = {
-    "lanes": ((70, 37), None), "block": ((5, 4101), None), "long": ((2, 30_000), None), "apart": ((9, 40), 0),
-    "images": ((3, 6, 35), None), "many": ((700, 600), None),
-}  # fmt: skip
+    "lanes": ((70, 37), None),
+    "block": ((5, 4101), None),
+    "long": ((2, 30_000), None),
+    "apart": ((9, 40), 0),
+    "images": ((3, 6, 35), None),
+    "many": ((700, 600), None),
+}
 
 
 @pytest.mark.parametrize("case", MADE)
@@ -246,10 +250,22 @@ class Form:
 
     def __call__(self, params, grads, states, steps, lr_tensor=None, grad_scale=None, found_inf=None):
         torch.ops.absgd_fast.step_(
-            params, grads, [t for kind in states for t in kind], steps, lr_tensor, grad_scale, found_inf, None,
-            self.lr if lr_tensor is None else -1.0, self.weight_decay, self.first, self.second, self.eps,
-            ops.RULES.index(self.rule), self.flags,
-        )  # fmt: skip
+            params,
+            grads,
+            [t for kind in states for t in kind],
+            steps,
+            lr_tensor,
+            grad_scale,
+            found_inf,
+            None,
+            self.lr if lr_tensor is None else -1.0,
+            self.weight_decay,
+            self.first,
+            self.second,
+            self.eps,
+            ops.RULES.index(self.rule),
+            self.flags,
+        )
 
     def exact(self, params, grads, states, steps):
         flags, absent = self.flags, [None] * len(params)
@@ -360,8 +376,9 @@ def test_more_tensors_than_one_launch_holds(form):
     for tensors, wanted in zip(ours, exact):
         if tensors:
             near = dict(rtol=1e-6, atol=1e-6)
-            torch.testing.assert_close(torch.cat([t.view(-1).double() for t in flat(tensors)]),
-                                       torch.cat([t.view(-1) for t in flat(wanted)]), **near)  # fmt: skip
+            torch.testing.assert_close(
+                torch.cat([t.view(-1).double() for t in flat(tensors)]), torch.cat([t.view(-1) for t in flat(wanted)]), **near
+            )
 
 
 # At and above the limits of the sizes. A tensor takes 33 to 58 bytes of its table and 9 of that of the counts, and 16 groups and
@@ -371,7 +388,7 @@ def test_more_tensors_than_one_launch_holds(form):
 def test_a_step_travels_in_the_smallest_table(form, tensors, room, dtype):
     counts, bytes_each = FORMS[form].counts, {"momentum": 33, "adam": 50, "amsgrad": 58}[form]
     largest = {"momentum": 959, "adam": 633, "amsgrad": 546}[form]
-    if room is not None and (room > 128 and dtype in (torch.float16, torch.float64) or room > 256 and form != "momentum"):
+    if room is not None and ((room > 128 and dtype in (torch.float16, torch.float64)) or (room > 256 and form != "momentum")):
         room = largest
     simt.clear()
     ours = FORMS[form].tensors([1 + j % 5 for j in range(tensors)], dtype)

@@ -108,5 +108,5 @@ SIMT_API const char* simt_failure(int i);
 SIMT_API void simt_clear();  // forgets failures, counts and errors
 SIMT_API uint64_t simt_launches();
 SIMT_API uint64_t simt_blocks();
-SIMT_API uint64_t simt_parameter_bytes();  // of all launches
+SIMT_API uint64_t simt_parameter_bytes();                // of all launches
 SIMT_API void simt_capture(void* stream, int captures);  // whether it is captured, as another thread would do that
