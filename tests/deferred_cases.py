@@ -15,7 +15,7 @@ INF, NAN = math.inf, math.nan
 # Uneven micro-batches of 21 rows: the first two have no row, and all of the fourth (3 rows) are ignored.
 SIZES = (0, 0, 7, 3, 5, 6)
 IGNORED = slice(7, 10)
-# Ours, torch's, arguments. eps is far above the rounding of a gradient: Adam's first steps are lr g / (|g| + eps), and a g that is
+# Ours, torch's, arguments. eps is far above a gradient's rounding: Adam's first steps are lr g / (|g| + eps), and a g that is
 # nothing but rounding would be a whole step.
 PAIRS = {
     "ABSGD": (ab.ABSGD, torch.optim.SGD, dict(lr=0.05, momentum=0.9, weight_decay=0.01)),

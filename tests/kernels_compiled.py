@@ -513,7 +513,7 @@ def test_rectified_weights_are_divided_exactly():
 
 @pytest.mark.parametrize("call", [call for call in CALLS if call.startswith(("step,", "weighted"))])
 def test_steps_are_rounded_correctly(call):
-    """Quotients, square roots (the approximate one takes subnormal numbers for 0) and half precision (the interpreter cuts off)."""
+    """Quotients, square roots (the approximate one flushes subnormals to 0), half precision (the interpreter truncates)."""
     *_, ptx = ptx_of(call).values()
     assert not count(r"\b(?:div|sqrt)\.(?:approx|full)|\.ftz|\bcvt\.r[^n]", ptx)
     assert bool(count(r"\bcvt\.rn\.b?f16", ptx)) == call.endswith(("bf16", "fp16"))
@@ -547,5 +547,5 @@ def test_last_program_sees_the_others(call):
         assert count(r"ld\.global\.cg", after) and not count(r"ld\.global\.cg", before), name
     for made in recorded(call, "gfx942"):
         code = made.compile("gfx942").asm["amdgcn"]
-        first, _, rest = code.partition("buffer_wbl2 sc1")
+        _, _, rest = code.partition("buffer_wbl2 sc1")
         assert re.search(r"s_waitcnt vmcnt\(0\).*?s_barrier.*?buffer_wbl2 sc1.*?global_atomic_add", rest, re.DOTALL), made.name

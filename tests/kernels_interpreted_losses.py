@@ -355,7 +355,7 @@ def in_place(logits, target, spec):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FAMILY)
 def test_gradient_in_place(name, dtype):
-    """Rows of 10 classes, many in a tile; of 4100 (twice, for the time), whose second loop has another block. A row that is ignored
+    """Rows of 10 classes, many in a tile; of 4100 (twice, for the time), whose second loop has another block. An ignored row
     holds NaN."""
     for classes in (10, 4100) if name in ("soft", "tce") and dtype == torch.bfloat16 else (10,):
         logits, target = make((6, classes), dtype, seed=1)

@@ -1,4 +1,4 @@
-"""Slow fp64 oracle: MATH sections 1 and 2 in plain Python and NumPy, log domain.
+"""A slow float64 oracle: the formulas of docs/MATH.md, written again in plain Python and NumPy, in the log domain.
 
 Nothing here shares code with the package, with torch or with the reference implementation.
 """
@@ -46,7 +46,7 @@ def robust_weights(
     score=None,
     largest=INF,
 ):
-    """MATH section 1. `largest`: above it, |L/lam| is infinite in the precision of the state."""
+    """MATH §1.1 and §1.2. An |L / lam| above `largest` counts as infinite in the precision of the state (MATH §1.4)."""
     losses = np.asarray(losses, np.float64)
     valid = np.ones(losses.shape, bool) if mask is None else np.asarray(mask, bool)
     if math.isinf(lam):
@@ -85,7 +85,7 @@ class Forward:
 
 
 class ABLoss:
-    """The state rules of MATH section 1 around `robust_weights`."""
+    """The state rules of MATH §1.4 around `robust_weights`."""
 
     def __init__(self, lam, *, gamma=0.9, alpha=1.0, mix=0.0, init="first", normalizer="moving", max_weight=None):
         self.lam, self.mix, self.normalizer = lam, mix, normalizer
@@ -113,7 +113,7 @@ class ABLoss:
 
 
 def rectified(products):
-    """L2RW, Eq. 8 and 9: max(u, 0) over its sum, relative to the largest so that nothing overflows."""
+    """L2RW (MATH §4.5; Ren 2018, Eq. 8 and 9): max(u, 0) over its sum, relative to the largest, which prevents overflow."""
     u = np.asarray(products, np.float64)
     good = np.isfinite(u)
     kept = np.where(good & (u > 0), u, 0.0)

@@ -32,7 +32,7 @@ def counts(classes):
 
 
 def equation_2(optimizer, params, set_grads, beta, decay):
-    """Steps the optimizer twenty times with an lr that changes; after each step, what Eq. 2 of the paper makes of the parameters."""
+    """Steps the optimizer twenty times with a changing lr. Yields, after each step, the parameters that Eq. 2 gives."""
     now = [p.detach().clone() for p in params]
     before = [p.clone() for p in now]
     for step in range(20):

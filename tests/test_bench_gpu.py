@@ -407,7 +407,9 @@ def test_the_report_of_a_gpu(quick, tmp_path, capsys):
     assert {"gpu", "copy", "results", "figures", "not_measured", "seconds_per_case", "versions", "date"} <= report.keys()
     assert {"triton", "liger-kernel", "torch"} <= report["versions"].keys() and report["not_measured"] == []
     suites = [result["suite"] for result in report["results"]]
-    assert suites == [f"gpu {name}" for name in ["loss", "loss", "deferred", "step", "weighted", "linear", "train", "rules", "limit"]]
+    assert suites == [
+        f"gpu {name}" for name in ["loss", "loss", "deferred", "step", "weighted", "linear", "train", "rules", "limit"]
+    ]
     _, loss, deferred, step, _, linear, whole, _, limit = report["results"]
     assert set(step["peers"]) == {"absgd_fast", "SGD fused", "SGD foreach"} and "absgd_fast, triton" in step["absent"]
     assert set(loss["peers"]) == {"absgd_fast", "cross_entropy", "absgd package", "torch.compile"}

@@ -82,7 +82,7 @@ class Jitter(nn.Module):
     """Draws from each of the global generators while training."""
 
     def forward(self, x):
-        return x * (1 + 0.1 * random.random() + 0.1 * np.random.rand() + 0.1 * torch.rand(())) if self.training else x
+        return x * (1 + 0.1 * random.random() + 0.1 * np.random.rand() + 0.1 * torch.rand(())) if self.training else x  # noqa: NPY002
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_a_state_of_another_run_is_refused(tiny):
 
 def test_random_states():
     def draw():
-        return random.random(), random.gauss(0, 1), np.random.rand(), np.random.standard_normal(), torch.rand(1).item()
+        return random.random(), random.gauss(0, 1), np.random.rand(), np.random.standard_normal(), torch.rand(1).item()  # noqa: NPY002
 
     draw()  # Python's and numpy's normal numbers come in pairs, of which the second is part of the state
     before = checkpoint.random_state()

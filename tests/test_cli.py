@@ -150,7 +150,7 @@ def interrupt_after(count):
 def test_ctrl_c_keeps_the_finished_runs(monkeypatch, capsys, in_an_empty_folder):
     monkeypatch.setattr(train, "runs", interrupt_after(3))
     assert cli.main([*QUICK, "--out", "results"]) == 1
-    out, err = capsys.readouterr()
+    out, _ = capsys.readouterr()
     assert "interrupted" in out and "3 of 4 runs" in " ".join(out.split())
     results = json.loads((in_an_empty_folder / "results" / "results.json").read_text())
     assert results["partial"] is True and len(results["runs"]) == 3

@@ -1,4 +1,4 @@
-"""absgd_fast.compat against the real `absgd` package: the same numbers, then what that package gets wrong and this one does not."""
+"""absgd_fast.compat against the real `absgd` package: the same numbers first, then the faults that only that package has."""
 
 import ctypes
 import gc
@@ -71,7 +71,7 @@ def test_fifty_steps_on_digits(digits, name, lam, milestone, options):
 
 @pytest.mark.parametrize("milestone", [0, 1, 2, 4])
 def test_milestone(milestone):
-    """Plain mean until updateLambda was called max(1, milestone) times, the package's off-by-one; the first robust loss has its spike."""
+    """The plain mean lasts for max(1, milestone) calls of updateLambda, the package's off-by-one. Then comes its spike."""
     torch.manual_seed(0)
     theirs, ours, values = ReferenceLoss(0.7, milestone), ABLoss(0.7, milestone), []
     for _ in range(6):

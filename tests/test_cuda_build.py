@@ -1,4 +1,4 @@
-"""The CUDA files compile for every generation without spilling, in the registers and shared memory of tests/cuda_resources.json."""
+"""The CUDA files compile for every generation without spills, in the registers and memory of tests/cuda_resources.json."""
 
 import importlib.util
 import json

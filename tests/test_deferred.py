@@ -1,4 +1,4 @@
-"""Deferred normalisation (MATH section 5) in one process: micro-batches of one optimizer step against one big batch."""
+"""Deferred normalisation (MATH §5) in one process: micro-batches of one optimizer step against one big batch."""
 
 import math
 from functools import partial

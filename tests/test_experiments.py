@@ -535,7 +535,7 @@ def test_infinite_lambda_is_plain_sgd(digits):
 def test_cifar_trains(tmp_path):
     cifar_folder(tmp_path, "cifar10", python3_pickle(2))
     config = replace(SHORT, dataset="cifar10", data_root=str(tmp_path), model="resnet32", epochs=1, noise="asymmetric")
-    first, again = ([run for run in train.runs(replace(config, methods=("absgd",)))] for _ in range(2))
+    first, again = (list(train.runs(replace(config, methods=("absgd",)))) for _ in range(2))
     assert first[0]["train_counts"] == [10] * 10 and 0 <= first[0]["accuracy"] <= 100
     assert first[0]["parameters"] == again[0]["parameters"]
 
@@ -615,9 +615,11 @@ def test_only_shared_seeds_are_paired():
             [3, 4, 5],
             "better",
             r"^Yes. absgd beat sgd by 5.3 ± 0.8 points .*66.3 % against 61.0 %.*3 of them",
-            r"rose on 3 of 3 classes, most on class 2 \(\+8.0 points, 1 training image\).*It fell on none.*"
-            r"1 largest classes: \+4.0 points; over the 2 smallest: \+6.0\. "
-            r"In the last epoch right labels weighed 1.50 on average, wrong ones 0.10",
+            (
+                r"rose on 3 of 3 classes, most on class 2 \(\+8.0 points, 1 training image\).*It fell on none.*"
+                r"1 largest classes: \+4.0 points; over the 2 smallest: \+6.0\. "
+                r"In the last epoch right labels weighed 1.50 on average, wrong ones 0.10"
+            ),
         ),
         (
             [-3, -4, -5],

@@ -1,4 +1,4 @@
-"""robust_weights and logit_loss as pure functions: the facts of MATH section 1 as properties, derivatives, dtypes, errors."""
+"""robust_weights and logit_loss as pure functions: the facts of MATH §1.3 as properties, derivatives, dtypes, errors."""
 
 import math
 

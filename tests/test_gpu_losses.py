@@ -62,7 +62,7 @@ def test_losses(where, dtype, loss):
 
 @over(dtype=DTYPES, layout=[name for name in LAYOUTS if name != "contiguous"])
 def test_layouts(where, dtype, layout):
-    """The same numbers in other places of memory: rows on a few lanes (37) and on a block (1030), with heads and tails; images."""
+    """The same numbers elsewhere in memory: rows on a few lanes (37) and on a block (1030), with heads and tails; images."""
     if where.backend == "triton" and dtype not in (torch.float32, torch.bfloat16):
         raise SkipTest("loads and stores alone differ, and each kernel costs a second to compile")
     for shape in ((5, 37), (3, 1030), (3, 6, 7), (2, 5, 3, 4)):

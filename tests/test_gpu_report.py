@@ -49,7 +49,16 @@ def test_figures_are_judged():
     }
     assert report["figures"][4]["most"] is None and json.dumps(report)
     lines = gpu_report.lines(report)
-    assert lines[0].split()[:3] == ["gpu", "loss", "us"] and lines[1].split() == ["x", "10", "0%", "5", "–", "90%", "1+2", "0.50!"]
+    assert lines[0].split()[:3] == ["gpu", "loss", "us"] and lines[1].split() == [
+        "x",
+        "10",
+        "0%",
+        "5",
+        "–",
+        "90%",
+        "1+2",
+        "0.50!",
+    ]
     assert "WRONG" in lines[2] and "absgd package: a twin" in lines and "not measured: z" in lines
     assert lines[-5:] == [
         "not judged: 2: x: time over Liger; x: memory over Liger",

@@ -194,7 +194,8 @@ def test_workers_that_hang_and_die():
         "for line in sys.stdin:\n"
         "    if 'hang' in line: time.sleep(60)\n"
         "    if 'die' in line: sys.exit(7)\n"
-        "    print(json.dumps(dict(test=line.strip(), status='passed', message='', seconds=0, usable='lost' not in line)), flush=True)\n"
+        "    report = dict(test=line.strip(), status='passed', message='', seconds=0, usable='lost' not in line)\n"
+        "    print(json.dumps(report), flush=True)\n"
     )
     worker = gpu_runner.Worker([])
     worker.command = [sys.executable, "-c", script]
@@ -239,7 +240,7 @@ def test_a_run_without_pytest():
 def test_what_is_collected_without_pytest():
     on_gpu = gpu_runner.collect("cuda", {"cuda", "triton", "reference"}, [])
     assert "test_launches[cuda]" in on_gpu and "test_launches[reference]" not in on_gpu
-    assert len(on_gpu) > 400 and list(on_gpu)[0].split("[")[1].startswith("cuda")
+    assert len(on_gpu) > 400 and next(iter(on_gpu)).split("[")[1].startswith("cuda")
     some = gpu_runner.collect("cpu", {"cpu"}, ["test_tour", "scaler[cpu-sgd, dampening 0.5"])
     assert list(some) == ["test_grad_scaler[cpu-sgd, dampening 0.5]", "test_tour[cpu]"]
     if not torch.cuda.is_available():

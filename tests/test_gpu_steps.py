@@ -155,7 +155,7 @@ def test_rules_of_the_step(where, rule, dtype, offset):
     dtype={"bf16": torch.bfloat16, "fp16": torch.float16},
 )
 def test_rules_of_the_step_in_half_precision(where, rule, dtype):
-    """States in float32 as exact as such, and each step's parameters correctly rounded: torch's, from the same ones, in float64."""
+    """States keep float32's exactness. Each step's parameters are those of torch in float64 from the same ones, rounded once."""
     make, torch_make, options = rule
     params, expected = parameters(where, dtype=dtype), parameters(where)
     ours = make(params, **options, backend=where.backend)

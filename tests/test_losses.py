@@ -60,7 +60,7 @@ def exact_of(case, logits, target, classes):
 
 
 def check(got, exact, eager, dtype, what, *, cancels=()):
-    """Elementwise: 64 ulp and one rounding to dtype. The largest error: at most 4 times eager torch's, or 8 ulp of the largest."""
+    """Elementwise: 64 ulp and one rounding. The largest error: at most 4 times eager torch's, or 8 ulp of the largest."""
     got, eager = (t.detach().double().numpy() for t in (got, eager))
     ulp = torch.finfo(wide(dtype)).eps
     rounding = torch.finfo(dtype).eps if what == "gradient" and dtype in (torch.bfloat16, torch.float16) else 0.0
@@ -384,7 +384,7 @@ def labels_that_count(case, classes):
 @pytest.mark.parametrize("value", [math.nan, INF], ids=["nan", "inf"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_nan_and_inf_logits(backend, case, value, dtype):
-    """Row i has it in column i, so every lane, every block of lanes (70 = 4 x 16 + 6) and the tail meet it; the last row is clean."""
+    """Row i has it in column i: every lane, block of lanes (70 = 4 x 16 + 6) and the tail meet it. The last row is clean."""
     for classes in (3, 70) if case.sparse else (3, 37, 70):
         check_nonfinite(backend, case, value, dtype, classes)
 
@@ -458,7 +458,7 @@ def check_minus_inf(backend, case, dtype, classes):
 @pytest.mark.parametrize("size", [80.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 def test_large_logits(backend, case, size, dtype):
-    """Uniform in +-size (1e4 fits fp16); 64 rows hit targets near the top and far below; exp of either sign leaves fp32's range."""
+    """Uniform in +-size (1e4 fits fp16). 64 rows have labels near the maximum and far below. exp leaves fp32's range."""
     logits = ((torch.rand(64, 33, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1) * size).to(dtype)
     with torch.no_grad():
         logits[0], logits[1] = size, -size  # all equal, at both ends
@@ -557,7 +557,7 @@ def test_same_bits_for_1_and_2_threads(backend, threads, shape, dtype):
 
 @pytest.mark.parametrize("form", ["loss", "mean", "robust"])
 def test_loss_scaling_keeps_small_half_gradients(backend, form):
-    """fp16 with a GradScaler: the upstream 2^16 lifts small gradients above fp16's range before they are rounded, as in eager torch.
+    """fp16 with a GradScaler: the upstream 2^16 lifts small gradients into fp16's range before rounding, as in eager torch.
 
     Of the 64 x 33 gradients over 100 lie below fp16's normal range, 6e-5, and some below its smallest number, 6e-8.
     """
@@ -738,8 +738,8 @@ def test_soft_targets_belong_to_cross_entropy(one_backend):
         ab.SCE(backend=one_backend),
         ab.LDAM(numbers, backend=one_backend),
     ]
-    calls = losses + [partial(logit_loss, margin=torch.ones(3), backend=one_backend)]
-    for call in calls + [ab.ABLoss(loss, lam=1.0, backend=one_backend) for loss in losses]:
+    calls = [*losses, partial(logit_loss, margin=torch.ones(3), backend=one_backend)]
+    for call in [*calls, *(ab.ABLoss(loss, lam=1.0, backend=one_backend) for loss in losses)]:
         with pytest.raises(ValueError, match="(?is)target.*label|soft|probabilit"):
             call(x, t)
 

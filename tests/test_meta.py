@@ -185,7 +185,7 @@ def distance(a, b):
     return float((a - b).abs().sum())
 
 
-# in float32 a finite difference of float32 losses is asked for no more than this (MATH section 4)
+# in float32 a finite difference of float32 losses is asked for no more than this (MATH §4.5)
 TOLERANCE = {("finite_difference", d): 1e-2 for d in (torch.float32, torch.float64)}
 
 
@@ -419,7 +419,10 @@ def test_a_bad_training_sample(method, bad):
     model, (x, y), clean = setting("mlp")
     x = x.clone()
     x[2, 3] = bad
-    loss = lambda out, y: cross_entropy(out, y) + 0 * out.sum(1)  # tanh(inf) = 1 is as good as any
+
+    def loss(out, y):
+        return cross_entropy(out, y) + 0 * out.sum(1)  # tanh(inf) = 1 is as good as any
+
     if bad == float("inf"):
         model[1] = nn.Identity()
     rest = [0, 1, 3, 4, 5, 6, 7]

@@ -1,4 +1,4 @@
-"""The registered operators: opcheck on arguments that the public functions pass, C++ signatures against schemas, instruction sets."""
+"""The registered operators: opcheck on the public functions' arguments, C++ signatures against schemas, instruction sets."""
 
 import re
 import shutil

@@ -236,7 +236,7 @@ def test_unfrozen_later(one_way, case, amp):
 @each_optimizer
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_training_loop(one_way, case, set_to_none):
-    """A model whose gradients come from backward and are clipped, channels_last weights, a scheduler, a group added on the way."""
+    """Gradients from backward, clipped; channels_last weights; a scheduler; a group that is added on the way."""
 
     def train(make_optimizer):
         torch.manual_seed(0)

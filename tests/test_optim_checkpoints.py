@@ -74,7 +74,7 @@ def test_checkpoints_of_torchs_other_forms(one_way, case, made_with):
         theirs.step()
         guest.load_state_dict(made.state_dict())
         guest.param_groups[0].update(made_with)
-    for round in range(2):
+    for _ in range(2):
         if stepped:
             for step in range(3):
                 set_grads(params, expected, seed=step)

@@ -75,8 +75,6 @@ def test_parameters_on_another_device():
 @pytest.mark.skipif(not _backend.available("cpu"), reason="the native library is not built here")
 @pytest.mark.parametrize("rule, kinds, numbers, counts", RULE_ROWS)
 def test_operator_refuses_what_does_not_fit(rule, kinds, numbers, counts):
-    params, grads, kept, steps = range(4)
-
     def refused(message, **wrong):
         given = arguments(rule, kinds, numbers, counts)
         for place, value in wrong.items():

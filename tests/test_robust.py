@@ -80,10 +80,10 @@ def test_oracle_options_matter(rng):
     """Each option and argument of the property above changes the oracle's numbers: none is tested vacuously."""
     losses = [rng.exponential(1.0, 21) for _ in range(2)]
 
-    def outcome(call={}, **options):
+    def outcome(call=None, **options):
         exact = oracle.ABLoss(**({"lam": 0.5} | options))
         exact(losses[0])
-        forward = exact(losses[1], **call)
+        forward = exact(losses[1], **(call or {}))
         return forward.loss, *forward.grad, exact.log_s
 
     plain = outcome()
@@ -159,7 +159,7 @@ def test_gradcheck_with_given_weights(backend, rng):
 def test_step_is_the_gradient_of_the_objective(backend, entry, lam, rng):
     """gamma' = alpha = 1: the gradient is that of lam log mean exp(L/lam), by central differences."""
     losses = losses_of(rng, 7)
-    value, slope, criterion = run(
+    _, slope, criterion = run(
         ab.ABLoss(entry.criterion(backend), lam=lam, normalizer="batch", backend=backend).double(), entry, losses
     )
 

@@ -236,7 +236,7 @@ def test_a_report_says_where(load):
     """The line of the primitive and those that it was inlined into."""
     simt = load("plain")
     simt.configure("forward")
-    line = {n: text for n, text in enumerate(BROKEN.read_text().splitlines(), 1)}
+    line = dict(enumerate(BROKEN.read_text().splitlines(), 1))
     _, (report,) = run(simt, "sum_rows", "lanes_missing")
     assert report.startswith("sum_rows_kernel<bug>, block 0: thread 0 waits at the shuffle of kernels.cu:")
     first, outer, other = (int(n) for n in re.findall(r"kernels\.cu:(\d+)", report)[:3])
@@ -248,9 +248,12 @@ def test_a_report_says_where(load):
 def test_a_race_says_who(load):
     simt = load("race")
     simt.configure("forward")
-    line = {n: text for n, text in enumerate(BROKEN.read_text().splitlines(), 1)}
+    line = dict(enumerate(BROKEN.read_text().splitlines(), 1))
     _, reports = run(simt, "total", "no_fence")
-    says = r"total_kernel<bug>, block 9, thread 0: race on global memory: reads at kernels\.cu:(\d+) what thread 32 of block 0 wrote at kernels\.cu:(\d+)"
+    says = (
+        r"total_kernel<bug>, block 9, thread 0: race on global memory: reads at kernels\.cu:(\d+) "
+        r"what thread 32 of block 0 wrote at kernels\.cu:(\d+)"
+    )
     reads, wrote = re.match(says, reports[0]).groups()
     assert "partial[i]" in line[int(reads)] and "partial[blockIdx.x] = v" in line[int(wrote)]
 

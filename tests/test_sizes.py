@@ -19,7 +19,7 @@ MOST_EXCEPTIONS = 5
 EXCEPTIONS = {}
 
 # The files that one loss on the CPU passes from ABLoss.forward to the kernel, in this order, and by which word of an earlier file
-# a reader finds each: the word stands in both of them, or is the name of the file. What a file on the way asks others for and comes
+# a reader finds each: the word stands in both of them, or is the name of the file. What a file asks others for and comes
 # back from (checks of arguments, the state's numbers) is not on the way.
 WAY_OF_A_LOSS = {
     "absgd_fast/robust/loss.py": None,
@@ -226,7 +226,7 @@ def test_an_earlier_file_names_this_one(name):
 
 @pytest.mark.skipif(not _backend.available("cpu"), reason="the native library is not built here")
 def test_a_loss_runs_in_these_files():
-    """The package's files on the stack when the operator is called, in a call that is not the first: that one chooses a backend."""
+    """The package's files on the stack when the operator is called. The first call chooses a backend, so the second is used."""
     package, stacks = Path(ab.__file__).parent, []
     criterion, logits, target = ab.ABLoss(lam=0.5), torch.randn(128, 10, requires_grad=True), torch.zeros(128, dtype=torch.long)
     criterion(logits, target)

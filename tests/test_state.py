@@ -1,4 +1,4 @@
-"""The state rules: what moves log s and the counters, what resets, saves and restores them, schedules, and errors that leave them."""
+"""The state rules (MATH §1.4): what moves, resets, saves and restores log s and the counters; schedules; errors."""
 
 import copy
 import math
@@ -158,7 +158,7 @@ def test_no_valid_row(backend, entry, lam, options, warm):
 @pytest.mark.parametrize("lam", [0.5, -0.5])
 @pytest.mark.parametrize("options", [{}, {"normalizer": "batch"}, {"mix": 1.0}, {"max_weight": 1.1}], ids=str)
 def test_nonfinite_row(backend, entry, bad, lam, options):
-    """Loss NaN, the bad row's gradient and weight NaN, the others' as without it, log s as it was; counted; the next step is right."""
+    """The loss and the bad row are NaN, the others are as without it, log s stays, it is counted, and the next step is right."""
     criterion, exact = module(entry, backend, lam, **options), oracle.ABLoss(lam, **options)
     call(criterion, entry, B), exact(B)
     before = criterion.log_s.clone()
@@ -443,7 +443,7 @@ def test_lam_is_required():
 
 @pytest.mark.parametrize("r", [0.0, NAN])
 def test_bad_relative_lam(r):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="r: got"):
         ab.ABLoss(lam=ab.RelativeLam(r))
 
 

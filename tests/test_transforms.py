@@ -147,9 +147,10 @@ def test_images(case, one_backend):
     x, t = (z.detach() for z in inputs(1, (3, CLASSES, 4)))
     target = torch.arange(12).reshape(3, 4) % 5 + 2
     fused = case.module(CLASSES, backend=one_backend)
-    results = []
-    for f in (fused, eager_of(case)):
-        results.append([*jvp(lambda x: f(x, target), (x,), (t,)), vmap(grad(lambda x, y: f(x[None], y[None]).sum()))(x, target)])
+    results = [
+        [*jvp(lambda x: f(x, target), (x,), (t,)), vmap(grad(lambda x, y: f(x[None], y[None]).sum()))(x, target)]
+        for f in (fused, eager_of(case))
+    ]
     close(*results)
 
 
@@ -158,15 +159,14 @@ def test_soft_targets(one_backend):
     target = torch.softmax(inputs(3)[0].detach(), 1)
     weight = torch.linspace(0.5, 2, CLASSES, dtype=torch.float64)
     options = dict(weight=weight, label_smoothing=0.2, reduction="none")
-    results = []
-    for f in (ab.CrossEntropy(backend=one_backend, **options), torch.nn.CrossEntropyLoss(**options)):
-        results.append(
-            [
-                *jvp(lambda x: f(x, target), (x,), (t,)),
-                hessian(lambda x: f(x, target).sum())(x),
-                vmap(grad(lambda x, y: f(x[None], y[None])[0]))(x, target),
-            ]
-        )
+    results = [
+        [
+            *jvp(lambda x: f(x, target), (x,), (t,)),
+            hessian(lambda x: f(x, target).sum())(x),
+            vmap(grad(lambda x, y: f(x[None], y[None])[0]))(x, target),
+        ]
+        for f in (ab.CrossEntropy(backend=one_backend, **options), torch.nn.CrossEntropyLoss(**options))
+    ]
     close(*results)
 
 

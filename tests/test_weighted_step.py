@@ -294,7 +294,7 @@ def test_as_loss_backward_and_optimizer(backend, name, dtype, near):
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_a_bad_row_writes_nothing(backend, bad):
-    """In each place, first and later steps; under a mask it is as if it were not there. 19: registers of 16, 8 and 4, and tails."""
+    """In each place, in first and later steps. A masked one is as if it were absent. 19: registers of 16, 8 and 4, and tails."""
     problem = Problem([(3, 4), (70,)], 19)
     log_s = torch.tensor(0.4)
     weighted_momentum_step_(problem.params, problem.buffers, *problem.next(), log_s, lam=-0.7, lr=0.1, backend=backend)
@@ -317,7 +317,7 @@ def test_overflow_of_the_exponent_is_a_bad_row(backend):
     new = weighted_momentum_step_(
         problem.params, problem.buffers, grads, torch.tensor([1e30, 1e-10]), 0.25, lam=1e-10, lr=0.1, backend=backend
     )
-    assert float(new) == 0.25 and not any(changed(sum(before, []), problem.params + problem.buffers))
+    assert float(new) == 0.25 and not any(changed([t for ts in before for t in ts], problem.params + problem.buffers))
 
 
 @pytest.mark.parametrize("batch, mask", [(0, None), (3, torch.zeros(3, dtype=torch.bool))], ids=["no rows", "all masked"])
@@ -530,7 +530,7 @@ def test_many_tensors(backend):
     losses = parts[0].next()[1]
     grads = [p.next()[0] for p in parts]
     order = np.random.default_rng(0).permutation(201)
-    lists = [sum((list(x) for x in kind), []) for kind in ([p.params for p in parts], [p.buffers for p in parts], grads)]
+    lists = [[t for ts in kind for t in ts] for kind in ([p.params for p in parts], [p.buffers for p in parts], grads)]
     lists = [[ts[i] for i in order] for ts in lists]
     expected = exact_step(*[Problem.doubles(ts) for ts in lists], losses.double().numpy(), 0.3, lam=-0.7, lr=0.125)
     weighted_momentum_step_(*lists, losses, 0.3, lam=-0.7, lr=0.125, backend=backend)

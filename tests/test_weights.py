@@ -516,7 +516,7 @@ def test_the_host_never_waits(rule):
 
 @pytest.mark.parametrize("count", [1, 5, 1000])
 def test_every_instruction_set(backend, count):
-    """The level is searched for in float64 by each; 1000 losses take many rounds. (The float64 oracles above judge the best one.)"""
+    """Each searches the level in float64; 1000 losses take many rounds. (The float64 oracles above judge the best one.)"""
     losses = torch.randn(count, generator=torch.Generator().manual_seed(0)).round(decimals=1)
     groups, mask = torch.arange(count) % 3, torch.arange(count) % 7 != 2
     for rule in (
@@ -612,7 +612,7 @@ def test_what_a_wrapped_rule_takes():
 
 @pytest.mark.parametrize("way", ["kernels"], indirect=True)
 def test_a_long_search_is_short():
-    """16,000 losses, a penalty far below their distances: half of them come to the bound one by one (1.2 s in a first version)."""
+    """16,000 losses and a penalty far below their distances: half of them reach the bound one by one (1.2 s at first)."""
     x = torch.randn(16000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     start = time.perf_counter()
     ours = weights.cvar(x, 0.5, reg=1e-6)

@@ -25,7 +25,7 @@ def way(request, monkeypatch):
     return request.param
 
 
-# ---- the rules of MATH section 4 again, in NumPy ----------------------------------------------------------------------
+# ---- the rules of MATH §4 again, in NumPy ----------------------------------------------------------------------
 
 
 def tilted(losses, t):
