@@ -1,5 +1,6 @@
 # make demo    environment, build, and the two experiments of the README
-# make test    environment, build, and every test
+# make lint    formatting, lint rules and types, in half a minute; `make format` mends what can be mended
+# make test    lint, and every test
 # A fresh Debian or Ubuntu machine needs: python >= 3.10 with venv and headers (python3-venv python3-dev), a C++ compiler, make.
 
 PYTHON ?= python3
@@ -11,7 +12,9 @@ bin    := $(VENV)/bin
 native := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) CMakeLists.txt setup.py pyproject.toml
 train   = $(bin)/absgd-fast train --dataset digits --methods sgd,absgd,reference --seeds 8
 
-.PHONY: demo l2rw test bench bench-linear bench-l2rw sanitize clean
+cpp    := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo l2rw lint format test bench bench-linear bench-l2rw sanitize clean
 demo: $(VENV)/.installed
 	@rm -f demo/*/checkpoint.pt  # of a demo that was stopped: `train` would not begin another in its place
 	$(train) --noise symmetric --noise-rate 0.4 --model mlp --lam -0.5 --warmup 0.3 --weight-decay 1e-4 --out demo/noise
@@ -24,7 +27,18 @@ l2rw: $(VENV)/.installed
 	    --model mlp --lam -0.5 --lr 0.05 --clean 10 --out demo/l2rw
 	$(bin)/python -m benchmarks.imbalance
 
-test: $(VENV)/.installed
+lint: $(VENV)/.installed
+	$(bin)/ruff format --check --quiet
+	$(bin)/ruff check --quiet
+	$(bin)/clang-format --dry-run --Werror $(cpp)
+	$(bin)/mypy
+
+format: $(VENV)/.installed
+	$(bin)/ruff format --quiet
+	$(bin)/ruff check --quiet --fix
+	$(bin)/clang-format -i $(cpp)
+
+test: lint
 	$(bin)/pytest
 
 bench: $(VENV)/.installed
@@ -65,5 +79,5 @@ $(VENV)/.torch:
 
 # editable: a change in Python needs no reinstall, a change in a file of $(native) makes one
 $(VENV)/.installed: $(VENV)/.torch $(native)
-	ABSGD_FAST_REQUIRE_NATIVE=1 $(bin)/pip install --no-build-isolation --editable .[test]
+	ABSGD_FAST_REQUIRE_NATIVE=1 $(bin)/pip install --no-build-isolation --editable .[test,lint]
 	@touch $@
