@@ -22,6 +22,10 @@ CITED_SECTION = re.compile(r"MATH(?:\.md)? (§\d+(?:\.\d+)?(?:(?:, | and |, and 
 PAPER = re.compile(r"\[([A-Z][\w-]+(?: [A-Z])? \d{4})\]")
 CITED_PAPER = re.compile(r"\b([A-Z][a-z]+)(?: et al\.| & [A-Z][\w-]+) (\d{4})")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+# a file that a page names, and what it says stands in it: csrc/math/losses.h `Row`
+NAMED_FILE = re.compile(
+    r"(?<![\w./-])((?:[\w.*-]+/)+[\w.*-]+\.(?:py|h|cpp|cu|cuh|sh|json))(?![\w/])(?:,? (`[A-Za-z_]\w*`(?:, `[A-Za-z_]\w*`)*))?"
+)
 
 
 def name(path):
@@ -79,6 +83,18 @@ def test_links_lead_somewhere(document):
         )
         if not target.exists() or (anchor and anchor not in map(slug, headings)):
             missing.append(link)
+    assert not missing
+
+
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if re.match(r"DESIGN|CONTRIBUTING|design-", d.name)], ids=name)
+def test_named_files_have_what_is_named(document):
+    plain = re.sub(r"\s+", " ", document.read_text().replace("\\_", "_").replace("**", ""))
+    missing = []
+    for path, words in NAMED_FILE.findall(plain):
+        files = [file for home in ("", "absgd_fast", "csrc", "benchmarks") for file in (ROOT / home).glob(path)]
+        text = "".join(file.read_text() for file in files)
+        missing += [] if files else [path]
+        missing += [f"{path} {word}" for word in re.findall(r"\w+", words) if not re.search(rf"\b{word}\b", text)]
     assert not missing
 
 
