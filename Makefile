@@ -1,4 +1,4 @@
-# make demo    environment, build, and the two experiments of the README
+# make demo    environment, build, the two experiments of the README, and its picture, docs/noise.png
 # make lint    formatting, lint rules and types, in half a minute; `make format` mends what can be mended
 # make test    lint, and every test
 # A fresh Debian or Ubuntu machine needs: python >= 3.10 with venv and headers (python3-venv python3-dev), a C++ compiler, make.
@@ -19,6 +19,7 @@ demo: $(VENV)/.installed
 	@rm -f demo/*/checkpoint.pt  # of a demo that was stopped: `train` would not begin another in its place
 	$(train) --noise symmetric --noise-rate 0.4 --model mlp --lam -0.5 --warmup 0.3 --weight-decay 1e-4 --out demo/noise
 	$(train) --imbalance lt --rho 100 --model linear --lam 0.5 --warmup 0.5 --weight-decay 5e-4 --out demo/longtail
+	$(bin)/python -m benchmarks.readme demo docs/noise.png
 
 # Learning to reweight examples: wrong labels, and its paper's protocol for imbalance. Ten minutes.
 l2rw: $(VENV)/.installed

@@ -1,5 +1,5 @@
 """weighted_momentum_step_: against float64 (the oracle's weights, the mean and the step written here), against ABLoss with
-autograd and the optimizers, its options, bad batches, layouts of memory, threads, errors, the examples of the README."""
+autograd and the optimizers, its options, bad batches, layouts of memory, threads, errors, the examples of docs/scale.md."""
 
 import math
 import re
@@ -732,12 +732,12 @@ def test_what_is_not_wrong(one_backend):
     weighted_momentum_step_(**call(), backend=one_backend)
 
 
-# ---- the README -----------------------------------------------------------------------------------------------------
+# ---- the examples of docs/scale.md ---------------------------------------------------------------------------------------
 
 
-def test_the_examples_of_the_readme():
+def test_the_examples_of_the_guide():
     """Both run, and both train: 30 epochs on two blobs, one label in eight wrong, after which every right one is predicted."""
-    text = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    text = (Path(__file__).resolve().parent.parent / "docs" / "scale.md").read_text()
     examples = [e for e in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "weighted_momentum_step_" in e]
     assert len(examples) == 2
     draw = torch.Generator().manual_seed(0)
@@ -761,7 +761,7 @@ def test_the_examples_of_the_readme():
             epochs=30,
         )
         assert (model(images).argmax(1) == labels).float().mean() < 0.5
-        exec(compile(example, "README.md", "exec"), names)
+        exec(compile(example, "docs/scale.md", "exec"), names)
         assert (model(images).argmax(1) == labels).all() and math.isfinite(names["log_s"])
 
 

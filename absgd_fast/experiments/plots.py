@@ -23,7 +23,7 @@ def figures(results):
     return [*found, _seconds(runs_of)]
 
 
-def _over_seeds(runs, key):
+def over_seeds(runs, key):
     """(mean, std) over the seeds of a per-epoch series, (epochs,) each."""
     series = torch.tensor([_numbers(run["epochs"][key]) for run in runs], dtype=torch.float64)
     return _mean_std(series)
@@ -43,7 +43,7 @@ def _numbers(values):
 def _accuracy(results, runs_of):
     figure, axes = make_axes("epoch", "balanced accuracy on the test set, %", size=(6.4 if len(runs_of) <= FEW else 8.4, 3.8))
     for method, mine in runs_of.items():
-        average, std = _over_seeds(mine.values(), "balanced_accuracy")
+        average, std = over_seeds(mine.values(), "balanced_accuracy")
         epochs = range(1, len(average) + 1)
         axes.plot(epochs, average, label=method, linewidth=1.8, **STYLES[method])
         axes.fill_between(epochs, average - std, average + std, color=STYLES[method]["color"], alpha=0.15, linewidth=0)
@@ -132,7 +132,7 @@ def _clean_and_flipped(results, runs_of):
         if method == BASELINE:
             continue
         for key, label, marker in (("clean_weight", "right label", "o"), ("flipped_weight", "wrong label", "x")):
-            average, _ = _over_seeds(runs_of[method].values(), key)
+            average, _ = over_seeds(runs_of[method].values(), key)
             epochs = range(1, len(average) + 1)
             axes.plot(
                 epochs,
