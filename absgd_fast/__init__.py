@@ -1,12 +1,18 @@
-"""absgd_fast: attentional-biased SGD (ABSGD) for PyTorch, fused.
+"""absgd_fast: attentional-biased SGD (ABSGD) for PyTorch, with fused kernels.
 
-Robust weights W_i = exp(L_i / lambda) / s for training on imbalanced (lambda > 0) or mislabelled (lambda < 0) data.
+A robust loss weighs each sample by W_i = exp(L_i / lambda) / s. lambda > 0 attends to large losses, for imbalanced data.
+lambda < 0 attends to small ones, for mislabelled data. docs/MATH.md §1 has the formulas.
 
 >>> import torch, absgd_fast as ab
 >>> criterion = ab.ABLoss(lam=-0.5)
 >>> loss = criterion(torch.zeros(4, 10, requires_grad=True), torch.arange(4))
 >>> loss.backward()
+
+`__version__` is the version of the installed package, which pyproject.toml sets, and "0+not.installed" if absgd_fast is imported
+from a checkout that is not installed.
 """
+
+from importlib import metadata as _metadata
 
 from . import functional, meta, reference, weights
 from .linear import LinearABLoss
@@ -26,6 +32,11 @@ from .losses import (
 from .optim import ABSGD, ABAdagrad, ABAdam, ABAdamW, ABRMSprop
 from .robust import DFT, ABLoss, RelativeLam
 from .schedule import DRW, TLA, TwoStage, vs_tla_adrw
+
+try:
+    __version__ = _metadata.version("absgd_fast")
+except _metadata.PackageNotFoundError:
+    __version__ = "0+not.installed"
 
 __all__ = [
     "ABSGD",

@@ -1,8 +1,10 @@
-"""Checks of arguments. An error says what was given, what was expected, and what to call instead."""
+"""Checks of arguments. Each error says what was given, what is expected, and what to do instead."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -11,21 +13,21 @@ from .reference import real_dtype
 
 
 def unit_interval(value: float, name: str) -> float:
-    """A number in (0, 1], or ValueError."""
+    """A number in (0, 1] as a float; ValueError for anything else."""
     if not (isinstance(value, (int, float)) and 0 < value <= 1):
         raise ValueError(f"{name}: got {value!r}, expected a number in (0, 1]")
     return float(value)
 
 
 def positive(value: float, name: str) -> float:
-    """A finite number > 0, or ValueError."""
+    """A finite number > 0 as a float; ValueError for anything else."""
     if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0 < value < math.inf):
         raise ValueError(f"{name}: got {value!r}, expected a finite number > 0")
     return float(value)
 
 
 def max_weight(value: float | None) -> float:
-    """An upper bound of weights: infinity for None. ValueError for what is no positive number."""
+    """An upper bound of weights as a float: infinity for None. ValueError for a number that is not positive."""
     bound = math.inf if value is None else float(value)
     if not bound > 0:
         raise ValueError(f"max_weight: got {value!r}, expected a positive number or None")
@@ -33,18 +35,23 @@ def max_weight(value: float | None) -> float:
 
 
 def choice(value: str, name: str, choices: tuple[str, ...]) -> str:
+    """One of `choices`; ValueError for anything else."""
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
     return value
 
 
 def scalar(value: float | Tensor, name: str) -> None:
+    """ValueError for a tensor that has dimensions."""
     if isinstance(value, Tensor) and value.dim() != 0:
         raise ValueError(f"{name}: got a tensor of shape {tuple(value.shape)}, expected a number or a 0-d tensor")
 
 
 def lam(value: float | Tensor) -> float | Tensor:
-    """lambda: any number but 0 and NaN (a tensor on the CPU is looked into, one on a GPU is not waited for)."""
+    """A lambda: any number except 0 and NaN, or a 0-d tensor.
+
+    The value of a tensor is checked on the CPU alone, because on another device the host would wait for it.
+    """
     if isinstance(value, Tensor):
         scalar(value, "lam")
         if value.device.type != "cpu" or torch.compiler.is_compiling():
@@ -52,7 +59,7 @@ def lam(value: float | Tensor) -> float | Tensor:
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"lam: got {type(value).__name__}, expected a number or a 0-d tensor")
     number = float(value)
-    if abs(number) < torch.finfo(torch.float32).tiny or math.isnan(number):  # 0, also after rounding to float32
+    if abs(number) < torch.finfo(torch.float32).tiny or math.isnan(number):  # 0 in float32 too
         raise ValueError(
             f"lam: got {number}, expected a number other than 0: > 0 attends to large losses (imbalance), "
             "< 0 to small ones (label noise), inf is the plain mean"
@@ -60,8 +67,17 @@ def lam(value: float | Tensor) -> float | Tensor:
     return value
 
 
+@overload
+def per_sample(value: Tensor, name: str, like: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def per_sample(value: Tensor | None, name: str, like: Tensor, dtype: torch.dtype) -> Tensor | None: ...
 def per_sample(value: Tensor | None, name: str, like: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """One value per loss, contiguous, in `dtype`."""
+    """One value per sample, contiguous, in `dtype`; None stays None.
+
+    Raises:
+        ValueError: value is no tensor, or differs from `like` in shape or device.
+        TypeError: dtype is bool and value is not.
+    """
     if value is None:
         return None
     if not isinstance(value, Tensor) or value.shape != like.shape or value.device != like.device:
@@ -73,7 +89,7 @@ def per_sample(value: Tensor | None, name: str, like: Tensor, dtype: torch.dtype
 
 
 def losses(value: object) -> Tensor:
-    """Per-sample losses: a floating tensor of at least one dimension."""
+    """Per-sample losses: a floating tensor with at least one dimension; TypeError or ValueError for anything else."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"losses: got {got}, expected a floating tensor of per-sample losses")
@@ -82,24 +98,36 @@ def losses(value: object) -> Tensor:
     return value
 
 
-def groups(value: object, like: Tensor) -> Tensor:
-    """One integer per loss, contiguous, int64."""
+def groups(value: Tensor, like: Tensor) -> Tensor:
+    """One integer per sample, contiguous, int64."""
     out = per_sample(value, "groups", like, torch.int64)
+    if out is None:
+        raise ValueError("groups: got None, expected one integer per sample, equal for samples of the same group")
     if value.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(f"groups: got {value.dtype}, expected integers, equal for rows of the same group")
+        raise TypeError(f"groups: got {value.dtype}, expected integers, equal for samples of the same group")
     return out
 
 
 def tilt(value: float, name: str) -> float:
-    """Any number but NaN."""
+    """A tilt as a float: any number except NaN; ValueError for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
         raise ValueError(f"{name}: got {value!r}, expected a number: > 0 attends to large losses, < 0 to small ones")
     return float(value)
 
 
 def target(logits: Tensor, target: Tensor, soft: bool = True) -> Tensor:
-    """Shapes, dtypes and devices of logits (B, C, ...) and target: labels (B, ...), or where `soft` probabilities of the
-    logits' shape, which are returned contiguous in the dtype of the losses."""
+    """The target, once logits and target fit together in shape, dtype and device.
+
+    Args:
+        logits: (B, C, ...), floating.
+        target: (B, ...) integer labels, which are returned as they are, or probabilities of the shape of the logits, which are
+            returned contiguous in the dtype of the losses.
+        soft: whether the loss takes probabilities.
+
+    Raises:
+        TypeError: logits that are not floating, a target of another dtype, or no tensors.
+        ValueError: shapes or devices that do not fit, or probabilities without `soft`.
+    """
     if not isinstance(logits, Tensor) or not isinstance(target, Tensor):
         raise TypeError(f"logits, target: got {type(logits).__name__} and {type(target).__name__}, expected tensors")
     if not logits.dtype.is_floating_point:
@@ -110,7 +138,7 @@ def target(logits: Tensor, target: Tensor, soft: bool = True) -> Tensor:
                 "target: got probabilities, expected class labels: only cross-entropy (without a margin) has soft targets"
             )
         if target.device != logits.device:
-            raise ValueError(f"target: got a tensor on {target.device}, expected {logits.device} as the logits")
+            raise ValueError(f"target: got a tensor on {target.device}, expected {logits.device}, the device of the logits")
         return target.detach().to(real_dtype(logits.dtype)).contiguous()
     if target.dtype not in (torch.int64, torch.int32):
         raise TypeError(
@@ -123,12 +151,12 @@ def target(logits: Tensor, target: Tensor, soft: bool = True) -> Tensor:
             "expected logits (B, C) or (B, C, d1, ...) and target (B) or (B, d1, ...)"
         )
     if target.device != logits.device:
-        raise ValueError(f"target: got a tensor on {target.device}, expected {logits.device} as the logits")
+        raise ValueError(f"target: got a tensor on {target.device}, expected {logits.device}, the device of the logits")
     return target
 
 
 def class_vectors(scale: Tensor | None, shift: Tensor | None, margin: Tensor | None, classes: int | None) -> Tensor | None:
-    """S, D, M as one tensor (3, C), or None if none is given."""
+    """The class vectors S, D, M as one tensor (3, C), with 1, 0, 0 for those not given; None if none is given."""
     given = {"scale": scale, "shift": shift, "margin": margin}
     like = next((v for v in given.values() if v is not None), None)
     if like is None or classes is None:
@@ -144,16 +172,21 @@ def class_vectors(scale: Tensor | None, shift: Tensor | None, margin: Tensor | N
 
 
 def adjust(vectors: Tensor | None, logits: Tensor) -> Tensor | None:
-    """S, D, M (3, C) as the kernels read them."""
+    """The class vectors S, D, M (3, C) in the dtype and on the device that the kernels read."""
     if vectors is None:
         return None
     if vectors.shape[1:] != logits.shape[1:2]:
-        raise ValueError(f"class vectors: got {vectors.shape[1]} classes (cls_num_list), the logits have {logits.shape[1]}")
+        raise ValueError(
+            f"class vectors: got {vectors.shape[1]} classes (cls_num_list), expected {logits.shape[1]} as in the logits"
+        )
     return _per_class(vectors, logits)
 
 
 def _per_class(x: Tensor, logits: Tensor) -> Tensor:
-    """x as the kernels read it: mostly it is so already (1 us less than asking torch for what need not be done)."""
+    """x in the dtype and on the device that the kernels read.
+
+    Most often x has them already. To check this here costs 1 us less than calls of torch that change nothing.
+    """
     real = real_dtype(logits.dtype)
     if x.dtype is real and not x.requires_grad and x.device == logits.device and x.is_contiguous():
         return x
@@ -161,7 +194,7 @@ def _per_class(x: Tensor, logits: Tensor) -> Tensor:
 
 
 def within(value: float, name: str, low: float, high: float, open_below: bool = False, open_above: bool = False) -> float:
-    """A finite number in the interval, or ValueError."""
+    """A finite number between low and high as a float; ValueError for anything else."""
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not (ok and (low < value if open_below else low <= value) and (value < high if open_above else value <= high)):
         upper = "inf)" if math.isinf(high) else f"{high}{')' if open_above else ']'}"
@@ -169,8 +202,8 @@ def within(value: float, name: str, low: float, high: float, open_below: bool = 
     return float(value)
 
 
-def class_counts(cls_num_list, name: str = "cls_num_list") -> Tensor:
-    """Numbers of samples per class, float64."""
+def class_counts(cls_num_list: Sequence[float] | Tensor, name: str = "cls_num_list") -> Tensor:
+    """The number of samples of each class, (C) float64 on the CPU; ValueError unless all are positive."""
     counts = torch.as_tensor(cls_num_list, dtype=torch.float64).detach().cpu()
     if counts.dim() != 1 or counts.numel() == 0 or not bool(((counts > 0) & counts.isfinite()).all()):
         raise ValueError(f"{name}: got {cls_num_list!r}, expected one positive number of samples per class")
@@ -178,6 +211,7 @@ def class_counts(cls_num_list, name: str = "cls_num_list") -> Tensor:
 
 
 def class_weight(weight: Tensor | None, logits: Tensor) -> Tensor | None:
+    """The class weights (C) in the dtype and on the device that the kernels read; None stays None."""
     if weight is None:
         return None
     if weight.shape != logits.shape[1:2]:
@@ -186,13 +220,14 @@ def class_weight(weight: Tensor | None, logits: Tensor) -> Tensor | None:
 
 
 def smoothing(label_smoothing: float) -> float:
+    """A label smoothing in [0, 1] as a float; ValueError for anything else."""
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: got {label_smoothing!r}, expected a number in [0, 1]")
     return float(label_smoothing)
 
 
 def momentum_sgd(momentum: float, dampening: float, weight_decay: float, nesterov: bool, heavy_ball: bool) -> None:
-    """Numbers of a momentum step and options that exclude each other, as for ABSGD."""
+    """ValueError for numbers of a momentum step that are out of range, and for options that exclude each other."""
     within(momentum, "momentum", 0, math.inf)
     within(weight_decay, "weight_decay", 0, math.inf)
     within(dampening, "dampening", -math.inf, math.inf, open_below=True, open_above=True)
@@ -206,15 +241,21 @@ def momentum_sgd(momentum: float, dampening: float, weight_decay: float, nestero
 
 
 def rate(lr: float | Tensor) -> None:
-    """A learning rate: a number >= 0, or a one-element tensor, which is not looked into."""
+    """ValueError unless lr is a number >= 0 or a one-element tensor. The value of a tensor is not checked."""
     if not isinstance(lr, Tensor):
         within(lr, "lr", 0, math.inf)
     elif lr.numel() != 1:
         raise ValueError(f"lr: got a tensor of shape {tuple(lr.shape)}, expected a number or a one-element tensor")
 
 
-def weighted_step(params: list, buffers: list | None, grads: list, losses: Tensor) -> None:
-    """Shapes, dtypes and devices of a weighted step, and that nothing it writes shares memory. buffers: None without momentum."""
+def weighted_step(params: list[Tensor], buffers: list[Tensor] | None, grads: list[Tensor], losses: Tensor) -> None:
+    """The checks of `functional.weighted_momentum_step_`: shapes, dtypes and devices, and that no written tensor shares memory.
+
+    Args:
+        params, grads: the parameters and their per-sample gradients.
+        buffers: the momentum buffers, or None without momentum.
+        losses: (B).
+    """
     lists = {"params": params, "per_sample_grads": grads} | ({} if buffers is None else {"momentum_buffers": buffers})
     for name, tensors in lists.items():
         if len(tensors) != len(params):
@@ -235,7 +276,9 @@ def weighted_step(params: list, buffers: list | None, grads: list, losses: Tenso
         real = real_dtype(p.dtype)
         if losses.dtype != real:
             raise TypeError(f"losses: got {losses.dtype} with params[{i}] of {p.dtype}, expected {real}: use losses.to({real})")
-        beside = [(f"per_sample_grads[{i}]", g, (len(losses), *p.shape), p.dtype)]
+        beside: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [
+            (f"per_sample_grads[{i}]", g, (len(losses), *p.shape), p.dtype)
+        ]
         if buffers:
             beside.append((f"momentum_buffers[{i}]", buffers[i], tuple(p.shape), real))
         for name, t, shape, dtype in beside:
@@ -248,13 +291,13 @@ def weighted_step(params: list, buffers: list | None, grads: list, losses: Tenso
                 raise TypeError(f"{name}: got {t.dtype} with params[{i}] of {p.dtype}, expected {dtype}")
         for name, t in ((f"params[{i}]", p), *((name, t) for name, t, *_ in beside)):
             if t.device != losses.device:
-                raise ValueError(f"{name}: got a tensor on {t.device}, expected {losses.device} as the losses")
+                raise ValueError(f"{name}: got a tensor on {t.device}, expected {losses.device}, the device of the losses")
     for name, t in written:
         if torch._debug_has_internal_overlap(t) == 1:
             raise ValueError(
-                f"{name}: several of its elements share one place in memory, expected a tensor of its own: clone() it"
+                f"{name}: got a tensor with elements that share one place in memory, expected one place for each: clone() it"
             )
-    if torch.compiler.is_compiling():  # nothing lies anywhere yet
+    if torch.compiler.is_compiling():  # tensors have no addresses yet
         return
     read = [("losses", losses), *((f"per_sample_grads[{i}]", g) for i, g in enumerate(grads))]
     spans = [(*_span(t, t.is_contiguous()), name, True) for name, t in written if t.numel()]
@@ -271,6 +314,9 @@ _STEPPED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _span(t: Tensor, whole: bool) -> tuple[int, int]:
-    """Where a tensor begins and ends in memory; not `whole`: its first element (with gaps, others' elements may lie in them)."""
+    """The addresses at which a tensor begins and ends.
+
+    Without `whole` this is the range of its first element: elements of other tensors may lie in the gaps of a strided tensor.
+    """
     last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride())) if whole else 0
     return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()

@@ -1,8 +1,11 @@
-"""What the processes of a data-parallel training tell each other: the partial statistics of their samples, and what they were set up with."""
+"""The exchange between the processes of a data-parallel training (docs/MATH.md §1.6).
+
+The processes tell each other the partial statistics of their samples and the settings of their criteria.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,28 +14,32 @@ from torch import Tensor
 AUTO = "auto"
 
 
-def check(process_group) -> None:
-    """TypeError for what can be no process group."""
+def check(process_group: object) -> None:
+    """TypeError unless process_group is "auto", None or a `torch.distributed.ProcessGroup`."""
     if process_group is None or (isinstance(process_group, str) and process_group == AUTO):
         return
     if dist.is_available() and isinstance(process_group, dist.ProcessGroup):
         return
     raise TypeError(
-        f"process_group: got {process_group!r}, expected 'auto' (the default group, where there is one), None (this process by"
-        " itself) or a torch.distributed.ProcessGroup"
+        f"process_group: got {process_group!r}, expected 'auto' (the default group if torch.distributed is initialised), None"
+        " (this process by itself) or a torch.distributed.ProcessGroup"
     )
 
 
-def ranks(process_group, before: int) -> int:
-    """How many processes exchange their partial statistics; `before`: how many did the last time.
+def ranks(process_group: dist.ProcessGroup | str | None, before: int) -> int:
+    """The number of processes that exchange their partial statistics.
+
+    Args:
+        process_group: a group, "auto" or None, as `check` admits it.
+        before: what the last call returned. It tells a default group that has ended from one that was never there.
 
     Raises:
-        RuntimeError: the group is gone, or this process is not in it.
+        RuntimeError: the group has been destroyed, or this process is not in it.
     """
     if process_group is None:
         return 1
     running = dist.is_available() and dist.is_initialized()
-    if process_group == AUTO:
+    if isinstance(process_group, str):
         if running:
             return dist.get_world_size()
         if before > 1:
@@ -48,26 +55,44 @@ def ranks(process_group, before: int) -> int:
         size, member = 0, False
     if not member:
         what = "does not contain this process" if size != 0 else "is gone (destroyed after it was given to ABLoss)"
-        raise RuntimeError(f"process_group: the group {what}; expected one that it is in, 'auto', or None for this process alone")
+        raise RuntimeError(
+            f"process_group: the group {what}; expected a group that contains it, 'auto', or None for this process alone"
+        )
     return size
 
 
-def exchange(row: Tensor, process_group, count: int) -> Tensor:
-    """(count, len(row)): the rows of all processes, by one all-gather. row (K) float64."""
+def exchange(row: Tensor, process_group: dist.ProcessGroup | str | None, count: int) -> Tensor:
+    """The rows of all processes, (count, K), by one all-gather.
+
+    Args:
+        row: (K) float64, the numbers of this process.
+        process_group: as for `ranks`.
+        count: the number of processes.
+
+    Raises:
+        RuntimeError: the all-gather failed.
+    """
     out = row.new_empty((count, row.numel()))
-    group = None if process_group == AUTO else process_group
+    group = None if isinstance(process_group, str) else process_group
     try:
         dist.all_gather(list(out.unbind()), row, group=group)
     except RuntimeError as error:
         raise RuntimeError(
-            f"ABLoss: the exchange of log s between {count} processes failed, and the state is as it was; a process ended, or"
-            f" one made a forward pass in training mode that another did not (an empty batch takes part too): {error}"
+            f"ABLoss: the exchange of log s between {count} processes failed; the state is as it was. Either a process ended, or"
+            " one made a forward pass in training mode that another did not. A process without samples must call forward with an"
+            f" empty batch. The error was: {error}"
         ) from error
     return out
 
 
-def check_agreement(rows: Tensor, names: Sequence[str], show=str) -> None:
-    """ValueError where a column differs between processes. rows (ranks, len(names)): what each was set up with."""
+def check_agreement(rows: Tensor, names: Sequence[str], show: Callable[[str, float], str]) -> None:
+    """ValueError if a setting differs between the processes.
+
+    Args:
+        rows: (processes, len(names)) float64, the settings of each process.
+        names: the names of the settings.
+        show: makes the text of a setting from its name and its number.
+    """
     differs = (rows.view(torch.int64) != rows[0].view(torch.int64)).any(0)
     if not differs.any():
         return
@@ -76,5 +101,5 @@ def check_agreement(rows: Tensor, names: Sequence[str], show=str) -> None:
     values = [show(names[column], float(rows[rank, column])) for rank in (0, other)]
     raise ValueError(
         f"ABLoss: the processes disagree on {names[column]}: rank 0 has {values[0]}, rank {other} has {values[1]}; construct and"
-        " schedule the criterion alike on all of them (the state is as it was)"
+        " schedule the criterion in the same way on all of them (the state is as it was)"
     )

@@ -1,5 +1,7 @@
-"""Pure functions: nothing is mutated, the new state is returned. Only weighted_momentum_step_ writes, as its name says: parameters
-and momentum buffers."""
+"""Pure functions: they change no argument and return the new state.
+
+The one exception is `weighted_momentum_step_`. As the underscore in its name says, it writes parameters and momentum buffers.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,9 @@ def loss_spec(
     alpha: float,
     beta: float,
 ) -> LossSpec:
-    """The checked arguments of `logit_loss`."""
+    """The arguments of `logit_loss`, checked, in the form that the operators take."""
     _checks.choice(kind, "kind", KINDS)
-    hyper_a = hyper_b = 0.0  # _codes.HYPERPARAMETERS says what they are
+    hyper_a = hyper_b = 0.0  # _codes.HYPERPARAMETERS has their names for each kind
     if kind == "ce":
         hyper_a = _checks.smoothing(label_smoothing)
     elif label_smoothing:
@@ -70,37 +72,44 @@ def logit_loss(
     beta: float = 1.0,
     backend: str | None = None,
 ) -> Tensor:
-    """Per-sample losses on logits x, one fused pass.
+    """Per-sample losses on logits x, computed in one fused pass (docs/MATH.md §2.1 and §2.2).
 
         a_k = S_k x_k + D_k - M_y 1[k = y],    p = softmax(a)_y,    n = -log p,    w = v_y
 
-        "ce"     w n;  with label smoothing e over C classes  (1 - e) w n + (e / C) sum_k v_k (-log softmax(a)_k)
-        "focal"  w (1 - p)^gamma n                                          Lin et al. 2017, Eq. 5
-        "gce"    w (1 - p^q) / q;  truncated at k  w (k^q - p^q) / q        Zhang & Sabuncu 2018, Eq. 6 and 9
-        "sce"    w (alpha n + beta A (1 - p)),  A = -log 1e-4               Wang et al. 2019, Eq. 5
+        "ce"              w n;  with label smoothing e over C classes  (1 - e) w n + (e / C) sum_k v_k (-log softmax(a)_k)
+        "focal"           w (1 - p)^gamma n                                          Lin et al. 2017, Eq. 5
+        "gce"             w (1 - p^q) / q;  truncated at k  w (k^q - p^q) / q        Zhang & Sabuncu 2018, Eq. 6 and 9
+        "sce"             w (alpha n + beta A (1 - p)),  A = -log 1e-4               Wang et al. 2019, Eq. 5
+        "weighted_focal"  (1 - u)^gamma m,  m = w n,  u = exp(-m)                    the ABSGD authors' code
+
+    -log p is computed as log1p(sum_{k != y} exp(a_k - a_y)). So the gradient at the label keeps its digits as p -> 1.
 
     Args:
-        logits: (B, C) or (B, C, d1, ...), float32, float64, bfloat16 or float16, any strides.
-        target: (B) or (B, d1, ...), int64 or int32 labels in [0, C), or `ignore_index`; for "ce" also probabilities of the
-            shape of the logits.
-        kind: the loss.
-        scale, shift, margin: (C) class vectors S, D, M (those of VS, logit adjustment, CDT and LDAM: see the modules);
-            default 1, 0, 0.
+        logits: (B, C) or (B, C, d1, ...), float32, float64, bfloat16 or float16, with any strides.
+        target: (B) or (B, d1, ...), int64 or int32 labels in [0, C), or `ignore_index`. For "ce" also probabilities of the
+            shape of the logits (docs/MATH.md §2.4).
+        kind: the loss, one of the names above.
+        scale, shift, margin: (C) class vectors S, D, M; default 1, 0, 0. The losses `VS`, `LogitAdjusted`, `CDT` and `LDAM`
+            make them from the numbers of samples per class.
         weight: (C) class weights v; default all 1.
-        label_smoothing: e in [0, 1], "ce" only.
+        label_smoothing: e in [0, 1], for "ce" only.
         ignore_index: rows with this label have loss 0 and gradient 0.
-        gamma: >= 0. q: in (0, 1]. k: in (0, 1) or None. alpha, beta: >= 0.
-        prune: rows with p <= k are treated as ignored, batch by batch (the original prunes a data set at chosen epochs).
-        backend: None (the fastest that can run for the device), "cuda", "triton", "cpu" or "reference".
+        gamma: >= 0, of "focal" and "weighted_focal".
+        q: in (0, 1], of "gce".
+        k: in (0, 1), of "gce"; None: not truncated.
+        prune: True: rows with p <= k are treated as ignored, batch by batch. (The original prunes the data set at chosen epochs.)
+        alpha, beta: >= 0, of "sce".
+        backend: None (the fastest that can run on the device), "cuda", "triton", "cpu" or "reference".
 
     Returns:
-        (B) or (B, d1, ...) losses: float64 for float64 logits, else float32 (a bfloat16 loss is too coarse to be
-        exponentiated). The gradient has the logits' dtype.
+        (B) or (B, d1, ...) losses: float64 for float64 logits, else float32, because a bfloat16 loss is too coarse to be
+        exponentiated. The gradient has the dtype of the logits.
 
     Raises:
-        TypeError: labels that are not integers. ValueError: shapes, numbers out of range, a kind that is not known.
-        IndexError: a label out of range (first value and row). On a GPU the row is ignored, and a later call raises: the host
-        does not wait for the GPU. (On Intel's none does.)
+        TypeError: labels that are not integers.
+        ValueError: shapes that do not fit, numbers out of range, or an unknown kind.
+        IndexError: a label out of range; the text names the first one and its row. A GPU ignores the row and a later call
+            raises, because the host does not wait for the GPU. On GPUs of Intel no call raises.
 
     >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]], requires_grad=True)
     >>> losses = logit_loss(logits, torch.tensor([0, -100]))
@@ -108,8 +117,6 @@ def logit_loss(
     tensor([0.1269, 0.0000])
     >>> logit_loss(logits, torch.tensor([0, 1]), kind="gce", q=1.0).detach()  # 1 - p
     tensor([0.1192, 0.5000])
-
-    -log p is computed as log1p(sum_{k != y} exp(a_k - a_y)), which keeps the label's gradient exact as p -> 1 (csrc/math.h).
     """
     classes = logits.shape[1] if isinstance(logits, Tensor) and logits.dim() > 1 else None
     adjust = _checks.class_vectors(scale, shift, margin, classes)
@@ -120,13 +127,16 @@ def logit_loss(
 
 
 def losses_of(logits: Tensor, target: Tensor, spec: LossSpec, backend: str | None) -> Tensor:
-    """The losses that `spec` stands for, by whichever backend serves."""
+    """The losses that `spec` describes, from the backend that serves the device."""
     return losses_and_validity(logits, target, spec, backend)[0]
 
 
 def losses_and_validity(logits: Tensor, target: Tensor, spec: LossSpec, backend: str | None) -> tuple[Tensor, Tensor]:
-    """The same, and which rows count: not 0 where they do. A row that is ignored or pruned does not, nor does one whose label
-    a GPU found out of range."""
+    """The losses that `spec` describes, and which rows count.
+
+    The second tensor is 0 for a row that does not count: one that is ignored, pruned, or has a label that a GPU found out of
+    range. It is not 0 for every other row.
+    """
     target = _checks.target(logits, target, soft=spec.soft)
     spec = spec._replace(class_weight=_checks.class_weight(spec.class_weight, logits), adjust=_checks.adjust(spec.adjust, logits))
     operators = ops.serving(logits.device, backend)
@@ -155,29 +165,34 @@ def robust_weights(
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Robust weights of any per-sample losses and the next log s (ABSGD paper, Alg. 1, steps 3-5, in the log domain).
+    """Robust weights of any per-sample losses, and the next log s.
 
         log s' = logaddexp(log(1 - gamma) + log s, log(gamma alpha) + log mean exp(L / lambda))
         W_i    = exp(L_i / lambda - log s')
 
+    These are steps 3 to 5 of Alg. 1 of the ABSGD paper in the log domain (docs/MATH.md §1.1). Both results are differentiable
+    functions of the losses (docs/MATH.md §1.3).
+
     Args:
-        losses: any shape; differentiable (also through log s').
+        losses: floating tensor of any shape.
         log_s: number or 0-d tensor; -inf before the first batch.
-        lam: number or 0-d tensor, not 0; > 0 attends to large losses, < 0 to small ones, +-inf gives W = 1.
-        gamma, alpha: in (0, 1].
-        init: "first": the first batch sets s alone; "zero": s starts at 0, as in the paper.
-        mask: like losses, bool; False = ignored (W = 0).
-        backend: None, "cuda", "triton", "cpu" or "reference".
+        lam: number or 0-d tensor, not 0. > 0 attends to large losses, < 0 to small ones; at +-inf W = 1.
+        gamma: weight of this batch in the moving average, in (0, 1].
+        alpha: multiplier on the batch mean, in (0, 1].
+        init: "first": the first batch alone sets s. "zero": s starts at 0, as in the paper.
+        mask: as losses, bool; a sample with False is ignored and has W = 0.
+        backend: None (the fastest that can run on the device), "cuda", "triton", "cpu" or "reference".
 
     Returns:
-        weights (like losses; float64 for float64 losses, else float32), new log s (0-d; dtype of log_s if a tensor).
-        A NaN or infinite loss has W = NaN, leaves the other weights alone and log s where it was.
+        weights (as losses; float64 for float64 losses, else float32) and the new log s (0-d; of the dtype of log_s if that is a
+        tensor). A sample with a NaN or infinite loss has W = NaN and does not affect the other weights. A batch with such a
+        sample leaves log s as it was (docs/MATH.md §1.4).
 
     Raises:
-        ValueError: lam = 0 or NaN, gamma or alpha outside (0, 1], mask of another shape.
+        ValueError: lam is 0 or NaN, gamma or alpha lies outside (0, 1], or mask has another shape.
 
     >>> weights, log_s = robust_weights(torch.tensor([1.0, 1000.0]), float("-inf"), 1.0)
-    >>> weights, log_s  # no overflow: W <= B / (gamma alpha)
+    >>> weights, log_s  # no overflow: W <= n / (gamma alpha)
     (tensor([0., 2.]), tensor(999.3068))
     """
     _checks.unit_interval(gamma, "gamma")
@@ -196,9 +211,23 @@ def robust_weights(
 
 @lru_cache(256)
 def _weighted_options(
-    gamma, alpha, init, normalizer, mix, max_weight, momentum, dampening, weight_decay, nesterov, maximize, heavy_ball
+    gamma: float,
+    alpha: float,
+    init: str,
+    normalizer: str,
+    mix: float,
+    max_weight: float | None,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    heavy_ball: bool,
 ) -> tuple[float, int, int]:
-    """Checks them: once, because they stay the same from step to step (4 us). max_weight as a number, and the operator's bits."""
+    """Check the options; return max_weight as a number, the bits of the step, and the bits of the weights.
+
+    The result is cached, because the options stay the same from step to step and the checks cost 4 us.
+    """
     _checks.unit_interval(gamma, "gamma")
     _checks.unit_interval(alpha, "alpha")
     _checks.choice(init, "init", ("first", "zero"))
@@ -210,8 +239,10 @@ def _weighted_options(
     return bound, form, ops.flags(normalizer, init)
 
 
-def _weighted_rows(params: list, losses, mask, sample_weight) -> tuple[Tensor, Tensor | None, Tensor | None, torch.dtype]:
-    """Losses, mask and sample weights as the operators read them, and the dtype that the parameters are computed in."""
+def _weighted_samples(
+    params: list[Tensor], losses: Tensor, mask: Tensor | None, sample_weight: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, torch.dtype]:
+    """Losses, mask and sample weights as the operators read them, and the dtype in which the step is computed."""
     if not isinstance(losses, Tensor) or not losses.is_floating_point():
         got = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
         raise TypeError(f"losses: got {got}, expected a floating tensor (B,), one loss per sample")
@@ -250,45 +281,54 @@ def weighted_momentum_step_(
     sample_weight: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """One step of Algorithm 1 from per-sample gradients g_i, in one pass over them and in place: what `ABLoss`, backward and
-    `ABSGD` do together, where the gradients of the samples are there already (torch.func.vmap, a linear head).
+    """One step of Algorithm 1 of the ABSGD paper from per-sample gradients g_i, in place (docs/MATH.md §3.4).
+
+    The function does what `ABLoss`, backward and `ABSGD` do together. Use it when the gradients of the samples are there
+    already, from torch.func.vmap or a linear head. It reads them once and writes no mean of them.
 
         z_i    = L_i / lam
         log s' = logaddexp(log(1 - gamma) + log s, log(gamma alpha) + log mean exp(z))
         W_i    = exp(z_i - log s')                                     (at most max_weight; 1 at |lam| = inf)
-        G      = (1/n) sum_i sample_weight_i (W_i + mix) g_i           (n valid rows; negated with maximize)
+        G      = (1/n) sum_i sample_weight_i (W_i + mix) g_i           (n valid samples; negated with maximize)
         b      = momentum b + (1 - dampening) (G + weight_decay w)
         w      = w - lr b          (nesterov: w - lr (G + weight_decay w + momentum b); heavy_ball, Eq. 2: see `ABSGD`)
 
-    (ABSGD paper, Alg. 1, in the log domain.) The gradients are read once, and no mean of them is written.
-
     Args:
-        params: tensors of any shape, float32, float64, bfloat16 or float16, all stepped alike; written.
-        momentum_buffers: per parameter b (with heavy_ball the last change of w), zeros before the first step: of its shape,
-            float64 for float64, else float32; written. Neither read nor written with momentum=0, where None serves.
-        per_sample_grads: per parameter (B, *its shape), of its dtype. Rows may lie any way apart (views of one block); a row
-            that does not lie as its parameter does, nor contiguous, is copied first.
-        losses: (B,) L_i, float64 for float64 parameters, else float32 (a half-precision loss is widened).
+        params: tensors of any shape, float32, float64, bfloat16 or float16; all take the same step and are written.
+        momentum_buffers: for each parameter b (with heavy_ball the last change of w), of its shape, float64 for float64
+            parameters, else float32; zeros before the first step. They are written. With momentum=0 they are neither read nor
+            written and may be None.
+        per_sample_grads: for each parameter (B, *its shape), of its dtype. The rows may lie any distance apart (views of one
+            block). A row that is neither contiguous nor laid out as its parameter is copied first.
+        losses: (B) L_i, float64 for float64 parameters, else float32. Half-precision losses are widened.
         log_s: number or 0-d tensor; -inf before the first batch.
-        lam: number or 0-d tensor, not 0; > 0 attends to large losses, < 0 to small ones, +-inf is the plain mean.
-        lr: >= 0; a number or a one-element tensor, which a GPU reads by itself.
-        gamma, alpha: in (0, 1]. mix: weight of a plain mean term. init, normalizer, max_weight: as for `ABLoss`.
-        momentum, weight_decay: >= 0. dampening: also of a first step, which torch.optim.SGD takes without.
-        nesterov: with momentum > 0 and no dampening. maximize: ascend. heavy_ball: Eq. 2, neither nesterov nor dampening.
-        mask: (B,) bool, False = ignored. sample_weight: (B,) t_i.
-        backend: None, "cuda", "triton", "cpu" or "reference".
+        lam: number or 0-d tensor, not 0. > 0 attends to large losses, < 0 to small ones; +-inf is the plain mean.
+        lr: >= 0; a number or a one-element tensor. The kernels of a GPU read the tensor, so the host does not wait.
+        gamma, alpha: in (0, 1], as for `robust_weights`.
+        mix: weight of an added plain mean.
+        init, normalizer, max_weight: as for `ABLoss`.
+        momentum, weight_decay: >= 0.
+        dampening: applies to the first step too, where torch.optim.SGD leaves it out.
+        nesterov: needs momentum > 0 and dampening = 0.
+        maximize: True: ascend.
+        heavy_ball: True: Eq. 2 of the paper, which has neither nesterov nor dampening.
+        mask: (B) bool; a sample with False is ignored.
+        sample_weight: (B).
+        backend: None (the fastest that can run on the device), "cuda", "triton", "cpu" or "reference".
 
     Returns:
-        new log s (0-d, a new tensor; dtype of log_s if a tensor, else of the losses).
+        The new log s: a new 0-d tensor, of the dtype of log_s if that is a tensor, else of the losses.
 
-        A row with a NaN or infinite loss that is not masked: nothing is written, and log s stays, so that one such batch never
-        poisons the state. No valid row at all: G = 0, so that momentum and decay go on, and log s stays. A row that weighs 0 (masked, or
-        of sample weight 0) takes no part, whatever its gradient holds; any other gradient that is not finite is not looked
-        for.
+        If an unmasked sample has a NaN or infinite loss, nothing is written and log s stays, so one bad batch does not spoil
+        the state. If no sample is valid, G = 0: momentum and decay go on, and log s stays. A sample of weight 0 (masked, or
+        with sample_weight 0) has no influence, even if its gradient holds NaN. The gradients of other samples are not checked
+        for NaN.
 
     Raises:
-        ValueError: shapes, lists of unequal length, devices, tensors that share memory with one that is written, numbers out
-        of range. TypeError: dtypes. Nothing is written then.
+        ValueError: shapes, devices or lengths of lists that do not fit, numbers out of range, or a written tensor that shares
+            memory with another one.
+        TypeError: dtypes that do not fit.
+        Nothing is written in these cases.
 
     >>> w, b = torch.zeros(2), torch.zeros(2)
     >>> grads, losses = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0.0, 9.0])
@@ -298,7 +338,7 @@ def weighted_momentum_step_(
 
     Source: Qi et al., *Attentional-Biased Stochastic Gradient Descent* (TMLR 2023), Algorithm 1.
     """
-    # Written for few Python calls: what is wrong with a tensor is said after an operator refused it.
+    # The C++ operators check the tensors. Python checks them only after such an operator raised, to give a clearer message.
     params, grads = list(params), list(per_sample_grads)
     _checks.lam(lam)
     _checks.scalar(log_s, "log_s")
@@ -307,12 +347,15 @@ def weighted_momentum_step_(
     max_weight, form, flags = options(
         gamma, alpha, init, normalizer, mix, max_weight, momentum, dampening, weight_decay, nesterov, maximize, heavy_ball
     )
-    losses, mask, sample_weight, real = _weighted_rows(params, losses, mask, sample_weight)
+    losses, mask, sample_weight, real = _weighted_samples(params, losses, mask, sample_weight)
     buffers = None if not momentum else [] if momentum_buffers is None else list(momentum_buffers)
     operators = ops.serving(losses.device, backend)
     if ops.transformed():
-        raise RuntimeError("weighted_momentum_step_: got a call inside a torch.func transform; call it on what that returns")
-    if operators.backend in ("triton", "reference"):  # the others check by themselves
+        raise RuntimeError(
+            "weighted_momentum_step_: got a call inside a torch.func transform, expected one outside; call it on the results of"
+            " the transform"
+        )
+    if operators.backend in ("triton", "reference"):  # these two do not check
         _checks.weighted_step(params, buffers, grads, losses)
     if not isinstance(log_s, Tensor) or log_s.device != losses.device:
         log_s = _number(log_s, log_s.dtype if isinstance(log_s, Tensor) else real, losses.device)
@@ -325,7 +368,7 @@ def weighted_momentum_step_(
             0.0 if lr_tensor is not None else float(lr), weight_decay, momentum, dampening, form, flags,
         )  # fmt: skip
     except RuntimeError:
-        _checks.weighted_step(params, buffers, grads, losses)  # the usual mistakes, said in Python's words
+        _checks.weighted_step(params, buffers, grads, losses)  # the clearer message, for the common mistakes
         raise
     if operators.native and not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(params if buffers is None else params + buffers)
@@ -333,7 +376,10 @@ def weighted_momentum_step_(
 
 
 def _number(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """0-d, on the device. A number is filled in there: copying it from the host would make the host wait for a GPU."""
+    """A number or a 0-d tensor as a 0-d tensor on the device.
+
+    A number is written there by a fill, because a copy from the host would wait for the GPU.
+    """
     if isinstance(value, Tensor):
         return value.detach().to(device, dtype)
     return torch.full((), float(value), dtype=dtype, device=device)

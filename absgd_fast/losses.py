@@ -1,5 +1,8 @@
-"""Per-sample losses on logits as modules, class weights, and a classifier. Inside `ABLoss` the losses run fused with the robust
-weights. The formulas are in `functional.logit_loss` (and csrc/math.h, reference/)."""
+"""Per-sample losses on logits as modules, class weights, and a classifier.
+
+Inside `ABLoss` a loss and the robust weights are computed in one fused pass. The formulas are in `functional.logit_loss`, in
+reference/losses.py and in docs/MATH.md §2.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +19,24 @@ from .reference import real_dtype
 
 
 class LogitLoss(nn.Module):
-    """What the losses on logits share: class weights, class vectors, ignored rows, the reduction.
+    """Base class of the losses on logits: class weights, class vectors, ignored rows and the reduction.
 
-    Shared arguments of every loss here:
-        weight: (C) class weights v; they are part of the loss, so inside `ABLoss` they stand in the exponent, as in the ABSGD
-            paper (Sec. 4) and the reference package.
+    Every loss here has these arguments:
+        weight: (C) float class weights v, default all 1. They are part of the loss. Inside `ABLoss` they therefore stand in the
+            exponent, as in the ABSGD paper (Sec. 4) and the reference package.
         ignore_index: rows with this label do not count.
-        reduction: "none" (one loss per sample, the default: what `ABLoss` needs), "mean" (divided by the sum of the labels'
-            class weights over the rows that count, as torch does) or "sum".
-        backend: None (the fastest that can run), "cuda", "triton", "cpu" or "reference".
+        reduction: "none" (the default): one loss per sample, which `ABLoss` needs. "mean": the sum, divided as torch does by the
+            sum of the labels' class weights over the rows that count (docs/MATH.md §2.4). "sum".
+        backend: None (the fastest that can run on the device), "cuda", "triton", "cpu" or "reference".
 
-    forward(logits, target): logits (B, C) or (B, C, d1, ...), float32, float64, bfloat16 or float16; target (B) or
-    (B, d1, ...), int64 or int32. Losses are float32 (float64 for float64 logits). Raises as `functional.logit_loss`.
+    forward(logits, target) takes logits (B, C) or (B, C, d1, ...), float32, float64, bfloat16 or float16, and target (B) or
+    (B, d1, ...), int64 or int32. The losses are float32 (float64 for float64 logits). It raises as `functional.logit_loss`.
 
     >>> isinstance(CrossEntropy(), LogitLoss)
     True
     """
+
+    weight: Tensor | None
 
     def __init__(
         self,
@@ -63,16 +68,16 @@ class LogitLoss(nn.Module):
         self.backend = backend
 
     def _adjust(self, logits: Tensor) -> Tensor | None:
-        """The class vectors S, D, M (3, C) in the dtype of the losses."""
+        """The class vectors S, D, M, (3, C) in the dtype of the losses; None if the loss has none."""
         return None
 
     def spec(self, logits: Tensor) -> LossSpec:
-        """This loss in the terms of the operators."""
-        # _buffers: module.weight goes through nn.Module.__getattr__, 0.4 us
+        """This loss in the form that the operators take."""
+        # self._buffers["weight"], because self.weight goes through nn.Module.__getattr__, which costs 0.4 us
         return LossSpec(self._buffers["weight"], self._adjust(logits), *self._numbers)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """(B) or (B, d1, ...) losses for reduction="none", else 0-d."""
+        """The losses, (B) or (B, d1, ...) for reduction="none", else 0-d."""
         spec = self.spec(logits)
         losses, valid = F.losses_and_validity(logits, target, spec, self.backend)
         if self.reduction == "none":
@@ -82,27 +87,31 @@ class LogitLoss(nn.Module):
         if target.is_floating_point():
             return losses.mean()
         valid = valid > 0
-        losses = losses.where(valid, 0)  # ignored rows have gradient 0 even where nothing is left to divide by
+        losses = losses.where(valid, 0)  # so that ignored rows have gradient 0 even if no row is left and the divisor is 0
         if self.weight is None:
             return losses.sum() / valid.sum()
         weight = self.weight.to(losses.device, real_dtype(logits.dtype))
         return losses.sum() / (weight[torch.where(valid, target, 0).long()] * valid).sum()
 
     def extra_repr(self) -> str:
+        """The numbers of the loss, for repr()."""
         a, b, ignore_index, _ = self._numbers
         numbers = "" if not (a or b) else f"{a:g}, {b:g}, " if b else f"{a:g}, "
         return f"{numbers}ignore_index={ignore_index}, reduction={self.reduction!r}"
 
 
 class CrossEntropy(LogitLoss):
-    """Cross-entropy: l = (1 - e) v_y (-log p_y) + (e / C) sum_k v_k (-log p_k), as torch.nn.CrossEntropyLoss.
+    """Cross-entropy, as torch.nn.CrossEntropyLoss (docs/MATH.md §2.2).
+
+        l = (1 - e) v_y (-log p_y) + (e / C) sum_k v_k (-log p_k)
+
+    target may also be probabilities t of the shape of the logits (docs/MATH.md §2.4). Then "mean" divides by the number of rows:
+
+        l = sum_k ((1 - e) t_k + e / C) v_k (-log p_k)
 
     Args:
         label_smoothing: e in [0, 1].
         weight, ignore_index, reduction, backend: see `LogitLoss`.
-
-    target may also be probabilities t of the shape of the logits: l = sum_k ((1 - e) t_k + e / C) v_k (-log p_k), and "mean"
-    divides by the number of rows.
 
     >>> CrossEntropy()(torch.zeros(2, 10), torch.tensor([3, 7]))
     tensor([2.3026, 2.3026])
@@ -120,11 +129,14 @@ class CrossEntropy(LogitLoss):
 
     @property
     def label_smoothing(self) -> float:
+        """The label smoothing e."""
         return self._numbers[0]
 
 
 class Focal(LogitLoss):
-    """Focal loss: l = w (1 - p)^gamma (-log p)  (Lin et al. 2017, Eq. 5).
+    """Focal loss (Lin et al. 2017, Eq. 5; docs/MATH.md §2.2).
+
+        l = w (1 - p)^gamma (-log p)
 
     Args:
         gamma: >= 0; 0 is cross-entropy.
@@ -134,18 +146,28 @@ class Focal(LogitLoss):
     tensor([0.1733])
     """
 
-    def __init__(self, gamma: float = 2.0, weight=None, ignore_index: int = -100, reduction: str = "none", backend=None):
+    def __init__(
+        self,
+        gamma: float = 2.0,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "none",
+        backend: str | None = None,
+    ):
         super().__init__("focal", weight, ignore_index, reduction, backend, gamma=gamma)
 
 
 class GCE(LogitLoss):
-    """Generalised cross-entropy: l = w (1 - p^q) / q  (Zhang & Sabuncu 2018, Eq. 6), between -log p (q -> 0) and 1 - p (q = 1).
+    """Generalised cross-entropy, for mislabelled data (Zhang & Sabuncu 2018, Eq. 6; docs/MATH.md §2.2).
+
+        l = w (1 - p^q) / q              from -log p (q -> 0) to 1 - p (q = 1)
+        l = w (k^q - p^q) / q            truncated at k (Eq. 9, TCE); negative for p > k
 
     Args:
         q: in (0, 1].
-        k: truncation (their Eq. 9, TCE): l = w (k^q - p^q) / q, negative for p > k; None = none.
-        prune: with k, rows with p <= k are treated as ignored, batch by batch. (The original prunes a data set at chosen
-            epochs.)
+        k: in (0, 1); None: not truncated.
+        prune: True (needs k): rows with p <= k are treated as ignored, batch by batch. The original prunes the data set at chosen
+            epochs.
         weight, ignore_index, reduction, backend: see `LogitLoss`.
 
     >>> GCE(q=1.0)(torch.zeros(1, 2), torch.tensor([0]))
@@ -157,19 +179,21 @@ class GCE(LogitLoss):
         q: float = 0.7,
         k: float | None = None,
         prune: bool = False,
-        weight=None,
+        weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "none",
-        backend=None,
+        backend: str | None = None,
     ):
         super().__init__("gce", weight, ignore_index, reduction, backend, q=q, k=k, prune=prune)
 
 
 class SCE(LogitLoss):
-    """Symmetric cross-entropy: l = w [alpha (-log p) + beta A (1 - p)], A = -log 1e-4  (Wang et al. 2019, Eq. 5).
+    """Symmetric cross-entropy, for mislabelled data (Wang et al. 2019, Eq. 5; docs/MATH.md §2.2).
+
+        l = w [alpha (-log p) + beta A (1 - p)],    A = -log 1e-4
 
     Args:
-        alpha, beta: >= 0; the paper has (0.1, 1) for CIFAR-10 and (6, 1) for CIFAR-100 (0.1 in its text).
+        alpha, beta: >= 0. The paper has (0.1, 1) for CIFAR-10 and (6, 1) for CIFAR-100 (0.1 in its text).
         weight, ignore_index, reduction, backend: see `LogitLoss`.
 
     >>> SCE()(torch.zeros(1, 2), torch.tensor([0]))  # 0.1 log 2 + 9.2103 / 2
@@ -180,10 +204,10 @@ class SCE(LogitLoss):
         self,
         alpha: float = 0.1,
         beta: float = 1.0,
-        weight=None,
+        weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "none",
-        backend=None,
+        backend: str | None = None,
     ):
         super().__init__("sce", weight, ignore_index, reduction, backend, alpha=alpha, beta=beta)
 
@@ -192,22 +216,29 @@ class SCE(LogitLoss):
 
 
 class _ClassVectorLoss(LogitLoss):
-    """Cross-entropy on a_k = S_k x_k + D_k - M_y 1[k = y], S, D and M from the numbers of samples per class."""
+    """Cross-entropy on a_k = S_k x_k + D_k - M_y 1[k = y], with S, D and M made from the numbers of samples per class."""
 
-    def __init__(self, cls_num_list: Sequence[int], weight, ignore_index: int, reduction: str, backend):
+    def __init__(
+        self, cls_num_list: Sequence[int], weight: Tensor | None, ignore_index: int, reduction: str, backend: str | None
+    ):
         super().__init__("ce", weight, ignore_index, reduction, backend)
         self.cls_num_list = _checks.class_counts(cls_num_list).tolist()
-        self.scaled = True  # False: S = 1 (schedule.TLA)
-        self._made: dict = {}  # (device, dtype, scaled) -> S, D, M
+        self.scaled: bool = True  # False: S = 1, which schedule.TLA sets
+        self._made: dict[tuple[torch.device, torch.dtype, bool], Tensor] = {}  # (device, dtype, scaled) -> S, D, M
 
     def _vectors(self, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """S, D, M (C) float64 from the numbers of samples per class."""
         raise NotImplementedError
 
     def _keep_vectors(self) -> None:
-        """For float32 logits on the default device now: what is kept only later, torch.compile would compile for anew."""
+        """Make the class vectors for float32 logits on the default device now.
+
+        If they were made in the first forward, torch.compile would compile that forward twice.
+        """
         self._adjust(torch.empty(0))
 
     def _adjust(self, logits: Tensor) -> Tensor:
+        """The class vectors S, D, M for these logits, (3, C); made once for each device and dtype."""
         key = logits.device, real_dtype(logits.dtype), self.scaled
         if key not in self._made:
             counts = torch.tensor(self.cls_num_list, dtype=torch.float64)
@@ -216,18 +247,19 @@ class _ClassVectorLoss(LogitLoss):
             self._made[key] = torch.stack([scale, shift, margin]).to(key[0], key[1])
         return self._made[key]
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_made": {}}
 
 
 class LDAM(_ClassVectorLoss):
-    """Label-distribution-aware margins (Cao et al. 2019, Eq. 13): cross-entropy on s (x_k - m_y 1[k = y]) with
-    m_j = max_m N_j^(-1/4) / max_k N_k^(-1/4).
+    """Label-distribution-aware margins, for imbalanced data (Cao et al. 2019, Eq. 13; docs/MATH.md §2.2).
 
-    Wants logits in [-1, 1]: see `CosineClassifier`.
+        l = cross-entropy of s (x_k - m_y 1[k = y]),    m_j = max_m N_j^(-1/4) / max_k N_k^(-1/4)
+
+    The logits must lie in [-1, 1]; `CosineClassifier` makes logits of this kind.
 
     Args:
-        cls_num_list: numbers of samples per class N, positive.
+        cls_num_list: number of samples N of each class, positive.
         max_m: the largest margin, >= 0.
         s: scale of the logits, > 0.
         weight, ignore_index, reduction, backend: see `LogitLoss`.
@@ -241,10 +273,10 @@ class LDAM(_ClassVectorLoss):
         cls_num_list: Sequence[int],
         max_m: float = 0.5,
         s: float = 30.0,
-        weight=None,
+        weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "none",
-        backend=None,
+        backend: str | None = None,
     ):
         super().__init__(cls_num_list, weight, ignore_index, reduction, backend)
         self.max_m = _checks.within(max_m, "max_m", 0, math.inf)
@@ -252,18 +284,20 @@ class LDAM(_ClassVectorLoss):
         self._numbers = (*self._numbers[:3], self._numbers[3] | ops.HARD)
         self._keep_vectors()
 
-    def _vectors(self, counts):
+    def _vectors(self, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         margin = counts**-0.25
         return torch.full_like(counts, self.s), torch.zeros_like(counts), self.s * self.max_m * margin / margin.max()
 
 
 class VS(_ClassVectorLoss):
-    """Vector scaling (Kini et al. 2021, Eq. 2): cross-entropy on S_k x_k + D_k with S_k = (N_k / N_max)^gamma and
-    D_k = tau log pi_k, pi the class frequencies.
+    """Vector scaling, for imbalanced data (Kini et al. 2021, Eq. 2; docs/MATH.md §2.2).
+
+        l = cross-entropy of S_k x_k + D_k,    S_k = (N_k / N_max)^gamma,    D_k = tau log pi_k,    pi_k = N_k / sum_j N_j
 
     Args:
-        cls_num_list: numbers of samples per class N, positive.
-        gamma: >= 0, of the multiplicative part. tau: >= 0, of the additive part.
+        cls_num_list: number of samples N of each class, positive.
+        gamma: >= 0, exponent of the multiplicative part S; 0 gives S = 1.
+        tau: >= 0, factor of the additive part D; 0 gives D = 0.
         weight, ignore_index, reduction, backend: see `LogitLoss`.
 
     >>> VS([3, 1], gamma=0.0, tau=1.0)(torch.zeros(1, 2), torch.tensor([1]))  # -log(1/4)
@@ -275,22 +309,29 @@ class VS(_ClassVectorLoss):
         cls_num_list: Sequence[int],
         gamma: float = 0.3,
         tau: float = 1.0,
-        weight=None,
+        weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "none",
-        backend=None,
+        backend: str | None = None,
     ):
         super().__init__(cls_num_list, weight, ignore_index, reduction, backend)
         self.gamma = _checks.within(gamma, "gamma", 0, math.inf)
         self.tau = _checks.within(tau, "tau", 0, math.inf)
         self._keep_vectors()
 
-    def _vectors(self, counts):
+    def _vectors(self, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return (counts / counts.max()) ** self.gamma, self.tau * (counts / counts.sum()).log(), torch.zeros_like(counts)
 
 
 class LogitAdjusted(VS):
-    """Logit adjustment (Menon et al. 2021, Eq. 10): cross-entropy on x_k + tau log pi_k; `VS` with gamma = 0.
+    """Logit adjustment, for imbalanced data (Menon et al. 2021, Eq. 10; docs/MATH.md §2.2): `VS` with gamma = 0.
+
+        l = cross-entropy of x_k + tau log pi_k
+
+    Args:
+        cls_num_list: number of samples of each class, positive; pi are the class frequencies.
+        tau: >= 0.
+        weight, ignore_index, reduction, backend: see `LogitLoss`.
 
     >>> LogitAdjusted([3, 1])(torch.zeros(1, 2), torch.tensor([0]))  # -log(3/4)
     tensor([0.2877])
@@ -300,16 +341,23 @@ class LogitAdjusted(VS):
         self,
         cls_num_list: Sequence[int],
         tau: float = 1.0,
-        weight=None,
+        weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "none",
-        backend=None,
+        backend: str | None = None,
     ):
         super().__init__(cls_num_list, 0.0, tau, weight, ignore_index, reduction, backend)
 
 
 class CDT(VS):
-    """Class-dependent temperatures (Ye et al. 2020): cross-entropy on (N_k / N_max)^gamma x_k; `VS` with tau = 0.
+    """Class-dependent temperatures, for imbalanced data (Ye et al. 2020; docs/MATH.md §2.2): `VS` with tau = 0.
+
+        l = cross-entropy of (N_k / N_max)^gamma x_k
+
+    Args:
+        cls_num_list: number of samples N of each class, positive.
+        gamma: >= 0.
+        weight, ignore_index, reduction, backend: see `LogitLoss`.
 
     >>> CDT([4, 1], gamma=0.5)(torch.tensor([[0.0, 2.0]]), torch.tensor([1]))  # log(1 + exp(-1))
     tensor([0.3133])
@@ -319,21 +367,22 @@ class CDT(VS):
         self,
         cls_num_list: Sequence[int],
         gamma: float = 0.3,
-        weight=None,
+        weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "none",
-        backend=None,
+        backend: str | None = None,
     ):
         super().__init__(cls_num_list, gamma, 0.0, weight, ignore_index, reduction, backend)
 
 
 class CosineClassifier(nn.Module):
-    """Logits x_k = cos(h, W_k) in [-1, 1]: the last layer for `LDAM`, whose s is their scale (Cao et al. 2019, Sec. 3.2).
+    """The last layer for `LDAM`: logits x_k = cos(h, W_k) in [-1, 1], which `LDAM` scales by s (Cao et al. 2019, Sec. 3.2).
 
     Args:
-        in_features: length of h. out_features: number of classes C.
+        in_features: length of the hidden vector h.
+        out_features: number of classes C.
 
-    forward(hidden): (..., in_features) -> (..., out_features).
+    forward(hidden) takes (..., in_features) and returns (..., out_features).
 
     >>> layer = CosineClassifier(8, 3)
     >>> bool((layer(torch.randn(5, 8)).abs() <= 1 + 1e-6).all())
@@ -346,9 +395,11 @@ class CosineClassifier(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """The cosines of the hidden vectors (..., in_features) with each class's vector, (..., out_features)."""
         return nn.functional.linear(nn.functional.normalize(hidden, dim=-1), nn.functional.normalize(self.weight, dim=-1))
 
     def extra_repr(self) -> str:
+        """The sizes of the layer, for repr()."""
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
 
 
@@ -356,13 +407,19 @@ class CosineClassifier(nn.Module):
 
 
 def class_balanced_weights(cls_num_list: Sequence[int], beta: float = 0.9999) -> Tensor:
-    """w_j proportional to (1 - beta) / (1 - beta^N_j), summing to C  (Cui et al. 2019, Eq. 12).
+    """Class-balanced weights (Cui et al. 2019, Eq. 12; docs/MATH.md §2.3).
+
+        w_j proportional to (1 - beta) / (1 - beta^N_j),    sum_j w_j = C
 
     Args:
-        cls_num_list: numbers of samples per class N, positive. beta: in [0, 1); 0 gives equal weights.
+        cls_num_list: number of samples N of each class, positive.
+        beta: in [0, 1); 0 gives equal weights.
 
     Returns:
-        (C) float32.
+        (C) float32 class weights, for the argument `weight` of the losses and for `DRW`.
+
+    Raises:
+        ValueError: a number of samples that is not positive, or beta outside [0, 1).
 
     >>> class_balanced_weights([1000, 10], beta=0.9)
     tensor([0.7888, 1.2112])
@@ -373,13 +430,19 @@ def class_balanced_weights(cls_num_list: Sequence[int], beta: float = 0.9999) ->
 
 
 def adrw_weights(cls_num_list: Sequence[int], nu: float) -> Tensor:
-    """w_j proportional to pi_j^(-nu), summing to C: the aligned deferred re-weighting of Wang et al. 2023, Sec. 3.3.
+    """The class weights of aligned deferred re-weighting, ADRW (Wang et al. 2023, Sec. 3.3; docs/MATH.md §2.3).
+
+        w_j proportional to pi_j^(-nu),    sum_j w_j = C,    pi_j = N_j / sum_k N_k
 
     Args:
-        cls_num_list: numbers of samples per class, positive; pi the class frequencies. nu: >= 0.
+        cls_num_list: number of samples N of each class, positive.
+        nu: >= 0; 0 gives equal weights.
 
     Returns:
-        (C) float32.
+        (C) float32 class weights, for `DRW`.
+
+    Raises:
+        ValueError: a number of samples that is not positive, or a negative nu.
 
     >>> adrw_weights([3, 1], nu=1.0)
     tensor([0.5000, 1.5000])
@@ -389,27 +452,29 @@ def adrw_weights(cls_num_list: Sequence[int], nu: float) -> Tensor:
 
 
 def _normalised(weights: Tensor) -> Tensor:
+    """Weights that sum to their number, float32."""
     return (weights * (len(weights) / weights.sum())).float()
 
 
-# ---- what runs fused -------------------------------------------------------------------------------------------------
+# ---- which losses the fused operators know ---------------------------------------------------------------------------
 
 
 def fused_spec(criterion: object, logits: Tensor) -> LossSpec | None:
-    """What the fused operators are called with to give the per-sample losses of `criterion`.
+    """The description of a criterion that the fused operators take, or None if they do not know it.
 
-    That is our own losses and torch.nn.CrossEntropyLoss, with reduction="none"; None for everything else.
+    They know our own losses and torch.nn.CrossEntropyLoss, with reduction="none".
 
     >>> fused_spec(torch.nn.CrossEntropyLoss(reduction="none", label_smoothing=0.1), torch.zeros(1, 2)).hyper_a
     0.1
     """
-    kind = type(criterion)
-    if getattr(kind, "forward", None) is LogitLoss.forward:  # a subclass with a forward of its own does something else
-        return criterion.spec(logits) if criterion.reduction == "none" else None
-    if kind is nn.CrossEntropyLoss and criterion.reduction == "none" and not _has_hooks(criterion):
+    if isinstance(criterion, LogitLoss):
+        known = type(criterion).forward is LogitLoss.forward  # a subclass with a forward of its own is another loss
+        return criterion.spec(logits) if known and criterion.reduction == "none" else None
+    if type(criterion) is nn.CrossEntropyLoss and criterion.reduction == "none" and not _has_hooks(criterion):
         return LossSpec(criterion._buffers["weight"], None, criterion.label_smoothing, 0.0, criterion.ignore_index, 0)
     return None
 
 
 def _has_hooks(module: nn.Module) -> bool:
+    """Whether somebody registered a hook, which the fused operators would not call."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)

@@ -1,9 +1,13 @@
-"""Schedules of the robust loss and of the losses for imbalance, stepped like torch's learning-rate schedulers."""
+"""Schedules of lambda, class weights and class vectors (docs/MATH.md §2.5).
+
+Each schedule has step(), state_dict() and load_state_dict(), as torch's learning-rate schedulers.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -12,21 +16,27 @@ from . import _checks
 from .losses import VS, LogitLoss, adrw_weights
 from .robust import ABLoss, RelativeLam
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 class TwoStage:
-    """Two-stage lambda (ABSGD paper, Sec. 3.6): learn a representation with the plain mean, then reweight.
+    """Two-stage lambda (ABSGD paper, Sec. 3.6; docs/MATH.md §2.5): learn features with the plain mean, then reweight.
 
         lambda = inf for the first `start` calls of step(), then `lam`
 
-    Making it sets lambda = inf at once. A change of lambda starts log s anew (`ABLoss.set_lam`).
+    The constructor sets lambda = inf at once. When lambda changes, log s starts anew (`ABLoss.set_lam`). To resume a training,
+    construct the criterion and the schedule and then load the state_dict of both, in any order.
 
     Args:
         criterion: the `ABLoss`.
-        lam: the second stage's lambda, or `RelativeLam(r)`.
-        start: how many calls of step() come first; 0 = `lam` from the beginning.
-        unit: what a call of step() stands for, "epoch" or "step".
+        lam: lambda of the second stage, or `RelativeLam(r)`.
+        start: the number of calls of step() in the first stage; 0: `lam` from the beginning.
+        unit: whether you call step() once per "epoch" or once per "step". The schedule only stores it.
 
-    Load the criterion's and the schedule's state_dict after making both, in any order.
+    Raises:
+        TypeError: criterion is no `ABLoss`.
+        ValueError: lam is 0 or NaN, start is negative, or unit is unknown.
 
     >>> criterion = ABLoss(lam=0.5)
     >>> schedule = TwoStage(criterion, lam=0.5, start=1)
@@ -50,16 +60,20 @@ class TwoStage:
         criterion.set_lam(lam if start == 0 else math.inf)
 
     def step(self) -> None:
-        """Count one epoch or step; the `start`-th call switches lambda on."""
+        """Count one epoch or step. The `start`-th call sets lambda."""
         if self.count + 1 == self.start:
-            self.criterion.set_lam(self.lam)  # or it raises, and the call does not count
+            self.criterion.set_lam(self.lam)  # if this raises, the call is not counted
         self.count += 1
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, int]:
+        """The number of calls so far."""
         return {"count": self.count}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Continue at the saved count. lambda follows where it is another stage's; log s is the criterion's to restore."""
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue at the saved count.
+
+        This sets lambda if the criterion is in the other stage. log s belongs to the state_dict of the criterion.
+        """
         self.count = int(state["count"])
         second, is_plain = self.count >= self.start, bool(self.criterion.lam.isinf())
         if second == is_plain and not (second and self.criterion.lam_is_open):
@@ -67,7 +81,7 @@ class TwoStage:
 
 
 class SwitchAt:
-    """Something about a loss that is off for the first `start` calls of step(), and on from then on."""
+    """Base class of schedules that switch something on after `start` calls of step()."""
 
     def __init__(self, loss: LogitLoss, start: int):
         if isinstance(start, bool) or not isinstance(start, int) or start < 0:
@@ -76,30 +90,39 @@ class SwitchAt:
         self._switch(start == 0)
 
     def _switch(self, on: bool) -> None:
+        """Switch it on or off in the loss."""
         raise NotImplementedError
 
     def step(self) -> None:
-        """Count one epoch; the `start`-th call switches on."""
+        """Count one epoch. The `start`-th call switches on."""
         self.count += 1
         self._switch(self.count >= self.start)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, int]:
+        """The number of calls so far."""
         return {"count": self.count}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Continue at the saved count, in the stage that belongs to it."""
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue at the saved count, and switch to what belongs to it."""
         self.count = int(state["count"])
         self._switch(self.count >= self.start)
 
 
 class DRW(SwitchAt):
-    """Deferred re-weighting (Cao et al. 2019, Alg. 1): class weights 1 until epoch `start`, then `weight`. With
-    `adrw_weights` it is ADRW (Wang et al. 2023, Sec. 3.3).
+    """Deferred re-weighting (Cao et al. 2019, Alg. 1; docs/MATH.md §2.5): no class weights at first, then `weight`.
+
+        class weights = 1 for the first `start` calls of step(), then `weight`
+
+    With the weights of `adrw_weights` this is ADRW (Wang et al. 2023, Sec. 3.3).
 
     Args:
-        loss: one of the losses on logits; inside an `ABLoss`, its criterion.
-        weight: (C) class weights, e.g. `class_balanced_weights(cls_num_list)`.
-        start: the first epoch (0-based) that has them; 0 = from the beginning.
+        loss: one of the losses on logits. For an `ABLoss`, give its criterion.
+        weight: (C) class weights, for example `class_balanced_weights(cls_num_list)`.
+        start: the first epoch, counted from 0, that uses them; 0: from the beginning.
+
+    Raises:
+        TypeError: loss is none of the losses on logits.
+        ValueError: weight is not one float per class, or start is negative.
 
     >>> from absgd_fast import CrossEntropy
     >>> loss = CrossEntropy()
@@ -113,29 +136,36 @@ class DRW(SwitchAt):
 
     def __init__(self, loss: LogitLoss, weight: Tensor, start: int):
         if not isinstance(loss, LogitLoss):
-            raise TypeError(f"loss: got {type(loss).__name__}, expected one of the losses on logits (the criterion of an ABLoss)")
+            raise TypeError(
+                f"loss: got {type(loss).__name__}, expected one of the losses on logits; for an ABLoss, give its criterion"
+            )
         weight = torch.as_tensor(weight).detach()
         if weight.dim() != 1 or not weight.is_floating_point():
             raise ValueError(f"weight: got shape {tuple(weight.shape)} {weight.dtype}, expected one float weight per class, (C,)")
         if loss.weight is not None and loss.weight.shape != weight.shape:
-            raise ValueError(f"weight: got {len(weight)} classes, the loss has weights for {len(loss.weight)}")
+            raise ValueError(f"weight: got {len(weight)} classes, expected {len(loss.weight)} as in the weights of the loss")
         self.weight = weight.clone()
         super().__init__(loss, start)
 
     def _switch(self, on: bool) -> None:
-        # always a tensor, so that a checkpoint of either stage loads into the other
+        # a tensor in both stages: a checkpoint of one stage can then be loaded in the other
         before = self.loss.weight
         device = self.weight.device if before is None else before.device
         self.loss.weight = (self.weight if on else torch.ones_like(self.weight)).to(device, copy=True)
 
 
 class TLA(SwitchAt):
-    """Truncated logit adjustment (Wang et al. 2023, Sec. 3.3): the multiplicative vector S_k of a `VS` or `CDT` loss until
-    epoch `start`, then S_k = 1; the additive part stays.
+    """Truncated logit adjustment (Wang et al. 2023, Sec. 3.3; docs/MATH.md §2.5) of a `VS` or `CDT` loss.
+
+        S_k = (N_k / N_max)^gamma for the first `start` calls of step(), then S_k = 1; the additive part D stays
 
     Args:
-        loss: a `VS` or `CDT` loss.
-        start: the first epoch (0-based) with S_k = 1; 0 = from the beginning.
+        loss: a `VS` or `CDT` loss. For an `ABLoss`, give its criterion.
+        start: the first epoch, counted from 0, with S_k = 1; 0: from the beginning.
+
+    Raises:
+        TypeError: loss is neither `VS` nor `CDT`.
+        ValueError: start is negative.
 
     >>> from absgd_fast import CDT
     >>> loss = CDT([4, 1], gamma=0.5)
@@ -147,6 +177,8 @@ class TLA(SwitchAt):
     tensor([0.1269])
     """
 
+    loss: VS
+
     def __init__(self, loss: VS, start: int):
         if not isinstance(loss, VS):
             raise TypeError(f"loss: got {type(loss).__name__}, expected VS or CDT, which scale the logits")
@@ -156,37 +188,70 @@ class TLA(SwitchAt):
         self.loss.scaled = not on
 
 
-class ChainedSchedules:
-    """Several schedules stepped as one."""
+class Schedule(Protocol):
+    """The methods of a schedule."""
 
-    def __init__(self, *parts):
+    def step(self) -> None:
+        """Count one epoch or step."""
+
+    def state_dict(self) -> dict[str, int]:
+        """The state, to be saved."""
+        ...
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue at a saved state."""
+
+
+class ChainedSchedules:
+    """Several schedules that are stepped, saved and loaded as one."""
+
+    def __init__(self, *parts: Schedule):
         self.parts = parts
 
     def step(self) -> None:
+        """Count one epoch or step in every schedule."""
         for part in self.parts:
             part.step()
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, list[dict[str, int]]]:
+        """The states of the schedules."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, list[dict[str, int]]]) -> None:
+        """Continue every schedule at its saved state."""
         for part, saved in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(saved)
 
 
+class VSOptions(TypedDict, total=False):
+    """The keyword arguments that `vs_tla_adrw` hands to `VS`."""
+
+    weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    backend: str | None
+
+
 def vs_tla_adrw(
-    cls_num_list: Sequence[int], *, start: int, gamma: float = 0.3, tau: float = 1.0, nu: float = 1.0, **options
+    cls_num_list: Sequence[int],
+    *,
+    start: int,
+    gamma: float = 0.3,
+    tau: float = 1.0,
+    nu: float = 1.0,
+    **options: Unpack[VSOptions],
 ) -> tuple[VS, ChainedSchedules]:
-    """Algorithm 1 of Wang et al. 2023: a VS loss with TLA and ADRW, both from epoch `start` (their T0) on.
+    """A `VS` loss with TLA and ADRW from the same epoch on (Wang et al. 2023, Alg. 1; docs/MATH.md §2.5).
 
     Args:
-        cls_num_list: numbers of samples per class.
-        start: T0.
-        gamma, tau: of `VS`. nu: of `adrw_weights`. (The paper tunes tau and nu per data set; nu among 0.15 to 3.)
-        options: of `VS` (reduction, ignore_index, backend).
+        cls_num_list: number of samples of each class, positive.
+        start: the first epoch, counted from 0, with TLA and ADRW (T0 of the paper).
+        gamma, tau: of `VS`. The paper tunes tau per data set.
+        nu: of `adrw_weights`. The paper tunes it per data set, between 0.15 and 3.
+        options: reduction, ignore_index and backend, as for `VS`.
 
     Returns:
-        the loss, and a schedule with step() at the end of each epoch, state_dict() and load_state_dict().
+        The loss, and a schedule with step(), to be called at the end of each epoch, state_dict() and load_state_dict().
 
     >>> loss, schedule = vs_tla_adrw([100, 10], start=1)
     >>> schedule.step()

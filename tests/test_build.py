@@ -95,7 +95,7 @@ def test_without_a_compiler(source, tmp_path):
     done = install(source, tmp_path / "target", CXX=shutil.which("false"))
     assert done.returncode == 0, done.stdout + done.stderr
     installed = tmp_path / "target" / "absgd_fast"
-    assert not list(installed.glob("_*.so"))
+    assert not list(installed.glob("_*.so")) and (installed / "py.typed").exists()
     info = json.loads((installed / "_build_info.json").read_text())
     assert not info["native"] and not info["host"] and "compiler" in info["reason"]
     out, err = run(

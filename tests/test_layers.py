@@ -175,6 +175,12 @@ def test_no_machine_paths():
     assert {str(p.relative_to(ROOT)) for p in files if absolute.search(p.read_text())} == set()
 
 
+def test_the_version_stands_in_one_place():
+    (version,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert ab.__version__ in (version, "0+not.installed")
+    assert [str(p) for p in MODULES if version in (PACKAGE / p).read_text()] == []
+
+
 EXAMPLES = {".".join(p.with_suffix("").parts).removesuffix(".__init__") for p in MODULES if ">>>" in (PACKAGE / p).read_text()}
 
 

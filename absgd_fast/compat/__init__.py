@@ -1,1 +1,1 @@
-"""The names of the reference package `absgd` 0.0.1: replace `absgd` by `absgd_fast.compat` in the import."""
+"""The names of the reference package `absgd` 0.0.1. To switch to absgd_fast, import `absgd_fast.compat` in place of `absgd`."""

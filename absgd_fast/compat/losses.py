@@ -1,4 +1,4 @@
-"""`absgd.losses` of the reference package, with its names, defaults and quirks."""
+"""The module `absgd.losses` of the reference package, with its names, defaults and numbers."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from .. import robust
 
 
 class ABLoss(nn.Module):
-    """`absgd.losses.ABLoss`, step by step the same numbers (ABSGD paper, Alg. 1).
+    """`absgd.losses.ABLoss` with the same numbers in every step (ABSGD paper, Alg. 1; docs/MATH.md §1.1).
 
-    Kept: s starts at 0, so the first weighted step is 1 / (abgamma abalpha) times too large; lambda is off until
-    `updateLambda()` was called max(milestone, 1) times, and the plain mean is used before.
+    Two of its habits are kept. s starts at 0, so the first weighted step is 1 / (abgamma abalpha) times too large. lambda is used
+    only after max(milestone, 1) calls of `updateLambda()`; before that the loss is the plain mean.
 
-    Not kept, because it is wrong there: the graph of every step stays alive through u; L / lambda > 88.7 gives NaN for
-    good; state_dict() is empty; an evaluation pass moves u; rows with ignore_index count as losses of 0; an empty batch
-    makes u NaN for good.
+    These errors of the original are not kept: u keeps the graph of every step alive. L / lambda > 88.7 gives NaN, and u stays
+    infinite for good. state_dict() is empty. An evaluation pass moves u. Rows with ignore_index count as losses of 0. An empty
+    batch makes u NaN for good.
 
     Args:
         mylambda: lambda.
-        milestone: calls of `updateLambda()` (one per epoch) before lambda is on.
-        criterion: returns per-sample losses.
+        milestone: number of calls of `updateLambda()`, one per epoch, after which lambda is used.
+        criterion: returns per-sample losses; default torch.nn.CrossEntropyLoss(reduction="none").
         abgamma, abalpha: gamma and alpha, in (0, 1].
+
+    forward(output, target) returns a 0-d loss.
 
     >>> import torch
     >>> criterion = ABLoss(1.0)
     >>> criterion.updateLambda()
-    >>> criterion(torch.zeros(2, 2), torch.tensor([0, 1]))  # 1 / abgamma too large
+    >>> criterion(torch.zeros(2, 2), torch.tensor([0, 1]))  # log 2 / abgamma: the first weighted step
     tensor(0.7702)
     """
 
@@ -50,7 +52,7 @@ class ABLoss(nn.Module):
 
     @property
     def ablambda(self) -> float | None:
-        """lambda in use; None before the milestone."""
+        """The lambda in use; None before the milestone."""
         lam = float(self.loss.lam)
         return None if math.isinf(lam) else lam
 
@@ -60,16 +62,19 @@ class ABLoss(nn.Module):
         return self.loss.log_s.exp()
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        """The robust loss of the criterion's per-sample losses of output and target (0-d)."""
         return self.loss(output, target)
 
     def updateLambda(self) -> None:
-        """Once per epoch."""
+        """Count one epoch; call it once per epoch."""
         if self.step >= self.milestone - 1:
-            self.loss.set_lam(self.mylambda, reset=False)  # the original keeps u
+            self.loss.set_lam(self.mylambda, reset=False)  # as the original, which keeps u
         self.step += 1
 
-    def get_extra_state(self) -> dict:
+    def get_extra_state(self) -> dict[str, int]:
+        """The number of calls of `updateLambda()`, for state_dict()."""
         return {"step": self.step}
 
-    def set_extra_state(self, state: dict) -> None:
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Restore the number of calls of `updateLambda()`."""
         self.step = state["step"]

@@ -1,12 +1,15 @@
-"""The whole pipeline in plain torch, to be read beside the paper. The oracle of the tests and the last fallback.
+"""The whole pipeline in plain torch, written to be read beside the paper.
 
-    losses.py    per-sample losses on logits
-    weights.py   robust weights, the robust loss, its three stages, the weights of L2RW
-    steps.py     the steps of the optimizers
+    weights.py   robust weights, the robust loss and its three stages; the weights of L2RW     docs/MATH.md §1, §5, §4.5
+    losses.py    per-sample losses on logits                                                   docs/MATH.md §2
+    steps.py     the steps of the optimizers                                                   docs/MATH.md §3
 
-Never optimised: every function is the formula of Algorithm 1 of *Attentional-Biased Stochastic Gradient Descent*
-(ABSGD), in the log domain, for any floating dtype and any device, differentiable by autograd. Equation numbers refer
-to that paper.
+The paper is Qi et al., *Attentional-Biased Stochastic Gradient Descent* (ABSGD, TMLR 2023). Numbers of equations, steps and
+sections that name no other source refer to it.
+
+The tests compare every kernel with these functions, and the package calls them where no kernel can run. Speed does not matter
+here, so each function is its formula in the log domain and nothing more. The functions take any floating dtype and any device.
+Autograd differentiates the losses and the weights.
 """
 
 from .._codes import KINDS, NORMALIZERS

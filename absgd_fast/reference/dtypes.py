@@ -1,4 +1,4 @@
-"""Which dtype things are computed in."""
+"""The dtype in which losses, weights and sums are computed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype losses and sums are computed in: float64 for float64, float32 for everything narrower.
+    """The dtype of losses, weights and sums for inputs of `dtype`: float64 for float64, float32 for everything narrower.
 
-    A loss of 10 rounded to bfloat16 is off by up to 0.03, which an exponential turns into a weight that is off by 3 %.
+    A loss of 10 that is rounded to bfloat16 is off by up to 0.03. The exponential turns this into a weight that is off by 3 %.
 
     >>> real_dtype(torch.bfloat16)
     torch.float32

@@ -1,32 +1,48 @@
-"""Steps of the optimizers (Algorithm 1, step 6; Sec. 3.4), and the step from per-sample gradients."""
+"""The steps of the optimizers, in place: step 6 of Algorithm 1, and Sec. 3.4 (docs/MATH.md §3).
+
+Each step takes lists with one tensor per parameter. Complex parameters are stepped as pairs of real numbers. Half-precision
+parameters are stepped in float32 and rounded once at the end.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .weights import NONFINITE, partial_stats, settle, state_of, weigh
+from .weights import NONFINITE, SettleOptions, partial_stats, settle, state_of, weigh
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+def _as_real(t: Tensor) -> Tensor:
+    """A complex tensor as pairs of real numbers, in the same memory; any other tensor as it is."""
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
 @contextmanager
-def _real_values(param: Tensor, *others: Tensor | None):
-    """The tensors as real numbers, without autograd: complex ones as pairs; a half-precision parameter in float32, and written
-    back at the end."""
+def _real_values(param: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The parameter and its gradient as real numbers, without autograd; half precision in float32.
+
+    A half-precision parameter is written back at the end of the block.
+    """
     with torch.no_grad():
-        views = [torch.view_as_real(t.resolve_conj()) if t is not None and t.is_complex() else t for t in (param, *others)]
+        w, g = _as_real(param), _as_real(grad)
         half = param.dtype in (torch.bfloat16, torch.float16)
         if half:
-            views[:2] = [t.float() for t in views[:2]]
-        yield views
+            w, g = w.float(), g.float()
+        yield w, g
         if half:
-            param.copy_(views[0])
+            param.copy_(w)
 
 
 def _slope(w: Tensor, grad: Tensor, weight_decay: float, maximize: bool) -> Tensor:
-    """The gradient as the rules see it: G = grad + weight_decay * w, with -grad where the objective is maximized."""
+    """G = grad + weight_decay * w, with -grad if the objective is maximized."""
     g = -grad if maximize else grad
     return g.add(w, alpha=weight_decay) if weight_decay else g
 
@@ -44,20 +60,23 @@ def momentum_step_(
     maximize: bool = False,
     heavy_ball: bool = False,
 ) -> list[Tensor | None]:
-    """Step 6 of Algorithm 1, in place: momentum SGD in torch's form, or the paper's own (Eq. 2) with `heavy_ball`.
+    """Step 6 of Algorithm 1, in place: momentum SGD in torch's form, or in the paper's with `heavy_ball` (docs/MATH.md §3.1).
 
         G = grad + weight_decay * w                            (-grad with `maximize`)
-        torch's form:  b = momentum * b + (1 - dampening) * G   (b = G at first),   w -= lr * b   (nesterov: G + momentum * b)
-        Eq. 2:         d = momentum * d - lr * G                (d = w_t - w_{t-1}),   w += d
 
-    The two agree until lr changes: Eq. 2 keeps the past steps at the lr they were taken with.
+        torch's form        b = momentum * b + (1 - dampening) * G         (b = G in the first step)
+                            w = w - lr * b                                 (nesterov: w - lr * (G + momentum * b))
+        the paper's, Eq. 2  d = momentum * d - lr * G                      (d = w_t - w_{t-1}, 0 before the first step)
+                            w = w + d
+
+    The two forms agree while lr is constant. When lr changes, Eq. 2 keeps the past steps at the lr they were taken with.
 
     Args:
         params, grads: lists of tensors of equal shapes.
-        momentum_buffers: per parameter b (or d), or None before its first step.
+        momentum_buffers: for each parameter b (or d), or None before its first step.
 
     Returns:
-        the momentum buffers (None where momentum = 0).
+        The momentum buffers; None for each parameter if momentum = 0.
 
     >>> w = torch.tensor([1.0])
     >>> buffers = momentum_step_([w], [torch.tensor([2.0])], [None], lr=0.1, momentum=0.9)
@@ -66,7 +85,8 @@ def momentum_step_(
     """
     out: list[Tensor | None] = []
     for w, grad, buffer in zip(params, grads, momentum_buffers):
-        with _real_values(w, grad, buffer) as (x, g, b):
+        with _real_values(w, grad) as (x, g):
+            b = None if buffer is None else _as_real(buffer)
             g = _slope(x, g, weight_decay, maximize)
             if heavy_ball:
                 b = torch.zeros_like(x) if b is None else b
@@ -106,24 +126,27 @@ def weighted_momentum_step_(
     max_weight: float = math.inf,
     sample_weight: Tensor | None = None,
     mask: Tensor | None = None,
-    **options,
+    **options: Unpack[SettleOptions],
 ) -> Tensor:
-    """Steps 3-6 of Algorithm 1 from per-sample gradients, in place: the weights, their weighted mean of the gradients (the
-    gradient of `robust_loss`), and `momentum_step_` with it.
+    """Steps 3 to 6 of Algorithm 1 from per-sample gradients g_i, in place (docs/MATH.md §3.4).
 
-        G = (1/n) sum_i t_i (W_i + mix) g_i
+        G = (1/n) sum_i t_i (W_i + mix) g_i           the gradient of `robust_loss`; then `momentum_step_` with G
 
-    A row whose factor is 0 (masked, say) takes no part, whatever its gradient holds. Where a row has a NaN or infinite loss
-    nothing is written.
+    A sample with factor 0 (a masked one, say) has no influence, even if its gradient holds NaN. If a valid sample has a NaN or
+    infinite loss, nothing is written.
 
     Args:
-        per_sample_grads: per parameter (B, *shape).
-        momentum_buffers: per parameter b (or d, with `heavy_ball`), zeros before the first step; None where momentum = 0.
+        params: list of parameters, written.
+        momentum_buffers: for each parameter b (or d, with `heavy_ball`), zeros before the first step; None if momentum = 0.
+        per_sample_grads: for each parameter (B, *shape).
         losses: (B).
-        options: of `settle`.
+        log_s, lam, max_weight, mask: as for `robust_weights`.
+        lr, momentum, dampening, weight_decay, nesterov, maximize, heavy_ball: as for `momentum_step_`.
+        mix, sample_weight: as for `apply`.
+        options: gamma, alpha, init, normalizer, ..., as for `settle`.
 
     Returns:
-        new log s (0-d).
+        The new log s (0-d).
 
     >>> w, grads = torch.tensor([1.0]), torch.tensor([[2.0], [4.0]])
     >>> log_s = weighted_momentum_step_([w], [None], [grads], torch.tensor([1.0, 3.0]), -math.inf, math.inf, lr=0.1)
@@ -170,17 +193,22 @@ def adam_step_(
     decoupled_weight_decay: bool = False,
     paper_form: bool = False,
 ) -> None:
-    """Adam, in place (Kingma & Ba 2015, Alg. 1), on G = grad + weight_decay * w, t = step + 1:
+    """Adam, AdamW, or ABAdam as the paper writes it, in place (docs/MATH.md §3.2).
 
-        v = beta_1 v + (1 - beta_1) G,    u = beta_2 u + (1 - beta_2) G^2,    u_max = max(u_max, u)    (amsgrad)
-        w = w - lr (v / (1 - beta_1^t)) / (sqrt(u / (1 - beta_2^t)) + eps)
+        G = grad + weight_decay * w                       (-grad with `maximize`),    t = the number of this step, from 1
 
-    decoupled_weight_decay (AdamW): G = grad, and w = w - lr weight_decay w besides. paper_form (ABSGD paper, Eq. 9): the
-    same without the two corrections, eps = G_0.
+        v = beta_1 v + (1 - beta_1) G
+        u = beta_2 u + (1 - beta_2) G^2                   (amsgrad: below max(u_max, u) stands for u, and is kept as u_max)
+
+        Adam    w = w - lr (v / (1 - beta_1^t)) / (sqrt(u / (1 - beta_2^t)) + eps)              Kingma & Ba 2015, Alg. 1
+        AdamW   G = grad, and besides  w = w - lr weight_decay w                                `decoupled_weight_decay`
+        Eq. 9   as AdamW without the two corrections 1 - beta^t; eps is the paper's G_0         `paper_form`
 
     Args:
-        exp_avgs, exp_avg_sqs: v and u of each parameter. max_exp_avg_sqs: u_max, or None: not amsgrad.
-        steps: one number each, how many steps the parameter took; one more afterwards.
+        params, grads: lists of tensors of equal shapes.
+        exp_avgs, exp_avg_sqs: v and u of each parameter.
+        max_exp_avg_sqs: u_max of each parameter, or None without amsgrad.
+        steps: one 0-d tensor per parameter, the number of steps it has taken; raised by one.
 
     >>> w, v, u = torch.ones(1), torch.zeros(1), torch.zeros(1)
     >>> adam_step_([w], [torch.tensor([2.0])], [v], [u], [None], [torch.zeros(())], lr=0.1)
@@ -190,13 +218,15 @@ def adam_step_(
     for param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step in zip(
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps
     ):
-        with _real_values(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq) as (w, g, v, u, u_max):
+        with _real_values(param, grad) as (w, g):
+            v, u = _as_real(exp_avg), _as_real(exp_avg_sq)
             step += 1
             decoupled = decoupled_weight_decay or paper_form
             g = _slope(w, g, 0.0 if decoupled else weight_decay, maximize)
             v.lerp_(g, 1 - betas[0])
             u.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-            if u_max is not None:
+            if max_exp_avg_sq is not None:
+                u_max = _as_real(max_exp_avg_sq)
                 u = u_max.copy_(torch.maximum(u_max, u))
             t = step.double().to(w.device)
             correction_v, correction_u = (1.0, 1.0) if paper_form else (1 - betas[0] ** t, 1 - betas[1] ** t)
@@ -221,14 +251,21 @@ def rmsprop_step_(
     momentum: float = 0.0,
     maximize: bool = False,
 ) -> None:
-    """RMSprop, in place (Tieleman & Hinton 2012; centered: Graves 2013, Eq. 38 to 45), on G = grad + weight_decay * w:
+    """RMSprop, in place (docs/MATH.md §3.3).
 
-        u = alpha u + (1 - alpha) G^2,    m = alpha m + (1 - alpha) G,    d = G / (sqrt(u - m^2) + eps)    (m: centered)
-        w = w - lr d;    with momentum  b = momentum b + d,  w = w - lr b
+        G = grad + weight_decay * w                       (-grad with `maximize`)
+
+        u = alpha u + (1 - alpha) G^2                     Tieleman & Hinton 2012
+        m = alpha m + (1 - alpha) G                       centered: Graves 2013, Eq. 38 to 45; else m = 0
+        d = G / (sqrt(u - m^2) + eps)
+        w = w - lr d                                      with momentum:  b = momentum b + d,  w = w - lr b
 
     Args:
-        square_avgs: u of each parameter. momentum_buffers, grad_avgs: b and m, or None: no momentum, not centered.
-        steps: one number each, one more afterwards.
+        params, grads: lists of tensors of equal shapes.
+        square_avgs: u of each parameter.
+        momentum_buffers: b of each parameter, or None without momentum.
+        grad_avgs: m of each parameter, or None if not centered.
+        steps: one 0-d tensor per parameter, the number of steps it has taken; raised by one.
 
     >>> w, u = torch.ones(1), torch.zeros(1)
     >>> rmsprop_step_([w], [torch.tensor([2.0])], [u], [None], [None], [torch.zeros(())], lr=0.01)
@@ -236,16 +273,17 @@ def rmsprop_step_(
     tensor([0.9000])
     """
     for param, grad, square_avg, buffer, grad_avg, step in zip(params, grads, square_avgs, momentum_buffers, grad_avgs, steps):
-        with _real_values(param, grad, square_avg, buffer, grad_avg) as (w, g, u, b, m):
+        with _real_values(param, grad) as (w, g):
+            u = _as_real(square_avg)
             step += 1
             g = _slope(w, g, weight_decay, maximize)
             u.mul_(alpha).addcmul_(g, g, value=1 - alpha)
-            if m is not None:
-                m.lerp_(g, 1 - alpha)
+            if grad_avg is not None:
+                m = _as_real(grad_avg).lerp_(g, 1 - alpha)
                 u = u - m * m
             d = g / (u.sqrt() + eps)
-            if b is not None:
-                d = b.mul_(momentum).add_(d)
+            if buffer is not None:
+                d = _as_real(buffer).mul_(momentum).add_(d)
             w.sub_(lr * d)
 
 
@@ -261,12 +299,17 @@ def adagrad_step_(
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> None:
-    """AdaGrad, in place (Duchi et al. 2011), on G = grad + weight_decay * w, t = step + 1:
+    """AdaGrad, in place (Duchi et al. 2011; docs/MATH.md §3.3).
 
-        u = u + G^2,    w = w - lr / (1 + (t - 1) lr_decay) G / (sqrt(u) + eps)
+        G = grad + weight_decay * w                       (-grad with `maximize`),    t = the number of this step, from 1
+
+        u = u + G^2
+        w = w - lr / (1 + (t - 1) lr_decay) * G / (sqrt(u) + eps)
 
     Args:
-        sums: u of each parameter. steps: one number each, one more afterwards.
+        params, grads: lists of tensors of equal shapes.
+        sums: u of each parameter.
+        steps: one 0-d tensor per parameter, the number of steps it has taken; raised by one.
 
     >>> w, u = torch.ones(1), torch.zeros(1)
     >>> adagrad_step_([w], [torch.tensor([2.0])], [u], [torch.zeros(())], lr=0.1)
@@ -274,7 +317,8 @@ def adagrad_step_(
     tensor([0.9000])
     """
     for param, grad, total, step in zip(params, grads, sums, steps):
-        with _real_values(param, grad, total) as (w, g, u):
+        with _real_values(param, grad) as (w, g):
+            u = _as_real(total)
             step += 1
             g = _slope(w, g, weight_decay, maximize)
             u.addcmul_(g, g)

@@ -1,22 +1,40 @@
-"""Robust weights of losses, the loss they make, and its three stages (Algorithm 1, steps 3 to 6)."""
+"""Steps 3 to 6 of Algorithm 1: the robust weights of losses, and the loss whose gradient they weigh (docs/MATH.md §1).
+
+paper      here          meaning
+L_i        losses        the loss of sample i
+lambda     lam           temperature: > 0 attends to large losses, < 0 to small ones, +-inf weighs all alike
+g~         exp(log g)    step 3: the mean of exp(L / lambda) over the batch
+s          exp(log_s)    step 4: the moving average of g~, which is the only state
+p~_i       W_i           step 5: the robust weight of sample i, exp(L_i / lambda) / s
+"""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
 
 from .dtypes import real_dtype
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number or a 0-d tensor as a 0-d tensor of this dtype on this device, without its history."""
     value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
     return value.detach().to(device, dtype)
 
 
-def _split(losses, score, lam, log_s, mask, z_max=None) -> tuple[Tensor, Tensor, Tensor]:
-    """z = score / lambda, which valid rows are finite, and which are not: NaN, inf, beyond the state's range or above z_max."""
+def _split(
+    losses: Tensor, score: Tensor, lam: Tensor, log_s: Tensor, mask: Tensor | None, z_max: Tensor | float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z = score / lambda, which valid samples are finite, and which valid samples are not (MATH §1.4).
+
+    A sample is non-finite if its loss or score is NaN or infinite, or if its z is beyond the range of the state or above z_max.
+    """
     z = score / lam
     valid = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
     limit = min(torch.finfo(z.dtype).max, torch.finfo(log_s.dtype).max)
@@ -27,16 +45,17 @@ def _split(losses, score, lam, log_s, mask, z_max=None) -> tuple[Tensor, Tensor,
 
 
 def _next_log_s(log_g: Tensor, log_s: Tensor, gamma: float, alpha: float, init: str, normalizer: str) -> Tensor:
-    """Step 5 of Algorithm 1: what the weights are divided by, in logarithms, from the log of the batch's mean."""
-    alone = math.log(alpha) + log_g
+    """Step 4 of Algorithm 1 in the log domain: log s' from log g, the logarithm of the batch mean (MATH §1.1 and §1.2)."""
+    batch_alone = math.log(alpha) + log_g
     if normalizer == "none":
         return torch.zeros_like(log_g)
     if normalizer == "batch":
-        return alone
+        return batch_alone
     past = (math.log1p(-gamma) if gamma < 1 else -math.inf) + log_s.to(log_g.dtype)
-    start = torch.isneginf(log_s)
-    moving = torch.where(start, math.log(gamma) + alone, torch.logaddexp(past, math.log(gamma) + alone))
-    return torch.where(start, alone, moving) if init == "first" else moving
+    present = math.log(gamma) + batch_alone
+    is_start = torch.isneginf(log_s)
+    moving = torch.where(is_start, present, torch.logaddexp(past, present))
+    return torch.where(is_start, batch_alone, moving) if init == "first" else moving
 
 
 def robust_weights(
@@ -52,31 +71,32 @@ def robust_weights(
     score: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Steps 3-5 of Algorithm 1 in the log domain: the robust weights and the next log s.
+    """Steps 3 to 5 of Algorithm 1 in the log domain: the robust weights (Eq. 8) and the next log s.
 
         z_i     = L_i / lambda
-        log g   = logsumexp(z) - log n                                       (over the n valid, finite rows)
-        log s'  = logaddexp(log(1 - gamma) + log s, log(gamma alpha) + log g)
-        W_i     = exp(z_i - log s')
+        log g   = logsumexp(z) - log n                                       step 3, over the n valid and finite samples
+        log s'  = logaddexp(log(1 - gamma) + log s, log(gamma alpha) + log g)       step 4
+        W_i     = exp(z_i - log s')                                          step 5
 
-    A departure from the paper, which starts from s = 0: with `init="first"` the first batch sets log s' = log(alpha) +
-    log g, because gamma g alone would make its weights 1 / gamma too large. `init="zero"` is the paper's start.
+    These are the formulas of docs/MATH.md §1.1; §1.2 has the options. The start departs from the paper, which begins with
+    s = 0. There the first batch gives s' = gamma g, which makes its weights 1 / gamma too large. With `init="first"` the
+    first batch gives log s' = log(alpha) + log g instead. `init="zero"` is the paper's start.
 
     Args:
-        losses: any shape, per-sample losses L_i.
-        log_s: 0-d; log of the moving average s, -inf before the first batch.
-        lam: 0-d; lambda > 0 attends to large losses, < 0 to small ones, +-inf gives W = 1 and leaves log s alone.
+        losses: per-sample losses L_i, of any shape.
+        log_s: number or 0-d tensor; the logarithm of the moving average s, -inf before the first batch.
+        lam: number or 0-d tensor; lambda > 0 attends to large losses, < 0 to small ones. At +-inf W = 1, and log s stays.
         gamma: weight of this batch in the moving average, in (0, 1].
         alpha: multiplier on the batch mean, in (0, 1].
         init: "first" or "zero".
-        normalizer: "moving" (the paper), "batch" (log s' = log(alpha) + log g), "none" (log s' = 0).
-        max_weight: upper bound of W_i; the state does not see it.
-        score: like losses; z_i = score_i / lambda instead.
-        mask: like losses, bool; False = ignored, weight 0.
+        normalizer: "moving" (the paper), "batch" (log s' = log(alpha) + log g) or "none" (log s' = 0).
+        max_weight: upper bound of W_i. It does not affect log s'.
+        score: as losses; with it z_i = score_i / lambda.
+        mask: as losses, bool; a sample with False is ignored and has weight 0.
 
     Returns:
-        weights (like losses, in `real_dtype`), new log s (0-d). Rows with a NaN or infinite loss have weight NaN, do not
-        enter the other weights, and keep log s where it was.
+        weights (as losses, in `real_dtype`) and the new log s (0-d). A sample with a NaN or infinite loss has weight NaN and
+        does not affect the other weights. A batch with such a sample leaves log s as it was.
 
     >>> weights, log_s = robust_weights(torch.tensor([0.0, 1.0]), -math.inf, 1.0)
     >>> weights / 2  # on a first batch: softmax(L / lambda)
@@ -89,7 +109,7 @@ def robust_weights(
     z, finite, nonfinite = _split(losses, losses if score is None else score.to(losses.dtype), lam, log_s, mask)
     n = finite.sum()
     kept = torch.where(finite, z, torch.full_like(z, -math.inf)).flatten()
-    kept = torch.where(n > 0, kept, torch.zeros_like(kept))  # nothing to sum: keeps NaN out of a gradient nobody uses
+    kept = torch.where(n > 0, kept, torch.zeros_like(kept))  # an empty sum would put NaN into the gradient
     log_g = kept.logsumexp(0) - n.clamp(min=1).to(z.dtype).log()
     next_log_s = _next_log_s(log_g, log_s, gamma, alpha, init, normalizer)
     is_plain_mean = lam.isinf()
@@ -97,21 +117,32 @@ def robust_weights(
     weights = torch.where(is_plain_mean, weights, weights.clamp(max=max_weight))
     weights = torch.where(finite, weights, torch.zeros_like(weights))
     broken = torch.where(nonfinite, losses, torch.zeros_like(losses)) * torch.zeros_like(losses).masked_fill(nonfinite, math.nan)
-    weights = torch.where(nonfinite, broken, weights)  # NaN, and so is its own gradient
+    weights = torch.where(nonfinite, broken, weights)  # a non-finite sample has weight NaN, and its gradient is NaN too
     moves = (n > 0) & ~nonfinite.any() & ~is_plain_mean
     return weights, torch.where(moves, next_log_s.to(state), log_s)
 
 
-# ---- the robust loss in three stages --------------------------------------------------------------------------------
+# ---- the robust loss in three stages (MATH §1.6, §5) ----------------------------------------------------------------
 #
-# Rows of several processes, micro-batches or chunks go through them together: partial_stats of each, settle on them all, apply to
-# each.
+# A normaliser can belong to the samples of several processes, micro-batches or chunks. Then `partial_stats` summarises each part,
+# `settle` makes log s' from all of these summaries together, and `apply` weighs each part by it.
 
-# The six numbers that `settle` returns, by their places.
+# The places of the six numbers that `settle` returns (MATH §8).
 LOG_S, SCALE, Z_MAX, LOG_SUM, COUNT, NONFINITE = range(6)
-PARTIAL_STATS = slice(LOG_SUM, NONFINITE + 1)  # those that `partial_stats` returns, here of all rows together
+PARTIAL_STATS = slice(LOG_SUM, NONFINITE + 1)  # the three that `partial_stats` returns too, here for all samples together
 
-MAX_Z_GAP = 60.0  # how far a later z may lie above log s' (csrc/math.h has the same)
+MAX_Z_GAP = 60.0  # how far a later z may lie above log s' (kMaxZGap in csrc/math/weights.h)
+
+
+class SettleOptions(TypedDict, total=False):
+    """The keyword arguments of `settle`."""
+
+    gamma: float
+    alpha: float
+    init: str
+    normalizer: str
+    grad_multiplier: float
+    reference: Tensor | None
 
 
 def partial_stats(
@@ -123,12 +154,15 @@ def partial_stats(
     mask: Tensor | None = None,
     z_max: float | Tensor | None = None,
 ) -> Tensor:
-    """What some of the rows contribute: (3) float64, log sum exp(z) over the n finite ones, n, and how many valid rows are not
-    finite.
+    """First stage: a summary of some of the samples, (3) float64.
+
+    The three numbers are log sum exp(z) over the n finite samples, n, and the number of valid samples that are not finite
+    (docs/MATH.md §1.6 and §8).
 
     Args:
-        losses, lam, score, mask: as for `robust_weights`. log_s: only its dtype counts, which bounds |z|.
-        z_max: a larger z counts as non-finite too.
+        losses, lam, score, mask: as for `robust_weights`.
+        log_s: as for `robust_weights`. Only its dtype is used: it bounds |z|.
+        z_max: a sample with a larger z counts as non-finite too.
 
     >>> partial_stats(torch.tensor([0.0, 0.0, math.nan]), -math.inf, 1.0)  # log 2
     tensor([0.6931, 2.0000, 1.0000], dtype=torch.float64)
@@ -151,19 +185,23 @@ def settle(
     grad_multiplier: float = 1.0,
     reference: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """log s' from the `partial_stats` of all rows together.
+    """Second stage: log s' from the `partial_stats` of all samples together (docs/MATH.md §1.6, §5 and §8).
 
     Args:
-        partials: (K, 3 or more) float64, the `partial_stats` of K parts in the first three columns.
-        grad_multiplier: how many processes average their gradients, times what a framework divides the loss by.
-        reference: (1 or more) float64, the m of deferred normalisation: gradients are sums of exp(z_i - m) dL_i so far.
+        partials: (K, 3 or more) float64; the first three columns are the `partial_stats` of K parts.
+        log_s, lam, gamma, alpha, init, normalizer: as for `robust_weights`.
+        grad_multiplier: the number of processes that average their gradients, times the number by which a framework divides the
+            loss before backward.
+        reference: (1 or more) float64; its first number is the reference point m of deferred normalisation. The gradients
+            so far are then sums of exp(z_i - m) dL_i.
 
     Returns:
-        (6) float64, and the next state (0-d). Of the six numbers
-            LOG_S      is what the weights are divided by, in logarithms (0 at |lam| = inf),
-            SCALE      turns sums into the mean over all rows: grad_multiplier / n, times exp(m - log s') with a reference,
-            Z_MAX      is the largest z that may come later, log s' + MAX_Z_GAP,
-            LOG_SUM, COUNT, NONFINITE  are the partial stats of all rows together.
+        The six settled numbers, (6) float64, and the next state (0-d). The six numbers are
+            LOG_S      the logarithm of what the weights are divided by (0 at |lam| = inf),
+            SCALE      the factor that turns sums over samples into the mean over all samples: grad_multiplier / n, with a
+                       reference times exp(m - log s'),
+            Z_MAX      the largest z that a later sample may have, log s' + MAX_Z_GAP,
+            LOG_SUM, COUNT, NONFINITE  the partial statistics of all samples together.
 
     >>> settled, log_s = settle(torch.tensor([[0.0, 1.0, 0.0], [2.0, 1.0, 0.0]], dtype=torch.float64), -math.inf, 1.0)
     >>> log_s  # log mean(e^0, e^2)
@@ -200,24 +238,29 @@ def apply(
     mask: Tensor | None = None,
     bounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Step 6 of Algorithm 1 with a normaliser that is known: W_i = exp(z_i - log s'), scale sum_i t_i (W_i + mix) L_i.
+    """Third stage: the weighted loss of some of the samples, with the log s' of `settle` (step 5, and the sum of Eq. 2).
 
-    At |lam| = inf it is scale sum_i t_i L_i. Only the L_i are differentiated.
+        W_i  = exp(z_i - LOG_S)
+        loss = SCALE sum_i t_i (W_i + mix) L_i             at |lam| = inf: SCALE sum_i t_i L_i
+
+    Only the L_i are differentiated; the W_i are constants (docs/MATH.md §1.1).
 
     Args:
-        settled: of `settle`. bounded: rows whose z is beyond its Z_MAX count as non-finite.
-        sample_weight: like losses, t_i, default 1. mix: weight of a plain mean term; 1 reproduces the authors' code for
-            noisy labels. The rest as for `robust_weights`.
+        losses, log_s, lam, score, mask, max_weight: as for `robust_weights`.
+        settled: the six numbers of `settle`.
+        mix: weight of an added plain mean. 1 reproduces the authors' code for noisy labels.
+        sample_weight: as losses; the t_i, default 1.
+        bounded: True: a sample whose z lies above Z_MAX counts as non-finite.
 
     Returns:
-        loss (0-d), weights (like losses; 0 for rows that do not count, NaN for rows that are not finite).
+        loss (0-d) and weights (as losses). Ignored samples have weight 0, non-finite ones NaN.
 
     >>> settled, _ = settle(partial_stats(torch.tensor([1.0, 3.0]), 0.0, math.inf)[None], 0.0, math.inf)
     >>> apply(torch.tensor([1.0, 3.0]), settled, 0.0, math.inf)
     (tensor(2.), tensor([1., 1.]))
     """
     losses, lam, log_s = state_of(losses, lam, log_s)
-    # detached, because no_grad does not stop a tangent of forward-mode AD
+    # Detached, because no_grad does not stop a tangent of forward-mode AD.
     score = score if score is None else score.detach()
     factor, weights, valid = weigh(
         losses.detach(),
@@ -236,10 +279,22 @@ def apply(
 
 @torch.no_grad()
 def weigh(
-    losses, settled, log_s, lam, *, mix=0.0, max_weight=math.inf, sample_weight=None, score=None, mask=None, bounded=False
+    losses: Tensor,
+    settled: Tensor,
+    log_s: Tensor,
+    lam: Tensor,
+    *,
+    mix: float = 0.0,
+    max_weight: float = math.inf,
+    sample_weight: Tensor | None = None,
+    score: Tensor | None = None,
+    mask: Tensor | None = None,
+    bounded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """d loss / d L_i = scale t_i (W_i + mix) of `apply`, 0 where ignored, NaN for a non-finite
-    row; the weights; which rows are valid."""
+    """The factor of each sample in the gradient of `apply`, its weight, and whether it is valid.
+
+    The factor is d loss / d L_i = SCALE t_i (W_i + mix): 0 for ignored samples, NaN for non-finite ones.
+    """
     z_max = settled[Z_MAX] if bounded else None
     z, finite, nonfinite = _split(losses, losses if score is None else score.to(losses.dtype), lam, log_s, mask, z_max)
     weights = torch.where(finite, z.double() - settled[LOG_S], 0.0).exp()
@@ -253,7 +308,7 @@ def weigh(
 
 
 def state_of(losses: Tensor, lam: float | Tensor, log_s: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses in the dtype they are computed in, and lambda and log s as tensors beside them."""
+    """The losses in `real_dtype`, lambda in the same dtype, and log s in its own, as tensors on one device."""
     losses = losses.to(real_dtype(losses.dtype))
     dtype = log_s.dtype if isinstance(log_s, Tensor) else losses.dtype
     return losses, _scalar(lam, losses.dtype, losses.device), _scalar(log_s, dtype, losses.device)
@@ -269,33 +324,41 @@ def robust_loss(
     mix: float = 0.0,
     max_weight: float = math.inf,
     sample_weight: Tensor | None = None,
-    **options,
+    **options: Unpack[SettleOptions],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss whose gradient is the paper's weighted gradient: (1/n) sum_i t_i (W_i + mix) L_i, W detached (Eq. 2).
+    """The loss whose gradient is the weighted gradient of Eq. 2: the three stages on one batch (docs/MATH.md §1.1).
 
-    The three stages on one batch by itself. `options` go to `settle`, the others to the stages that have them.
+        loss = (1/n) sum_i t_i (W_i + mix) L_i               the W_i are constants
+
+    Args:
+        losses, log_s, lam, score, mask, max_weight: as for `robust_weights`.
+        mix, sample_weight: as for `apply`.
+        options: gamma, alpha, init, normalizer, ..., as for `settle`.
 
     Returns:
-        loss (0-d), weights (like losses), new log s (0-d), nonfinite (0-d bool: a valid row had no finite loss).
+        loss (0-d), weights (as losses), new log s (0-d), nonfinite (0-d bool: True if a valid sample is not finite).
 
     >>> loss, weights, log_s, nonfinite = robust_loss(torch.tensor([1.0, 3.0]), -math.inf, math.inf)
     >>> loss
     tensor(2.)
     """
+    score = None if score is None else score.detach()
     with torch.no_grad():
-        given = dict(score=None if score is None else score.detach(), mask=mask)
-        settled, new_log_s = settle(partial_stats(losses.detach(), log_s, lam, **given)[None], log_s, lam, **options)
-    loss, weights = apply(losses, settled, log_s, lam, mix=mix, max_weight=max_weight, sample_weight=sample_weight, **given)
+        partials = partial_stats(losses.detach(), log_s, lam, score=score, mask=mask)[None]
+        settled, new_log_s = settle(partials, log_s, lam, **options)
+    loss, weights = apply(
+        losses, settled, log_s, lam, mix=mix, max_weight=max_weight, sample_weight=sample_weight, score=score, mask=mask
+    )
     return loss, weights, new_log_s, settled[NONFINITE] > 0
 
 
 def rectified(products: Tensor) -> Tensor:
     """The weights of L2RW from the products u_i = <grad f_i, grad g> of a sample's gradient with that of a clean batch.
 
-        w_i = max(u_i, 0) / (S + 1[S = 0]),    S = sum_j max(u_j, 0) over the finite u
+        w_i = max(u_i, 0) / (S + 1[S = 0]),    S = sum_j max(u_j, 0) over the finite u_j
 
-    They sum to 1, or are all 0 where nothing is positive; a u that is not finite has w = NaN. Half precision is computed in
-    float32. A sum that overflows is made once more in units of 2^64.
+    The weights sum to 1, or are all 0 if no product is positive (docs/MATH.md §4.5). A product that is not finite has w = NaN.
+    Half precision is computed in float32. If the sum overflows, it is computed again in units of 2^64.
 
     >>> rectified(torch.tensor([1.0, -2.0, 3.0, math.inf]))
     tensor([0.2500, 0.0000, 0.7500,    nan])

@@ -1,14 +1,19 @@
-"""Other robust weightings of per-sample losses: TERM, EG, CVaR, chi-squared and group DRO.
+"""Other robust weightings of per-sample losses: TERM, EG, CVaR, chi-squared and group DRO (docs/MATH.md §4).
 
-Each returns W with mean 1 over the rows that count (W_i = n p_i), so that (1/n) sum_i W_i L_i is the weighted loss, as with
-`ABLoss`, which takes any of them, or any callable of the same form, in place of lambda:
+Each rule turns losses into weights W with mean 1 over the n samples that count: W_i = n p_i. So (1/n) sum_i W_i L_i is the
+weighted loss. (With `GroupDRO` the mean is smaller if a group is absent from the batch.) `ABLoss` takes a rule, or any callable
+of the same form, in place of lambda:
 
     ABLoss(rule=functools.partial(weights.cvar, beta=0.1))        ABLoss(rule=weights.GroupDRO(n_groups=4))
 
-What they have in common. Losses have any shape. mask: bool, False = ignored, W = 0. A row with a NaN or infinite loss has
-W = NaN, and the others are weighed without it. W is a constant: no gradient flows through it, so that (W * losses).mean() has
-the gradient of the rule's objective. W is float64 for float64 losses, else float32; between them all is float64, because
-sums of squares and of exponentials would lose what the rules are exact about. The host never waits for a GPU.
+All rules have this in common:
+
+- The losses have any shape. mask is bool; a sample with False is ignored and has W = 0.
+- A sample with a NaN or infinite loss has W = NaN. The others are weighed without it.
+- W is a constant: no gradient flows through it. So (W * losses).mean() has the gradient of the rule's objective.
+- W is float64 for float64 losses, else float32. All computation between is in float64, because sums of squares and of
+  exponentials would lose the digits that matter.
+- The host never waits for a GPU.
 """
 
 from .group_dro import GroupDRO

@@ -1,4 +1,4 @@
-"""Group DRO, the rule with a state."""
+"""Group DRO, the one rule that has a state (docs/MATH.md §4.2)."""
 
 from __future__ import annotations
 
@@ -13,25 +13,31 @@ from .samples import Samples, kernels_for, prepared
 
 
 class GroupDRO(ExactState):
-    """Group DRO: groups are weighed by how much they have lost so far; the state is one weight per group.
+    """Group DRO: a group weighs more, the more it has lost so far (Sagawa et al. 2020, Alg. 1; docs/MATH.md §4.2).
 
-        q_g <- q_g exp(eta mean loss of g), normalised to sum 1          (a group that is not in the batch keeps its q, but for that)
-        p_i  = q_{g(i)} / n_g,   W_i = n p_i
+        q_g <- q_g exp(eta mean loss of g), normalised to sum 1          the state: one weight per group
+        p_i  = q_{g(i)} / n_g,   W_i = n p_i                             n_g: the samples of g in the batch
 
-    forward(losses, groups, *, mask=None, update=True) -> W. q moves only in training mode with gradients enabled and
-    update=True, and not after a bad row; the weights are those of the new q in any case. The mean of W is the sum of q over the
-    groups in the batch: one that is absent contributes nothing.
+    Use it when the groups are known and the worst of them counts. A group that is absent from the batch changes its q only by
+    the normalisation, and contributes nothing: the mean of W is the sum of q over the groups in the batch.
+
+    forward(losses, groups, *, mask=None, update=True) returns W. The weights are always those of the new q. The new q is stored
+    in training mode with gradients enabled and update=True, unless a valid sample is not finite.
 
     Args:
         n_groups: number of groups; forward takes labels in [0, n_groups).
-        eta: step size >= 0 of q. backend: as for `cvar`.
+        eta: step size of q, >= 0.
+        backend: as for `cvar`.
 
     Attributes:
-        log_q: (n_groups) buffer, float32 (float64 after .double()). q: its exponential.
+        log_q: (n_groups) buffer, the logarithms of q; float32 (float64 after .double()).
+        q: (n_groups) the weights of the groups.
 
     Raises:
-        ValueError: n_groups < 1, eta out of range, groups of another shape. TypeError: groups that are not integers.
-        IndexError: a group out of range, on the CPU; on a GPU, which is not waited for, its row has W = NaN.
+        ValueError: n_groups < 1, eta out of range, or groups of another shape.
+        TypeError: groups that are not integers.
+        IndexError: a group out of range, on the CPU. A GPU gives the sample W = NaN instead, because the host does not wait for
+            it.
 
     >>> rule = GroupDRO(2, eta=math.log(2.0))
     >>> rule(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0, 0, 1]))  # q = 2/3, 1/3
@@ -39,9 +45,11 @@ class GroupDRO(ExactState):
     >>> rule.q
     tensor([0.6667, 0.3333])
 
-    Source: Sagawa et al. 2020, "Distributionally robust neural networks for group shifts", Alg. 1. There q / n_g weighs a
-    batch drawn group by group; so it does here.
+    Source: Sagawa et al. 2020, "Distributionally robust neural networks for group shifts", Alg. 1. A step of the paper
+    draws one group and weighs its loss by q_g. Here a batch holds several groups, and the mean loss of each is weighed by q_g.
     """
+
+    log_q: Tensor
 
     def __init__(self, n_groups: int, eta: float = 0.01, *, backend: str | None = None):
         super().__init__()
@@ -54,20 +62,30 @@ class GroupDRO(ExactState):
 
     @property
     def q(self) -> Tensor:
+        """The weights of the groups, (n_groups)."""
         return self.log_q.exp()
 
     def forward(self, losses: Tensor, groups: Tensor, *, mask: Tensor | None = None, update: bool = True) -> Tensor:
+        """The weights W, as losses.
+
+        Args:
+            losses: any shape.
+            groups: as losses, integers in [0, n_groups).
+            mask: as losses, bool; a sample with False is ignored.
+            update: False: q does not move.
+        """
         losses, mask = prepared(losses, mask)
         groups = _checks.groups(groups, losses)
         if losses.device != self.log_q.device:
             raise ValueError(
-                f"GroupDRO: got losses on {losses.device}, but its state is on {self.log_q.device}; use .to({str(losses.device)!r})"
+                f"GroupDRO: got losses on {losses.device}, expected {self.log_q.device}, the device of its state; use"
+                f" .to({str(losses.device)!r})"
             )
         update = update and self.training and torch.is_grad_enabled()
         if (kernels := kernels_for(losses, self.backend)) is not None:
             try:
                 return kernels.group_weights(losses, mask, groups, self.log_q, self.eta, update)
-            except RuntimeError:  # a group out of range, which is said below
+            except RuntimeError:  # a group is out of range: the code below says which one
                 pass
         samples, groups = Samples(losses, mask), groups.flatten()
         inside = (groups >= 0) & (groups < self.n_groups)
@@ -75,8 +93,8 @@ class GroupDRO(ExactState):
         if losses.device.type == "cpu" and not torch.compiler.is_compiling() and bool((counts & ~inside).any()):
             row = int((counts & ~inside).nonzero()[0])
             raise IndexError(
-                f"groups: got {int(groups[row])} in row {row}, expected 0 <= group < {self.n_groups}; mask rows that shall"
-                " not count"
+                f"groups: got {int(groups[row])} in row {row}, expected 0 <= group < {self.n_groups}; mask rows that must not"
+                " count"
             )
         group = groups.where(inside, 0)
         samples.nonfinite, samples.finite = samples.nonfinite | (counts & ~inside), samples.finite & inside
@@ -91,4 +109,5 @@ class GroupDRO(ExactState):
         return samples.weights(w)
 
     def extra_repr(self) -> str:
+        """The numbers of the rule, for repr()."""
         return f"n_groups={self.n_groups}, eta={self.eta:g}"

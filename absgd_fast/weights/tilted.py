@@ -1,4 +1,4 @@
-"""Tilted empirical risk minimisation."""
+"""Tilted empirical risk minimisation, and exponentiated gradient (docs/MATH.md §4.1)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .. import _checks
 from .. import functional as F
 from .samples import VANISHED, Samples, prepared
 
-# |t| for which 1/t is a lambda of the kernels
+# The range of |t| in which the kernels take 1/t as lambda
 NATIVE_TILTS = (2.0**-64, 2.0**64)
 
 
@@ -24,28 +24,34 @@ def term(
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Tilted empirical risk minimisation (TERM), flat or over groups; t < 0 is exponentiated gradient (EG, min-min DRO).
+    """Tilted empirical risk minimisation, TERM, flat or over groups (Li et al. 2021; docs/MATH.md §4.1).
 
         flat       p_i = exp(t L_i) / sum_j exp(t L_j),  the gradient of  (1/t) log mean_i exp(t L_i)
         grouped    R_g = (1/t) log mean_{i in g} exp(t L_i)
                    p   = gradient of (1/t_group) log((1/n) sum_g n_g exp(t_group R_g))
         W_i = n p_i
 
-    t is 1/lambda: `ABLoss(lam=1 / t, gamma=1)` from its start. With groups p is the product of two softmaxes: over the groups,
-    and within one. Without t_group (= 0) a group counts by its size; with t = 0 and t_group > 0 groups are tilted as wholes.
+    t is 1/lambda: flat TERM has the weights of `ABLoss(lam=1 / t, gamma=1)`. With t < 0 it is exponentiated gradient (EG,
+    min-min DRO). With groups p is the product of two softmaxes, one over the groups and one within each group. t_group = 0 (the
+    default) weighs a group by its size. t = 0 with t_group > 0 tilts groups as wholes.
 
     Args:
         losses: any shape.
-        t: tilt. > 0 attends to large losses, < 0 to small ones, 0: all alike, +-inf: the largest (smallest) alone, ties alike.
-        groups: like losses, any integers; equal = the same group. None: flat.
-        t_group: tilt between groups, as t; where groups tie at +-inf all their rows count alike.
-        mask, returns: see above.
+        t: tilt. > 0 attends to large losses, < 0 to small ones, 0 to all alike. +inf: only the largest losses, -inf: only the
+            smallest, ties alike.
+        groups: as losses, integers, equal for samples of the same group; None: flat.
+        t_group: tilt between the groups, as t. At +-inf all samples of tied groups count alike.
+        mask: as losses, bool; a sample with False is ignored.
         backend: of the flat form, which is one call of the kernel of `functional.robust_weights`.
 
-    Raises:
-        ValueError: a NaN tilt, t_group without groups, groups or mask of another shape. TypeError: groups that are not integers.
+    Returns:
+        W, as losses; float64 for float64 losses, else float32. See `absgd_fast.weights`.
 
-    >>> term(torch.tensor([0.0, 0.0, 1.0]), t=math.log(2.0))  # shares 1 : 1 : 2
+    Raises:
+        ValueError: a tilt that is NaN, t_group without groups, or groups or mask of another shape.
+        TypeError: groups that are not integers.
+
+    >>> term(torch.tensor([0.0, 0.0, 1.0]), t=math.log(2.0))  # in proportion 1 : 1 : 2
     tensor([0.7500, 0.7500, 1.5000])
     >>> term(torch.tensor([1.0, 1.0, 2.0]), 0.0, groups=torch.tensor([5, 5, 7]), t_group=math.log(2.0))
     tensor([0.7500, 0.7500, 1.5000])
@@ -73,8 +79,11 @@ def term(
 
 
 def _below_the_extreme(losses: Tensor, t: float, mask: Tensor | None) -> Tensor:
-    """The losses less the largest (for t < 0 the smallest), down to where they weigh nothing: with those themselves t L might leave
-    the range, and log n be lost beside it. What is not finite stays as it is."""
+    """The losses less the largest one (for t < 0 the smallest one), clamped where exp(t x) is 0 anyway.
+
+    For the losses themselves t L could overflow, or be so large that log n is lost in rounding. A loss that does not count or is
+    not finite stays as it is.
+    """
     if not losses.numel():
         return losses
     sign = -1.0 if t < 0 else 1.0
@@ -85,7 +94,10 @@ def _below_the_extreme(losses: Tensor, t: float, mask: Tensor | None) -> Tensor:
 
 
 def _numbered(groups: Tensor) -> Tensor:
-    """Groups as numbers below their count. torch.unique would wait for a GPU: it returns as many elements as it finds."""
+    """The groups, numbered from 0.
+
+    torch.unique would make the host wait for a GPU, because the size of its result depends on the values.
+    """
     ordered, order = groups.sort()
     new = torch.ones_like(ordered)
     new[1:] = ordered[1:] != ordered[:-1]
@@ -93,8 +105,12 @@ def _numbered(groups: Tensor) -> Tensor:
 
 
 def _tilted(values: Tensor, counts: Tensor, t: float, segment: Tensor) -> tuple[Tensor, Tensor]:
-    """Within each segment: p = counts exp(t values) / sum, and the tilted mean (1/t) log(sum counts exp(t values) /
-    sum counts). Values that count 0 times take no part. t = 0 and t = +-inf are the limits."""
+    """Within each segment: the softmax weights p, and the tilted mean.
+
+        p = counts exp(t values) / sum counts exp(t values),    mean = (1/t) log(sum counts exp(t values) / sum counts)
+
+    Values with count 0 have no influence. t = 0 and t = +-inf give the limits.
+    """
     zeros, taken = torch.zeros_like(values), counts > 0
     sign = -1.0 if t < 0 else 1.0
     extreme = zeros.scatter_reduce(0, segment, (sign * values).where(taken, -math.inf), "amax", include_self=False)
@@ -103,10 +119,10 @@ def _tilted(values: Tensor, counts: Tensor, t: float, segment: Tensor) -> tuple[
     total = lambda x: zeros.index_add(0, segment, counts * x)  # noqa: E731
     sums, sizes = total(exp), zeros.index_add(0, segment, counts)
     if math.isinf(t):
-        below = 0.0
+        below = zeros
     elif t == 0:
         below = total(gap) / sizes
     else:
-        less = total((abs(t) * gap).expm1()) / sizes  # of mean exp - 1, which cancels where t is small
+        less = total((abs(t) * gap).expm1()) / sizes  # mean exp - 1 without the cancellation at small t
         below = torch.where(less > -0.5, less.log1p(), (sums / sizes).log()) / abs(t)
     return (counts * exp / sums[segment]).where(taken, 0.0), sign * (extreme + below)
