@@ -1,4 +1,6 @@
-"""Finds the native libraries, says what can run and why not; the only reader of environment variables.
+"""Loads the native libraries, and says which backends can run and why others cannot.
+
+This is the only file that reads environment variables:
 
 ABSGD_FAST_BACKEND   forces a backend: "cuda", "triton", "cpu" or "reference"
 ABSGD_FAST_ISA       forces an instruction set of the CPU kernels: "avx512", "avx2" or "baseline"
@@ -14,6 +16,7 @@ import platform
 import warnings
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -24,7 +27,7 @@ _CHOICES = "None, " + ", ".join(map(repr, NAMES))
 
 @cache
 def build_info() -> dict:
-    """What the build left: native, host, reason, compiler, isas, cuda, cuda_reason, torch (see CMakeLists.txt)."""
+    """What the build has noted: native, host, reason, compiler, isas, cuda, cuda_reason, torch (see CMakeLists.txt)."""
     try:
         return json.loads((_HERE / "_build_info.json").read_text())
     except FileNotFoundError:
@@ -43,7 +46,7 @@ def build_info() -> dict:
 
 @cache
 def _load(name: str) -> str | None:
-    """Load the operators of "cpu" or "cuda"; None, or why they cannot be used."""
+    """Loads the operators of "cpu" or "cuda". Returns None, or the reason why they cannot be used."""
     library = _HERE / f"_ops_{name}.so"
     if not library.exists():
         info = build_info()
@@ -61,26 +64,26 @@ def _load(name: str) -> str | None:
 
 
 def load() -> None:
-    """Register the kernels that are there. (Asks nothing of a GPU: a process may import this package and then fork.)"""
+    """Registers the kernels of the libraries that were built. It does not touch a GPU, so a process may fork afterwards."""
     _load("cpu")
     if torch.version.cuda:
         _load("cuda")
 
 
 def cuda_unbound() -> str | None:
-    """None where the CUDA operators are loaded and find torch's stream; else the reason. Needs no GPU.
-
-    The look-up is csrc/torch_stream.h: one library serves every torch.
-    """
+    """None if the CUDA operators are loaded and find torch's stream (csrc/torch_stream.h), otherwise the reason. Needs no GPU."""
     return _load("cuda") or torch.ops.absgd_fast.cuda_unbound() or None
 
 
 def _driver_too_old() -> str | None:
-    """The CUDA runtime is linked in, and a driver serves runtimes up to its own major version."""
+    """Why the driver cannot serve the linked CUDA runtime, or None: it serves runtimes up to its own major version."""
     driver, runtime = map(int, torch.ops.absgd_fast.cuda_versions().split())
     if driver // 1000 >= runtime // 1000:
         return None
-    shown = lambda version: f"{version // 1000}.{version % 1000 // 10}"  # noqa: E731
+
+    def shown(version: int) -> str:
+        return f"{version // 1000}.{version % 1000 // 10}"
+
     return (
         f"the NVIDIA driver serves CUDA {shown(driver)}, but the kernels were built with CUDA {shown(runtime)};"
         " update the driver, or build the package with an older nvcc"
@@ -122,7 +125,7 @@ def _interpreted() -> bool:
 
 
 def why_not(name: str) -> str | None:
-    """None if backend `name` can run, else the reason.
+    """None if backend `name` can run, otherwise the reason. ValueError: an unknown name.
 
     >>> why_not("reference") is None
     True
@@ -139,11 +142,12 @@ def why_not(name: str) -> str | None:
 
 
 def available(name: str) -> bool:
+    """Whether backend `name` can run."""
     return why_not(name) is None
 
 
 def _devices(name: str) -> tuple[str, ...]:
-    """Types of device whose tensors a backend serves."""
+    """The types of device whose tensors a backend serves."""
     return {"cuda": ("cuda",), "triton": ("cuda", "xpu") + ("cpu",) * _interpreted(), "cpu": ("cpu",)}[name]
 
 
@@ -152,7 +156,7 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-# What serves a type of device, the fastest first; reference/ serves the rest.
+# The backends that serve a type of device, the fastest first. "reference" serves every device.
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 
 
@@ -160,7 +164,13 @@ _PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 def select(device: torch.device, backend: str | None = None) -> str:
     """The backend that serves tensors on `device`: the forced one, or the fastest that can run.
 
-    Raises ValueError for an unknown name, RuntimeError (with the reason) for one that cannot run.
+    Args:
+        device: the device of the tensors.
+        backend: the forced backend; None takes ABSGD_FAST_BACKEND, or else the fastest that can run.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the forced backend cannot run (the text says why).
 
     >>> select(torch.device("cpu"), "reference")
     'reference'
@@ -188,39 +198,43 @@ def select(device: torch.device, backend: str | None = None) -> str:
 
 
 def cpu_isas() -> list[str]:
-    """Instruction sets of the CPU kernels that this build has and this machine runs, the best first."""
+    """The instruction sets that this build of the CPU kernels has and this machine runs, the best first."""
     return [] if _load("cpu") else torch.ops.absgd_fast.isas().split(",")[1:]
 
 
 def cpu_isa() -> str | None:
-    """The instruction set in use."""
+    """The instruction set that the CPU kernels use, or None without them."""
     return None if _load("cpu") else torch.ops.absgd_fast.isas().split(",")[0]
 
 
 def set_cpu_isa(name: str) -> str:
-    """Use instruction set `name`; returns the one used before. Raises ValueError for one that cannot run."""
+    """Makes the CPU kernels use instruction set `name`, and returns the one used before. ValueError: it cannot run here."""
     current, *known = torch.ops.absgd_fast.isas().split(",")
     if not torch.ops.absgd_fast.use_isa(name):
-        raise ValueError(f"instruction set: got {name!r}, this build and machine have {', '.join(known)}")
+        raise ValueError(
+            f"instruction set: got {name!r}, expected one that this build has and this machine runs: {', '.join(known)}"
+        )
     return current
 
 
 def native_signatures(name: str = "cpu") -> dict[str, tuple[list[str], list[str]]]:
-    """C++ signatures of the native operators of "cpu" or "cuda": name -> (argument types, return types), in the schema
-    language's names. Needs the library, not the device."""
-    out = {}
+    """The C++ signatures of the operators of "cpu" or "cuda": name -> (argument types, return types), as schemas name the types.
+
+    The library must be there, but its device need not. Without the library the result is empty.
+    """
+    out: dict[str, tuple[list[str], list[str]]] = {}
     if _load(name) is None:
         written = torch.ops.absgd_fast.native_signatures if name == "cpu" else torch.ops.absgd_fast.cuda_signatures
         for line in written().splitlines():
             name, signature = line.split(": ", 1)
-            arguments, returns = signature.split(" -> ")
-            out[name] = tuple([t for t in part.split(", ") if t] for part in (arguments, returns))
+            arguments, returns = ([t for t in part.split(", ") if t] for part in signature.split(" -> "))
+            out[name] = arguments, returns
     return out
 
 
 @cache
-def host():
-    """The pybind11 module with StepPlan, or None."""
+def host() -> ModuleType | None:
+    """The pybind11 module that has StepPlan (csrc/host.cpp), or None."""
     try:
         return importlib.import_module("absgd_fast._host")
     except ImportError:
@@ -228,7 +242,7 @@ def host():
 
 
 def report() -> dict:
-    """Everything `absgd-fast doctor` shows."""
+    """Everything that `absgd-fast doctor` shows."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

@@ -370,7 +370,7 @@ def weighted_momentum_step_(
     except RuntimeError:
         _checks.weighted_step(params, buffers, grads, losses)  # the clearer message, for the common mistakes
         raise
-    if operators.native and not torch.compiler.is_compiling():
+    if operators.has_kernels and not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(params if buffers is None else params + buffers)
     return new_log_s
 

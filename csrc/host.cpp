@@ -1,6 +1,6 @@
-// Host objects: what an optimizer keeps between steps so that Python need not gather it again. Knows Python and the
-// DLPack exchange table, but not torch, and runs no loop over data: a second pool of threads would get in the way of
-// torch's.
+// StepPlan: what an optimizer keeps between steps, so that Python does not gather it again in each step. This file uses
+// Python and the DLPack exchange table, but not torch. It has no loop over data, because a second pool of threads would
+// disturb torch's.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -14,14 +14,14 @@
 
 namespace {
 
-// Which state belongs to which parameter, so that a step looks nothing up by tensor (a tensor's hash is Python code).
-// The pointers here are only compared: one is followed after it was found again, in this same step, in the optimizer's
-// own containers. So the plan keeps nothing alive and takes no part in reference cycles.
+// A parameter and its state. With it a step looks nothing up by tensor, whose hash is Python code.
+// These pointers are only compared. A step follows a pointer only after it has found it again in the optimizer's own
+// containers. So the plan keeps nothing alive and takes no part in reference cycles.
 struct Slot {
   PyObject *param, *state;  // state: the parameter's dict in optimizer.state, or null
 };
 
-// A list of the objects; the vector keeps its memory for the next step.
+// Moves the objects into a list. The vector keeps its memory for the next step.
 py::list handed_over(std::vector<py::object>& objects) {
   py::list out(objects.size());
   for (size_t j = 0; j < objects.size(); ++j) PyList_SET_ITEM(out.ptr(), Py_ssize_t(j), objects[j].release().ptr());
@@ -31,7 +31,7 @@ py::list handed_over(std::vector<py::object>& objects) {
 
 class StepPlan {
  public:
-  // cpu, cuda: whether the operator steps tensors there
+  // cpu, cuda: whether the kernels of that device serve.
   StepPlan(py::object tensor_type, py::object parameter_type, py::function allocate, bool cpu, bool cuda, int rule,
            const py::dict& numbers, const py::dict& flags, const py::tuple& states)
       : api_(exchange_api(tensor_type)),
@@ -43,13 +43,19 @@ class StepPlan {
         names_(rule, numbers, flags, states),
         grad_(getter(tensor_type)) {}
 
-  // Reads every tensor afresh and writes the table for one step over all parameters that have a gradient.
-  // Returns (updated, grads, on, others): the parameters in the table; their gradients, to be kept alive until the step
-  // is done; a plain tensor of the table, or None; and [(group, [param, ...])] for what the table cannot hold (no state
-  // yet, another dtype, device, layout or tensor type), which is left to the caller. A tensor lr on the GPU, grad_scale
-  // and found_inf (one-element float32 tensors on the GPU, or None) are not read here: the table has their addresses.
-  // sharded: the class whose tensors hold a plain one in `_local_tensor` (torch's DTensor); or None.
-  // robust: math/weights.h Normalizer in six float64 numbers on the device of the tensors, or None.
+  // Reads every tensor afresh, and writes the table for one step over all parameters that have a gradient.
+  // Returns (updated, grads, on, others):
+  //   updated  the parameters in the table
+  //   grads    their gradients, which the caller keeps alive until the step is done
+  //   on       a plain tensor of the table, or None if the table is empty
+  //   others   [(group, [param, ...])]: parameters that the table cannot hold (without a state yet, or of another
+  //   dtype,
+  //            device, layout or tensor type), which the caller steps otherwise
+  // grad_scale, found_inf: one-element float32 tensors on the GPU, or None. They and a tensor lr on the GPU are not
+  // read
+  //   here: the table has their addresses.
+  // sharded: the class whose tensors hold a plain one in `_local_tensor` (torch's DTensor), or None.
+  // robust: math/weights.h Normalizer as six float64 numbers on the device of the tensors, or None.
   py::tuple refresh(py::list groups, py::dict state, py::object grad_scale, py::object found_inf, py::object sharded,
                     py::object robust) {
     if (!same_state(state)) remember(groups, state);
@@ -75,9 +81,9 @@ class StepPlan {
       for (Py_ssize_t j = 0; j < PyList_GET_SIZE(params.ptr()); ++j, ++slot) {
         PyObject* param = PyList_GET_ITEM(params.ptr(), j);
         if (slot >= slots_.size() || slots_[slot].param != param) {
-          remember(groups, state);  // then this is the parameter there
+          remember(groups, state);  // afterwards the slot has this parameter
           if (slot >= slots_.size() || slots_[slot].param != param)
-            throw py::value_error("param_groups changed during a step");
+            throw py::value_error("param_groups changed during a step, expected the same parameters throughout");
         }
         py::object grad = grad_of(param);
         if (grad.is_none()) continue;
@@ -95,11 +101,11 @@ class StepPlan {
     return py::make_tuple(handed_over(updated_), handed_over(grads_), on, others);
   }
 
-  // int64, CPU: holds a StepTable and what it points to, until the next refresh.
+  // An int64 tensor on the CPU, which holds a StepTable and what that points to, until the next refresh.
   py::object table() const { return table_; }
 
  private:
-  // The optimizer's state holds the same dicts in the same order as when it was remembered.
+  // Whether the optimizer's state holds the same dicts in the same order as when it was remembered.
   bool same_state(const py::dict& state) const {
     if (size_t(PyDict_Size(state.ptr())) != state_.size()) return false;
     Py_ssize_t position = 0;
@@ -128,8 +134,8 @@ class StepPlan {
     holds_.resize(slots_.size());
   }
 
-  // The gradient, by the function behind torch.Tensor.grad where that is one: 24 ns less than looking it up by its
-  // name.
+  // The gradient. If torch.Tensor.grad is a C function it is called directly, which takes 24 ns less than looking the
+  // attribute up by its name.
   py::object grad_of(PyObject* param) const {
     const bool direct = grad_ != nullptr && is_plain(param);
     py::object out = py::reinterpret_steal<py::object>(direct ? grad_->get(param, grad_->closure)
@@ -150,14 +156,15 @@ class StepPlan {
   bool is_shard(PyObject* object) const {
     return sharded_ != nullptr && reinterpret_cast<PyObject*>(Py_TYPE(object)) == sharded_;
   }
-  // The plain tensor of a shard. Borrowed: the shard keeps it alive.
+  // The plain tensor of a shard, or the object itself. It is borrowed: the shard keeps it alive.
   PyObject* local(PyObject* object) const {
     if (!is_shard(object)) return object;
     const py::object inner = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, names().local));
     if (!inner) throw py::error_already_set();
     return inner.ptr();
   }
-  // Whether two tensors are shards of the same kind: a gradient that is yet to be summed up is another thing.
+  // Whether two tensors are shared out alike. A gradient whose parts are still to be summed up is not like its
+  // parameter.
   bool same_shard(PyObject* a, PyObject* b) const {
     if (!is_shard(a) || !is_shard(b)) return is_shard(a) == is_shard(b);
     const py::object x = py::reinterpret_steal<py::object>(PyObject_GetAttr(a, names().spec));
@@ -167,7 +174,7 @@ class StepPlan {
     return x.attr("mesh").equal(y.attr("mesh")) && x.attr("placements").equal(y.attr("placements"));
   }
 
-  // Whether this is a plain tensor of floating numbers; a subclass may be anything.
+  // Describes a plain tensor of floating-point numbers. Returns false for anything else; a subclass may be anything.
   bool read(PyObject* object, DLTensor* out) const {
     if (!is_plain(object)) return false;
     if (api_->dltensor_from_py_object(object, out) != 0) {  // no storage: sparse, meta
@@ -179,7 +186,7 @@ class StepPlan {
     return out->dtype.code == kDLFloat ? bits == 16 || bits == 32 || bits == 64
                                        : out->dtype.code == kDLBfloat && bits == 16;
   }
-  // One float32 or float64 number.
+  // The same for a tensor of one float32 or float64 number.
   bool read_number(PyObject* object, DLTensor* out) const {
     if (!read(object, out) || out->dtype.bits < 32) return false;
     for (int32_t d = 0; d < out->ndim; ++d)
@@ -189,7 +196,7 @@ class StepPlan {
 
   static char* data(const DLTensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
 
-  // lr as a number; of a tensor on the GPU only the address, because reading it would wait for the GPU.
+  // lr as a number. Of a tensor on the GPU only the address is taken, because reading it would wait for the GPU.
   double learning_rate(PyObject* lr, absgd::DeviceNumber* address) const {
     DLTensor t;
     if (!PyFloat_Check(lr) && read_number(lr, &t) && t.device.type != kDLCPU) {
@@ -203,7 +210,7 @@ class StepPlan {
     if (object.is_none()) return nullptr;
     DLTensor t;
     if (!read_number(object.ptr(), &t) || t.dtype.bits != 32)
-      throw py::value_error("grad_scale, found_inf: expected float32 tensors");
+      throw py::value_error("grad_scale, found_inf: expected float32 tensors of one element");
     amp_device_ = t.device.id;
     return reinterpret_cast<const float*>(data(t));
   }
@@ -213,12 +220,12 @@ class StepPlan {
     if (robust.is_none()) return;
     DLTensor t;
     if (!read(robust.ptr(), &t) || t.dtype.bits != 64 || t.ndim != 1 || t.shape[0] != 6)
-      throw py::value_error("robust: expected six float64 numbers");
+      throw py::value_error("robust: expected a tensor of six float64 numbers");
     robust_ = reinterpret_cast<const absgd::Normalizer*>(data(t));
     robust_device_ = {t.device.type, t.device.id};
   }
 
-  // All tensors of a table are on the device of its first.
+  // Adds a parameter to the table, and returns whether it could. All tensors of a table are on the device of its first.
   bool add(PyObject* param, PyObject* grad, size_t slot, int32_t group_index) {
     const absgd::StepGroup& group = groups_[size_t(group_index)];
     DLTensor p, g;
@@ -261,8 +268,8 @@ class StepPlan {
       holds_[slot].step.take(api_, step);
     }
     out.count = layout(p).count();
-    // autograd may hand out a single number whose sign is still to be flipped (the imaginary part of a conjugate); a
-    // larger such gradient has stride 2 and went elsewhere above
+    // autograd may hand out a single number whose sign is still to be flipped (the imaginary part of a conjugate). A
+    // larger gradient of this kind has stride 2, so it was refused above.
     if (out.count == 1 && negated(local(grad))) return false;
     out.param = data(p);
     out.grad = data(g);
@@ -279,7 +286,7 @@ class StepPlan {
     return answer.ptr() == Py_True;
   }
 
-  // [StepTable][groups][tensors], in memory that torch owns
+  // Writes [StepTable][groups][tensors] into memory that torch owns.
   void write_table() {
     const size_t groups = sizeof(absgd::StepTable), tensors = groups + groups_.size() * sizeof(absgd::StepGroup);
     const size_t bytes = tensors + tensors_.size() * sizeof(absgd::StepTensor);
@@ -291,7 +298,7 @@ class StepPlan {
       memory_ = static_cast<char*>(t.data) + t.byte_offset;
       capacity_ = bytes;
     }
-    // memory that did not move since the last step still does not overlap
+    // What was found about overlapping memory in the last step still holds if no tensor has moved since.
     auto stayed = [](const absgd::StepTensor& a, const absgd::StepTensor& b) {
       return a.param == b.param && a.state[0] == b.state[0] && a.state[1] == b.state[1] && a.state[2] == b.state[2] &&
              a.count == b.count && a.dtype == b.dtype;
@@ -318,7 +325,7 @@ class StepPlan {
   bool cpu_, cuda_;
   RuleNames names_;
   const PyGetSetDef* grad_;
-  PyObject* sharded_ = nullptr;  // of this step
+  PyObject* sharded_ = nullptr;  // the argument of this step
   py::object table_;
 
   std::vector<Slot> state_;  // in the order of optimizer.state
@@ -326,7 +333,7 @@ class StepPlan {
   struct Holds {
     Hold states[absgd::kStates], step;
   };
-  std::vector<Holds> holds_;  // likewise
+  std::vector<Holds> holds_;  // in the order of the parameters
 
   std::vector<py::object> updated_, grads_;  // empty between steps
   std::vector<absgd::StepGroup> groups_;
@@ -335,10 +342,10 @@ class StepPlan {
   struct Place {
     int32_t type, id;
   };
-  Place device_{0, 0}, robust_device_{0, 0};                  // of this step's tensors, of robust
-  int32_t amp_device_ = 0;                                    // where grad_scale and found_inf are
+  Place device_{0, 0}, robust_device_{0, 0};                  // the device of this step's tensors, and of robust
+  int32_t amp_device_ = 0;                                    // the device of grad_scale and found_inf
   const float *grad_scale_ = nullptr, *found_inf_ = nullptr;  // of this step
-  const absgd::Normalizer* robust_ = nullptr;                 // likewise
+  const absgd::Normalizer* robust_ = nullptr;                 // of this step
   char* memory_ = nullptr;
   size_t capacity_ = 0;
 };
@@ -347,7 +354,7 @@ class StepPlan {
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Host objects of absgd_fast: see csrc/host.cpp";
-  py::class_<StepPlan>(m, "StepPlan", "The table of a multi-tensor step, kept between steps.")
+  py::class_<StepPlan>(m, "StepPlan", "Writes the table of a step over many tensors, and is kept between steps.")
       .def(py::init<py::object, py::object, py::function, bool, bool, int, py::dict, py::dict, py::tuple>(),
            py::arg("tensor_type"), py::arg("parameter_type"), py::arg("allocate"), py::arg("cpu"), py::arg("cuda"),
            py::arg("rule"), py::arg("numbers"), py::arg("flags"), py::arg("states"))

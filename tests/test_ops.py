@@ -4,6 +4,7 @@ import re
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -99,7 +100,16 @@ def test_backends_have_the_operators_of_their_records():
     in_torch = {name for name, record in ops.RECORDS.items() if record.in_torch is not None}
     twins = {name for name, record in ops.RECORDS.items() if record.triton is not None}
     assert attributes == {"cpu": of("cpu"), "cuda": of("cuda"), "triton": twins | in_torch, "reference": in_torch}
-    assert [name for name, operators in ops.OPERATORS.items() if not operators.native] == ["reference"]
+    assert [name for name, operators in ops.OPERATORS.items() if not operators.has_kernels] == ["reference"]
+
+
+def test_operators_are_declared_as_their_schemas_say():
+    """The annotations of `Operators`, which are for the type checker: every operator, and how many results it has."""
+    declared = {name: get_args(hint)[1] for name, hint in get_type_hints(ops.Operators).items()}
+    assert declared.keys() == ops.RECORDS.keys()
+    for name, result in declared.items():
+        results = get_args(result) or (() if result in (None, type(None)) else (result,))
+        assert [torch.Tensor] * len(registered()[name].returns) == list(results), name
 
 
 class Recorder(TorchDispatchMode):

@@ -89,7 +89,7 @@ class LinearABLoss(RobustLoss):
         trains = torch.is_grad_enabled() and self.training
         normalizer, update_state = self.normalizer_for(trains), trains and update
         samples = Samples(sample_weight, mask, score)
-        if self.operators_for(hidden).native:
+        if self.operators_for(hidden).has_kernels:
             return self._in_chunks(hidden, linear_weight, target, bias, normalizer, samples, update_state)
         logits = nnf.linear(hidden, linear_weight, bias)
         return general(

@@ -1,15 +1,15 @@
-"""The operators: what the kernels of every backend are called by.
+"""The operators: the functions by which the rest of the package calls the kernels of every backend.
 
-    spec.py       which loss on logits an operator is asked for
-    modes.py      transforms of torch.func, graphs that are kept
-    labels.py     labels out of range
+    spec.py       the loss on logits that an operator is asked for
+    modes.py      whether torch.func transforms are active, and whether a graph is kept
+    labels.py     errors about labels out of range
     in_torch.py   operators in plain torch
-    schemas.py    one record per operator: schema, fake, who has it
-    backends.py   the operators of each backend, and which of them serves a call
+    schemas.py    one record per operator: its schema, its fake, and which backends have it
+    backends.py   the operators of each backend, and the choice of the one that serves a call
     autograd.py   how a value gets its gradient
 
-The kernels of the namespace `absgd_fast` are registered by the native libraries (CPU, CUDA), those of `absgd_fast_triton` by
-backends.py. Each file imports from those above it only.
+The native libraries (CPU, CUDA) register the kernels of the namespace `absgd_fast`, and backends.py those of `absgd_fast_triton`.
+Each file imports only from those above it.
 """
 
 from .._codes import (

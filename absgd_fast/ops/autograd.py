@@ -2,14 +2,17 @@
 
 There are two ways:
 
-made in forward     the exponentials are at hand there, and backward only multiplies by the upstream gradient, in place; so
-                    the graph keeps one buffer of the size of the logits and not the logits themselves.
-from statistics     four numbers per row (csrc/math/losses.h RowGradient), and backward walks over the logits once more. A GPU
-                    takes this way beyond small batches: to make the gradient in forward, before the weights are known,
-                    would read and write it twice.
+made in forward     The forward pass makes the gradient, because it has the exponentials at hand. Backward only multiplies it by
+                    the upstream gradient, in place. So the graph keeps one buffer of the size of the logits, and not the logits
+                    themselves.
+from statistics     The forward pass leaves four numbers per row (csrc/math/losses.h RowGradient, docs/MATH.md §8), and backward
+                    walks over the logits once more. A GPU takes this way for all but small batches: the forward pass would make
+                    the gradient before it knows the weights, and so read and write it twice.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,15 +23,16 @@ from .modes import graph_is_kept
 from .spec import LossSpec
 
 
-def _differentiable(recompute, x: Tensor, upstream: Tensor) -> Tensor:
-    """upstream * d value / d x as a function that can be differentiated again: by the formula of reference/."""
+def _differentiable(recompute: Callable[[Tensor], Tensor], x: Tensor, upstream: Tensor) -> Tensor:
+    """upstream * d value / d x with a graph of its own, by the formula of reference/, so that it can be differentiated again."""
     with torch.enable_grad():
         value = recompute(x)
     return torch.autograd.grad(value, x, upstream.to(value.dtype), create_graph=True)[0]
 
 
 class _KnownGradient(torch.autograd.Function):
-    """value, with d value / d x = grad (one number or one row per element of value); recompute(x): value in plain torch."""
+    """A value whose derivative by x is known: grad has one number, or one row, per element of value. recompute(x) is the value in
+    plain torch."""
 
     @staticmethod
     def forward(ctx, x: Tensor, given: tuple) -> Tensor:
@@ -49,7 +53,7 @@ class _KnownGradient(torch.autograd.Function):
 
 
 class _GradientFromStats(torch.autograd.Function):
-    """The same from the statistics of the rows of x. loss: what logit_loss_backward has between x and them."""
+    """A value whose derivative by x is made in backward from the statistics of the rows of x."""
 
     @staticmethod
     def forward(ctx, x: Tensor, given: tuple) -> Tensor:
@@ -67,7 +71,7 @@ class _GradientFromStats(torch.autograd.Function):
 
 
 class _KnownGradientCompiled(torch.autograd.Function):
-    """The first for torch.compile, where autograd sees tensors only and results must be new."""
+    """`_KnownGradient` for torch.compile, where autograd sees tensors only and results must be new tensors."""
 
     @staticmethod
     def forward(ctx, x: Tensor, value: Tensor, grad: Tensor, backend: str) -> Tensor:
@@ -82,7 +86,7 @@ class _KnownGradientCompiled(torch.autograd.Function):
 
 
 class _GradientFromStatsCompiled(torch.autograd.Function):
-    """The second for torch.compile."""
+    """`_GradientFromStats` for torch.compile."""
 
     @staticmethod
     def forward(
@@ -100,15 +104,17 @@ class _GradientFromStatsCompiled(torch.autograd.Function):
         return grad, *[None] * 9
 
 
-# Function.apply is a Python wrapper (1 us) that serves setup_context and functorch. Neither is used here, because inside transforms
-# the operators in plain torch serve.
+# Function.apply is a Python wrapper (1 us) that serves setup_context and functorch. Neither is used here: inside transforms the
+# operators in plain torch serve.
 _known = super(torch.autograd.Function, _KnownGradient).apply
 _from_stats = super(torch.autograd.Function, _GradientFromStats).apply
 
 
-def attach(operators: Operators, x: Tensor, value: Tensor, grad: Tensor, recompute) -> Tensor:
-    """value as a function of x whose gradient is already known: backward gives upstream * grad; recompute(x): the value in
-    plain torch, asked only when backward itself is to be differentiated."""
+def attach(operators: Operators, x: Tensor, value: Tensor, grad: Tensor, recompute: Callable[[Tensor], Tensor]) -> Tensor:
+    """Makes value a function of x whose derivative, grad, is known: backward gives upstream * grad.
+
+    recompute(x): the value in plain torch. It is called only if backward itself is to be differentiated.
+    """
     if torch.compiler.is_compiling():
         return _KnownGradientCompiled.apply(x, value, grad, operators.backend)
     return _known(x, (value, grad, operators, recompute))
@@ -124,14 +130,21 @@ def attach_logit_gradient(
     class_weight: Tensor | None,
     adjust: Tensor | None,
     saved: Tensor,
-    recompute,
+    recompute: Callable[[Tensor], Tensor],
     sample_stats: Tensor | None = None,
     weighing: Tensor | None = None,
 ) -> Tensor:
-    """value as a function of the logits, by what an operator saved in a backward mode that is not 0: the gradient, or statistics of
-    the rows, from which backward makes it.
+    """Makes value a function of the logits, by what an operator has saved: the gradient, or statistics of the rows.
 
-    class_weight, adjust: as the operator was given them. sample_stats, weighing: of robust_logit_loss, where it weighs late.
+    Args:
+        operators: those whose backward serves.
+        mode: the backward mode of `saved`, WITH_GRAD or WITH_STATS.
+        logits, target, class_weight, adjust: as the operator was given them.
+        value: the loss, or one loss per row.
+        spec: the loss on logits.
+        saved: what the operator has saved for backward.
+        recompute: recompute(logits) is the value in plain torch, for a second derivative.
+        sample_stats, weighing: of robust_logit_loss, if backward makes the weights.
     """
     if mode != WITH_STATS:
         return attach(operators, logits, value, saved, recompute)
@@ -143,7 +156,7 @@ def attach_logit_gradient(
 
 
 def weights_of(sample_stats: Tensor, weighing: Tensor | None) -> Tensor:
-    """W of the samples that robust_logit_loss left (csrc/math/weights.h RobustNumbers)."""
+    """W of the samples that robust_logit_loss has left (csrc/math/weights.h RobustNumbers, docs/MATH.md §1.1)."""
     if weighing is None:
         return sample_stats[1]
     log_s, _, _, max_weight = weighing.unbind()
@@ -151,7 +164,7 @@ def weights_of(sample_stats: Tensor, weighing: Tensor | None) -> Tensor:
 
 
 class _RobustWeights(torch.autograd.Function):
-    """(W, log s') differentiable in the losses (MATH: vjp in csrc/math/weights.h robust_weight_vjp)."""
+    """(W, log s') as functions of the losses, by the vjp of csrc/math/weights.h robust_weight_vjp (docs/MATH.md §1.3)."""
 
     @staticmethod
     def forward(ctx, losses, log_s, lam, mask, gamma, alpha, flags, backend):
@@ -170,7 +183,7 @@ class _RobustWeights(torch.autograd.Function):
 
 
 def robust_weights(operators: Operators, *args) -> tuple[Tensor, Tensor]:
-    """(W, log s') of the operator robust_weights, differentiable in the losses. args: its arguments."""
-    if not operators.native:
+    """(W, log s') of the operator robust_weights, differentiable in the losses. args: the operator's arguments."""
+    if not operators.has_kernels:
         return operators.robust_weights(*args)[:2]
     return _RobustWeights.apply(*args, operators.backend)

@@ -1,4 +1,4 @@
-"""The operators of each backend, and which of them serves a call."""
+"""The operators of each backend, and the choice of the one that serves a call."""
 
 from __future__ import annotations
 
@@ -16,25 +16,53 @@ from .modes import transformed
 from .schemas import RECORDS, TRITON, Operator
 
 ANY = sys.maxsize
-# Threads of the one block of the CUDA kernels that holds a small batch in its registers (csrc/launch.h fits_one_block)
+# How many threads the one block has that keeps a small batch in its registers (csrc/launch.h fits_one_block)
 ONE_BLOCK = 512
 
 
 class Operators:
-    """The operators of one backend as attributes, each with the arguments of its schema.
+    """The operators of one backend as attributes. Each takes the arguments of its schema (schemas.py).
 
-    Here are those in plain torch (in_torch.py). Their losses are differentiable by autograd itself: whoever calls them saves
-    nothing for backward, and attaches no gradient.
+    An object of this class itself has the operators in plain torch (in_torch.py). Autograd differentiates their losses, so
+    callers save nothing for backward and attach no gradient. Operators with kernels are `Kernels`.
 
-    backend: its name. native: whether kernels serve, C++ or Triton. compiled: the same operators for torch.compile.
-    has_rules: rule_weights and group_weights are there. weighs_late: settled_logit_loss is there, and backward makes the weights
-    of what robust_logit_loss left as statistics.
+    The backward mode of a forward pass says what it leaves for backward: 0 (nothing: autograd has what it needs), WITH_GRAD (the
+    gradient) or WITH_STATS (the statistics of the rows).
 
-    What a forward pass leaves for backward is its backward mode: 0 (autograd has what it needs), WITH_GRAD or WITH_STATS.
-    losses_backward_mode: of losses on logits alone. vector_backward_mode: of a robust loss of losses that are there already.
+    Attributes:
+        backend: the name of the backend.
+        compiled: the same operators for torch.compile.
+        has_kernels: whether kernels serve, those of a C++ library or of Triton.
+        has_rules: whether rule_weights and group_weights are there.
+        weighs_late: whether settled_logit_loss is there. Then the backward pass also makes the weights of the statistics that
+            robust_logit_loss leaves.
+        losses_backward_mode: the backward mode of losses on logits, without weights.
+        vector_backward_mode: the backward mode of the robust loss of losses that are there already.
     """
 
-    native = False
+    # One attribute for each record of schemas.py, which a test compares. Each backend has those that its records give it. In
+    # plain torch a result that is saved for backward is None.
+    logit_loss: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    logit_loss_: Callable[..., tuple[Tensor, Tensor]]
+    robust_logit_loss: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    logit_loss_backward: Callable[..., Tensor]
+    settled_logit_loss: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    robust_loss: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    robust_partial_stats: Callable[..., Tensor]
+    robust_settle: Callable[..., Tensor]
+    robust_apply: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    robust_weights: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    robust_weights_backward: Callable[..., Tensor]
+    rule_weights: Callable[..., Tensor]
+    group_weights: Callable[..., Tensor]
+    rectified: Callable[..., Tensor]
+    scale: Callable[..., Tensor]
+    scale_: Callable[..., None]
+    step_: Callable[..., None]
+    planned_step: Callable[..., None]
+    weighted_step_: Callable[..., Tensor]
+
+    has_kernels = False
     losses_backward_mode = vector_backward_mode = 0
 
     def __init__(self, backend: str, functions: dict[str, Callable], compiled: Operators | None = None):
@@ -42,7 +70,7 @@ class Operators:
         self.has_rules, self.weighs_late = "rule_weights" in functions, "settled_logit_loss" in functions
         vars(self).update(functions)
 
-    def __reduce__(self):  # a module that is copied or pickled finds the same ones again
+    def __reduce__(self):  # a module that is copied or pickled finds the same operators again
         return _find, (self.backend, self.compiled is self)
 
     def backward_mode(self, logits: Tensor) -> int:
@@ -50,27 +78,28 @@ class Operators:
         return 0
 
     def weighing(self, logits: Tensor, mode: int) -> Tensor | None:
-        """Room for what the weights are made from later; None where the forward pass makes them. Where `weighs_late`."""
+        """Room for the numbers from which backward makes the weights; None if forward makes them. Only if `weighs_late`."""
         return torch.empty(4, dtype=torch.float64, device=logits.device) if mode != WITH_GRAD else None
 
 
 class Kernels(Operators):
-    """The operators of a backend with kernels, whose gradients are attached by autograd.py.
+    """The operators of a backend with kernels. autograd.py attaches their gradients.
 
-    gradient_limit: lanes of the one block that makes the gradient of a small batch in the forward pass of the robust loss; 0:
-    no batch, ANY: every batch.
+    gradient_limit: which batches get their gradient in the forward pass of the robust loss: those that fit into one block of this
+    many lanes, none (0), or all (ANY).
     """
 
-    native = True
+    has_kernels = True
     vector_backward_mode = WITH_GRAD
 
     def __init__(self, backend: str, functions: dict, gradient_limit: int, compiled: Operators | None = None):
         super().__init__(backend, functions, compiled)
         self.gradient_limit = gradient_limit
-        # Losses alone have one number per row as their upstream gradient, which statistics take for nothing.
+        # A gradient made from statistics takes in the upstream gradient of losses, one number per row, at no cost.
         self.losses_backward_mode = WITH_GRAD if gradient_limit == ANY else WITH_STATS
 
     def backward_mode(self, logits: Tensor) -> int:
+        """The backward mode of the robust loss on logits."""
         limit = self.gradient_limit
         if limit == ANY:
             return WITH_GRAD
@@ -82,13 +111,14 @@ class Kernels(Operators):
 
 
 def lanes_of_a_row(classes: int) -> int:
-    """Threads that share a row in the one block, a power of two of at most 32: four classes each, if the row has them."""
+    """How many threads of the one block share a row: the least power of two with at most four classes each, or 32."""
     return next((lanes for lanes in (1, 2, 4, 8, 16) if classes <= 4 * lanes), 32)
 
 
 # ---- Triton's functions, called as the operators are -----------------------------------------------------------------------
 
-# What a Triton function takes in place of an operator's `flags`, which are its last argument (but for those of CUDA alone)
+# The arguments that a Triton function takes instead of an operator's `flags`. These are the operator's last argument, apart from
+# the arguments that only CUDA reads.
 _DECODED = {
     "normalizer": lambda flags: flags & NORMALIZER,
     "init_first": lambda flags: bool(flags & INIT_FIRST),
@@ -102,7 +132,7 @@ _DECODED = {
 
 
 def _from_triton(record: Operator) -> Callable:
-    """The Triton function of an operator; Triton is imported by the first call."""
+    """The Triton function of an operator. The first call imports Triton."""
 
     def call(*args):
         function = getattr(import_module(f"absgd_fast.kernels.{record.triton}"), record.name)
@@ -118,11 +148,12 @@ def _from_triton(record: Operator) -> Callable:
 # ---- who serves ------------------------------------------------------------------------------------------------------------
 
 
-def _overloads(namespace: str, records: list[Operator]) -> dict[str, Callable]:
+def _overloads(namespace: str, records: list[Operator]) -> dict[str, torch._ops.OpOverload]:
     return {record.name: getattr(getattr(torch.ops, namespace), record.name).default for record in records}
 
 
 def _native(backend: str, gradient_limit: int) -> Kernels:
+    """The operators of a C++ library, "cpu" or "cuda"."""
     overloads = _overloads("absgd_fast", [record for record in RECORDS.values() if backend in record.native])
     # the overload's own callable, without the Python frame of OpOverload.__call__ (0.3 us)
     eager = {name: overload._op for name, overload in overloads.items()}
@@ -146,9 +177,9 @@ def _find(backend: str, compiled: bool) -> Operators:
 
 
 def serving(device: torch.device, backend: str | None) -> Operators:
-    """The operators that serve a call with tensors on `device`.
+    """The operators that serve a call with tensors on `device`: those of `backend`, or of the fastest backend that can run.
 
-    Inside torch.func transforms (vmap, grad, jvp) and on dual numbers only the differentiable formulas do.
+    Inside torch.func transforms (vmap, grad, jvp) and on dual numbers only the operators in plain torch serve.
     """
     if transformed():
         return REFERENCE

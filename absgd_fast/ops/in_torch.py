@@ -1,9 +1,9 @@
-"""Operators in plain torch, with the arguments of their schemas, by the formulas of reference/.
+"""Operators in plain torch. They have the arguments of their schemas, and use the formulas of reference/.
 
-They are what `REFERENCE` consists of, and the twins of those operators for which Triton has no kernel because a few launches of
-torch's on one number per row do. Their losses are differentiable by autograd, so they save nothing for backward and return None
-in its place. Weights and score are constants, as everywhere. With UPDATE among the flags log s and the count of non-finite
-batches move in place, as in the kernels.
+`REFERENCE` consists of them. They also serve Triton where it has no kernel, because a few launches of torch's kernels on one
+number per row suffice. Autograd differentiates their losses, so they save nothing for backward, and return None instead. Weights
+and score are constants, as everywhere. With the flag UPDATE they write log s and the count of nonfinite batches in place, as the
+kernels do.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from .spec import LossSpec, masked_target
 
 
 def stack_sample_stats(losses: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
-    """(3, ...): losses (0 where ignored), weights, 1 or 0 = ignored."""
+    """The sample stats (3, ...): losses (0 where ignored), weights, and validity (1, or 0 where ignored)."""
     valid = torch.ones_like(losses) if mask is None else mask.to(losses.dtype)
     return torch.stack([losses.where(valid > 0, 0.0), weights, valid])
 
 
 def _normalizer_options(gamma: float, alpha: float, flags: int) -> dict:
-    """The arguments of reference.settle that the operators take apart."""
+    """The options of reference.settle, from the arguments of an operator."""
     init = "first" if flags & _codes.INIT_FIRST else "zero"
     return dict(gamma=gamma, alpha=alpha, init=init, normalizer=_codes.NORMALIZERS[flags & _codes.NORMALIZER])
 
 
 def _commit(log_s: Tensor, nonfinite: Tensor, new_log_s: Tensor, is_nonfinite: Tensor, flags: int) -> None:
-    """Writes the state, in place, where UPDATE says so."""
+    """Writes the state in place if the flags have UPDATE."""
     if flags & _codes.UPDATE:
         log_s.copy_(new_log_s)
         nonfinite += is_nonfinite
@@ -41,6 +41,7 @@ def _commit(log_s: Tensor, nonfinite: Tensor, new_log_s: Tensor, is_nonfinite: T
 
 
 def logit_loss(logits, target, class_weight, adjust, hyper_a, hyper_b, ignore_index, flags):
+    """The losses and which rows count; nothing is saved (MATH §2.1)."""
     spec = LossSpec(class_weight, adjust, hyper_a, hyper_b, ignore_index, flags)
     if not (target.is_floating_point() or torch.compiler.is_compiling() or transformed()):
         target = check_labels(target, logits.shape[1], ignore_index)
@@ -69,7 +70,7 @@ def robust_logit_loss(
     flags,
     weighing,
 ):
-    """The losses, and then the robust loss of them. (weighing is None: the weights are made at once.)"""
+    """The losses, and then their robust loss. weighing is None, because the weights are made at once (MATH §1.1)."""
     spec = LossSpec(class_weight, adjust, hyper_a, hyper_b, ignore_index, flags)
     target = _checks.target(logits, target, soft=spec.soft)
     losses, _, valid = logit_loss(logits, masked_target(target, mask, spec), *spec)
@@ -81,6 +82,7 @@ def robust_logit_loss(
 
 
 def robust_loss(losses, score, sample_weight, mask, log_s, nonfinite, lam, gamma, alpha, mix, max_weight, flags):
+    """The robust loss of losses that are there already, and its sample stats (MATH §1.1)."""
     loss, weights, new_log_s, is_nonfinite = reference.robust_loss(
         losses,
         log_s,
@@ -99,12 +101,14 @@ def robust_loss(losses, score, sample_weight, mask, log_s, nonfinite, lam, gamma
 
 
 def robust_partial_stats(losses, score, mask, log_s, lam, settled):
+    """log sum exp z, count and nonfinite count of some samples; `settled` bounds their z (MATH §1.6, §5)."""
     z_max = None if settled is None else settled[Z_MAX]
     return reference.partial_stats(losses.detach(), log_s, lam, score=score, mask=mask, z_max=z_max)
 
 
 @torch.no_grad()
 def robust_settle(partials, log_s, nonfinite, lam, reference_point, gamma, alpha, grad_multiplier, flags):
+    """The settled normaliser of all samples, from their partial stats (MATH §1.6, §5)."""
     settled, new_log_s = reference.settle(
         partials,
         log_s,
@@ -118,7 +122,8 @@ def robust_settle(partials, log_s, nonfinite, lam, reference_point, gamma, alpha
 
 
 def robust_apply(losses, score, sample_weight, mask, settled, log_s, lam, bounded, mix, max_weight, flags):
-    """With WITH_GRAD the gradient is made at once, for autograd to be told; without it the loss is differentiable by itself."""
+    """The robust loss by a settled normaliser. With WITH_GRAD its gradient is returned, and the loss has no graph; otherwise
+    autograd differentiates the loss."""
     given = dict(mix=mix, max_weight=max_weight, sample_weight=sample_weight, score=score, mask=mask, bounded=bounded)
     grad = losses.new_empty(0)
     if flags & _codes.WITH_GRAD:
@@ -133,11 +138,13 @@ def robust_apply(losses, score, sample_weight, mask, settled, log_s, lam, bounde
 
 
 def robust_weights(losses, log_s, lam, mask, gamma, alpha, flags):
+    """The weights and log s', which autograd differentiates (MATH §1.1, §1.3)."""
     options = _normalizer_options(gamma, alpha, flags)
     return *reference.robust_weights(losses, log_s, lam, mask=mask, **options), None
 
 
 def rectified(products):
+    """The weights of L2RW (MATH §4.5)."""
     return reference.rectified(products)
 
 
@@ -166,6 +173,7 @@ def weighted_step_(
     form,
     flags,
 ):
+    """One momentum step with the weighted mean of per-sample gradients; returns the new log s (MATH §3.4)."""
     return reference.weighted_momentum_step_(
         params,
         buffers or [None] * len(params),

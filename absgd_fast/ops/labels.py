@@ -1,4 +1,4 @@
-"""Labels out of range: an IndexError at once on the CPU, by a later call on a GPU."""
+"""Labels out of range. On the CPU they raise IndexError at once. On a GPU a later call raises it, because checking would wait."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _BAD_LABEL = re.compile(r"absgd_fast label out of range: label=(-?\d+) row=(\d+)
 
 
 def translated(error: RuntimeError, first_row: int = 0) -> Exception:
-    """The stable ABI passes every C++ error on as RuntimeError; give a bad label its own type and words. first_row: where the
-    rows of this call begin."""
+    """The IndexError of a label out of range, for the RuntimeError that the stable ABI makes of every C++ error; other errors are
+    returned as they are. first_row: the number of the first row of this call."""
     found = _BAD_LABEL.search(str(error))
     if found is None:
         return error
@@ -23,17 +23,18 @@ def translated(error: RuntimeError, first_row: int = 0) -> Exception:
 
 
 def bad_label(label: int, row: int, classes: int, earlier: bool = False) -> IndexError:
+    """The error for a label out of range. earlier: it was in an earlier batch."""
     return IndexError(
         f"target: label {label} in row {row} (counted over the flattened target){' of an earlier batch' if earlier else ''},"
-        f" expected 0 <= label < {classes}; pass ignore_index for rows that shall not count"
+        f" expected 0 <= label < {classes}; mark rows that must not count with the label `ignore_index`"
     )
 
 
 def check_labels(target: Tensor, classes: int, ignore_index: int) -> Tensor:
-    """For the backends that cannot raise from within a kernel: labels fit for indexing.
+    """Labels that are safe to index with, for backends whose kernels cannot raise.
 
-    On the CPU the first label out of range is an IndexError. On a GPU its row is ignored, and a later call raises (the
-    host does not wait, and an index out of range would end the CUDA context).
+    On the CPU the first label out of range raises IndexError. On a GPU its row is ignored and a later call raises, because the
+    host does not wait for the GPU. (Indexing with the label would destroy the CUDA context.)
     """
     bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if target.device.type == "cpu":
@@ -43,10 +44,9 @@ def check_labels(target: Tensor, classes: int, ignore_index: int) -> Tensor:
         return target
     if target.numel() and not torch.compiler.is_compiling():
         report, seen = reported_labels(check=True), _seen_labels(target.device)
-        row = bad.flatten().to(torch.uint8).argmax()
-        found = torch.stack(
-            [target.flatten().gather(0, row.reshape(1))[0].long(), row, torch.full_like(row, classes), torch.ones_like(row)]
-        )
+        first = bad.flatten().to(torch.uint8).argmax()
+        label = target.flatten().gather(0, first.reshape(1))[0].long()
+        found = torch.stack([label, first, torch.full_like(first, classes), torch.ones_like(first)])
         seen.copy_(torch.where(bad.any() & (seen[3] == 0), found, seen))
         report.copy_(seen, non_blocking=True)
     return target.masked_fill(bad, ignore_index)
@@ -67,9 +67,9 @@ def _seen_labels(device: torch.device) -> Tensor:
 
 
 def reported_labels(check: bool) -> Tensor:
-    """(label, row, classes, 1) of a label out of range, or zeros; in memory that the host and the GPU share.
+    """(label, row, classes, 1) of a label out of range, or zeros, in memory that host and GPU share.
 
-    check: IndexError if an earlier call left one.
+    check: raise IndexError if an earlier call has left a label here.
     """
     report = _report()
     if check:
@@ -91,8 +91,8 @@ def kernels_can_report() -> bool:
 def report_of_kernels() -> Tensor | None:
     """`reported_labels(check=True)` for a kernel to write into.
 
-    None on Intel's GPUs, for which that memory is not pinned: there the kernels ignore a label out of range without a word. What
-    `check_labels` finds is copied, and so is heard everywhere.
+    None on Intel's GPUs, for which that memory is not pinned: there the kernels ignore a row with a label out of range, and
+    nothing is raised. What `check_labels` finds is copied into that memory by torch, so it is raised on every device.
     """
     report = reported_labels(check=True)
     return report if kernels_can_report() else None

@@ -1,14 +1,15 @@
-"""What torch is in the middle of."""
+"""Whether torch.func transforms are active, and whether the graph of a backward is kept."""
 
 from __future__ import annotations
 
 import torch
 from torch.autograd import forward_ad
 
-# True while the graph of the running backward is kept (retain_graph=True). A torch without this function lets the gradient be copied.
+# Whether the graph of the running backward is kept (retain_graph=True), so that a gradient in it must not be written over. In a
+# torch without this function the answer is always True, which costs a copy of the gradient.
 graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def transformed() -> bool:
-    """Whether a torch.func transform or a level of forward-mode AD is active."""
+    """Whether a torch.func transform (vmap, grad, jvp) or a level of forward-mode differentiation is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

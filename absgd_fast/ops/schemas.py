@@ -1,22 +1,24 @@
-"""Every operator of the package, each as one record: its schema, its fake, and who has it.
+"""Every operator of the package as one record: its schema, its fake, and which backends have it.
 
-Which operators there are, which of them a library of C++ has, which module of kernels/ has their Triton twin and which run in
-plain torch is written nowhere else in Python; tests/test_ops.py compares the records with the lists in csrc/.
+A record says which C++ libraries have the operator, which module of kernels/ has its Triton function, and whether it runs in
+plain torch. tests/test_ops.py compares the records with the lists in csrc/ and with the attributes of `Operators` (backends.py).
 
-Words that stand in many schemas:
+Arguments and results of many schemas:
     flags               bits of _codes.py
-    hyper_a, hyper_b    the numbers of a loss or of an optimizer's rule, whatever these are called there
-    adjust              (3, C), the class vectors S, D, M
-    valid               real: 1 where a row counts; 0 where it is ignored, pruned, or (on a GPU) has a label out of range
-    saved               what backward needs: the gradient, the statistics of the rows, or nothing, as flags say
-    sample_stats        (3, ...): losses, weights, validity of each sample
-    partials, settled   of reference.partial_stats, of reference.settle
+    hyper_a, hyper_b    the two numbers of a loss (_codes.HYPERPARAMETERS) or of an optimizer's rule (optim/rule.py)
+    adjust              (3, C): the class vectors S, D, M (docs/MATH.md §2.1)
+    valid               a real number: 1 where a row counts, 0 where it is ignored, pruned, or (on a GPU) has a label out of range
+    saved               what backward needs: the gradient, the statistics of the rows, or nothing, as the flags say
+    sample_stats        (3, ...): losses, weights and validity of each sample
+    partials            (K, 3 or more): the first three columns are results of reference.partial_stats
+    settled             (6): the result of reference.settle (docs/MATH.md §8)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,14 +31,17 @@ from . import in_torch
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator.
+    """The record of one operator.
 
-    schema: its arguments and results. fake: their shapes and dtypes, for torch.compile.
-    native: the libraries of C++ that have it, "cpu" and "cuda".
-    triton: the module of kernels/ that has a function of this name. triton_flags: the arguments that this function takes in place
-        of `flags`, if any (backends.py decodes them). cuda_arguments: how many of the last arguments only the CUDA kernels read; the
-        Triton function does not take them.
-    in_torch: it in plain torch, for `REFERENCE`, and for Triton where `triton` is None.
+    Attributes:
+        name: the name of the operator.
+        schema: its arguments and results.
+        fake: a function that makes empty results of the right shapes and dtypes, for torch.compile.
+        native: the C++ libraries that have it, "cpu" and "cuda".
+        triton: the module of kernels/ that has a Triton function of this name, or None.
+        triton_flags: the arguments that the Triton function takes instead of `flags` (backends.py decodes them).
+        cuda_arguments: how many of the last arguments only the CUDA kernels read; the Triton function does not take them.
+        in_torch: the operator in plain torch, for `REFERENCE`, and for Triton if `triton` is None.
     """
 
     name: str
@@ -52,8 +57,8 @@ class Operator:
 RECORDS: dict[str, Operator] = {}
 
 
-def _operator(schema: str, **who_has_it):
-    """Record the operator whose fake is decorated."""
+def _operator(schema: str, **who_has_it: Any) -> Callable[[Callable], Callable]:
+    """A decorator of an operator's fake that makes the operator's record."""
 
     def record(fake: Callable) -> Callable:
         name = schema.split("(")[0]
@@ -67,7 +72,7 @@ _STATE = "Tensor(a!) log_s, Tensor(b!) nonfinite, Tensor lam, float gamma, float
 _SAMPLES = "Tensor? score, Tensor? sample_weight, Tensor? mask"
 _LOSS = "Tensor logits, Tensor target, Tensor? class_weight, Tensor? adjust, float hyper_a, float hyper_b, int ignore_index"
 
-# What a Triton function takes in place of `flags`
+# The arguments that a Triton function takes instead of `flags`
 _NORMALIZER = ("normalizer", "init_first")
 _LOGIT_LOSS = ("kind", "prune", "report")
 
@@ -77,8 +82,8 @@ def _samples(logits: Tensor) -> tuple:
 
 
 def _saved(like: Tensor, samples: tuple, flags: int) -> Tensor:
-    """What backward needs. A gradient made in the forward pass is not stored in float16: what a loss scale (GradScaler) is
-    there to lift into range would already be 0 when backward brings that scale."""
+    """An empty result `saved`. The gradient is not stored in float16: before backward multiplies it by GradScaler's loss scale,
+    small numbers would already be 0."""
     if flags & WITH_STATS:
         return like.new_empty((4, *samples), dtype=real_dtype(like.dtype))
     dtype = torch.float32 if like.dtype == torch.float16 else like.dtype
@@ -99,7 +104,7 @@ def _(logits, target, class_weight, adjust, hyper_a, hyper_b, ignore_index, flag
     return logits.new_empty(samples, dtype=real), _saved(logits, samples, flags), logits.new_empty(samples, dtype=real)
 
 
-# The same, and over the logits ((B, C) contiguous, not float16) the gradient of each row's own loss.
+# The losses, as of logit_loss. The gradient of each row's own loss is written over the logits ((B, C) contiguous, not float16).
 @_operator(
     f"logit_loss_({_LOSS.replace('Tensor logits', 'Tensor(c!) logits')}, int flags) -> (Tensor losses, Tensor valid)",
     triton="losses",
@@ -110,8 +115,9 @@ def _(logits, target, class_weight, adjust, hyper_a, hyper_b, ignore_index, flag
     return logits.new_empty(samples, dtype=real), logits.new_empty(samples, dtype=real)
 
 
-# weighing (4) float64, csrc/math/weights.h Weighing: where it is given, sample_stats[1] has z instead of the weights (-inf: ignored,
-# NaN: non-finite), from which backward and `weights_of` make them; so no launch has to wait for the last loss.
+# weighing: (4) float64, csrc/math/weights.h Weighing, or None. If it is given, sample_stats[1] has z instead of the weights
+# (-inf: ignored, NaN: nonfinite), and backward and `weights_of` make the weights from it. So no launch has to wait for the last
+# loss.
 @_operator(
     f"robust_logit_loss({_LOSS}, {_SAMPLES}, {_STATE}, Tensor(c!)? weighing) -> (Tensor loss, Tensor sample_stats, Tensor saved)",
     triton="losses",
@@ -144,8 +150,8 @@ def _(
     return logits.new_empty((), dtype=real), logits.new_empty((3, *samples), dtype=real), _saved(logits, samples, flags)
 
 
-# stats (4, B, ...): four numbers of each row of logits (csrc/math/losses.h RowGradient). smoothing: of soft targets. sample_stats,
-# weighing: of robust_logit_loss, or None.
+# stats (4, B, ...): the four numbers of each row of logits (csrc/math/losses.h RowGradient). smoothing: the label smoothing, for
+# soft targets. sample_stats, weighing: those of robust_logit_loss, or None.
 @_operator(
     "logit_loss_backward(Tensor logits, Tensor target, Tensor? class_weight, Tensor? adjust, float smoothing, Tensor stats,"
     " Tensor upstream, Tensor? sample_stats, Tensor? weighing) -> Tensor",
@@ -157,8 +163,9 @@ def _(logits, target, class_weight, adjust, smoothing, stats, upstream, sample_s
     return logits.new_empty(logits.shape)
 
 
-# The robust loss of rows whose normaliser is known, by which z is bounded: exp(z - log s') is a row's weight as soon as its loss
-# is there, so its gradient is written while the row is on the chip. Elsewhere logit_loss, robust_partial_stats and robust_apply do it.
+# The robust loss of rows whose normaliser is already settled; it bounds their z. A row's weight exp(z - log s') is known as soon
+# as its loss is, so its gradient is written while the row is on the chip. Other backends call logit_loss, robust_partial_stats
+# and robust_apply instead.
 @_operator(
     f"settled_logit_loss({_LOSS}, {_SAMPLES}, Tensor settled, Tensor log_s, Tensor lam, int flags)"
     " -> (Tensor loss, Tensor sample_stats, Tensor saved, Tensor partial_stats)",
@@ -189,8 +196,8 @@ def _(losses, score, sample_weight, mask, log_s, nonfinite, lam, gamma, alpha, m
     return losses.new_empty(()), losses.new_empty((3, *losses.shape)), _saved(losses, losses.shape, flags)
 
 
-# The three stages of robust_loss, for rows of several processes, micro-batches or chunks (reference/weights.py). settled bounds z
-# in robust_partial_stats, and in robust_apply where `bounded`.
+# The three stages of robust_loss, for samples of several processes, micro-batches or chunks (docs/MATH.md §1.6, §5, §6).
+# `settled` bounds z in robust_partial_stats, and in robust_apply if `bounded`.
 @_operator(
     "robust_partial_stats(Tensor losses, Tensor? score, Tensor? mask, Tensor log_s, Tensor lam, Tensor? settled) -> Tensor",
     in_torch=in_torch.robust_partial_stats,
@@ -217,7 +224,8 @@ def _(losses, score, sample_weight, mask, settled, log_s, lam, bounded, mix, max
     return losses.new_empty(()), losses.new_empty((3, *losses.shape)), _saved(losses, losses.shape, flags)
 
 
-# dlog_s (2) float64: the derivative of log s' and of the next state by z, each over W (csrc/math/weights.h robust_weight_vjp)
+# dlog_s (2) float64: the derivatives of log s' and of the next state by z, each divided by W (csrc/math/weights.h
+# robust_weight_vjp)
 @_operator(
     "robust_weights(Tensor losses, Tensor log_s, Tensor lam, Tensor? mask, float gamma, float alpha, int flags)"
     " -> (Tensor weights, Tensor log_s_new, Tensor dlog_s)",
@@ -239,16 +247,17 @@ def _(weights, grad_weights, grad_log_s, lam, dlog_s):
 
 # ---- other weights -------------------------------------------------------------------------------------------------------
 
-# Only the CPU has kernels of these two: elsewhere they are a few launches of torch's on one number per row (weights/).
+# Only the CPU has kernels of these two. On other devices torch's own kernels serve (weights/): a few launches on one number per
+# row.
 
 
-# W of a rule that solves for a level (RULES_OF_LOSSES); hyper_a, hyper_b: beta and reg, or rho.
+# W of a rule that solves for a level (RULES_OF_LOSSES). hyper_a, hyper_b: beta and reg of CVaR, or rho of chi-squared.
 @_operator("rule_weights(Tensor losses, Tensor? mask, int rule, float hyper_a, float hyper_b) -> Tensor", native=("cpu",))
 def _(losses, mask, rule, hyper_a, hyper_b):
     return losses.new_empty(losses.shape)
 
 
-# W of group DRO; log_q moves where `update`.
+# W of group DRO. log_q is updated if `update`.
 @_operator(
     "group_weights(Tensor losses, Tensor? mask, Tensor groups, Tensor(a!) log_q, float eta, bool update) -> Tensor",
     native=("cpu",),
@@ -257,7 +266,7 @@ def _(losses, mask, groups, log_q, eta, update):
     return losses.new_empty(losses.shape)
 
 
-# Weights of L2RW (csrc/math/weights.h RectifiedNumbers), which are constants: nothing is differentiated through them.
+# The weights of L2RW (csrc/math/weights.h RectifiedNumbers). They are constants: nothing is differentiated through them.
 @_operator("rectified(Tensor products) -> Tensor", triton="weights", in_torch=in_torch.rectified)
 def _(products):
     return products.new_empty(products.shape)
@@ -279,10 +288,13 @@ def _(grad, upstream):
 # ---- steps ---------------------------------------------------------------------------------------------------------------
 
 
-# One step of `rule` (an index of RULES) on all parameters. states: those the rule keeps, of all parameters, one kind after the
-# other; steps: how many steps each parameter took, where the rule counts them. lr_tensor, grad_scale, found_inf: one number each,
-# read where the parameters are (the last two on GPUs only); grads are written where grad_scale divides them. settled: of
-# robust_settle: its SCALE multiplies the gradients, and with non-finite rows nothing is written. flags: those of a step.
+# One step of `rule` (an index of RULES) on all parameters.
+# states: the states that the rule keeps, of all parameters, one kind after the other.
+# steps: how many steps each parameter took, if the rule counts them.
+# lr_tensor, grad_scale, found_inf: one number each on the device of the parameters (the last two on GPUs only), or None.
+#     grad_scale divides grads, in place. Unless found_inf is 0, nothing is written.
+# settled: of robust_settle, or None. The step multiplies the gradients by its SCALE; with nonfinite rows nothing is written.
+# flags: those of a step.
 @_operator(
     "step_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] states, Tensor(d!)[] steps, Tensor? lr_tensor,"
     " Tensor? grad_scale, Tensor? found_inf, Tensor? settled, float lr, float weight_decay, float hyper_a, float hyper_b,"
@@ -295,19 +307,22 @@ def _(
     return None
 
 
-# The same step over the table of a StepPlan: writes the tensors whose addresses are in it (eager only). `on`: any of them.
+# The same step over the table of a StepPlan. It writes the tensors whose addresses stand in the table; torch.compile cannot see
+# them.
+# on: any of these tensors, for the dispatcher.
 @_operator("planned_step(Tensor(a!) table, Tensor on) -> ()")
 def _(table, on):
     return None
 
 
-# Robust weights of the losses (B), their weighted mean of the rows of each gradient (B, *shape of the parameter), and one step of
-# sgd with it: nothing but the new log s, which is returned, where a row is non-finite. buffers: none without momentum.
-# lam_tensor, lr_tensor: used instead of lam and lr. form: flags of a step; flags: normalizer and INIT_FIRST.
+# The robust weights of the losses (B), the mean of each gradient (B, *shape of the parameter) with these weights, and one step of
+# sgd with that mean; the new log s is returned. If a loss is nonfinite, nothing is written (docs/MATH.md §3.4).
+# buffers: empty without momentum. lam_tensor, lr_tensor: used instead of lam and lr if given. form: the flags of a step.
+# flags: the normalizer and INIT_FIRST.
 @_operator(
-    "weighted_step_(Tensor(a!)[] params, Tensor(b!)[] buffers, Tensor[] grads, Tensor losses, Tensor? sample_weight, Tensor? mask,"
-    " Tensor log_s, Tensor? lam_tensor, Tensor? lr_tensor, float lam, float gamma, float alpha, float mix, float max_weight,"
-    " float lr, float weight_decay, float momentum, float dampening, int form, int flags) -> Tensor log_s_new",
+    "weighted_step_(Tensor(a!)[] params, Tensor(b!)[] buffers, Tensor[] grads, Tensor losses, Tensor? sample_weight,"
+    " Tensor? mask, Tensor log_s, Tensor? lam_tensor, Tensor? lr_tensor, float lam, float gamma, float alpha, float mix,"
+    " float max_weight, float lr, float weight_decay, float momentum, float dampening, int form, int flags) -> Tensor log_s_new",
     triton="weighted",
     triton_flags=_NORMALIZER,
     in_torch=in_torch.weighted_step_,
@@ -334,14 +349,14 @@ def _(
     form,
     flags,
 ):
-    if any(t.device != losses.device for t in (*params, *buffers, *grads)):  # one on "meta" brings them all here
-        raise RuntimeError(f"weighted_step_: expected all tensors on {losses.device} as the losses")
+    if any(t.device != losses.device for t in (*params, *buffers, *grads)):  # one tensor on "meta" sends all of them to this fake
+        raise RuntimeError(f"weighted_step_: expected all tensors on {losses.device}, the device of the losses")
     return log_s.new_empty(())
 
 
 # ---- registration --------------------------------------------------------------------------------------------------------
 
-# What the libraries say of themselves: no tensors, no fakes.
+# Questions to the libraries themselves. They take no tensors and have no fakes.
 TOOLS = (
     "isas() -> str",
     "use_isa(str name) -> bool",
@@ -351,13 +366,13 @@ TOOLS = (
     "cuda_versions() -> str",
 )
 
-# The kernels of the first are registered by the native libraries, those of the second by backends.py.
+# The native libraries register the kernels of the first, backends.py those of the second.
 NATIVE, TRITON = (torch.library.Library(name, "DEF") for name in ("absgd_fast", "absgd_fast_triton"))
 
 
 def _register(lib: torch.library.Library, operator: Operator) -> None:
     lib.define(operator.schema)
-    # autograd.py attaches gradients by hand, so the dispatch keys of autograd have nothing to do (0.5 us a call)
+    # autograd.py attaches the gradients, so the dispatch keys of autograd have nothing to do (that saves 0.5 us a call)
     for key in ("Autograd", "ADInplaceOrView"):
         lib.impl(operator.name, torch.library.fallthrough_kernel, key)
     torch.library.register_fake(f"{lib.ns}::{operator.name}", operator.fake, lib=lib)
@@ -369,4 +384,4 @@ for _record in RECORDS.values():
 for _tool in TOOLS:
     NATIVE.define(_tool)
 
-_backend.load()  # registers the kernels, if they are there
+_backend.load()  # registers the kernels of the libraries that are there

@@ -1,8 +1,8 @@
-"""Which loss on logits an operator is asked for."""
+"""`LossSpec`: the loss on logits that an operator is asked for."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,29 +11,29 @@ from .. import _codes, reference
 
 
 class LossSpec(NamedTuple):
-    """A loss on logits in the terms of the operators, which take these six beside the logits and the target."""
+    """A loss on logits (docs/MATH.md §2) as the six arguments that operators take beside the logits and the target."""
 
     class_weight: Tensor | None  # (C)
     adjust: Tensor | None  # (3, C): the class vectors S, D, M
-    hyper_a: float  # what these two are depends on the kind: _codes.HYPERPARAMETERS
+    hyper_a: float  # the names of these two depend on the kind: _codes.HYPERPARAMETERS
     hyper_b: float
     ignore_index: int
     bits: int  # the kind, PRUNE and HARD
 
     @property
     def soft(self) -> bool:
-        """Whether targets may be probabilities: cross-entropy without a margin, which stands at one label."""
+        """Whether targets may be probabilities: for cross-entropy without a margin, because a margin belongs to one label."""
         return self.bits < _codes.HARD
 
     @property
     def smoothing(self) -> float:
-        """The label smoothing, which cross-entropy alone has."""
+        """The label smoothing; 0 for every kind but cross-entropy."""
         return self.hyper_a if self.bits < _codes.KIND else 0.0
 
     def recompute(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The losses in plain torch, differentiable as often as one likes."""
+        """The losses in plain torch, which can be differentiated any number of times."""
         kind = _codes.KINDS[self.bits // _codes.KIND]
-        options = dict(zip(_codes.HYPERPARAMETERS[kind], (self.hyper_a, self.hyper_b)))
+        options: dict[str, Any] = dict(zip(_codes.HYPERPARAMETERS[kind], (self.hyper_a, self.hyper_b)))
         if kind == "gce":
             options |= {"k": self.hyper_b or None, "prune": bool(self.bits & _codes.PRUNE)}
         if self.adjust is not None:
@@ -43,14 +43,13 @@ class LossSpec(NamedTuple):
         )
 
     def valid(self, target: Tensor, losses: Tensor) -> Tensor:
-        """Which rows of `recompute` count, bool."""
+        """Which of the losses of `recompute` count (bool)."""
         valid = torch.ones_like(losses, dtype=torch.bool) if target.is_floating_point() else target != self.ignore_index
-        return valid & (losses != 0) if self.bits & _codes.PRUNE else valid  # what is not pruned is below 0
+        return valid & (losses != 0) if self.bits & _codes.PRUNE else valid  # the loss of a row that is not pruned is below 0
 
 
 def masked_target(target: Tensor, mask: Tensor | None, spec: LossSpec) -> Tensor:
-    """The target whose masked rows carry the label that is ignored: a row that does not count may hold any label at all.
-    Probabilities stay as they are."""
+    """The target with `ignore_index` as the label of masked rows, which may hold any label. Probabilities stay as they are."""
     if mask is None or target.is_floating_point():
         return target
     return target.masked_fill(~mask, spec.ignore_index)

@@ -1,17 +1,18 @@
-"""Optimizers: torch's own classes with their step in one kernel for all parameters. The formulas are in reference/ (plain
-torch) and csrc/math.h (kernels).
+"""Optimizers: torch's own classes, with a step that is one kernel launch for all parameters. The formulas are in
+reference/steps.py (plain torch) and csrc/math/step.h (kernels); docs/MATH.md §3 lists them.
 
-    rule.py            what the package knows of a rule: one record
+    rule.py            everything that the package knows about an optimizer's rule: one record
     sgd.py, adam.py, rmsprop.py, adagrad.py    the records, and the classes that users see
-    base.py            what the classes share; its `step` goes through three tiers:
+    base.py            the base class; its `step` has three tiers:
     planned_step.py    one launch over the table of a StepPlan
     list_step.py       the operator on lists of tensors
     torch_step.py      plain torch
-    scaling.py         what GradScaler and a deferred ABLoss leave for the step to do to the gradients
+    scaling.py         what a step still has to do to the gradients for GradScaler and for a deferred ABLoss
     state.py           float32 states of half-precision parameters, checkpoints
+    checks.py          errors beyond those of torch's classes
 """
 
-import torch  # noqa: F401  the examples of the classes, whose module this is, use it
+import torch  # noqa: F401  the examples of the classes use it, and this is their module
 
 from .adagrad import ABAdagrad
 from .adam import ABAdam, ABAdamW
@@ -21,4 +22,4 @@ from .sgd import ABSGD
 __all__ = ["ABSGD", "ABAdagrad", "ABAdam", "ABAdamW", "ABRMSprop"]
 
 for _public in (ABAdagrad, ABAdam, ABAdamW, ABRMSprop, ABSGD):
-    _public.__module__ = __name__  # a pickle names the public place, so that files in here may be moved
+    _public.__module__ = __name__  # a pickle names this public place, so the files in here may be moved

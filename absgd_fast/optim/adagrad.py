@@ -1,12 +1,16 @@
-"""ABAdagrad."""
+"""ABAdagrad: AdaGrad in torch's form."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.optim.adagrad import adagrad
+from torch.optim.optimizer import ParamsT
 
 from .. import _codes, reference
+from ..robust.base import RobustLoss
 from .base import FusedOptimizer
 from .rule import OptimizerRule, Place
 from .state import state_dtype
@@ -21,23 +25,37 @@ ADAGRAD = OptimizerRule(
 
 
 class ABAdagrad(FusedOptimizer, torch.optim.Adagrad):
-    r"""AdaGrad on the gradient of the robust loss: torch.optim.Adagrad in one pass over all parameters.
+    r"""AdaGrad on the gradient of a robust loss.
+
+    The robust weights come from :class:`ABLoss`, which works with any optimizer.
+
+    The update is that of torch.optim.Adagrad (docs/MATH.md §3.3). With G the gradient (-G with ``maximize``), w a parameter
+    and t the number of the step:
 
         g = G + weight_decay * w
         u = u + g^2
         w = w - lr / (1 + (t - 1) lr_decay) g / (sqrt(u) + eps)
 
-    Args:
-        params: parameters, named parameters or parameter groups.
-        lr, lr_decay, weight_decay, initial_accumulator_value (of u), eps: >= 0.
-        maximize: ascend instead of descend.
-        robust, backend: as for :class:`ABSGD`, which also says what holds of tensors, GPUs and scalers.
+    Half-precision parameters have float32 states. :class:`ABSGD` says which tensors the kernels take, how
+    GPUs and GradScaler are served, and what a skipped step does; all that holds here too. torch's own function steps sparse
+    gradients.
 
-    Sparse gradients take torch's own step.
+    Args:
+        params: parameters, named parameters or parameter groups, as for every torch optimizer.
+        lr: the learning rate >= 0, a float or a one-element tensor.
+        lr_decay: how fast lr falls with the number of steps, >= 0.
+        weight_decay: the factor >= 0 of the L2 penalty. Not together with sparse gradients.
+        initial_accumulator_value: u before the first step, >= 0.
+        eps: the number >= 0 that is added to the root.
+        maximize: maximize the objective instead of minimizing it.
+        robust: an ABLoss or LinearABLoss with deferred=True, whose gradients this step finishes; see :class:`ABSGD`.
+        backend: "cuda", "triton", "cpu" or "reference"; None takes the fastest that runs.
 
     Raises:
-        ValueError: a number out of its range, an unknown backend.
-        RuntimeError: a backend that cannot run; weight_decay with a sparse gradient.
+        ValueError: a number is out of its range, the backend is unknown, or a parameter is float16 together with ``robust``.
+        RuntimeError: the backend cannot run here (the text says why). ``step()`` raises it for a sparse gradient together with
+            weight_decay.
+        TypeError: ``robust`` is not a loss with deferred=True.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -45,14 +63,14 @@ class ABAdagrad(FusedOptimizer, torch.optim.Adagrad):
         >>> model(torch.ones(4, 3)).square().mean().backward()
         >>> optimizer.step()
 
-    Source: Duchi et al. 2011; ABSGD paper, Sec. 3.4.
+    Source: Duchi et al. 2011; Qi et al. 2023 (the ABSGD paper), Sec. 3.4.
     """
 
     _rule = ADAGRAD
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1e-2,
         lr_decay: float = 0.0,
         weight_decay: float = 0.0,
@@ -60,9 +78,9 @@ class ABAdagrad(FusedOptimizer, torch.optim.Adagrad):
         eps: float = 1e-10,
         *,
         maximize: bool = False,
-        robust=None,
+        robust: RobustLoss | None = None,
         backend: str | None = None,
-    ):
+    ) -> None:
         super().__init__(params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize=maximize)
         for group in self.param_groups:
             for p in group["params"]:
@@ -79,18 +97,20 @@ class ABAdagrad(FusedOptimizer, torch.optim.Adagrad):
             memory_format=torch.preserve_format,
         )
 
-    def _make_missing(self, group):
-        for p in group["params"]:  # torch makes them in __init__ only, not for a group that is added later
+    def _make_missing(self, group: dict) -> None:
+        for p in group["params"]:  # torch makes states in __init__ only, and not for a group that is added later
             if p.grad is not None and not self.state[p]:
                 self.state[p] = {"step": torch.tensor(0.0, dtype=torch.float32), "sum": self._first_sum(p, group)}
         super()._make_missing(group)
 
-    def _torch_step(self, group, params, grads, sums, steps):
+    def _torch_step(
+        self, group: dict, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor | None]], steps: list[Tensor]
+    ) -> None:
         names = ("lr", "weight_decay", "lr_decay", "eps", "maximize")
         options = {name: group[name] for name in names}
-        for one in zip(params, grads, sums, steps):
-            one = [[value] for value in one]
-            if one[1][0].is_sparse:
-                adagrad(*one, has_sparse_grad=True, foreach=False, has_complex=one[0][0].is_complex(), **options)
+        sums = cast("list[Tensor]", states[0])  # always kept
+        for p, grad, total, count in zip(params, grads, sums, steps):
+            if grad.is_sparse:
+                adagrad([p], [grad], [total], [count], has_sparse_grad=True, foreach=False, has_complex=p.is_complex(), **options)
             else:
-                reference.adagrad_step_(*one, **options)
+                reference.adagrad_step_([p], [grad], [total], [count], **options)

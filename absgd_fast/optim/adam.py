@@ -1,11 +1,15 @@
-"""ABAdam and ABAdamW, in torch's form and in the paper's."""
+"""ABAdam and ABAdamW: Adam in torch's form and in the paper's."""
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from .. import _codes, reference
+from ..robust.base import RobustLoss
 from .base import FusedOptimizer
 from .rule import OptimizerRule, Place
 
@@ -27,36 +31,45 @@ ADAM = OptimizerRule(
 
 
 class ABAdam(FusedOptimizer, torch.optim.Adam):
-    r"""Adam on the gradient of the robust loss; the robust weights come from :class:`ABLoss`.
+    r"""Adam on the gradient of a robust loss.
 
-    torch.optim.Adam in one pass over all parameters, with G the gradient (negated with ``maximize``) and t the step:
+    The robust weights come from :class:`ABLoss`, which works with any optimizer.
+
+    The update is that of torch.optim.Adam (docs/MATH.md §3.2). With G the gradient (-G with ``maximize``), w a parameter and t
+    the number of the step:
 
         g = G + weight_decay * w
-        v = beta_1 v + (1 - beta_1) g,    u = beta_2 u + (1 - beta_2) g^2       (amsgrad: the largest u so far, below)
-        w = w - lr (v / (1 - beta_1^t)) / (sqrt(u / (1 - beta_2^t)) + eps)
+        v = beta_1 v + (1 - beta_1) g,    u = beta_2 u + (1 - beta_2) g^2
+        w = w - lr (v / (1 - beta_1^t)) / (sqrt(u / (1 - beta_2^t)) + eps)           (amsgrad: the largest u so far instead of u)
 
-    ``paper_form=True`` is Eq. 9 of the ABSGD paper: no bias correction, eps (its G_0) outside the root, decoupled decay:
+    ``paper_form=True`` takes the step of the ABSGD paper (Eq. 9). It has no bias correction, its eps (G_0 in the paper) stands
+    outside the root, and its weight decay is decoupled from the gradient:
 
+        v = beta_1 v + (1 - beta_1) G,    u = beta_2 u + (1 - beta_2) G^2
         w = w - lr (v / (sqrt(u) + eps) + weight_decay * w)
 
-    Half-precision parameters keep float32 states. ``state_dict()`` loads into torch.optim.Adam and back in the middle of a
-    training (not with ``paper_form``). What can be said of tensors, GPUs and scalers at :class:`ABSGD` holds here too; CUDA takes
-    633 tensors a launch (546 with amsgrad), and a small launch more for the counts of steps.
+    Half-precision parameters have float32 states. ``state_dict()`` and torch.optim.Adam's are
+    interchangeable, also in the middle of a training (except with ``paper_form``). :class:`ABSGD` says which tensors the kernels
+    take, how GPUs and GradScaler are served, and what a skipped step does; all that holds here too. On CUDA a launch takes up to
+    633 tensors (546 with amsgrad), and a small second launch raises the counts of steps.
 
     Args:
-        params: parameters, named parameters or parameter groups.
-        lr: learning rate >= 0; a float or a one-element tensor.
-        betas: both in [0, 1).
-        eps: >= 0.
-        weight_decay: L2 penalty >= 0 (with ``paper_form`` decoupled).
-        amsgrad: divide by the largest u so far; not with ``paper_form``.
-        maximize: ascend instead of descend.
-        paper_form: Eq. 9 of the paper.
-        robust, backend: as for :class:`ABSGD`.
+        params: parameters, named parameters or parameter groups, as for every torch optimizer.
+        lr: the learning rate >= 0, a float or a one-element tensor.
+        betas: beta_1 and beta_2, both in [0, 1).
+        eps: the number >= 0 that is added to the root.
+        weight_decay: the factor >= 0 of the L2 penalty (with ``paper_form`` of the decoupled weight decay).
+        amsgrad: divide by the root of the largest u so far. Not together with ``paper_form``.
+        maximize: maximize the objective instead of minimizing it.
+        paper_form: take the step of the paper's Eq. 9.
+        robust: an ABLoss or LinearABLoss with deferred=True, whose gradients this step finishes; see :class:`ABSGD`.
+        backend: "cuda", "triton", "cpu" or "reference"; None takes the fastest that runs.
 
     Raises:
-        ValueError: a number out of its range, options that exclude each other, an unknown backend.
-        RuntimeError: a backend that cannot run; a sparse gradient.
+        ValueError: a number is out of its range, options exclude each other, the backend is unknown, or a parameter is float16
+            together with ``robust``.
+        RuntimeError: the backend cannot run here (the text says why). ``step()`` raises it for a sparse gradient.
+        TypeError: ``robust`` is not a loss with deferred=True.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -64,14 +77,14 @@ class ABAdam(FusedOptimizer, torch.optim.Adam):
         >>> model(torch.ones(4, 3)).square().mean().backward()
         >>> optimizer.step()
 
-    Source: Kingma & Ba 2015, Alg. 1; ABSGD paper, Sec. 3.4 and Eq. 9; Reddi et al. 2018, Alg. 2 (amsgrad).
+    Source: Kingma & Ba 2015, Alg. 1; Qi et al. 2023 (the ABSGD paper), Sec. 3.4 and Eq. 9; Reddi et al. 2018, Alg. 2 (amsgrad).
     """
 
     _rule = ADAM
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -80,26 +93,32 @@ class ABAdam(FusedOptimizer, torch.optim.Adam):
         amsgrad: bool = False,
         maximize: bool = False,
         paper_form: bool = False,
-        robust=None,
+        robust: RobustLoss | None = None,
         backend: str | None = None,
-    ):
+    ) -> None:
         if paper_form and amsgrad:
-            raise ValueError("paper_form is Eq. 9 of the paper, which has no amsgrad (got True); use paper_form=False with it")
+            raise ValueError(
+                "paper_form is Eq. 9 of the paper, which has no amsgrad (got True); use paper_form=False with amsgrad"
+            )
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
         self._set_up(robust, backend, paper_form=paper_form)
 
-    def _torch_step(self, group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps):
+    def _torch_step(
+        self, group: dict, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor | None]], steps: list[Tensor]
+    ) -> None:
+        exp_avgs, exp_avg_sqs = cast("list[list[Tensor]]", states[:2])  # both are always kept
         names = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay", "paper_form")
-        reference.adam_step_(
-            params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, **{name: group[name] for name in names}
-        )
+        reference.adam_step_(params, grads, exp_avgs, exp_avg_sqs, states[2], steps, **{name: group[name] for name in names})
 
 
 class ABAdamW(ABAdam, torch.optim.AdamW):
-    r"""AdamW on the gradient of the robust loss: :class:`ABAdam` with decoupled weight decay, w = w - lr weight_decay w.
+    r"""AdamW on the gradient of a robust loss: :class:`ABAdam` with decoupled weight decay.
 
-    torch.optim.AdamW in one pass over all parameters; arguments, errors and limits as for :class:`ABAdam`, with weight_decay =
-    1e-2.
+    The update is that of torch.optim.AdamW (docs/MATH.md §3.2): the step of :class:`ABAdam` with g = G, and before it
+
+        w = w - lr weight_decay w
+
+    Arguments, errors and limits are those of :class:`ABAdam`, except that weight_decay is 1e-2 by default.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -107,12 +126,12 @@ class ABAdamW(ABAdam, torch.optim.AdamW):
         >>> model(torch.ones(4, 3)).square().mean().backward()
         >>> optimizer.step()
 
-    Source: Loshchilov & Hutter 2019, Alg. 2; ABSGD paper, Sec. 3.4.
+    Source: Loshchilov & Hutter 2019, Alg. 2; Qi et al. 2023 (the ABSGD paper), Sec. 3.4.
     """
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -121,9 +140,9 @@ class ABAdamW(ABAdam, torch.optim.AdamW):
         amsgrad: bool = False,
         maximize: bool = False,
         paper_form: bool = False,
-        robust=None,
+        robust: RobustLoss | None = None,
         backend: str | None = None,
-    ):
+    ) -> None:
         super().__init__(
             params,
             lr,

@@ -1,39 +1,50 @@
-"""What the optimizers share: torch's class with another `step`, which goes through three tiers."""
+"""`FusedOptimizer`: the base class of the optimizers, which gives torch's classes another `step`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
+from typing import Any, TypeVar, cast, overload
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import _backend, ops
+from ..robust.base import RobustLoss
 from . import list_step, planned_step, torch_step
 from .checks import check_deferrable, check_robust, check_tensors
 from .rule import OptimizerRule
-from .scaling import Scaling, is_known_nonfinite, take_settled, unscale_where_host_reads
+from .scaling import Scaling, is_known_nonfinite, unscale_where_host_reads
 from .state import check_forms, fill_in_own_flags, place_states, restore_float32
+
+_R = TypeVar("_R")
 
 
 class FusedOptimizer(torch.optim.Optimizer):
-    """What the optimizers here share: one kernel launch for all parameters, found again each step by a plan kept between steps.
+    """The base class of the optimizers: it updates all parameters by one kernel launch.
 
-    Parameters may have any shape, float32, float64, bfloat16 or float16 (whose states are float32), and any real or complex
-    values. Tensors that the kernels cannot take (sparse gradients, tensor subclasses other than DTensor) are stepped by plain
-    torch, with the same result. On a GPU the kernel reads a tensor ``lr``, the scaler's numbers and the count of steps by
-    itself: the host never waits, and a captured graph follows a schedule.
+    Parameters may have any shape. They may be float32, float64, bfloat16, float16 (with float32 states) or complex. Plain torch
+    steps the tensors that the kernels cannot take (sparse gradients, tensor subclasses other than DTensor), with the same result.
+    On a GPU the kernel itself reads a tensor ``lr``, GradScaler's numbers and the counts of steps. So the host never waits for
+    the GPU, and a captured graph follows a schedule of ``lr``.
 
-    A step tries three tiers in turn, each for what the one before leaves: planned_step.py, list_step.py, torch_step.py.
+    A step has three tiers, and each takes what the one before it leaves: planned_step.py, list_step.py, torch_step.py.
     """
 
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf instead of unscaling by itself
     _rule: OptimizerRule
+    robust: RobustLoss | None
+    backend: str | None
+    _used: Tensor | None  # what finished the gradients of the latest deferred step
+    _operators: dict[torch.device, ops.Operators | None]  # None: plain torch serves the device
+    _on_gpu: bool  # whether kernels read GradScaler's numbers
+    _plan: planned_step.Plan | None
 
     # ---- what the classes fill in ----
 
-    def _set_up(self, robust, backend: str | None, **own_flags) -> None:
-        """What is left to do after torch's __init__."""
+    def _set_up(self, robust: RobustLoss | None, backend: str | None, **own_flags: bool) -> None:
+        """Does what is left to do after torch's __init__. own_flags: the options that torch's class does not have."""
         check_robust(robust)
         self.robust, self._used = robust, None
         for group in self.param_groups:
@@ -47,18 +58,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.defaults |= own_flags
         self._choose_kernels()
 
-    def _torch_step(self, group: dict, params, grads, *lists) -> None:
-        """The step of this rule in plain torch. lists: states (None where they are not kept), counts of steps."""
+    def _torch_step(
+        self, group: dict, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor | None]], steps: list[Tensor]
+    ) -> None:
+        """The step of this rule in plain torch. states: one list for each state of the rule, with None for what is not kept."""
         raise NotImplementedError
 
     # ---- who steps ----
 
     def _choose_kernels(self) -> None:
         devices = {p.device for group in self.param_groups for p in group["params"]} or {torch.device("cpu")}
-        # raises for a backend that is forced and cannot run; None: plain torch serves the device
+        # raises if a backend is forced and cannot run
         self._operators = {device: kernels_or_none(ops.serving(device, self.backend)) for device in devices}
         backends = {kernels.backend for kernels in self._operators.values() if kernels is not None}
-        # the kernels read found_inf and grad_scale by themselves
         self._on_gpu = backends <= {"cuda", "triton"} and None not in self._operators.values()
         self._plan = planned_step.make_plan(self._rule, backends)
 
@@ -68,54 +80,58 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # ---- state ----
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"backend": self.backend, "robust": self.robust}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         fill_in_own_flags(self._rule, self.param_groups)
         if hasattr(self, "backend"):  # not yet while torch's __init__ runs
             self._used = None
             self._choose_kernels()
 
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters, as for every torch optimizer. ValueError: a float16 parameter together with ``robust``."""
         super().add_param_group(param_group)
         if hasattr(self, "backend"):
             self._check_deferrable(self.param_groups[-1])
             self._choose_kernels()
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """torch's, but float32 states of half-precision parameters stay float32, and what cannot go on elsewhere is refused.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this class or of torch's class. float32 states of half-precision parameters stay float32.
+
+        Args:
+            state_dict: what ``state_dict()`` of this class, or of torch's class, has returned.
 
         Raises:
-            ValueError: the checkpoint was made with another `heavy_ball` or `paper_form`, whose states mean other things; or
-                as torch's load_state_dict. Nothing is loaded then.
+            ValueError: the checkpoint was made with another ``heavy_ball`` or ``paper_form``, so its states mean other things; or
+                it does not fit, for the reasons of torch's ``load_state_dict``. Nothing is loaded then.
         """
         check_forms(self._rule, self.param_groups, state_dict["param_groups"])
         super().load_state_dict(state_dict)
         restore_float32(self._rule, self, state_dict)
 
-    def _init_group(self, group, *lists):
-        """torch's: appends the parameters that have a gradient, their gradients, states and counts of steps to the lists,
-        making what is missing. (torch.compile calls it under this name, outside the graph.)"""
+    def _init_group(self, group: dict, *lists: list) -> object:
+        """torch's method: makes missing states, and appends the parameters that have a gradient, their gradients, states and
+        counts of steps to the lists. torch.compile calls it by this name, outside the graph."""
         self._make_missing(group)
-        return super()._init_group(group, *lists)
+        return super()._init_group(group, *lists)  # type: ignore[misc]  # of torch's optimizer, the other base class
 
     def _make_missing(self, group: dict) -> None:
-        """States of parameters that have none, float32 for half precision; counts of steps where the kernels are."""
-        super()._init_group(group, *([] for _ in range(self._rule.list_count)))
+        """Makes missing states, in float32 for half precision, and puts the counts of steps on the devices where kernels run."""
+        super()._init_group(group, *([] for _ in range(self._rule.list_count)))  # type: ignore[misc]  # as above
         place_states(self._rule, group["params"], self.state, self._operators)
 
     # ---- step ----
 
     @staticmethod
-    def profile_hook_step(func: Callable) -> Callable:
-        """torch's wrapper of every `step` (profiler range, hooks), entered only when there is somebody to notice: it costs
+    def profile_hook_step(func: Callable[..., _R]) -> Callable[..., _R]:
+        """Wraps `step` as torch does (profiler range, hooks), but enters torch's wrapper only if somebody would notice: it costs
         5.5 us, where the whole step of 161 small tensors takes 31."""
         hooked = torch.optim.Optimizer.profile_hook_step(func)
 
         @wraps(func)
-        def step(self, *args, **kwargs):
+        def step(self: FusedOptimizer, *args: Any, **kwargs: Any) -> _R:
             noticed = (
                 torch.compiler.is_compiling()
                 or torch.autograd._profiler_enabled()
@@ -128,11 +144,28 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         return step
 
-    def step(self, closure: Callable[[], float] | None = None):
-        """Update every parameter that has a gradient.
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Updates every parameter that has a gradient.
+
+        A step is skipped if GradScaler has found a gradient that is not finite, or if a loss of the micro-batches of ``robust``
+        was not finite. A skipped step changes nothing; if it would have been the first, the next one counts as first
+        (docs/MATH.md §3.5).
 
         Args:
-            closure: recomputes the loss and its gradients first; its value is returned.
+            closure: computes the loss and its gradients; it is called before the update.
+
+        Returns:
+            what the closure returned, or None without a closure.
+
+        Raises:
+            RuntimeError: a gradient or state does not fit its parameter; or ``robust`` cannot settle the step, because
+                ``finish_`` has finished the gradients already or a state was loaded since the micro-batches.
         """
         loss = None
         if closure is not None:
@@ -140,7 +173,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         settled = None
         if self.robust is not None:
-            settled = take_settled(self)
+            settled = self._take_settled(self.robust)
             if is_known_nonfinite(settled):
                 return loss
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -151,15 +184,31 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._step_groups(Scaling(grad_scale, found_inf, settled))
         return loss
 
+    def _take_settled(self, robust: RobustLoss) -> Tensor | None:
+        """What finishes the gradients of this step. None: they are normalised already.
+
+        It finishes the gradients of one step. Those that another loss makes after that step are normalised already.
+        """
+        for group in self.param_groups:
+            check_deferrable(group)
+        settled = robust.settle()
+        if torch.compiler.is_compiling():
+            return settled
+        if settled is self._used:
+            return None
+        self._used = settled
+        return settled
+
     def _step_groups(self, scaling: Scaling) -> None:
-        plan = self._plan
-        if plan is None or torch.compiler.is_compiling():
-            updated, others = [], self.param_groups
-        else:
-            # `grads` keeps the gradients alive until the kernel is done
-            updated, grads, on, others = planned_step.refresh(plan, self.param_groups, self.state, scaling)
-        numbers = [self._checked_numbers(group) for group in others]  # what is wrong is said before anything is written
-        if updated:
+        plan = None if torch.compiler.is_compiling() else self._plan
+        updated: list[Tensor] = []
+        on: Tensor | None = None
+        others: list[dict] = self.param_groups
+        if plan is not None:
+            # `_grads` keeps the gradients alive until the kernel is done
+            updated, _grads, on, others = planned_step.refresh(plan, self.param_groups, self.state, scaling)
+        numbers = [self._checked_numbers(group) for group in others]  # errors are raised before anything is written
+        if plan is not None and on is not None:
             planned_step.launch(plan, updated, on)
         for group, values in zip(others, numbers):
             self._step_group(group, values, scaling)
@@ -168,36 +217,41 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _step_group(self, group: dict, numbers: list[float], scaling: Scaling) -> None:
         """One step of a group without the plan: kernels take the tensors that they can, plain torch the others."""
         rule = self._rule
-        params, grads, *rest = lists = [[] for _ in range(rule.list_count)]
-        self._init_group(group, *lists)
-        steps = rest[-1] if rule.counts else []
-        views = [[list_step.kernel_view(t) for t in values] for values in (params, grads, *rule.kept(group, rest))]
-        on_kernels, others = list_step.divide(self._operators, group, views, steps)
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        steps: list[Tensor] = []
+        states: list[list[Tensor | None]] = [[] for _ in rule.states]
+        self._init_group(group, params, grads, *states, *([steps] if rule.counts else []))
+        lists: list[Sequence[Tensor | None]] = [params, grads, *rule.kept(group, states)]
+        views = [[list_step.kernel_view(t) for t in values] for values in lists]
+        on_kernels, others = list_step.divide(self._operators, group, params, views, steps)
         for device, chosen in on_kernels.items():
-            picked = [[values[i] for i in chosen] for values in views]
+            # `divide` leaves devices without kernels and parameters without their states to plain torch
+            kernels = cast("ops.Operators", self._operators[device])
+            picked = cast("list[list[Tensor]]", [[values[i] for i in chosen] for values in views])
             counts = [steps[i] for i in chosen] if steps else []
-            list_step.launch(rule, self._operators[device], group, numbers, picked, counts, scaling)
+            list_step.launch(rule, kernels, group, numbers, picked, counts, scaling)
             if not torch.compiler.is_compiling():
                 torch.autograd.graph.increment_version([params[i] for i in chosen])
         if others:
-            picked = [[values[i] for i in others] if values else [None] * len(others) for values in lists]
-            torch_step.step(self, group, picked, scaling)
+            kept: list[list[Tensor | None]] = [
+                [values[i] for i in others] if values else [None] * len(others) for values in states
+            ]
+            counts = [steps[i] for i in others] if steps else []
+            torch_step.step(
+                self._torch_step, group, [params[i] for i in others], [grads[i] for i in others], kept, counts, scaling
+            )
 
     def _checked_numbers(self, group: dict) -> list[float]:
-        """The rule's numbers for a group whose tensors can be stepped.
-
-        Raises:
-            RuntimeError: a sparse gradient where the rule has none, a gradient or state of another shape than its parameter, a
-                parameter whose elements share memory. TypeError: an option that is no number.
-        """
+        """Checks the tensors of a group (`check_tensors`), and returns the rule's numbers (`OptimizerRule.numbers`)."""
         if not torch.compiler.is_compiling():
             params = [p for p in group["params"] if p.grad is not None]
-            if not {p.device for p in params} <= self._operators.keys():  # moved there since
+            if not {p.device for p in params} <= self._operators.keys():  # a parameter was moved to another device
                 self._choose_kernels()
             check_tensors(self._rule, group, params, self.state)
         return self._rule.numbers(group)
 
 
 def kernels_or_none(operators: ops.Operators) -> ops.Operators | None:
-    """The operators of a device that has kernels; None where plain torch serves it."""
-    return operators if operators.native else None
+    """The operators of a device that has kernels. None: plain torch serves the device."""
+    return operators if operators.has_kernels else None

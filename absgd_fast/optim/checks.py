@@ -1,4 +1,4 @@
-"""What the optimizers refuse, beyond what torch's classes refuse."""
+"""Errors of the optimizers beyond those of torch's classes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from ..robust import ABLoss
 from .rule import OptimizerRule
 
 
-def check_robust(robust) -> None:
-    """TypeError for what has no normaliser that a step could finish."""
+def check_robust(robust: object) -> None:
+    """Raises TypeError unless robust= is None or a loss whose normaliser a step can settle."""
     if robust is not None and not (isinstance(robust, ABLoss) and robust.deferred):
         got = "an ABLoss that is not deferred" if isinstance(robust, ABLoss) else type(robust).__name__
-        raise TypeError(f"robust: got {got}, expected ABLoss(..., deferred=True), whose normaliser the step finishes, or None")
+        raise TypeError(
+            f"robust: got {got}, expected ABLoss(..., deferred=True), or None; the gradients of any other loss need no robust="
+        )
 
 
 def check_deferrable(group: dict) -> None:
-    """ValueError for parameters whose gradients cannot hold sums that are not normalised."""
+    """Raises ValueError if a gradient of the group is float16: sums that are not normalised yet leave its range."""
     if any(p.dtype == torch.float16 for p in group["params"]):
         raise ValueError(
             "robust: got a float16 parameter, whose gradient cannot hold deferred sums; expected float32 or bfloat16"
@@ -25,16 +27,22 @@ def check_deferrable(group: dict) -> None:
 
 
 def check_tensors(rule: OptimizerRule, group: dict, params: list[Tensor], states: dict) -> None:
-    """RuntimeError for a sparse gradient where the rule takes none, a gradient or state of another shape than its parameter,
-    and a parameter whose elements share memory. params: those of the group that have a gradient."""
+    """Checks the parameters of the group that have a gradient, before anything is written.
+
+    Raises:
+        RuntimeError: a sparse gradient that the rule does not take, a gradient or state of another shape than its parameter, or
+            a parameter whose elements share memory.
+    """
     for p in params:
         grad = p.grad
-        if grad.is_sparse:
+        if grad is not None and grad.is_sparse:
             rule.check_sparse(group)
         of_p = states.get(p, {})
         for t in (grad, *(of_p.get(name) for name in rule.states)):
             if isinstance(t, Tensor) and t.shape != p.shape:
-                raise RuntimeError(f"step: got a gradient or state of shape {tuple(t.shape)}, its parameter has {tuple(p.shape)}")
+                raise RuntimeError(
+                    f"step: got a gradient or state of shape {tuple(t.shape)}, expected that of its parameter, {tuple(p.shape)}"
+                )
         if p.layout == torch.strided and torch._debug_has_internal_overlap(p) == 1:
             raise RuntimeError(
                 "unsupported operation: more than one element of the written-to tensor refers to a single memory location."

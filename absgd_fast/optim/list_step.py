@@ -1,7 +1,7 @@
-"""The second tier, the list step: the operator `step_` on lists of tensors, for what the table of a plan cannot hold.
+"""The second tier, the list step: the operator `step_` is given lists of tensors.
 
-These are parameters in their first step, which have no state yet, tensors in unusual layouts, complex numbers, and everything
-under torch.compile or where the host module is missing.
+It takes what the table of a plan cannot hold: parameters in their first step, which have no state yet, tensors in unusual
+layouts, complex numbers, everything under torch.compile, and everything where the host module is missing.
 """
 
 from __future__ import annotations
@@ -20,50 +20,67 @@ _LR = Place("lr")
 
 
 def kernel_view(t: Tensor | None) -> Tensor | None:
-    """What the kernels see of a tensor: complex numbers as pairs."""
+    """A tensor as the kernels see it: complex numbers are pairs of real ones."""
     if t is None:
         return None
     if t.is_complex() and t.layout == torch.strided:
         t = torch.view_as_real(t.resolve_conj())
     if t.layout == torch.strided and not torch.compiler.is_compiling() and t.is_neg():
-        t = t.resolve_neg()  # an operator takes no pending sign in a list it may write
+        t = t.resolve_neg()  # an operator takes no tensor whose sign is still to be flipped in a list that it may write
     return t
 
 
 def divide(
-    operators: dict[torch.device, Operators | None], group: dict, lists: list[list[Tensor | None]], steps: list[Tensor]
+    operators: dict[torch.device, Operators | None],
+    group: dict,
+    params: list[Tensor],
+    views: list[list[Tensor | None]],
+    steps: list[Tensor],
 ) -> tuple[dict[torch.device, list[int]], list[int]]:
-    """Which parameters the kernels of each device take, and which are left to plain torch.
+    """Divides the parameters among the kernels of each device and plain torch.
 
-    lists: parameters, gradients, and the states that are kept, as `kernel_view` gives them.
+    Args:
+        operators: the kernels of each device, or None where plain torch serves it.
+        group: the options of the step.
+        params: the parameters.
+        views: parameters, gradients and the states that are kept, as `kernel_view` gives them.
+        steps: the counts of steps, or nothing where the rule does not count them.
+
+    Returns:
+        the positions of the parameters that the kernels of each device take, and the positions of the others.
     """
     on_kernels: dict[torch.device, list[int]] = {}
-    others = []
-    for i, p in enumerate(lists[0]):
+    others: list[int] = []
+    for i, p in enumerate(params):
         kernels = operators.get(p.device)
-        fits = kernels is not None and _fits(group, [values[i] for values in lists], steps[i] if steps else None)
+        fits = kernels is not None and _fits(group, [values[i] for values in views], steps[i] if steps else None)
         (on_kernels.setdefault(p.device, []) if fits else others).append(i)
     return on_kernels, others
 
 
 def _fits(group: dict, tensors: list[Tensor | None], step: Tensor | None) -> bool:
-    """Whether `step_` takes them: plain strided tensors on one device, the parameter and gradient of one dtype and states of
-    its real dtype; under torch.compile no option that would have to leave the graph as a number."""
-    if any(t is None for t in tensors):
+    """Whether the operator `step_` takes a parameter with its gradient and states.
+
+    It takes plain strided tensors on one device. Parameter and gradient have one dtype, and the states have its real dtype. Under
+    torch.compile it takes no option that would have to leave the graph as a number.
+    """
+    present = [t for t in tensors if t is not None]
+    if len(present) < len(tensors):
         return False
-    p = tensors[0]
+    p, grad, *states = present
     if torch.compiler.is_compiling() and not _stays_in_graph(group, p.device):
         return False
     return (
         p.dtype in _DTYPES
-        and all(type(t) in (Tensor, torch.nn.Parameter) and t.device == p.device and t.layout == torch.strided for t in tensors)
-        and tensors[1].dtype == p.dtype
-        and all(t.dtype == real_dtype(p.dtype) for t in tensors[2:])
+        and all(type(t) in (Tensor, torch.nn.Parameter) and t.device == p.device and t.layout == torch.strided for t in present)
+        and grad.dtype == p.dtype
+        and all(t.dtype == real_dtype(p.dtype) for t in states)
         and (step is None or step.device == p.device)
     )
 
 
 def _stays_in_graph(group: dict, device: torch.device) -> bool:
+    """Whether lr is a number or a tensor on the device, and no other option of the group is a tensor."""
     options = [v for key, value in group.items() if key != "params" for v in (value if isinstance(value, tuple) else (value,))]
     if any(isinstance(v, Tensor) and v is not group["lr"] for v in options):
         return False
@@ -79,14 +96,14 @@ def launch(
     steps: list[Tensor],
     scaling: Scaling,
 ) -> None:
-    """One step of parameters, gradients and states on one device. numbers: of `OptimizerRule.numbers`."""
+    """One step on one device. numbers: of `OptimizerRule.numbers`. lists: parameters, gradients and the states that are kept."""
     params, grads, *states = lists
     device, lr = params[0].device, group["lr"]
     lr_tensor = lr if isinstance(lr, Tensor) and lr.device == device else None
     if torch.compiler.is_compiling():
         operators = operators.compiled
         if lr_tensor is None:
-            # a number would become part of the code: compiled anew for each lr, and so with torch.full
+            # a number would become part of the code, which would be compiled anew for each lr; so it would with torch.full
             lr_tensor = torch.ones((), dtype=torch.float64, device=device) * lr
     there = [None if t is None else t.to(device, non_blocking=True) for t in scaling]
     operators.step_(

@@ -1,12 +1,14 @@
-"""The first tier, the planned step: one kernel launch for all parameters, found again each step by a StepPlan (csrc/host.cpp).
+"""The first tier, the planned step: one kernel launch for all parameters, which a StepPlan (csrc/host.cpp) prepares.
 
-The plan is kept between steps. It reads every tensor afresh and writes the table that the kernel walks over; what the table
-cannot hold is left to the list step. torch.compile cannot see through the plan, so there the list step does everything.
+The plan is kept between steps. In each step it reads every tensor afresh and writes the table that the kernel walks over. The
+list step takes what the table cannot hold. torch.compile cannot see through the plan, so under torch.compile the list step takes
+everything.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,14 +20,34 @@ from .scaling import Scaling
 _planned_step = torch.ops.absgd_fast.planned_step.default._op  # without the Python frame of OpOverload.__call__
 
 
-def make_plan(rule: OptimizerRule, backends: set[str]):
-    """A StepPlan for kernels of these backends; None where there is none, and the operator is given lists."""
+class Plan(Protocol):
+    """What Python uses of csrc/host.cpp StepPlan."""
+
+    @property
+    def table(self) -> Tensor:
+        """The table, an int64 tensor on the CPU."""
+
+    def refresh(
+        self,
+        param_groups: list[dict],
+        state: dict,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        sharded: type | None,
+        robust: Tensor | None,
+        /,
+    ) -> tuple[list[Tensor], list[Tensor], Tensor | None, list[tuple[dict, list[Tensor]]]]:
+        """Writes the table of a step. csrc/host.cpp describes the results."""
+
+
+def make_plan(rule: OptimizerRule, backends: set[str]) -> Plan | None:
+    """A StepPlan for the kernels of these backends. None: there is none, so the list step serves."""
     host = _backend.host()
     if host is None or not backends & {"cpu", "cuda"}:
         return None
-    # the names that csrc/host.cpp RuleNames looks for
+    # the keys are those that csrc/host/rule_names.h looks for
     places = {"weight_decay": rule.weight_decay, "first": rule.hyper_a, "second": rule.hyper_b, "eps": rule.eps}
-    places = {name: tuple(place) for name, place in places.items() if place is not None}
+    numbers = {name: tuple(place) for name, place in places.items() if place is not None}
     try:
         return host.StepPlan(
             Tensor,
@@ -34,22 +56,22 @@ def make_plan(rule: OptimizerRule, backends: set[str]):
             "cpu" in backends,
             "cuda" in backends,
             rule.number,
-            places,
+            numbers,
             rule.flags,
             tuple(rule.states),
         )
     except (AttributeError, ValueError):
-        return None  # a torch without DLPack's exchange table, version 1
+        return None  # this torch does not have version 1 of DLPack's exchange table
 
 
 def refresh(
-    plan, groups: list[dict], state: dict, scaling: Scaling
+    plan: Plan, groups: list[dict], state: dict, scaling: Scaling
 ) -> tuple[list[Tensor], list[Tensor], Tensor | None, list[dict]]:
     """Writes the table of this step.
 
     Returns:
-        the parameters in the table; their gradients, to be kept alive until the step is done; a plain tensor of the table, or
-        None; and the groups of parameters that the table cannot hold.
+        the parameters in the table; their gradients, which the caller keeps alive until the step is done; one plain tensor of the
+        table, or None if the table is empty; and groups of the parameters that the table cannot hold.
     """
     updated, grads, on, others = plan.refresh(
         groups, state, scaling.grad_scale, scaling.found_inf, _sharded_type(), scaling.settled
@@ -57,8 +79,8 @@ def refresh(
     return updated, grads, on, [{**group, "params": params} for group, params in others]
 
 
-def launch(plan, updated: list[Tensor], on: Tensor) -> None:
-    """One step of what the table holds. updated, on: of `refresh`."""
+def launch(plan: Plan, updated: list[Tensor], on: Tensor) -> None:
+    """Steps the parameters in the table. updated, on: results of `refresh`."""
     _planned_step(plan.table, on)
     torch.autograd.graph.increment_version(updated)
 
@@ -68,6 +90,6 @@ def _allocate_table(words: int) -> Tensor:
 
 
 def _sharded_type() -> type | None:
-    """torch's DTensor, where anybody has imported it."""
+    """torch's DTensor, if anybody has imported it."""
     module = sys.modules.get("torch.distributed.tensor")
     return None if module is None else getattr(module, "DTensor", None)

@@ -1,11 +1,15 @@
-"""ABRMSprop."""
+"""ABRMSprop: RMSprop in torch's form."""
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from .. import _codes, reference
+from ..robust.base import RobustLoss
 from .base import FusedOptimizer
 from .rule import OptimizerRule, Place
 
@@ -21,23 +25,36 @@ RMSPROP = OptimizerRule(
 
 
 class ABRMSprop(FusedOptimizer, torch.optim.RMSprop):
-    r"""RMSprop on the gradient of the robust loss: torch.optim.RMSprop in one pass over all parameters.
+    r"""RMSprop on the gradient of a robust loss.
+
+    The robust weights come from :class:`ABLoss`, which works with any optimizer.
+
+    The update is that of torch.optim.RMSprop (docs/MATH.md §3.3). With G the gradient (-G with ``maximize``) and w a parameter:
 
         g = G + weight_decay * w
-        u = alpha u + (1 - alpha) g^2,    m = alpha m + (1 - alpha) g            (m: centered only, else 0)
+        u = alpha u + (1 - alpha) g^2,    m = alpha m + (1 - alpha) g            (m = 0 unless ``centered``)
         d = g / (sqrt(u - m^2) + eps)
-        w = w - lr d;    with momentum  b = momentum b + d,  w = w - lr b
+        w = w - lr d                                                             (momentum: b = momentum b + d,  w = w - lr b)
+
+    Half-precision parameters have float32 states. :class:`ABSGD` says which tensors the kernels take, how
+    GPUs and GradScaler are served, and what a skipped step does; all that holds here too.
 
     Args:
-        params: parameters, named parameters or parameter groups.
-        lr, alpha, eps, weight_decay, momentum: >= 0.
-        centered: divide by the standard deviation instead of the root mean square.
-        maximize: ascend instead of descend.
-        robust, backend: as for :class:`ABSGD`, which also says what holds of tensors, GPUs and scalers.
+        params: parameters, named parameters or parameter groups, as for every torch optimizer.
+        lr: the learning rate >= 0, a float or a one-element tensor.
+        alpha: the factor >= 0 of the past in the averages u and m.
+        eps: the number >= 0 that is added to the root.
+        weight_decay: the factor >= 0 of the L2 penalty.
+        momentum: the factor >= 0 of the momentum buffer. With 0 there is no buffer.
+        centered: divide by the standard deviation of the gradient instead of its root mean square.
+        maximize: maximize the objective instead of minimizing it.
+        robust: an ABLoss or LinearABLoss with deferred=True, whose gradients this step finishes; see :class:`ABSGD`.
+        backend: "cuda", "triton", "cpu" or "reference"; None takes the fastest that runs.
 
     Raises:
-        ValueError: a number out of its range, an unknown backend.
-        RuntimeError: a backend that cannot run; a sparse gradient.
+        ValueError: a number is out of its range, the backend is unknown, or a parameter is float16 together with ``robust``.
+        RuntimeError: the backend cannot run here (the text says why). ``step()`` raises it for a sparse gradient.
+        TypeError: ``robust`` is not a loss with deferred=True.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -45,14 +62,14 @@ class ABRMSprop(FusedOptimizer, torch.optim.RMSprop):
         >>> model(torch.ones(4, 3)).square().mean().backward()
         >>> optimizer.step()
 
-    Source: Tieleman & Hinton 2012, Lecture 6.5; Graves 2013, Eq. 38 to 45 (centered); ABSGD paper, Sec. 3.4.
+    Source: Tieleman & Hinton 2012, Lecture 6.5; Graves 2013, Eq. 38 to 45 (centered); Qi et al. 2023 (the ABSGD paper), Sec. 3.4.
     """
 
     _rule = RMSPROP
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1e-2,
         alpha: float = 0.99,
         eps: float = 1e-8,
@@ -61,12 +78,16 @@ class ABRMSprop(FusedOptimizer, torch.optim.RMSprop):
         centered: bool = False,
         *,
         maximize: bool = False,
-        robust=None,
+        robust: RobustLoss | None = None,
         backend: str | None = None,
-    ):
+    ) -> None:
         super().__init__(params, lr, alpha, eps, weight_decay, momentum, centered, maximize=maximize)
         self._set_up(robust, backend)
 
-    def _torch_step(self, group, params, grads, square_avgs, buffers, grad_avgs, steps):
+    def _torch_step(
+        self, group: dict, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor | None]], steps: list[Tensor]
+    ) -> None:
+        square_avgs = cast("list[Tensor]", states[0])  # always kept
+        buffers, grad_avgs = states[1:]
         names = ("lr", "alpha", "eps", "weight_decay", "momentum", "maximize")
         reference.rmsprop_step_(params, grads, square_avgs, buffers, grad_avgs, steps, **{name: group[name] for name in names})

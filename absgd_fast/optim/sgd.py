@@ -1,11 +1,13 @@
-"""ABSGD: momentum SGD, in torch's form and in the paper's."""
+"""ABSGD: momentum SGD in torch's form and in the paper's."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from .. import _codes, reference
+from ..robust.base import RobustLoss
 from .base import FusedOptimizer
 from .rule import OptimizerRule, Place
 from .state import state_dtype
@@ -22,44 +24,57 @@ SGD = OptimizerRule(
 
 
 class ABSGD(FusedOptimizer, torch.optim.SGD):
-    r"""Momentum SGD; the robust weights of ABSGD come from :class:`ABLoss`, which works with any optimizer.
+    r"""Momentum SGD, the optimizer of the ABSGD paper.
 
-    One pass over all parameters, with G the gradient of the robust loss (negated with ``maximize``):
+    The robust weights come from :class:`ABLoss`, which works with any optimizer.
+
+    The update is that of torch.optim.SGD, which the `absgd` package uses too (docs/MATH.md §3.1). With G the gradient of the
+    robust loss (-G with ``maximize``), w a parameter and b its momentum buffer:
 
         g = G + weight_decay * w
-        b = momentum * b + (1 - dampening) * g              (b = g in a parameter's first step)
+        b = momentum * b + (1 - dampening) * g              (b = g in the first step of a parameter)
         w = w - lr * b                                      (nesterov: w - lr * (g + momentum * b))
 
-    which is torch.optim.SGD, and what the `absgd` package uses. ``heavy_ball=True`` is the paper's own step, where d is
-    the last change of w; the two differ once ``lr`` changes, because the paper's keeps past steps at their size:
+    ``heavy_ball=True`` takes the paper's own step (Eq. 2), where d is the latest change of w:
 
         d = momentum * d - lr * g
         w = w + d
 
-    Parameters may have any shape and be float32, float64, bfloat16 or float16 (whose momentum is kept in float32). All of them
-    are stepped by one kernel launch (up to 959 tensors on CUDA); sparse gradients and tensor subclasses by plain torch, with
-    the same result. On a GPU the kernel reads a tensor ``lr``, and the scaler's numbers, by itself: the host never waits, and a
-    captured graph follows a schedule. ``state_dict()`` loads into torch.optim.SGD and back in the middle of a training (not
-    with ``heavy_ball``).
+    The two are the same while ``lr`` stays the same. After ``lr`` has changed, the paper's form goes on with past steps at the
+    size at which they were taken, and torch's form with past gradients times the new ``lr``.
+
+    One kernel launch updates all parameters, in one pass (on CUDA up to 959 tensors a launch). They may have any shape and be
+    float32, float64, bfloat16 or float16; half precision has its momentum in float32. Plain torch steps sparse gradients and
+    tensor subclasses, with the same result. On a GPU the kernel itself reads a tensor ``lr`` and the numbers of
+    torch.amp.GradScaler, so the host never waits, and a captured graph follows a schedule of ``lr``.
+
+    A step is skipped if GradScaler has found a gradient that is not finite, or if ``robust`` has met a loss since the last step
+    that is not finite. A skipped step changes nothing; if it would have been the first, the next one counts as first
+    (docs/MATH.md §3.5).
+
+    ``state_dict()`` and torch.optim.SGD's are interchangeable, also in the middle of a training (except with ``heavy_ball``).
 
     Args:
         params: parameters, named parameters or parameter groups, as for every torch optimizer.
-        lr: learning rate >= 0; a float or a one-element tensor.
-        momentum: >= 0. With 0 no buffer is kept.
+        lr: the learning rate >= 0, a float or a one-element tensor.
+        momentum: the factor >= 0 of the momentum buffer. With 0 there is no buffer.
         dampening: the gradient enters the buffer times 1 - dampening.
-        weight_decay: L2 penalty >= 0.
-        nesterov: needs momentum > 0 and dampening = 0.
-        maximize: ascend instead of descend.
-        heavy_ball: Eq. 2 of the paper; with neither nesterov nor dampening.
-        robust: an ABLoss with deferred=True, whose log s' this step settles for all micro-batches (and processes) since the
-            last, and whose gradients it brings to their size in its kernel, from device memory; ``.grad`` stays as it is. After a
-            loss that is not finite nothing is written. Not with clipping, which needs ``criterion.finish_(params)``.
-        backend: None (the fastest that runs), "cuda", "triton", "cpu" or "reference".
+        weight_decay: the factor >= 0 of the L2 penalty.
+        nesterov: Nesterov momentum. It needs momentum > 0 and dampening = 0.
+        maximize: maximize the objective instead of minimizing it.
+        heavy_ball: take the step of the paper's Eq. 2. It has neither nesterov nor dampening.
+        robust: an ABLoss or LinearABLoss with deferred=True, or None. Such a loss leaves gradients in ``.grad`` that are not
+            normalised yet. The step then settles log s' for all micro-batches (of all processes) since the last step, and
+            multiplies the gradients by the factor that is missing, inside its kernel; ``.grad`` stays as it is. Clipping needs
+            normalised gradients: to clip, leave ``robust`` out and call ``criterion.finish_(params)`` before. Any other loss
+            needs no ``robust``.
+        backend: "cuda", "triton", "cpu" or "reference"; None takes the fastest that runs.
 
     Raises:
-        ValueError: a number out of its range, options that exclude each other, an unknown backend.
-        RuntimeError: a backend that cannot run, with the reason; a step whose gradients ``finish_`` has finished.
-        TypeError: robust is no deferred ABLoss.
+        ValueError: a number is out of its range, options exclude each other, the backend is unknown, or a parameter is float16
+            together with ``robust``.
+        RuntimeError: the backend cannot run here (the text says why).
+        TypeError: ``robust`` is not a loss with deferred=True.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -68,16 +83,14 @@ class ABSGD(FusedOptimizer, torch.optim.SGD):
         >>> optimizer.step()
         >>> optimizer.zero_grad()
 
-    Source: Qi et al., *Attentional-Biased Stochastic Gradient Descent* (TMLR 2023), Algorithm 1 and Eq. 2; the momentum
-    of torch.optim.SGD. A step that torch.amp.GradScaler skips changes nothing; if it would have been the first, the next one
-    counts as first.
+    Source: Qi et al., *Attentional-Biased Stochastic Gradient Descent* (TMLR 2023), Algorithm 1 and Eq. 2; torch.optim.SGD.
     """
 
     _rule = SGD
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         momentum: float = 0.9,
         dampening: float = 0.0,
@@ -86,37 +99,40 @@ class ABSGD(FusedOptimizer, torch.optim.SGD):
         *,
         maximize: bool = False,
         heavy_ball: bool = False,
-        robust=None,
+        robust: RobustLoss | None = None,
         backend: str | None = None,
-    ):
+    ) -> None:
         for name, value in (("learning rate", lr), ("momentum value", momentum), ("weight_decay value", weight_decay)):
             refuse_nan(name, value)
         if heavy_ball and (nesterov or dampening != 0):
             raise ValueError(
                 f"heavy_ball is Eq. 2 of the paper, which has no nesterov (got {nesterov}) and no dampening (got {dampening});"
-                " use heavy_ball=False with these"
+                " use heavy_ball=False with these options"
             )
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
         self._set_up(robust, backend, heavy_ball=heavy_ball)
 
-    def _make_missing(self, group):
+    def _make_missing(self, group: dict) -> None:
         super()._make_missing(group)
         for p in group["params"]:
-            # A first step from a buffer of zeros gives b = g, and found_inf may undo it without anybody waiting for it. (With
-            # dampening the first gradient counts in full, so there plain torch takes the first step.)
+            # A first step from a buffer of zeros gives b = g too, and leaves the zeros if found_inf forbids the step, so nobody
+            # waits for found_inf. With dampening the first gradient would have to count in full, so plain torch takes that step.
             if p.grad is None or p.grad.is_sparse or group["momentum"] == 0 or group["dampening"] != 0:
                 continue
             if self.state[p].get("momentum_buffer") is None:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=state_dtype(p), memory_format=torch.preserve_format)
 
-    def _torch_step(self, group, params, grads, buffers):
+    def _torch_step(
+        self, group: dict, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor | None]], steps: list[Tensor]
+    ) -> None:
         names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "heavy_ball")
-        buffers = reference.momentum_step_(params, grads, buffers, **{name: group[name] for name in names})
+        buffers = reference.momentum_step_(params, grads, states[0], **{name: group[name] for name in names})
         if group["momentum"] != 0:
             for p, buffer in zip(params, buffers):
                 self.state[p]["momentum_buffer"] = buffer
 
 
 def refuse_nan(name: str, value: float | Tensor) -> None:
-    if not isinstance(value, Tensor) and value != value:  # torch lets it pass
+    """Raises ValueError for NaN, which torch's class does not refuse."""
+    if not isinstance(value, Tensor) and value != value:
         raise ValueError(f"Invalid {name}: {value}")

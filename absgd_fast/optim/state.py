@@ -1,4 +1,4 @@
-"""The state of the optimizers: torch's, but float32 for half-precision parameters, and refused where it means another thing."""
+"""The state of the optimizers. It is torch's, but float32 for half-precision parameters."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
+    """The dtype in which the states of a parameter are kept."""
     return torch.float32 if p.dtype in HALF else p.dtype
 
 
 def place_states(rule: OptimizerRule, params: list[Tensor], states: dict, operators: dict) -> None:
-    """States of half precision, which torch makes for parameters of half precision, become float32; counts of steps go where
-    kernels read them. operators: of each device, or None."""
+    """Makes half-precision states, which torch has made, float32, and moves the counts of steps to where kernels read them.
+
+    operators: the kernels of each device, or None where plain torch serves it.
+    """
     for p in params:
         of_p = states.get(p, {})
         for name in rule.states:
@@ -29,19 +32,19 @@ def place_states(rule: OptimizerRule, params: list[Tensor], states: dict, operat
 
 
 def check_forms(rule: OptimizerRule, groups: list[dict], saved_groups: list[dict]) -> None:
-    """ValueError where a checkpoint was made with another `heavy_ball` or `paper_form`."""
+    """Raises ValueError if a checkpoint was made with another `heavy_ball` or `paper_form`."""
     for group, saved in zip(groups, saved_groups):
         for name in rule.own_flags:
             before, now = bool(saved.get(name, False)), bool(group[name])
             if before != now:
                 raise ValueError(
-                    f"{name}: the checkpoint was made with {name}={before}, this optimizer has {name}={now}; their states mean"
-                    " different things"
+                    f"{name}: the checkpoint was made with {name}={before}, this optimizer has {name}={now}, and their"
+                    f" states mean different things; construct the optimizer with {name}={before} to load it"
                 )
 
 
 def restore_float32(rule: OptimizerRule, optimizer: torch.optim.Optimizer, state_dict: dict) -> None:
-    """Gives half-precision parameters the states of a checkpoint in float32: torch has rounded them to the parameter's dtype."""
+    """Loads the float32 states of half-precision parameters again, because torch has rounded them to the parameter's dtype."""
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"]):
         for p, index in zip(group["params"], saved["params"]):
             if p.dtype not in HALF:
@@ -52,7 +55,7 @@ def restore_float32(rule: OptimizerRule, optimizer: torch.optim.Optimizer, state
 
 
 def fill_in_own_flags(rule: OptimizerRule, groups: list[dict]) -> None:
-    """Checkpoints of torch's class do not have them."""
+    """Adds the options that torch's class does not have, and that are missing in its checkpoints, to the groups."""
     for group in groups:
         for name in rule.own_flags:
             group.setdefault(name, False)

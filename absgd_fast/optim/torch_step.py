@@ -1,22 +1,34 @@
-"""The third tier, torch's step: plain torch for what no kernel takes, with the same result.
+"""The third tier, torch's step: plain torch takes what no kernel takes, with the same result.
 
-These are sparse gradients, tensor subclasses that hold no plain tensor, and everything where no kernels serve. The formulas are
-in reference/; each optimizer says in `_torch_step` which of them is its own.
+It takes sparse gradients, tensor subclasses that hold no plain tensor, and everything on a device without kernels. The formulas
+are in reference/steps.py; each optimizer says in `_torch_step` which of them is its own.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor
 
 from .scaling import Scaling
 
+# `_torch_step` of an optimizer: of (group, parameters, gradients, states, counts of steps)
+RuleStep = Callable[[dict, list[Tensor], list[Tensor], list[list[Tensor | None]], list[Tensor]], None]
 
-def step(optimizer, group: dict, lists: list[list[Tensor | None]], scaling: Scaling) -> None:
-    """lists: as torch's `_init_group` fills them; None for a state that is not kept."""
-    params, grads, *rest = lists
-    grads = scaling.finished(params, grads)
-    if grads is None:
+
+def step(
+    rule_step: RuleStep,
+    group: dict,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[list[Tensor | None]],
+    steps: list[Tensor],
+    scaling: Scaling,
+) -> None:
+    """One step in plain torch. states: one list for each state of the rule, with None for what is not kept."""
+    finished = scaling.finished(params, grads)
+    if finished is None:
         return
     if isinstance(group["lr"], Tensor):
-        group = {**group, "lr": group["lr"].reshape(())}  # may have one dimension more than a parameter
-    optimizer._torch_step(group, params, grads, *rest)
+        group = {**group, "lr": group["lr"].reshape(())}  # it may have one dimension more than a parameter
+    rule_step(group, params, finished, states, steps)

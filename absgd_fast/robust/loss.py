@@ -170,7 +170,7 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
             if spec is not None:
                 operators = self.operators_for(logits)
                 at_once = normalizer is OWN or (update_state and normalizer.knows_weights(self, operators, logits))
-                if at_once and weighting.fuses and operators.native:
+                if at_once and weighting.fuses and operators.has_kernels:
                     return fused(self, operators, normalizer, logits, target, spec, samples, update_state)
         return general(self, weighting, normalizer, args, spec, samples, groups, update_state)
 

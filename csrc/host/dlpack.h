@@ -1,5 +1,5 @@
-// The DLPack exchange table, version 1 (dmlc/dlpack): a public C interface through which torch >= 2.10 describes a
-// tensor. Only the declarations that are used here.
+// The DLPack exchange table, version 1 (dmlc/dlpack), a public C interface through which torch >= 2.10 describes a
+// tensor. Here are only the declarations that the package uses.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -41,9 +41,9 @@ struct DLPackExchangeAPI {
     void* previous;
   } header;
   void* managed_tensor_allocator;
-  int (*managed_tensor_from_py_object)(void* py_object, DLManagedTensorVersioned** out);  // owns a reference
+  int (*managed_tensor_from_py_object)(void* py_object, DLManagedTensorVersioned** out);  // it owns a reference
   void* managed_tensor_to_py_object;
-  int (*dltensor_from_py_object)(void* py_object, DLTensor* out);  // does not own: valid while the tensor lives
+  int (*dltensor_from_py_object)(void* py_object, DLTensor* out);  // valid while the tensor lives: it owns none
   void* current_work_stream;
 };
 
@@ -52,13 +52,13 @@ const DLPackExchangeAPI* exchange_api(const py::object& tensor_type) {
   const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (api == nullptr) throw py::error_already_set();
   if (api->header.major != 1 || api->dltensor_from_py_object == nullptr)
-    throw py::value_error("this torch has another version of the DLPack exchange table than 1");
+    throw py::value_error("got another version of the DLPack exchange table from this torch, expected version 1");
   return api;
 }
 
-// A reference to a state tensor in torch's own count. While Python has the only one, torch's count goes through the
-// interpreter at every look at the tensor: 43 ns instead of 16. Let go when the step finds another tensor in its place.
-// (Not for parameters: one whose hook holds the optimizer would never be freed.)
+// A reference to a state tensor, which torch counts. While Python has the only reference, torch goes through the
+// interpreter whenever it looks at the tensor: 43 ns instead of 16. The reference is given up when a step finds another
+// tensor in its place. Parameters are not held: one whose hook holds the optimizer would never be freed.
 struct Hold {
   PyObject* held = nullptr;
   std::unique_ptr<DLManagedTensorVersioned, void (*)(DLManagedTensorVersioned*)> owner{nullptr, release};

@@ -1,4 +1,4 @@
-// Where an optimizer's rule finds its numbers, flags and states in torch's dicts.
+// The places of a rule's numbers, flags and states in the dicts of torch's optimizer.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,7 +12,7 @@ namespace {
 
 namespace py = pybind11;
 
-// Interned, so that a look-up compares pointers.
+// Keys of torch's dicts, interned so that a look-up compares pointers.
 struct Names {
   PyObject* grad = PyUnicode_InternFromString("grad");
   PyObject* is_neg = PyUnicode_InternFromString("is_neg");
@@ -36,7 +36,7 @@ PyObject* item(PyObject* dict, PyObject* key) {
   return out;
 }
 double as_double(PyObject* object) {
-  const double out = PyFloat_AsDouble(object);  // a tensor too: it has __float__
+  const double out = PyFloat_AsDouble(object);  // it also takes a tensor, which has __float__
   if (out == -1.0 && PyErr_Occurred() != nullptr) throw py::error_already_set();
   return out;
 }
@@ -46,11 +46,11 @@ bool truth(PyObject* dict, PyObject* key) {
   return out != 0;
 }
 
-// Where a rule's numbers, flags and states stand in torch's dicts.
+// The places of a rule's numbers, flags and states (absgd_fast/optim/rule.py OptimizerRule).
 struct RuleNames {
   struct Number {
-    PyObject* key;     // in the group; or null: the number is 0
-    Py_ssize_t index;  // within the tuple that stands there (betas); or -1
+    PyObject* key;     // the key in the group; null: the number is 0
+    Py_ssize_t index;  // the position in the tuple under that key (betas); -1: the number itself stands there
   };
   struct Flag {
     PyObject* key;
@@ -59,9 +59,10 @@ struct RuleNames {
   absgd::Rule rule;
   Number weight_decay, hyper_a, hyper_b, eps;
   std::vector<Flag> flags;
-  PyObject* states[absgd::kStates];  // or null
+  PyObject* states[absgd::kStates];  // the keys of the states; null beyond the last
 
-  // numbers: {"weight_decay" | "first" | "second" | "eps": (key, index)}; flags: {key: bits}; states: names
+  // numbers: {"weight_decay" | "first" (hyper_a) | "second" (hyper_b) | "eps": (key, index)}. flag_bits: {key: bits}.
+  // state_names: the keys of the states.
   RuleNames(int rule, const py::dict& numbers, const py::dict& flag_bits, const py::tuple& state_names)
       : rule(absgd::Rule(rule)),
         weight_decay(place(numbers, "weight_decay")),

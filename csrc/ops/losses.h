@@ -1,4 +1,4 @@
-// The operators of the losses on logits, as far as every device does the same.
+// What the operators of the losses on logits do alike on every device.
 #pragma once
 
 #include <cmath>
@@ -8,8 +8,8 @@
 
 namespace {
 
-// The loss of an operator's arguments: kind and pruning are in the flags; see LossNumbers for the numbers. gce: hyper_b
-// is k, or 0.
+// The numbers of a loss, from an operator's arguments. The flags hold its kind and whether it prunes. For gce hyper_b
+// is k, or 0 without k.
 inline LossNumbers loss_numbers(double hyper_a, double hyper_b, int64_t flags) {
   LossNumbers out{Kind(flags >> kKindShift), hyper_a, hyper_b, 0, HUGE_VAL};
   if (out.kind == Kind::gce && hyper_b > 0) {
@@ -19,7 +19,7 @@ inline LossNumbers loss_numbers(double hyper_a, double hyper_b, int64_t flags) {
   return out;
 }
 
-// What an operator on logits is given.
+// The arguments of an operator on logits.
 struct LogitOperands {
   const Tensor &logits, &target;
   const std::optional<Tensor>&class_weight, &adjust;
@@ -28,7 +28,8 @@ struct LogitOperands {
   const std::optional<Tensor>& mask;
 };
 
-// logits (B, C, d1, ...) as (batch, classes, inner) with strides; copies only where d1, ... have no common stride.
+// logits (B, C, d1, ...) as (batch, classes, inner) with strides. They are copied only if d1, ... have no common
+// stride.
 struct LogitTensors {
   Tensor logits, target;
   Device device;
@@ -52,7 +53,8 @@ struct LogitTensors {
     args.target_int64 = label_type == kLong;
     STD_TORCH_CHECK(soft || args.target_int64 || label_type == kInt,
                     "target: expected int64 or int32 labels, or probabilities in the dtype losses are computed in");
-    STD_TORCH_CHECK(!soft || given.loss.kind == Kind::ce, "target: probabilities are for cross-entropy");
+    STD_TORCH_CHECK(!soft || given.loss.kind == Kind::ce,
+                    "target: got probabilities, expected labels: only cross-entropy takes probabilities");
     args.logits = logits.data_ptr();
     (soft ? args.soft : args.target) = target.data_ptr();
     args.ignore_index = given.ignore_index;
@@ -64,7 +66,7 @@ struct LogitTensors {
     args.mask = per_row_mask(given.mask, device, args.rows());
   }
 
-  // `count` numbers for every row: (count, B, ...)
+  // An empty result of `count` numbers for every row: (count, B, ...), or (B, ...) if `vector`.
   Tensor per_row_results(int64_t count, Dtype real, bool vector = false) const {
     int64_t shape[17] = {count, logits.size(0)};
     for (int64_t d = 2; d < logits.dim(); ++d) shape[d] = logits.size(d);
@@ -93,7 +95,7 @@ struct LogitTensors {
 };
 
 [[noreturn]] inline void raise_bad_label(long long label, long long row, long long classes, const char* when) {
-  // ops/labels.py turns this into an IndexError
+  // absgd_fast/ops/labels.py turns this into an IndexError.
   STD_TORCH_CHECK(false, "absgd_fast label out of range: label=", label, " row=", row, " classes=", classes, when, ";");
   __builtin_unreachable();
 }

@@ -1,5 +1,5 @@
-// Tensors that an operator updates in place: whether they share memory, and copies of those that lie otherwise than the
-// kernels want them.
+// Tensors that an operator updates in place: whether they share memory, and copies of those that do not have the layout
+// that the kernels need.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace {
 
-// Ranges of memory: whether one that is written shares a byte with another.
+// Ranges of memory. They clash if one that is written shares a byte with another.
 struct Ranges {
   struct Range {
     const char *begin, *end;
@@ -35,17 +35,19 @@ struct Ranges {
 
 inline Layout layout_of(const Tensor& t) { return {t.dim(), t.sizes().data(), t.strides().data()}; }
 
-// A tensor as the kernels want it: in the layout of `like`, which is dense. A copy where it is not, given back by
-// `restore`.
+// A tensor in the layout of `like`, which is dense, as the kernels need it. If it has another layout it is copied, and
+// `restore` copies the result back.
 struct Fitted {
   Tensor original, fitted;
 
   Fitted(const Tensor& t, const Tensor& like, Dtype dtype) : original(t), fitted(t) {
-    STD_TORCH_CHECK(is_on(t, device_of(like)) && code_of(t) == code_of(dtype) && t.dim() == like.dim(),
-                    "step_: expected parameters and gradients of one dtype, and states of that (float32 for half "
-                    "precision), of equal shapes, on one device");
+    STD_TORCH_CHECK(
+        is_on(t, device_of(like)) && code_of(t) == code_of(dtype) && t.dim() == like.dim(),
+        "step_: expected a parameter and a gradient of one dtype, and states of that dtype (float32 for half "
+        "precision), all on one device and of equal shapes");
     for (int64_t d = 0; d < t.dim(); ++d)
-      STD_TORCH_CHECK(t.size(d) == like.size(d), "step_: a gradient or state has another shape than its parameter");
+      STD_TORCH_CHECK(t.size(d) == like.size(d),
+                      "step_: got a gradient or state of another shape than its parameter, expected equal shapes");
     if (layout_of(t).same(layout_of(like)) && layout_of(t).dense()) return;
     fitted = empty_dense_like(like, dtype);
     torch::stable::copy_(fitted, original);

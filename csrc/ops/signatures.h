@@ -1,4 +1,4 @@
-// The list of the operators, and their signatures as the compiler sees them.
+// The list of the operators, and the signatures that the compiler sees.
 #pragma once
 
 #include <optional>
@@ -11,8 +11,8 @@
 
 namespace {
 
-// The stable ABI does not compare a C++ signature with its schema (an int read as a double is silently 0), so a test
-// does, from the types written here by the compiler.
+// The stable ABI does not compare a C++ signature with its schema: an int read as a double is silently 0. So a test
+// compares them, by the types that the compiler writes here.
 template <class T>
 struct Name;
 #define ABSGD_TYPE_NAME(type, text)           \
@@ -41,7 +41,7 @@ std::string signature(R (*)(A...)) {
   return Name<std::tuple<std::decay_t<A>...>>::get() + " -> " + Name<R>::get();
 }
 
-// OP applied to the operators that every device has
+// OP applied to every operator that both devices have
 #define ABSGD_OPS(OP)         \
   OP(logit_loss)              \
   OP(logit_loss_)             \

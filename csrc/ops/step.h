@@ -1,4 +1,4 @@
-// The operators of the step, as far as every device does the same.
+// What the operators of the step do alike on every device.
 #pragma once
 
 #include <vector>
@@ -7,8 +7,8 @@
 
 namespace {
 
-// Whether two of the tensors that a step writes share memory (a parameter listed twice, `a.data = b.data`): then the
-// tensors must be updated one after the other.
+// Whether two of the tensors that a step writes share memory (a parameter listed twice, `a.data = b.data`). If so, the
+// tensors are updated one after the other.
 inline bool step_overlaps(const StepTensor* tensors, int64_t count) {
   Ranges ranges;
   ranges.all.reserve(size_t((2 + kStates) * count));
@@ -26,14 +26,15 @@ inline void check_overlap(StepTable& table) {
   table.checked = true;
 }
 
-// The tensors of one step as a table; lives as long as the step.
+// The tensors of one step as a table. It lives as long as the step.
 struct StepLists {
   StepGroup group;
   StepTable table{};
   std::vector<Fitted> written, gradients;
   std::vector<StepTensor> tensors;
 
-  // states: those that the rule keeps, of all parameters, one kind after the other; steps: where the rule counts them
+  // states: the states that the rule keeps, of all parameters, one kind after the other. steps: the counts of steps, or
+  // nothing if the rule does not count them.
   StepLists(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& states,
             const std::vector<Tensor>& steps, const StepGroup& options)
       : group(options) {
@@ -41,8 +42,8 @@ struct StepLists {
     size_t kinds = 0;
     for (int j = 0; j < kStates; ++j) kinds += size_t(group.states() >> j & 1);
     STD_TORCH_CHECK(grads.size() == n && states.size() == kinds * n && steps.size() == (group.counts() ? n : 0),
-                    "step_: expected for each parameter one gradient, the states that the rule keeps and, where it "
-                    "counts them, its steps");
+                    "step_: expected for each parameter one gradient, the states that the rule keeps and, if the rule "
+                    "counts steps, their count");
     for (size_t i = 0; i < n; ++i) {
       const Dtype dtype = dtype_of(params[i]);
       StepTensor t{};
@@ -66,7 +67,7 @@ struct StepLists {
     table.tensors = tensors.data();
     table.groups = &group;
   }
-  // Gradients are written only where they were unscaled.
+  // Gradients were written only if they were unscaled.
   void restore(bool with_gradients) {
     for (Fitted& t : written) t.restore();
     if (with_gradients)
@@ -76,7 +77,8 @@ struct StepLists {
 
 inline StepGroup step_group(double lr, double weight_decay, double hyper_a, double hyper_b, double eps, int64_t rule,
                             int64_t flags) {
-  STD_TORCH_CHECK(rule >= 0 && rule <= int64_t(Rule::adagrad), "step_: unknown rule ", rule);
+  STD_TORCH_CHECK(rule >= 0 && rule <= int64_t(Rule::adagrad), "step_: unknown rule ", rule,
+                  ", expected an index of RULES");
   StepGroup out{};
   out.rule = Rule(rule);
   out.flags = int(flags);

@@ -1,4 +1,4 @@
-// Tensors on LibTorch's stable ABI: their dtypes and devices, new ones, and the numbers that they hold.
+// Tensors on LibTorch's stable ABI: their dtypes and devices, empty tensors, and tensors of one number.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -21,7 +21,7 @@ using namespace absgd;
 
 // ---- tensors -------------------------------------------------------------------------------------------------------
 
-// torch's dtype codes, read once: Tensor::scalar_type() asks for up to a dozen of them on every call (30 ns).
+// torch's dtype codes, read once, because Tensor::scalar_type() asks for up to a dozen of them on every call (30 ns).
 const int32_t kFloat = aoti_torch_dtype_float32(), kDouble = aoti_torch_dtype_float64();
 const int32_t kBFloat16 = aoti_torch_dtype_bfloat16(), kHalf = aoti_torch_dtype_float16();
 const int32_t kLong = aoti_torch_dtype_int64(), kInt = aoti_torch_dtype_int32(), kBool = aoti_torch_dtype_bool();
@@ -38,17 +38,17 @@ inline Dtype dtype_of(const Tensor& t) {
   if (code == kFloat) return Dtype::f32;
   if (code == kDouble) return Dtype::f64;
   if (code == kBFloat16) return Dtype::bf16;
-  STD_TORCH_CHECK(code == kHalf, "expected float32, float64, bfloat16 or float16");
+  STD_TORCH_CHECK(code == kHalf, "got a tensor of another dtype, expected float32, float64, bfloat16 or float16");
   return Dtype::f16;
 }
 
 inline int32_t code_of(Dtype dtype) {
   return dtype == Dtype::f32 ? kFloat : dtype == Dtype::f64 ? kDouble : dtype == Dtype::bf16 ? kBFloat16 : kHalf;
 }
-// What losses and sums of this storage type are computed in.
+// The type in which the losses and sums of tensors of this type are computed.
 inline Dtype real_of(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
-// How a gradient made in the forward pass is stored. Not in float16: what a loss scale (GradScaler) is there to lift
-// into range would already be 0 when backward brings that scale.
+// The type in which a gradient that the forward pass makes is stored. It is not float16: before backward multiplies the
+// gradient by GradScaler's loss scale, small numbers would already be 0.
 inline Dtype saved_as(Dtype dtype) { return dtype == Dtype::f16 ? Dtype::f32 : dtype; }
 inline size_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
@@ -68,7 +68,7 @@ inline bool is_on(const Tensor& t, Device device) {
 
 inline Tensor empty_on(Device device, const int64_t* sizes, int64_t dim, Dtype dtype) {
   int64_t strides[16] = {};
-  STD_TORCH_CHECK(dim <= 16, "at most 16 dimensions");
+  STD_TORCH_CHECK(dim <= 16, "got a tensor of more than 16 dimensions, expected at most 16");
   int64_t step = 1;
   for (int64_t d = dim - 1; d >= 0; --d) {
     strides[d] = step;
@@ -84,16 +84,16 @@ inline Tensor empty_none(Device device, Dtype dtype) {
   const int64_t zero = 0;
   return empty_on(device, &zero, 1, dtype);
 }
-// `count` values for every value of `like`: (count, ...)
+// An empty tensor of `count` values for every value of `like`: (count, ...)
 inline Tensor empty_rows(Device device, int64_t count, const Tensor& like, Dtype dtype) {
   int64_t shape[16] = {count};
-  STD_TORCH_CHECK(like.dim() < 16, "at most 15 dimensions");
+  STD_TORCH_CHECK(like.dim() < 16, "got a tensor of more than 15 dimensions, expected at most 15");
   const auto sizes = like.sizes();
   for (int64_t d = 0; d < like.dim(); ++d) shape[d + 1] = sizes[d];
   return empty_on(device, shape, like.dim() + 1, dtype);
 }
 
-// In the memory layout of `like` where that is dense, else contiguous.
+// An empty tensor in the memory layout of `like` if that is dense, otherwise a contiguous one.
 inline Tensor empty_dense_like(const Tensor& like, Dtype dtype) {
   const Device device = device_of(like);
   if (!Layout{like.dim(), like.sizes().data(), like.strides().data()}.dense())
@@ -104,7 +104,7 @@ inline Tensor empty_dense_like(const Tensor& like, Dtype dtype) {
   return Tensor(handle);
 }
 
-// One number in a tensor.
+// The number in a tensor of one element.
 inline DeviceNumber number_on(const Device& device, const Tensor& t, const char* name) {
   const int32_t code = code_of(t);
   STD_TORCH_CHECK((code == kDouble || code == kFloat) && t.numel() == 1 && is_on(t, device), name,
@@ -112,7 +112,7 @@ inline DeviceNumber number_on(const Device& device, const Tensor& t, const char*
   return {t.data_ptr(), code == kDouble, device.index};
 }
 
-// A vector of one number per row, ready for the kernels.
+// The data of a tensor of one number per row.
 inline const void* per_row(const std::optional<Tensor>& t, Device device, int64_t rows, int32_t code,
                            const char* name) {
   if (!t.has_value()) return nullptr;

@@ -1,4 +1,4 @@
-// The operator of the weighted step, as far as every device does the same.
+// What the operator of the weighted step does alike on every device.
 #pragma once
 
 #include <vector>
@@ -7,7 +7,7 @@
 
 namespace {
 
-// The tensors of one weighted step, checked; lives as long as the step.
+// The tensors of one weighted step, after they were checked. It lives as long as the step.
 struct WeightedLists {
   StepGroup group;
   WeightedTable table{};
@@ -25,15 +25,18 @@ struct WeightedLists {
     STD_TORCH_CHECK(
         blocks_in.size() == n && buffers.size() == (has_momentum ? n : 0),
         "weighted_step_: expected for each parameter one block of gradients and, with momentum, one buffer");
-    STD_TORCH_CHECK(losses.dim() == 1 && real == real_of(real), "weighted_step_: expected losses (B,)");
+    STD_TORCH_CHECK(losses.dim() == 1 && real == real_of(real),
+                    "weighted_step_: expected losses (B,), float32 or float64");
     table.batch = losses.size(0);
     ranges.add(losses.data_ptr(), size_t(table.batch) * size_of(real), false);
     for (size_t i = 0; i < n; ++i) {
       check(params[i], blocks_in[i], device_of(losses));
       add(params[i], blocks_in[i], has_momentum ? &buffers[i] : nullptr);
     }
-    STD_TORCH_CHECK(!ranges.clash(),
-                    "weighted_step_: a parameter or momentum buffer shares memory with another tensor");
+    STD_TORCH_CHECK(
+        !ranges.clash(),
+        "weighted_step_: got a parameter or momentum buffer that shares memory with another tensor, expected "
+        "tensors of their own: clone() them");
     table.tensor_count = int64_t(n);
     table.tensors = tensors.data();
     table.row_stride = row_strides.data();
@@ -44,21 +47,20 @@ struct WeightedLists {
   }
 
  private:
-  Ranges
-      ranges;  // the memory that is written in the end, and what is read; of a tensor that is copied, where it begins
+  Ranges ranges;  // the memory that is read and written; of a tensor that is not dense, only its first element
 
   void check(const Tensor& param, const Tensor& block, Device device) const {
     const Dtype dtype = dtype_of(param);
     STD_TORCH_CHECK(is_on(param, device) && is_on(block, device) && code_of(block) == code_of(dtype) &&
                         real_of(dtype) == real && block.dim() == param.dim() + 1 && block.size(0) == table.batch,
-                    "weighted_step_: expected parameters, gradients (B, ...) of their dtype and losses (B,) of the "
-                    "dtype those are computed in, on one device");
+                    "weighted_step_: expected parameters, gradients (B, ...) in their dtype and losses (B,) in float32 "
+                    "(float64 for float64 parameters), all on one device");
     for (int64_t d = 0; d < param.dim(); ++d)
       STD_TORCH_CHECK(block.size(d + 1) == param.size(d),
                       "weighted_step_: expected gradients (B, ...) of the shape of a parameter");
   }
   void add(const Tensor& param, Tensor block, const Tensor* buffer) {
-    // A row of the block and the parameter lie alike, or both are contiguous; what is not is copied.
+    // Each row of the block has the layout of the parameter, or both are contiguous; a copy makes them so.
     Tensor like = param;
     if (!row_of(block).same(layout_of(param)) || !layout_of(param).dense()) {
       like = torch::stable::contiguous(param);
@@ -82,8 +84,10 @@ struct WeightedLists {
   }
   void* write(const Tensor& t, const Tensor& like, Dtype dtype) {
     for (int64_t d = 0; d < t.dim(); ++d)
-      STD_TORCH_CHECK(t.size(d) < 2 || t.strides()[size_t(d)] != 0,
-                      "weighted_step_: several elements of a parameter or momentum buffer share one place in memory");
+      STD_TORCH_CHECK(
+          t.size(d) < 2 || t.strides()[size_t(d)] != 0,
+          "weighted_step_: got a parameter or momentum buffer whose elements share one place in memory, expected "
+          "a tensor of its own: clone() it");
     ranges.add(t.data_ptr(), size_of(dtype) * size_t(layout_of(t).dense() ? t.numel() : t.numel() > 0));
     return written.emplace_back(t, like, dtype).fitted.data_ptr();
   }

@@ -1,4 +1,4 @@
-// The CPU's operators of the losses on logits.
+// The CPU operators of the losses on logits.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +23,7 @@ int form_of(const T* s, int64_t classes) {
   return form;
 }
 
-// The input of the kernels, and their memory per row.
+// The input of the kernels, and the memory that they need per row.
 struct Logits {
   LogitArgs args{};
   LogitTensors tensors;
@@ -46,13 +46,14 @@ struct Logits {
                                               : form_of(static_cast<const float*>(args.adjust), args.classes);
   }
 
-  void* factor;  // (rows) real, for the caller to fill
+  void* factor;  // (rows) real; the caller fills it
   Dtype real() const { return real_of(args.dtype); }
 
   void stats() {
     each_tiles([&](int64_t begin, int64_t end) { return cpu_kernels().logit_stats(args, begin, end); });
   }
-  // Where no weights stand between losses and gradient: a tile's gradient is made while its logits are in the cache.
+  // The losses and the gradient of each row's own loss. Without weights between them, the gradient of a tile is made
+  // while its logits are in the cache.
   void stats_and_grads() {
     if (args.grad == nullptr) return stats();
     each_tiles([&](int64_t begin, int64_t end) {
@@ -65,9 +66,9 @@ struct Logits {
     });
   }
 
-  // Room for the gradient, before stats(): the exponentials of the forward pass are kept there while that saves time
-  // (512 x 1000 fp32: 0.35 -> 0.25 ns per element; a loss where the gradient leaves the cache
-  // in between: at 512 x 8142, 17 MB, kept 1.6 ms, computed twice 1.1 ms).
+  // Makes the result for the gradient; called before stats(). The exponentials of the forward pass are kept in it as
+  // long as that saves time (512 x 1000 fp32: 0.35 -> 0.25 ns per element). It costs time if the gradient leaves the
+  // cache in between: at 512 x 8142 (17 MB) 1.6 ms, where computing them twice takes 1.1 ms.
   Tensor make_grad(bool wanted) {
     const Dtype stored = saved_as(args.dtype);
     if (!wanted) return empty_none(kHere, stored);
@@ -85,7 +86,7 @@ struct Logits {
     return grad;
   }
 
-  // The gradient takes the place of the logits: every element is read once more just before it is written.
+  // Writes the gradient over the logits: every element is read once more just before it is written.
   void grad_in_place() {
     STD_TORCH_CHECK(tensors.logits.dim() == 2 && tensors.logits.is_contiguous() && saved_as(args.dtype) == args.dtype,
                     "logit_loss_: expected contiguous logits (B, C) that are not float16");
@@ -113,7 +114,7 @@ struct Logits {
   }
 
  private:
-  // walk(begin, end) of all tiles, which returns the first row whose label is out of range
+  // Calls walk(begin, end) for all tiles; it returns the first row whose label is out of range.
   template <class F>
   void each_tiles(const F& walk) {
     std::vector<int64_t> out_of_range(size_t(args.tiles()), kAllLabelsInRange);
@@ -139,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> logit_loss(const Tensor& logits, const Tensor
   return {rows.losses(), grad, rows.valid()};
 }
 
-// After a label out of range there may be logits and gradients side by side.
+// If a label is out of range, some rows already hold gradients and others still hold logits.
 std::tuple<Tensor, Tensor> logit_loss_(const Tensor& logits, const Tensor& target,
                                        const std::optional<Tensor>& class_weight, const std::optional<Tensor>& adjust,
                                        double hyper_a, double hyper_b, int64_t ignore_index, int64_t flags) {

@@ -1,4 +1,4 @@
-// The CPU's operators of CVaR, chi-squared and group DRO.
+// The CPU operators of CVaR, chi-squared and group DRO.
 #pragma once
 
 #include <vector>
@@ -17,7 +17,7 @@ WeightingArgs weighting_args(const Tensor& losses, const std::optional<Tensor>& 
   return a;
 }
 
-// rule: Weighting; hyper_a, hyper_b: beta and reg of CVaR, or rho of chi-squared DRO.
+// rule: a Weighting. hyper_a, hyper_b: beta and reg of CVaR, or rho of chi-squared DRO.
 Tensor rule_weights(const Tensor& losses, const std::optional<Tensor>& mask, int64_t rule, double hyper_a,
                     double hyper_b) {
   Tensor weights = empty_on(kHere, losses.sizes().data(), losses.dim(), real_of(dtype_of(losses)));
@@ -44,8 +44,8 @@ Tensor group_weights(const Tensor& losses, const std::optional<Tensor>& mask, co
   void* const kept =
       const_cast<void*>(per_row(log_q, kHere, a.n_groups, code_of(real_of(state)), "log_q"));  // schema: (a!)
   for (int64_t i = 0; i < a.count; ++i)
-    STD_TORCH_CHECK((a.valid && !a.valid[i]) || (a.groups[i] >= 0 && a.groups[i] < a.n_groups), "group_weights: group ",
-                    a.groups[i], " in row ", i, ", expected one below ", a.n_groups);
+    STD_TORCH_CHECK((a.valid && !a.valid[i]) || (a.groups[i] >= 0 && a.groups[i] < a.n_groups),
+                    "group_weights: got group ", a.groups[i], " in row ", i, ", expected 0 <= group < ", a.n_groups);
   std::vector<double> numbers(size_t(3 * a.n_groups));
   a.log_q = numbers.data();
   a.sums = a.log_q + a.n_groups;

@@ -1,4 +1,4 @@
-// The CPU's operators of the step.
+// The CPU operators of the step.
 #pragma once
 
 #include "../step.h"
@@ -29,8 +29,8 @@ void run_step(StepTable& table) {
   parallel(table.elements, 1, [&](int64_t begin, int64_t end) { cpu_kernels().step(table, begin, end); });
 }
 
-// The table lies in the tensor's memory, where StepPlan (host.cpp) wrote it a moment ago. (The second argument only
-// tells the dispatcher where the parameters are.)
+// StepPlan (host.cpp) has just written the table into the tensor's memory. The second argument only tells the
+// dispatcher where the parameters are.
 void planned_step(const Tensor& table, const Tensor&) { run_step(planned_table(table)); }
 
 void step_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& states,
@@ -38,8 +38,9 @@ void step_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, 
            const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
            const std::optional<Tensor>& robust, double lr, double weight_decay, double hyper_a, double hyper_b,
            double eps, int64_t rule, int64_t flags) {
-  STD_TORCH_CHECK(!grad_scale.has_value() && !found_inf.has_value(),
-                  "step_: grad_scale and found_inf are for GPUs; on the CPU unscale before");
+  STD_TORCH_CHECK(
+      !grad_scale.has_value() && !found_inf.has_value(),
+      "step_: got grad_scale or found_inf, which only GPUs read; on the CPU unscale the gradients before the step");
   StepGroup group = step_group(lr, weight_decay, hyper_a, hyper_b, eps, rule, flags);
   if (lr_tensor.has_value()) {
     const DeviceNumber number = number_on(kHere, *lr_tensor, "lr");

@@ -1,4 +1,4 @@
-// What the operators of the CPU work with: threads, large pages, and numbers in tensors.
+// Tools of the CPU operators: threads, huge pages, and numbers in tensors.
 #pragma once
 
 #if defined(__linux__)
@@ -12,8 +12,8 @@ namespace {
 
 const Device kHere{kCpu, 0};
 
-// Fresh pages of a large result cost more than filling them: 64 k page faults at 2048 x 32000 fp32 (83 ms against 46 ms
-// with huge pages).
+// Asks for huge pages, because fresh pages of a large result cost more than filling them: 64 k page faults at
+// 2048 x 32000 fp32 (83 ms, with huge pages 46 ms).
 void prefer_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr size_t kWorthwhile = size_t(8) << 20, kPage = 4096;
@@ -26,7 +26,7 @@ void prefer_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
-// One number on the CPU, float32 or float64: a piece of state.
+// One float32 or float64 number on the CPU that is part of the state.
 struct Scalar {
   void* data;
   bool is_double;
@@ -50,7 +50,7 @@ struct Scalar {
 
 // ---- threads -------------------------------------------------------------------------------------------------------
 
-// Below this many elements one thread does it all: a parallel region costs about 1 us, the work of 16 k elements.
+// Up to this many elements one thread does all work: a parallel region costs about 1 us, the time of 16 k elements.
 constexpr int64_t kSerialElements = 16384;
 
 template <class F>

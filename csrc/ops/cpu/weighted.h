@@ -1,4 +1,4 @@
-// The CPU's operator of the weighted step.
+// The CPU operator of the weighted step.
 #pragma once
 
 #include <memory>
@@ -8,7 +8,7 @@
 
 namespace {
 
-// The samples that take part and what they weigh, without those of factor 0: a masked sample may hold anything.
+// Keeps the samples whose factor is not 0, and their factors; a masked sample may hold anything.
 template <class T>
 int64_t compact(int64_t* row, T* factors, int64_t count) {
   int64_t kept = 0;
@@ -48,12 +48,12 @@ Tensor weighted_step_(const std::vector<Tensor>& params, const std::vector<Tenso
   const WeightUpdate update = run_robust(a, state.get(), &value);
   Tensor new_log_s = empty_scalar(kHere, state.is_double ? Dtype::f64 : Dtype::f32);
   Scalar(new_log_s, "log_s").set(update.new_log_s);
-  if (update.nonfinite > 0) return new_log_s;  // a nonfinite batch never poisons the state
+  if (update.nonfinite > 0) return new_log_s;  // a nonfinite batch changes nothing
   table.row = row;
   table.factors = a.factor;
   table.rows = lists.real == Dtype::f64 ? compact(row, static_cast<double*>(a.factor), a.count)
                                         : compact(row, static_cast<float*>(a.factor), a.count);
-  // four numbers that are multiplied and added take the time of one logit
+  // multiplying and adding four numbers takes the time of one logit
   parallel(table.elements, 1 + table.rows / 4,
            [&](int64_t begin, int64_t end) { cpu_kernels().weighted_step(table, begin, end); });
   lists.restore();

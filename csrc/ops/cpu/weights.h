@@ -1,4 +1,4 @@
-// The CPU's operators of the robust and the rectified weights, and of the scaling of gradients.
+// The CPU operators of the robust and the rectified weights, and of the scaling of gradients.
 #pragma once
 
 #include <memory>
@@ -17,7 +17,7 @@ RobustArgs robust_args(Dtype dtype, int64_t count, const Scalar& log_s, const Te
   return a;
 }
 
-// The stats of each block of losses, and then one number for each.
+// Memory for the stats of each block of losses, and afterwards for one number per block.
 struct Blocks {
   static constexpr int64_t kFew = 4;
   BlockStats few[kFew];
@@ -31,9 +31,9 @@ void run_stats(const RobustArgs& a, BlockStats* stats) {
   parallel(blocks_of(a), kBlock,
            [&](int64_t begin, int64_t end) { cpu_kernels().robust_block_stats(a, stats, begin, end); });
 }
-// The weights and, where a.factor is set, the factors; returns the robust loss.
+// Makes the weights and, if a.factor is set, the factors. Returns the robust loss.
 double run_apply(const RobustArgs& a, const WeightUpdate& update, Blocks& blocks) {
-  double* const sums = reinterpret_cast<double*>(blocks.stats());  // nobody needs the stats any more
+  double* const sums = reinterpret_cast<double*>(blocks.stats());  // the stats are not needed any more
   parallel(blocks_of(a), kBlock,
            [&](int64_t begin, int64_t end) { cpu_kernels().robust_apply(a, update, sums, begin, end); });
   double total = 0;
@@ -56,7 +56,7 @@ void commit(const WeightUpdate& update, int64_t flags, const Scalar& log_s, cons
     log_s.set(update.new_log_s);
 }
 
-// The losses, 0 where a sample does not count, and which samples count. The weights stand there already.
+// Fills in the losses (0 where a sample does not count) and the validity; the weights are there already.
 template <class T>
 void fill_typed(const SampleStats& out, const RobustArgs& a) {
   const T* const losses = static_cast<const T*>(a.losses);
@@ -78,7 +78,8 @@ std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(
     const std::optional<Tensor>& score, const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& mask,
     const Tensor& log_s, const Tensor& nonfinite, const Tensor& lam, double gamma, double alpha, double mix,
     double max_weight, int64_t flags, const std::optional<Tensor>& weighing) {
-  STD_TORCH_CHECK(!weighing.has_value(), "robust_logit_loss: the CPU's kernels make the weights at once");
+  STD_TORCH_CHECK(!weighing.has_value(),
+                  "robust_logit_loss: got weighing, expected None: the CPU kernels make the weights at once");
   Logits rows({logits, target, class_weight, adjust, loss_numbers(hyper_a, hyper_b, flags), ignore_index, mask});
   Tensor grad = rows.make_grad((flags & kWithGrad) != 0);
   const int64_t count = rows.args.rows();
@@ -88,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(
   a.max_weight = max_weight;
   a.scores = per_row(score, kHere, count, code_of(a.dtype), "score");
   a.sample_weight = per_row(sample_weight, kHere, count, code_of(a.dtype), "sample_weight");
-  rows.stats();  // raises on a label out of range, before anything is written
+  rows.stats();  // raises if a label is out of range, before anything is written
 
   const SampleStats out(rows.tensors.per_row_results(3, a.dtype), a.dtype);
   a.losses = rows.args.losses;
@@ -147,9 +148,9 @@ std::tuple<Tensor, Tensor, Tensor> robust_loss(const Tensor& losses, const std::
   return op.done(value);
 }
 
-// The stages of robust_loss by themselves, for samples that are spread over processes, micro-batches or chunks.
+// The stages of robust_loss, for samples that are spread over processes, micro-batches or chunks.
 
-// settled: bounds z
+// settled: it bounds z.
 Tensor robust_partial_stats(const Tensor& losses, const std::optional<Tensor>& score, const std::optional<Tensor>& mask,
                             const Tensor& log_s, const Tensor& lam, const std::optional<Tensor>& settled) {
   const int64_t size = kPartialStatsSize;
@@ -264,7 +265,7 @@ void run_scale(const Tensor& source, const Tensor& out, const Tensor& upstream_i
   const void* value = upstream.data_ptr();
   a.scalar = a.dtype == Dtype::f64 ? *static_cast<const double*>(value) : double(*static_cast<const float*>(value));
   if (a.scalar == 1.0 && a.source == a.grad) return;  // loss.backward(): the gradient is already there
-  // slices of a fixed size; the last one may be short, so it is walked by itself
+  // The slices have a fixed size. The last one may be shorter, so it is walked by itself.
   constexpr int64_t kSlice = 4096;
   a.inner = kSlice;
   const int64_t whole = out.numel() / kSlice;

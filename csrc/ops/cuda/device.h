@@ -1,4 +1,4 @@
-// What every CUDA operator begins and ends with: its device and stream, and what a launch says when it fails.
+// What every CUDA operator begins and ends with: its device and stream, and the error of a launch that failed.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -10,9 +10,9 @@
 
 namespace {
 
-void check(const char* failed) { STD_TORCH_CHECK(failed == nullptr, "absgd_fast: CUDA says: ", failed); }
+void check(const char* failed) { STD_TORCH_CHECK(failed == nullptr, "absgd_fast: CUDA error: ", failed); }
 
-// The device of a tensor made current, and its stream.
+// Makes the device of a tensor the current one, and finds its stream.
 struct OnDevice {
   Device device;
   std::optional<torch::stable::accelerator::DeviceGuard> guard;

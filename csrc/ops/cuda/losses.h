@@ -10,7 +10,7 @@
 
 namespace {
 
-// A label that a kernel of an earlier call found out of range.
+// Where kernels report a label out of range. Raises if a kernel of an earlier call has reported one.
 gpu::LabelReport* labels_so_far() {
   gpu::LabelReport* const report = gpu::label_report();
   if (report != nullptr && static_cast<volatile gpu::LabelReport*>(report)->found != 0) {
@@ -21,31 +21,31 @@ gpu::LabelReport* labels_so_far() {
   return report;
 }
 
-// What an operator on logits hands to the kernels.
+// The arguments that an operator on logits gives to the kernels.
 struct Logits {
   gpu::LogitForward args{};
   LogitTensors tensors;
 
   explicit Logits(const LogitOperands& given) : tensors(args, given) {
-    STD_TORCH_CHECK(args.classes <= INT32_MAX, "logits: at most 2^31 - 1 classes");
+    STD_TORCH_CHECK(args.classes <= INT32_MAX, "logits: got ", args.classes, " classes, expected at most 2^31 - 1");
     args.report = labels_so_far();
   }
   Dtype real() const { return real_of(args.dtype); }
-  // Room for the losses and their validity.
+  // Makes the results for the losses and their validity.
   std::pair<Tensor, Tensor> make_losses() {
     std::pair<Tensor, Tensor> out{tensors.per_row_results(0, real(), true), tensors.per_row_results(0, real(), true)};
     args.losses = out.first.data_ptr();
     args.valid = out.second.data_ptr();
     return out;
   }
-  // Room for the gradient.
+  // Makes the result for the gradient.
   Tensor make_grad(Device device) {
     const Tensor& logits = tensors.logits;
     Tensor grad = empty_on(device, logits.sizes().data(), logits.dim(), saved_as(args.dtype));
     args.grad = grad.data_ptr();
     return grad;
   }
-  // Room for the statistics of the rows.
+  // Makes the result for the statistics of the rows.
   Tensor make_stats() {
     Tensor stats = tensors.per_row_results(4, real());
     args.stats = stats.data_ptr();
@@ -57,7 +57,8 @@ std::tuple<Tensor, Tensor, Tensor> logit_loss(const Tensor& logits, const Tensor
                                               const std::optional<Tensor>& class_weight,
                                               const std::optional<Tensor>& adjust, double hyper_a, double hyper_b,
                                               int64_t ignore_index, int64_t flags) {
-  STD_TORCH_CHECK((flags & kWithGrad) == 0, "logit_loss: the CUDA kernels leave statistics, not a gradient");
+  STD_TORCH_CHECK((flags & kWithGrad) == 0,
+                  "logit_loss: got WITH_GRAD, expected WITH_STATS or 0: the CUDA kernels leave statistics");
   const OnDevice here(logits);
   Logits rows(
       {logits, target, class_weight, adjust, loss_numbers(hyper_a, hyper_b, flags), ignore_index, std::nullopt});
@@ -78,8 +79,8 @@ Tensor logit_loss_backward(const Tensor& logits, const Tensor& target, const std
   const int32_t real = code_of(real_of(a.dtype));
   STD_TORCH_CHECK(is_on(stats, here.device) && stats.numel() == 4 * a.rows() && stats.is_contiguous() &&
                       code_of(stats) == real && is_on(upstream_in, here.device) && code_of(upstream_in) == real,
-                  "logit_loss_backward: expected the statistics of the forward pass, and an upstream gradient of the "
-                  "losses' dtype");
+                  "logit_loss_backward: expected the statistics of the forward pass, and an upstream gradient in the "
+                  "dtype of the losses");
   Tensor upstream = upstream_in;
   for (int64_t stride : upstream.strides()) a.upstream_per_row = a.upstream_per_row || stride != 0;
   if (a.upstream_per_row) {
@@ -90,7 +91,7 @@ Tensor logit_loss_backward(const Tensor& logits, const Tensor& target, const std
     STD_TORCH_CHECK(sample_stats.has_value() && is_on(*sample_stats, here.device) &&
                         sample_stats->numel() == 3 * a.rows() && sample_stats->is_contiguous() &&
                         code_of(*sample_stats) == real,
-                    "logit_loss_backward: expected rows and weighing as the robust loss left them");
+                    "logit_loss_backward: expected sample_stats and weighing of robust_logit_loss");
     a.z = static_cast<const char*>(sample_stats->data_ptr()) + size_t(a.rows()) * size_of(real_of(a.dtype));
     a.weighing = weighing_on(here.device, *weighing);
   }
@@ -125,12 +126,14 @@ std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(
   if (!weighing.has_value()) {
     STD_TORCH_CHECK(
         (flags & kWithGrad) != 0 && gpu::fits_one_block(rows.args.rows(), rows.args.classes) && real == Dtype::f32,
-        "robust_logit_loss: more than one block holds, or no gradient; expected weighing, and statistics");
+        "robust_logit_loss: got no weighing, expected weighing and WITH_STATS: only a float32 batch that fits into one "
+        "block takes WITH_GRAD without weighing");
     op.args.weights = stats.weights();
     check(gpu::robust_logit_loss_block(rows.args, op.args, here.stream));
   } else {
-    STD_TORCH_CHECK((flags & kWithGrad) == 0, "robust_logit_loss: with weighing it leaves statistics, not a gradient");
-    op.args.weights = op.args.z = stats.weights();  // weights of no rows at all
+    STD_TORCH_CHECK((flags & kWithGrad) == 0,
+                    "robust_logit_loss: got weighing and WITH_GRAD, expected weighing and WITH_STATS");
+    op.args.weights = op.args.z = stats.weights();  // robust_fwd, which serves a batch without rows, wants `weights`
     op.args.weighing = weighing_on(here.device, *weighing);
     op.make_scratch(std::min(rows.args.rows(), gpu::kMostBlocks));
     check(gpu::robust_logit_loss_fwd(rows.args, op.args, here.stream));
@@ -138,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(
   return {loss, stats.tensor, saved};
 }
 
-// Losses and, over the logits, the gradient of each row's own loss: for a linear head that goes on with it.
+// The losses; the gradient of each row's own loss is written over the logits (LinearABLoss goes on with it).
 std::tuple<Tensor, Tensor> logit_loss_(const Tensor& logits, const Tensor& target,
                                        const std::optional<Tensor>& class_weight, const std::optional<Tensor>& adjust,
                                        double hyper_a, double hyper_b, int64_t ignore_index, int64_t flags) {
@@ -153,7 +156,7 @@ std::tuple<Tensor, Tensor> logit_loss_(const Tensor& logits, const Tensor& targe
   return {losses, valid};
 }
 
-// The robust loss of rows whose normaliser is settled: their weights, and each row's gradient while it is on the chip.
+// The robust loss of rows whose normaliser is settled. Each row's gradient is made while the row is on the chip.
 std::tuple<Tensor, Tensor, Tensor, Tensor> settled_logit_loss(
     const Tensor& logits, const Tensor& target, const std::optional<Tensor>& class_weight,
     const std::optional<Tensor>& adjust, double hyper_a, double hyper_b, int64_t ignore_index,

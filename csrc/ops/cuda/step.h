@@ -30,7 +30,7 @@ void step_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, 
   group.lr_tensor = number(lr_tensor, "lr");
   StepLists lists(params, grads, states, steps, group);
   const DeviceNumber scale = number(grad_scale, "grad_scale"), found = number(found_inf, "found_inf");
-  STD_TORCH_CHECK(!scale.is_double && !found.is_double, "grad_scale, found_inf: expected float32");
+  STD_TORCH_CHECK(!scale.is_double && !found.is_double, "step_: expected grad_scale and found_inf in float32");
   lists.table.grad_scale = static_cast<const float*>(scale.data);
   lists.table.found_inf = static_cast<const float*>(found.data);
   if (robust.has_value()) lists.table.robust = normalizer_on(here.device, *robust);

@@ -9,7 +9,7 @@
 
 namespace {
 
-// What an operator of the robust loss hands to the kernels, and its scratch memory.
+// The arguments that an operator of the robust loss gives to the kernels, and its scratch memory.
 struct RobustOp {
   gpu::Robust args{};
   std::optional<Tensor> scratch;
@@ -22,7 +22,7 @@ struct RobustOp {
     if (lam.has_value()) args.lam_on_device = number_on(device, *lam, "lam");
     fill_robust(args, real, count, args.log_s.is_double, gamma, alpha, flags);
   }
-  // Scratch for the sums of so many blocks, for their parts of the loss, and for how the batch moves log s.
+  // Makes scratch memory for the sums of that many blocks, for their parts of the loss, and for the WeightUpdate.
   void make_scratch(int64_t blocks) {
     const size_t sums = args.dtype == Dtype::f64 ? sizeof(gpu::LossSums<double>) : sizeof(gpu::LossSums<float>);
     const size_t losses = size_t(args.loss_blocks()) * sizeof(double);
@@ -32,7 +32,7 @@ struct RobustOp {
     args.loss_partials = reinterpret_cast<double*>(static_cast<char*>(args.sums) + size_t(blocks) * sums);
     args.weight_update = reinterpret_cast<WeightUpdate*>(args.loss_partials + args.loss_blocks());
   }
-  // For losses that no single block weighs.
+  // For a vector of losses that is too long for one block.
   void make_scratch_for_vector() {
     if (args.count > gpu::kOneBlock) make_scratch(args.loss_blocks());
   }
@@ -46,7 +46,7 @@ struct RobustOp {
     args.losses = per_row(losses, device, args.count, code_of(real_of(args.dtype)), "losses");
     args.valid = per_row_mask(mask, device, args.count);
   }
-  // Of rows of logits: `out` has their losses, z or weights, and validity.
+  // For rows of logits: `out` takes their losses, z or weights, and validity.
   void of_rows(gpu::LogitForward& rows, const SampleStats& out) {
     rows.losses = out.losses();
     rows.valid = out.valid();
@@ -61,7 +61,7 @@ struct RobustOp {
     args.mix = mix;
     args.max_weight = max_weight;
   }
-  // log s' in a tensor of its own, of the dtype of log s.
+  // Makes a tensor of its own for log s', in the dtype of log s.
   Tensor make_new_log_s() {
     Tensor out = empty_scalar(device, args.log_s.is_double ? Dtype::f64 : Dtype::f32);
     args.new_log_s = number_on(device, out, "log_s");
@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor> robust_loss(const Tensor& losses, const std::
   return out.done();
 }
 
-// The stages of robust_loss by themselves, for samples that are spread over processes, micro-batches or chunks.
+// The stages of robust_loss, for samples that are spread over processes, micro-batches or chunks.
 
 // settled: it bounds z.
 Tensor robust_partial_stats(const Tensor& losses, const std::optional<Tensor>& score, const std::optional<Tensor>& mask,
