@@ -1,5 +1,8 @@
-"""Hands over to CMake. A build that fails leaves the pure-Python package, and the reason in `_build_info.json`
-for `absgd-fast doctor`; with ABSGD_FAST_REQUIRE_NATIVE=1 it is an error instead."""
+"""Builds the kernels with CMake.
+
+If the build fails, the package is installed in pure Python, and `absgd-fast doctor` shows the reason, which is in
+`_build_info.json`. With ABSGD_FAST_REQUIRE_NATIVE=1 a failed build is an error.
+"""
 
 import json
 import os
@@ -16,7 +19,10 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
+    """Runs CMake instead of building setuptools' extensions."""
+
     def run(self):
+        """Builds into the package's folder; a failure is recorded there, or raised as SystemExit."""
         in_place = self.inplace or self.editable_mode
         package = ROOT / "absgd_fast" if in_place else Path(self.build_lib).resolve() / "absgd_fast"
         package.mkdir(parents=True, exist_ok=True)
@@ -34,12 +40,13 @@ class CMakeBuild(build_ext):
             print(f"absgd_fast: {error}\nabsgd_fast: installing without native kernels", file=sys.stderr)
 
     def cmake(self, build, package):
+        """Configures, builds and installs. Raises RuntimeError with the reason if one of these fails."""
         # pip with --no-build-isolation runs a venv's Python without the venv's scripts on PATH
         path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
         if not shutil.which("cmake", path=path):
             raise RuntimeError("cmake not found; pip install cmake ninja")
         ninja = ["-GNinja"] if shutil.which("ninja", path=path) else []
-        shutil.rmtree(build, ignore_errors=True)  # a build directory remembers paths of a vanished build environment
+        shutil.rmtree(build, ignore_errors=True)  # an old build directory refers to paths of a build environment that is gone
         for arguments in (
             ["-S", ROOT, "-B", build, f"-DPython_EXECUTABLE={sys.executable}", *ninja],
             ["--build", build],
@@ -60,9 +67,11 @@ class CMakeBuild(build_ext):
                 raise RuntimeError(f"the kernels could not be built: {why}")
 
     def get_outputs(self):
+        """No files, because CMake installs the libraries itself."""
         return []
 
     def get_output_mapping(self):
+        """No files, because CMake installs the libraries itself."""
         return {}
 
 

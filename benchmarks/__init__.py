@@ -1,7 +1,7 @@
-"""Timings against what else there is: `absgd-fast bench`, or `pytest benchmarks`.
+"""Timings against the competitors: `absgd-fast bench`, or `pytest benchmarks`.
 
-cases.py says what is timed, peers.py who takes part, run.py how it is done. Timings compare only within one run: two
-runs meet another clock rate and other neighbours on the machine.
+cases.py has the cases that are timed, peers.py the competitors, and run.py the procedure. Compare timings only within one run:
+two runs meet different clock rates and different loads of the machine.
 """
 
 from time import perf_counter

@@ -1,7 +1,7 @@
-"""What is timed: the cases, their right answers, and the figures to reach.
+"""The cases that are timed, their right answers, and the figures to reach.
 
-A case makes its data when asked; the data knows the right answer, computed by absgd_fast.reference in float64, and says
-how far a competitor's result is from it. Nothing is timed that is further away than `tolerance`.
+A case makes its data when asked. The data knows the right answer, computed by absgd_fast.reference in float64, and its `error`
+says how far a competitor's result is from it. A competitor whose error exceeds `tolerance` is not timed.
 """
 
 import math
@@ -19,23 +19,23 @@ from absgd_fast.experiments.models import make_model
 
 from . import models
 
-STEPS = 3  # taken before the check: from the second on, momentum and the moving average have a past
+STEPS = 3  # steps before the check; from the second one on, momentum and the moving average depend on earlier steps
 LAM, GAMMA = -1.0, 0.9
 SGD = dict(lr=0.1, momentum=0.9, weight_decay=1e-4)
-IN_CACHE, LARGE = 8e6, 64e6  # bytes of logits: those below stay in a GPU's cache; those above are measured by its memory
+IN_CACHE, LARGE = 8e6, 64e6  # bytes of logits: fewer than IN_CACHE stay in a GPU's cache; more than LARGE depend on its memory
 
 
 def distance(given, exact):
-    """Largest error over the largest exact value, row by row: rows of small weight count like the others. 0-d."""
+    """The largest error of a row over its largest exact value (0-d tensor). So rows of small weight count like the others."""
     return ((given.double() - exact).abs().amax(-1) / exact.abs().amax(-1)).max()
 
 
 def class_counts(classes):
-    """Samples per class of a long tail: the largest has 100 times as many as the smallest."""
+    """Samples per class of a long tail. The largest class has 100 times as many as the smallest."""
     return experiments.class_counts(1000, classes, "lt", rho=100)
 
 
-# Ours, by name: (classes, backend) -> module. Those with class vectors read them for every logit.
+# Our losses, by name: (classes, backend) -> module. Losses with class vectors read these for every logit.
 LOSSES = {
     "cross-entropy": lambda classes, backend=None: ab.CrossEntropy(backend=backend),
     "label smoothing": lambda classes, backend=None: ab.CrossEntropy(label_smoothing=0.1, backend=backend),
@@ -50,10 +50,15 @@ LOSSES = {
 
 
 class Logits:
-    """logits (rows, classes) of `dtype` and labels. Row 0 is rather sure of its label, where p - 1 loses digits; row 1 is
-    sure of others, and hardly counts. `copies`: the same numbers in so many places of memory, to be taken in turn, so that
-    none of them waits in a GPU's cache for the next call (None: where that could happen and training would not have it).
-    loss: one of LOSSES."""
+    """logits (rows, classes) of `dtype` and labels.
+
+    Row 0 has a large probability of its label, so p - 1 loses digits. Row 1 has a small one, so its weight is almost 0.
+
+    Args:
+        copies: the number of places in memory that hold the same logits. Calls take them in turn, so none of them is still in a
+            GPU's cache. None makes copies only if the cache could hold the logits from call to call but would not in training.
+        loss: a name in LOSSES.
+    """
 
     def __init__(self, rows, classes, dtype=torch.float32, device="cpu", copies=1, loss="cross-entropy"):
         self.device, self.loss = torch.device(device), loss
@@ -63,21 +68,23 @@ class Logits:
         logits[0, self.target[0]] = math.log(classes) + 3
         logits[1, self.target[1]] = -5
         self.logits = logits.to(dtype)
-        # torch and the reference package round a bfloat16 loss of 16 by up to 0.06, and its weight by as much
+        # torch and the reference package round a bfloat16 loss of 16 by up to 0.06, which changes its weight as much
         self.tolerance = 0.1 if dtype == torch.bfloat16 else 1e-4
         self.bytes = self.logits.numel() * self.logits.element_size()
-        self.moved = 3 * self.bytes  # by forward and backward: read twice, and the gradient written
+        self.moved = 3 * self.bytes  # by forward and backward: two reads, and one write of the gradient
         self.copies = [self.logits] + [self.logits.clone() for _ in range((copies or self._beyond_cache()) - 1)]
         self._part = max(1, (2**21 if self.device.type == "cpu" else 2**26) // classes)  # rows at a time in float64
 
     def _beyond_cache(self):
-        """Small batches stay in the cache of a GPU from layer to layer, and a large one does not fit; between them, so many
-        that four caches are full."""
+        """The number of copies that fill the cache of a GPU four times.
+
+        It is 1 for small batches, which stay in the cache from layer to layer in training too, and for batches that do not fit.
+        """
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size if self.device.type == "cuda" else 2**16
         return 1 if self.bytes < IN_CACHE or self.bytes >= 4 * cache else math.ceil(4 * cache / self.bytes)
 
     def forget(self):
-        """Lets go of the right answer."""
+        """Frees the memory of the right answer."""
         vars(self).pop("_exact", None)
 
     def as_cross_entropy(self):
@@ -89,7 +96,7 @@ class Logits:
 
     @cached_property
     def _exact(self):
-        """Losses (rows,) and their gradients (rows, classes) in float64."""
+        """The losses (rows,) and their gradients (rows, classes) in float64."""
         losses = torch.empty(len(self.logits), dtype=torch.float64, device=self.device)
         slopes = torch.empty(self.logits.shape, dtype=torch.float64, device=self.device)
         for x, y, loss, slope in zip(*(t.split(self._part) for t in (self.logits, self.target, losses, slopes))):
@@ -100,7 +107,7 @@ class Logits:
         return losses, slopes
 
     def error(self, loss, grad, lam, init):
-        """Of the loss and its gradient in step number STEPS of Algorithm 1 on this batch; lam = inf is the plain mean."""
+        """The error of the loss and its gradient in step number STEPS of Alg. 1 on this batch; lam = inf is the plain mean."""
         losses, slopes = self._exact
         log_s = -math.inf
         for _ in range(STEPS):
@@ -112,16 +119,16 @@ class Logits:
 
 
 class MicroBatches(Logits):
-    """The logits of `count` micro-batches of so many rows each, one optimizer step together."""
+    """The logits of `count` micro-batches of `rows` rows each, which make one optimizer step together."""
 
     def __init__(self, count, rows, classes, dtype=torch.float32, device="cpu"):
         super().__init__(count * rows, classes, dtype, device)
         self.count = count
-        self.moved = 2 * self.bytes  # read once, and the gradient written
+        self.moved = 2 * self.bytes  # one read, and one write of the gradient
 
 
 class Head:
-    """hidden (rows, width), the weight of a linear head (classes, width), labels."""
+    """hidden (rows, width), the weight of a linear head (classes, width), and labels."""
 
     def __init__(self, rows, width, classes, dtype=torch.float32, device="cpu"):
         self.device, self.tolerance = torch.device(device), 0.03 if dtype == torch.bfloat16 else 1e-4
@@ -134,11 +141,11 @@ class Head:
         self._part, self._exact = max(1, 2**26 // classes), {}
 
     def forget(self):
-        """Lets go of the right answers."""
+        """Frees the memory of the right answers."""
         self._exact = {}
 
     def _make_exact(self, lam, init):
-        """Loss and the gradients of hidden and weight in float64, a part of the rows at a time."""
+        """The loss and the gradients of hidden and weight in float64, computed for a part of the rows at a time."""
         hidden, weight = self.hidden.double(), self.weight.double()
         parts = list(zip(hidden.split(self._part), self.target.split(self._part)))
         losses, log_s = torch.cat([reference.logit_loss(h @ weight.t(), y) for h, y in parts]), -math.inf
@@ -153,7 +160,7 @@ class Head:
         return loss, torch.cat(of_hidden), of_weight
 
     def error(self, loss, grads, lam, init):
-        """Of the loss and of the gradients of hidden and weight, as wholes, in step number STEPS."""
+        """The largest error of the loss, the gradient of hidden and that of weight, each as a whole, in step number STEPS."""
         if (lam, init) not in self._exact:
             self._exact[lam, init] = self._make_exact(lam, init)
         given = (loss.detach(), *grads)
@@ -161,8 +168,16 @@ class Head:
 
 
 class Rule:
-    """An optimizer of ours, torch's, torch's fastest way to step (`fused` where it has that; on_gpu: where it has another one
-    there), how many arrays of states it keeps, and the options of both."""
+    """An optimizer rule: our class, torch's class, and what the benchmark has to know of them.
+
+    Args:
+        ours, theirs: the two optimizer classes.
+        fastest: the options with which torch's steps fastest, which is `fused` if it has that.
+        states: the number of state arrays of a parameter.
+        step: step(w, grad, options) -> w after STEPS steps, by absgd_fast.reference.
+        on_gpu: like `fastest`, if torch's fastest step on a GPU is another one.
+        **options: the options of both optimizers.
+    """
 
     def __init__(self, ours, theirs, fastest, states, step, on_gpu=None, **options):
         self.ours, self.theirs, self._fastest, self.states = ours, theirs, fastest, states
@@ -172,7 +187,7 @@ class Rule:
         return self._fastest if device.type == "cpu" else self._on_gpu
 
     def stepped(self, w, grad):
-        """w after STEPS steps, by reference/."""
+        """w after STEPS steps, by absgd_fast.reference."""
         return self._step(w, grad, self.options)
 
 
@@ -229,7 +244,7 @@ RULES = {
 
 
 class Tensors:
-    """Parameters of given shapes, each with a gradient that stays the same in every step."""
+    """Parameters of given shapes, each with a gradient that is the same in every step."""
 
     tolerance = 1e-5
 
@@ -251,16 +266,16 @@ class Tensors:
         return [self.rule.stepped(w.double(), grad.double()) for w, grad in zip(self.start, self.grads)]
 
     def forget(self):
-        """Lets go of the right answer."""
+        """Frees the memory of the right answer."""
         vars(self).pop("_exact", None)
 
     def error(self, params):
-        """Of the way that STEPS steps have gone."""
+        """The error of the change of the parameters in STEPS steps."""
         return _way_off(self.start, params, self._exact)
 
 
 class Samples:
-    """Parameters of given shapes, each with the gradients of `rows` samples, and their losses: the same in every step."""
+    """Parameters of given shapes, each with the gradients of `rows` samples, and their losses. All are the same in every step."""
 
     tolerance = 1e-5
 
@@ -272,36 +287,37 @@ class Samples:
         self.losses = 3 * torch.rand(rows, generator=draw, device=self.device)
         numbers = sum(map(math.prod, shapes))
         self.bytes = 4 * rows * numbers
-        self.moved = 4 * (rows + 4) * numbers  # the gradients read, parameter and momentum read and written
+        self.moved = 4 * (rows + 4) * numbers  # one read of the gradients, one read and write of parameter and momentum
         self._part = max(1, 2**22 // rows)  # columns at a time in float64
 
     @cached_property
     def _exact(self):
         exact = [w.double() for w in self.start]
-        for w, grads in zip(exact, self.grads):
-            for w, g in zip(w.view(-1).split(self._part), grads.flatten(1).split(self._part, 1)):
-                log_s, buffer, g = -math.inf, torch.zeros_like(w), g.double()
+        for whole, grads in zip(exact, self.grads):
+            for w, g in zip(whole.view(-1).split(self._part), grads.flatten(1).split(self._part, 1)):
+                log_s, buffer = -math.inf, torch.zeros_like(w)
                 for _ in range(STEPS):
                     log_s = reference.weighted_momentum_step_(
-                        [w], [buffer], [g], self.losses.double(), log_s, LAM, gamma=GAMMA, init="zero", **SGD
+                        [w], [buffer], [g.double()], self.losses.double(), log_s, LAM, gamma=GAMMA, init="zero", **SGD
                     )
         return exact
 
     def forget(self):
-        """Lets go of the right answer."""
+        """Frees the memory of the right answer."""
         vars(self).pop("_exact", None)
 
     def error(self, params):
-        """Of the way that STEPS steps have gone, which start from s = 0."""
+        """The error of the change of the parameters in STEPS steps, which start from s = 0."""
         return _way_off(self.start, params, self._exact)
 
 
 class Training:
-    """A network of absgd_fast.experiments.models on batches of images, by default 64 of 8 x 8 pixels as of scikit-learn's digits.
+    """A network of absgd_fast.experiments.models on batches of images, by default 64 images of 8 x 8 pixels like the digits.
 
-    The pixels are noise: the time of a step does not depend on them."""
+    The pixels are noise, because the time of a step does not depend on them.
+    """
 
-    # tolerance, by default: of few steps, in which a float32 weight of 0.1 that moves by 1e-4 says no more
+    # The tolerance is 1e-3 by default: after few steps a float32 weight of 0.1 that moves by 1e-4 has no more digits.
     def __init__(self, name, image=(1, 8, 8), batch=64, tolerance=1e-3):
         self.tolerance = tolerance
         draw = torch.Generator().manual_seed(0)
@@ -310,7 +326,7 @@ class Training:
         self.batches = [(torch.rand(n, *image, generator=draw), torch.randint(10, (n,), generator=draw)) for n in sizes]
 
     def error(self, model, lam, init):
-        """Of the way that the parameters have gone in STEPS steps."""
+        """The error of the change of the parameters in STEPS steps."""
         start = [p.detach().clone() for p in self.model().parameters()]
         exact = self.model().double()
         params, log_s = list(exact.parameters()), -math.inf
@@ -323,9 +339,10 @@ class Training:
 
 
 class Whole:
-    """Steps of a whole training in bfloat16 autocast: a model, its batches, and one of RULES.
+    """Whole training steps in bfloat16 autocast: a model, its batches, and one of RULES.
 
-    What is checked is the loss, from the logits that the model gave: a float64 copy of such a network goes another way."""
+    Only the loss is checked, given the logits of the model, because a float64 copy of such a network drifts away from it.
+    """
 
     tolerance = 1e-3
 
@@ -335,16 +352,19 @@ class Whole:
         self.model = lambda: deepcopy(start)
         draw = torch.Generator(self.device).manual_seed(0)
         self.batches = [batch(draw, self.device) for _ in range(2)]
-        self.bytes, self.moved = LARGE, 12 * models.sizes(start)  # no graphs; at least the parameters, read and written
+        self.bytes, self.moved = (
+            LARGE,
+            12 * models.sizes(start),
+        )  # LARGE: no graphs. 12 bytes: at least the parameters are read and written
 
     def forget(self):
-        """There is nothing to let go of."""
+        """There is nothing to free."""
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def error(self, loss, seen, lam, init):
-        """Of the last loss, given the logits and labels of every step so far."""
+        """The error of the last loss, given the logits and labels of every step so far."""
         log_s = -math.inf
         for logits, y in seen:
             losses = torch.cat([reference.logit_loss(x.double(), t) for x, t in zip(logits.split(1024), y.split(1024))])
@@ -358,7 +378,7 @@ def _images(count, size, classes, memory_format, draw, device):
 
 
 def _text(count, length, vocabulary, draw, device):
-    """Each token is to be told from those before it."""
+    """Tokens and labels; the label of a token is the next token."""
     tokens = torch.randint(vocabulary, (count, length + 1), generator=draw, device=device)
     return tokens[:, :-1], tokens[:, 1:].flatten()
 
@@ -377,9 +397,16 @@ def _way_off(start, given, exact):
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """targets: at most this share of the competitor's time; for suite memory, of what is measured.
-    bounds: (least, most) of what is measured of ours alone on a GPU; memory: at most this share of the competitor's peak there
-    (see run.py). peers: who of the suite takes part, None: everybody."""
+    """A case and its figures to reach.
+
+    Args:
+        suite, name: the suite, and the name of the case in it.
+        data: makes the data of the case.
+        targets: {competitor: the largest ratio of our time to its time}. In suite memory: {measure: the largest value}.
+        bounds: {measure: (least, most)} of our own values on a GPU (see run.py).
+        memory: {competitor: the largest ratio of our peak memory to its own} on a GPU.
+        peers: the names of those in the suite that take part. None means all of them.
+    """
 
     suite: str
     name: str
@@ -390,7 +417,7 @@ class Case:
     peers: frozenset | None = None
 
     def between(self, peers):
-        """The same between some of the suite's."""
+        """The same case with only these competitors."""
         return replace(self, peers=frozenset(peers), targets={name: self.targets[name] for name in self.targets if name in peers})
 
 
@@ -464,7 +491,7 @@ CASES = [
     _loss(512, 8142, dtype=torch.bfloat16),
     _loss(2048, 32000, dtype=torch.bfloat16),
     *(_family(name, *size) for size in ((512, 1000), (2048, 32000)) for name in LOSSES if name != "cross-entropy"),
-    # Tensors of 262 MB: the allocator maps and unmaps each of them, so that what is resident is what is in use.
+    # Tensors of 262 MB: the allocator maps and unmaps each of them, so the resident memory is the memory in use.
     Case("memory", "2048 × 32000 fp32", partial(Logits, 2048, 32000), {"peak": 1.01, "retained": 2.01}),
     Case("memory", "128 × 10 fp32", partial(Logits, 128, 10), {"growth": 1.0}),
     _step("ResNet-32, 94 tensors", resnet32(), 0.3, 0.15),
@@ -482,7 +509,7 @@ CASES = [
     Case("weighted", "64 × 650, a linear head", partial(Samples, 64, [(10, 64), (10,)]), {"torch": 1.0}),
     Case("train", "mlp 64-128-128-10", partial(Training, "mlp")),
     Case("train", "cnn", partial(Training, "cnn")),
-    # 31 layers with kinks: in three steps float32 goes a way that differs from float64's by 0.26, with plain torch
+    # 31 layers with kinks: after three steps of plain torch, the change in float32 differs from that in float64 by 0.26
     Case(
         "train",
         "ResNet-32, 128 of 32 × 32",
@@ -494,13 +521,13 @@ CASES = [
 
 # ---- the cases of a GPU ----------------------------------------------------------------------------------------------
 
-# those that memory bounds first: should time run out, they are the ones to have
+# The sizes whose time depends on the memory come first, because they matter most if time runs out.
 SHAPES = [(8192, 32000), (8192, 128256), (512, 8142), (512, 1000)]
 SMALL_SHAPES = [(256, 365), (128, 100), (128, 10)]
 FEW_CLASSES, FEW_ROWS = (16384, 10), (2, 8142)
-# around the border of the kernel that is one block: at most 128 classes, and 512 lanes of 4 classes each
+# Sizes near the limits of the one-block kernel: at most 128 classes, and at most 512 lanes of 4 classes each.
 ONE_BLOCK = [(128, 10), (256, 4), (16, 100), (5, 128), (32, 16)]
-PROBE = {  # the cases of a run that may stay the only one
+PROBE = {  # the cases of the short run, which may remain the only run
     "8192 × 32000 bf16",
     "16384 × 10 fp32",
     "128 × 10 fp32",
@@ -509,20 +536,23 @@ PROBE = {  # the cases of a run that may stay the only one
     "16 × 5 fp32",
     "three tensors",
 }
-PROBED = {"absgd_fast", "cross_entropy", "absgd package", "SGD fused"}  # none of them compiles
+PROBED = {"absgd_fast", "cross_entropy", "absgd package", "SGD fused"}  # those that compile nothing
 ANY = math.inf
 
 
 def _share_of_copy(classes, card):
-    """Of three passes over the logits: the tail that makes the weights counts for less the more classes there are, and for more
-    the faster the memory is."""
+    """The bandwidth to reach in three passes over the logits, as a fraction of a copy's.
+
+    The end of the forward pass, which makes the weights, takes a smaller part of the time if there are more classes, and a larger
+    part if the memory is faster.
+    """
     if classes >= 128256:
         return 0.90
     return 0.85 if "H200" in card else 0.88
 
 
 def _gpu_loss(rows, classes, dtype, device, card, **more):
-    """Three passes of ours (read; read, write) against two of Liger's: 1.5 times its time is par. One block has one pass."""
+    """Ours makes three passes (read; read, write) and Liger two, so 1.5 times Liger's time is par. One block makes one pass."""
     large = rows * classes * torch.finfo(dtype).bits / 8 >= LARGE
     at_once = classes <= 128 and rows * ops.lanes_of_a_row(classes) <= ops.ONE_BLOCK  # as Operators.backward_mode decides
     targets = {"absgd package": 0.4 if large else 0.25, "Liger": 1.0 if at_once else 1.5} | more
@@ -535,7 +565,7 @@ def _gpu_loss(rows, classes, dtype, device, card, **more):
 
 
 def _gpu_deferred(count, rows, classes, dtype, device):
-    """Two passes, as Liger has them."""
+    """Ours makes two passes, like Liger."""
     name = f"{count} of {_size(rows, classes, dtype)}"
     return Case("gpu deferred", name, partial(MicroBatches, count, rows, classes, dtype, device), {"Liger": 1.0})
 
@@ -562,7 +592,7 @@ def _gpu_train(name, make, batch, rule, device, memory_format=torch.contiguous_f
 
 
 def _gpu_limit(rows, classes, device):
-    """What one block that makes the gradient at once saves, where it serves (ops.Operators.backward_mode)."""
+    """The time that one block saves by making the gradient in forward, for sizes that it serves (ops.Operators.backward_mode)."""
     return Case("gpu limit", f"{rows} × {classes}", partial(Logits, rows, classes, device=device))
 
 
@@ -571,8 +601,13 @@ def _gpu_rule(rule, name, shapes, device):
 
 
 def gpu_cases(device="cuda", card="", tiny=False):
-    """What is timed on a GPU, the most wanted first. card: its name, on which some figures depend. tiny: a few sizes to try the
-    benchmark itself with, on any device."""
+    """The cases of a GPU, the most important ones first.
+
+    Args:
+        device: where the data is.
+        card: the name of the GPU, on which some figures depend.
+        tiny: return a few small cases instead, which try the benchmark itself on any device.
+    """
     if tiny:
         return _tiny_cases(device)
     bf16, fp32, last = torch.bfloat16, torch.float32, torch.channels_last
@@ -610,5 +645,5 @@ def _tiny_cases(device):
 
 
 def gpu_probe(cases):
-    """Those of the cases that one short look is for, between those who need no compiler."""
+    """The few of these cases that a short run measures, with only the competitors that need no compiler."""
     return [case.between(PROBED) for case in cases if case.name in PROBE and case.suite in ("gpu loss", "gpu step")]

@@ -1,7 +1,7 @@
-"""What a measurement needs of a device: its clock, its queue, captured graphs, and which kernels a call launched.
+"""The device's part of a measurement: its clock, its queue, captured graphs, and the kernels that a call launched.
 
-On the CPU each of these is the plain thing (a call is over when it returns), so that what is made for a GPU can be tried
-without one.
+On the CPU each function does the simplest thing, because a call is over when it returns. So the GPU benchmark can be tried
+without a GPU.
 """
 
 import contextlib
@@ -17,8 +17,10 @@ def synchronize(device):
 
 
 def block_ns(device, run, calls):
-    """ns per call of so many calls one after the other, by the device's own clock. Where calls are short, one call before
-    the clock starts finds what others left in the caches."""
+    """ns per call, for `calls` calls in a row, by the device's own clock.
+
+    If there are several calls, one more comes before the clock starts. It fills the caches, which other competitors have used.
+    """
     if calls > 1:
         run()
     if device.type != "cuda":
@@ -37,7 +39,7 @@ def block_ns(device, run, calls):
 
 @contextlib.contextmanager
 def _waiting_is_an_error():
-    """What makes the host wait for the GPU (.item(), torch.equal) raises here, and starts nothing."""
+    """Inside this context, a call that makes the host wait for the GPU (.item(), torch.equal) raises and starts nothing."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls this mode a prototype, once
@@ -50,23 +52,27 @@ def _waiting_is_an_error():
 
 @contextlib.contextmanager
 def _capturing(graph):
-    """torch.cuda.graph, from which an error in the capture comes back. In torch 2.11 capture_end() raises before it gives the
-    allocator its pool back and before the stream changes back: from then on every torch.cuda.empty_cache() raises."""
+    """torch.cuda.graph, which can also be left by an error during the capture.
+
+    In torch 2.11, capture_end() raises before it returns the pool to the allocator and before it restores the stream. From then
+    on every torch.cuda.empty_cache() raises. This context repairs both.
+    """
     before, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
     try:
         with torch.cuda.graph(graph, pool=pool):
             yield
     except BaseException:
-        with contextlib.suppress(RuntimeError):  # torch has ended it
+        with contextlib.suppress(RuntimeError):  # torch has already ended it
             torch._C._cuda_endAllocateToPool(before.device_index, pool)
         torch.cuda.set_stream(before)
         raise
 
 
 def captured(device, run, warm_up=3):
-    """(replay, what `run` returned while it was captured as a CUDA graph). On the CPU replay is `run`, and nothing was returned.
+    """Captures `run` as a CUDA graph. Returns (replay, the result of `run` during the capture). On the CPU: (`run`, None).
 
-    A call in which the host waits raises in the last warm-up, before its capture begins."""
+    If the host waits in a call, the last warm-up raises, before the capture begins.
+    """
     if device.type != "cuda":
         for _ in range(warm_up):
             run()
@@ -86,7 +92,7 @@ def captured(device, run, warm_up=3):
 
 
 def _profiled(run):
-    """Events of the profiler during `run`, which is called once."""
+    """The profiler's events during one call of `run`."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         run()
@@ -94,7 +100,7 @@ def _profiled(run):
     return profile.events()
 
 
-_seen_by_profiler = []  # the first profile of a process starts the tracer, and may miss what runs meanwhile
+_seen_by_profiler = []  # not empty after the first profile of a process, which starts the tracer and may miss events
 
 
 def _events(device, run):
@@ -106,10 +112,11 @@ def _events(device, run):
 
 
 def kernels(device, run):
-    """Names of the kernels that one call of `run` put on the GPU, without copies and fills; None where there is no GPU.
+    """The names of the kernels that one call of `run` launches, without copies and fills. None on the CPU.
 
-    A small kernel marks the beginning and another one the end: what the profiler saw between the two is the call's, whatever it
-    is named. RuntimeError if it did not see these two."""
+    A small kernel marks the beginning and another one the end. All kernels that the profiler saw between the two belong to the
+    call. Raises RuntimeError if the profiler did not see the two marks.
+    """
     if device.type != "cuda":
         run()
         return None
@@ -119,7 +126,7 @@ def kernels(device, run):
         mark.add_(1)
         synchronize(device)
         run()
-        synchronize(device)  # also what other streams do
+        synchronize(device)  # also with other streams
         mark.add_(1)
 
     for _ in range(2):
@@ -132,7 +139,7 @@ def kernels(device, run):
 
 
 def waits(device, run):
-    """Names of the CUDA calls in which the host waited for the GPU during `run`."""
+    """The names of the CUDA calls in which the host waited for the GPU during `run`."""
     if device.type != "cuda":
         run()
         return []
@@ -148,13 +155,13 @@ def waits(device, run):
 
 
 def copy_ns(device, numbers):
-    """ns that each of 30 copies of so many float32 numbers took, device to device."""
+    """The times in ns of 30 copies of this many float32 numbers from device to device."""
     source, target = torch.ones(numbers, device=device), torch.empty(numbers, device=device)
     return [block_ns(device, lambda: target.copy_(source), 2) for _ in range(30)]
 
 
 def peak_allocated(device, run):
-    """Most memory that torch had in use during a call, beyond what was before; None where there is no GPU."""
+    """The largest memory that torch had in use during a call, less the memory in use before it. None on the CPU."""
     if device.type != "cuda":
         run()
         return None

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# A run on an NVIDIA GPU in four calls (docs/gpu.md), of which the first needs no GPU and the others eleven minutes of one.
+# A run on an NVIDIA GPU in four calls (docs/gpu.md). The first call needs no GPU; the other three take eleven minutes of one.
 #
 #     gpu.sh prepare [FOLDER]    builds what the others need into FOLDER (build/gpu): at most 44 MiB, and no path of this machine
-#     gpu.sh prove [OUT]         at most 300 s: every operator once, then the tests, then a short benchmark
-#     gpu.sh again [OUT]         at most 110 s: what failed, more than 2^31 elements, memcheck
-#     gpu.sh measure [OUT]       at most 250 s: the benchmark
+#     gpu.sh prove [OUT]         at most 300 s: calls every operator once, runs the tests, then a short benchmark
+#     gpu.sh again [OUT]         at most 110 s: runs failed tests again, then more than 2^31 elements, then memcheck
+#     gpu.sh measure [OUT]       at most 250 s: runs the benchmark
 #
-# $PYTHON (python3) has torch; `prepare` builds for it and for $CUDAARCHS (90-real). The others run from FOLDER, on any machine
-# with that Python and torch, as `bash FOLDER/gpu.sh CALL`. Each leaves CALL.json and CALL.log in OUT (FOLDER/results), `prove`
-# also caches.tar.zst (or .gz) of what it compiled, and prints a table last. `again` needs prove.json; `again` and `measure` take
-# these caches, where they are there. Every stage has a limit; what it leaves of it goes to the next. Exit code 1: something
-# failed; 2: it cannot run here.
+# $PYTHON (python3) must have torch. `prepare` builds for this Python and torch and for $CUDAARCHS (90-real). The other calls run
+# from FOLDER, on any machine with the same Python and torch, as `bash FOLDER/gpu.sh CALL`. Each writes CALL.json and CALL.log to
+# OUT (FOLDER/results) and prints a table at the end. `prove` also writes what it compiled to caches.tar.zst (or .gz). `again`
+# needs prove.json. `again` and `measure` use the caches if they are there. Every stage has a time limit, and the next stage gets
+# the time that it did not use. Exit code 1 means that something failed, 2 that the call cannot run here.
 #
-#     --from DIR    where prove.json and the caches are (default: FOLDER)
-#     --rehearse    on the CPU with tiny cases, to try the script itself; `prepare` then takes the kernels of the source tree
+#     --from DIR    the folder of prove.json and the caches (default: FOLDER)
+#     --rehearse    tries the script on the CPU with tiny cases; `prepare` then takes the kernels of the source tree
 #     --dry-run     shows the stages and runs none
 set -euo pipefail
 
@@ -37,7 +37,7 @@ python=$(command -v "${PYTHON:-python3}") || complain "no ${PYTHON:-python3}; se
 folder=$root
 [[ -e $root/manifest.json ]] || folder=$root/build/gpu
 if [[ $call == prepare ]]; then
-  [[ ! -e $root/manifest.json ]] || complain "prepare runs in the source tree, this is a folder that it made"
+  [[ ! -e $root/manifest.json ]] || complain "prepare runs in the source tree, but this is a folder that prepare made"
   folder=$(realpath -m "${place:-$folder}") out=$folder
 else
   [[ -e $folder/manifest.json ]] || ((dry)) || complain "no manifest.json in $folder; run \`gpu.sh prepare\` first"
@@ -46,9 +46,9 @@ fi
 from=$(realpath -m "${from:-$folder}")
 log=$out/$call.log
 
-# a virtual environment has its tools beside its Python; nvcc and the sanitizer are on the path, or in their usual place
+# a virtual environment has its tools beside its Python; nvcc and the sanitizer are on the path or in the usual folder
 PATH=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH:/usr/local/cuda/bin
-# Triton writes absolute paths into its cache, so the cache lies in the same place on every machine of a run
+# Triton writes absolute paths into its cache, so the cache must be in the same place on every machine of a run
 cache=${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/absgd_fast_gpu
 export PATH PYTHONPATH=$folder:$folder/competitors PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor TORCHINDUCTOR_COMPILE_THREADS=1
@@ -58,14 +58,14 @@ unset ABSGD_FAST_BACKEND ABSGD_FAST_ISA TRITON_INTERPRET
 
 spare=0 limit=0 name=''
 
-# begin NAME SECONDS: the next `run` is this stage; `limit` becomes its seconds and what the stages before left of theirs
+# begin NAME SECONDS: the next `run` is this stage; `limit` becomes its seconds plus the seconds that earlier stages did not use
 begin() {
   name=$1 limit=$(($2 + spare))
   ((limit > 0)) || limit=1
   if ((dry)); then echo "$name: at most $2 s"; else echo "==== $name: at most $limit s" >>"$log"; fi
 }
 
-# run COMMAND...: within the limit; its output and exit code into the log
+# run COMMAND...: runs it within the limit, and writes its output and exit code to the log
 run() {
   local start=$SECONDS code=0
   if ((dry)); then echo "    $*" && return; fi
@@ -100,7 +100,7 @@ prepare() {
   if ((!dry)); then
     [[ -z $(ls -A "$folder" 2>/dev/null) || -e $folder/manifest.json ]] || complain "$folder holds something else"
     mkdir -p "$folder"
-    # what an earlier run left there is what the next one goes on from
+    # the next run needs the files that an earlier run left there
     find "$folder" -mindepth 1 -maxdepth 1 ! -name prove.json ! -name 'caches.tar.*' -exec rm -rf {} +
     echo '{}' >"$folder/manifest.json"
   fi
@@ -112,7 +112,7 @@ prepare() {
     begin competitors 90
     run "$python" -m pip install --quiet --no-deps --no-compile --only-binary :all: --target "$folder/competitors" \
       liger-kernel absgd ||
-      echo "gpu.sh: the competitors' packages cannot be had; the run goes on without them (see $log)"
+      echo "gpu.sh: the competitors' packages cannot be installed; the run goes on without them (see $log)"
   fi
   begin check 60
   if ((!dry)); then cd "$folder"; fi
@@ -120,9 +120,10 @@ prepare() {
 }
 commit() { git -C "$root" describe --always --dirty --abbrev=40 2>/dev/null || echo unknown; }
 
-# ---- what needs the GPU ------------------------------------------------------------------------------------------------
+# ---- the stages that need the GPU --------------------------------------------------------------------------------------
 
-# tests NAME BACKENDS PARTS JOBS: those whose names have one of the PARTS (all, if empty), in so many processes; pieces/NAME.json
+# tests NAME BACKENDS PARTS JOBS: runs the tests whose names contain one of the PARTS (all tests if empty) in JOBS processes, and
+# writes pieces/NAME.json
 tests() {
   local only=$3 how=(--backends "$2" --jobs "$4" --each 30 --limit $((limit - 3)))
   ((rehearse)) && how=(--device cpu --jobs 0) only=${only:-test_certain_rows}
@@ -135,7 +136,7 @@ bench() { # SUITE OPTIONS...
   run "$python" -m benchmarks.run --suite "$1" --limit $((limit - 6)) "${@:2}" "${tiny[@]}"
 }
 
-# One archive that comes back: all, or where that is too much what Triton compiled.
+# Packs the caches into one archive. If it would be too large, it holds only what Triton compiled.
 pack() {
   local parts file=$out/caches.tar.zst with=(zstd -q -9 -T0)
   command -v zstd >/dev/null || file=$out/caches.tar.gz with=(gzip -6)
@@ -159,15 +160,15 @@ unpack() {
 prove() {
   local device=(--device cuda --backends cuda) short=test_tour,test_losses,test_robust_loss,test_step smoke=0
   ((rehearse)) && device=(--device cpu) short=test_certain_rows
-  # a machine that never read torch from its disk takes 20 s and more to import it
+  # importing torch takes 20 s and more on a machine that has never read it from its disk
   begin smoke 70
   run "$python" tests/gpu_smoke.py "${device[@]}" --out "$out/pieces/smoke.jsonl" || smoke=$?
-  if ((smoke < 2)); then # 0: all passed, 1: some failed, and the process and the device went on
+  if ((smoke < 2)); then # 0: all passed; 1: some failed, but the process and the device still work
     begin cuda 90 && tests cuda cuda '' 8 || true
     begin compile 45 && bench gpu --prepare || true
     begin triton 60 && tests triton triton,reference '' 14 || true
     begin probe 22 && bench gpu-probe --out "$out/pieces/bench.json" --seconds 0.4 || true
-  else # a kernel that breaks its process would break every worker: what is left is what does not need it
+  else # a kernel that breaks its process would break every worker, so only tests without the CUDA kernels are left
     begin triton 60 && tests triton triton,reference "$short" 14 || true
   fi
   begin caches 6 && run bash -euo pipefail -c pack || true
@@ -185,7 +186,7 @@ again() {
   fi
   begin large 30 && tests large cuda,triton $large 1 || true
   begin memcheck 35
-  # our kernels only, each tensor in an allocation of its own, so that a step beyond its end is seen
+  # our kernels only; each tensor has its own allocation, so memcheck sees every access beyond its end
   if ((rehearse)); then
     run echo "========= ERROR SUMMARY: 0 errors" || true
   else
@@ -197,7 +198,7 @@ again() {
 
 measure() { begin bench 243 && bench gpu --out "$out/pieces/bench.json" --seconds 1 || true; }
 
-# Reads the log, and prints the table; what it writes is there for the next call, on a machine that is still warm.
+# Reads the log, writes CALL.json and prints the table. It copies prove.json into the folder, for the next call on this machine.
 report() {
   local code=0
   if ((dry)); then begin report 5 && return; fi
@@ -213,7 +214,7 @@ export -f native sources pack
 if [[ $call == prepare ]]; then
   code=0
   prepare || code=1
-  ((dry)) || tail -n 9 "$log" | sed '/^====/d' # what the last stage said
+  ((dry)) || tail -n 9 "$log" | sed '/^====/d' # the output of the last stage
   exit "$code"
 fi
 gpu="none: a rehearsal on the CPU"
@@ -223,7 +224,7 @@ if ((!rehearse && !dry)); then
 fi
 if ((!dry)); then
   [[ $call != again || -s $from/prove.json ]] ||
-    complain "no prove.json in $from, which says what is to run again; copy what \`prove\` left there, or name its folder by --from"
+    complain "no prove.json in $from, which names the tests to run again; copy it there, or give its folder with --from"
   rm -rf "$out/pieces" && mkdir -p "$out/pieces" && : >"$log"
   cd "$folder"
   unpack

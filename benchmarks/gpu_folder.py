@@ -1,9 +1,9 @@
-"""Looks at the folder that `gpu.sh prepare` built, and writes down what is in it.
+"""Checks the folder that `gpu.sh prepare` built, and writes its contents to manifest.json.
 
     python -m benchmarks.gpu_folder FOLDER --commit COMMIT --archs ARCHITECTURES
 
-manifest.json: commit, date, python, torch, cuda, nvcc, architectures, libraries {name: {bytes, sha256}}, competitors
-[distributions], megabytes, and wrong: why a run cannot begin with it. Exit code 1 if there is such a reason.
+manifest.json has: commit, date, python, torch, cuda, nvcc, architectures, libraries {name: {bytes, sha256}}, competitors
+[distributions], megabytes, and wrong, the reasons why no run can begin with the folder. The exit code is 1 if there is a reason.
 """
 
 import argparse
@@ -18,23 +18,23 @@ import torch
 
 from absgd_fast import _backend
 
-MOST = 44 * 2**20  # bytes: 64 MiB travel, and with the folder go the working tree (4 MiB) and the caches of an earlier run (16)
+MOST = 44 * 2**20  # bytes: 64 MiB can travel, less the working tree (4 MiB) and the caches of an earlier run (16 MiB)
 
 
 def wrong(libraries, size):
-    """Reasons why no run can begin with a folder of so many bytes and these libraries."""
+    """The reasons why no run can begin with a folder of `size` bytes and these libraries."""
     host = f"_host{sysconfig.get_config_var('EXT_SUFFIX')}"
     out = [f"{name} was not built" for name in ("_ops_cpu.so", "_ops_cuda.so", host) if name not in libraries]
-    if torch.version.cuda:  # beside a torch without CUDA there is nothing to bind to
+    if torch.version.cuda:  # a torch without CUDA has nothing to bind to
         unbound = _backend.cuda_unbound()
         out += [f"the CUDA library does not find torch's stream: {unbound}"] * (unbound is not None)
     if size > MOST:
-        out.append(f"it takes {size / 2**20:.0f} MiB, {MOST / 2**20:.0f} can travel")
+        out.append(f"it takes {size / 2**20:.0f} MiB, but only {MOST / 2**20:.0f} can travel")
     return out
 
 
 def look(folder, commit, archs):
-    """The manifest."""
+    """The manifest of the folder."""
     libraries = {path.name: path.read_bytes() for path in sorted((folder / "absgd_fast").glob("_*.so"))}
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.match("caches.tar.*"))
     return {

@@ -1,23 +1,23 @@
-"""What is told of a run on a GPU: the figures it was to reach, and short tables in plain text.
+"""The report of a run on a GPU: the figures to reach, and short tables in plain text.
 
-    python -m benchmarks.gpu_report call CALL OUT [--gpu NAME]     what one call of gpu.sh left in OUT, as OUT/CALL.json
-    python -m benchmarks.gpu_report merge FILE.json CALL.json ...  several calls as one; later results stand for earlier ones
-    python -m benchmarks.gpu_report failed CALL.json               what is to run again, as gpu_runner.py --only takes it
+    python -m benchmarks.gpu_report call CALL OUT [--gpu NAME]     reads what a call of gpu.sh left in OUT; writes OUT/CALL.json
+    python -m benchmarks.gpu_report merge FILE.json CALL.json ...  writes one report of several calls; later results win
+    python -m benchmarks.gpu_report failed CALL.json               prints the tests to run again, for gpu_runner.py --only
 
-A report, of one call or of several:
+A report, of one call or of several, has:
 
-    date, gpu, hardware, versions, compiler, load_at_start     of the benchmark's report (see run.py)
-    manifest     of the folder that `gpu.sh prepare` built (see gpu_folder.py)
-    calls        {call: {stage: {exit, seconds, limit}}}; exit 124: stopped at its limit
-    logs         {call: {stage: the end of what it said}}, of stages that did not end with 0
-    smoke        of tests/gpu_smoke.py: operators [{operator, backend, status, message, seconds}]; died, where it did: how and
-                 in which operator
-    tests        {test: {status, seconds, message where it did not pass}}; skips {reason: tests}
+    date, gpu, hardware, versions, compiler, load_at_start     as in the benchmark's report (see run.py)
+    manifest     that of the folder that `gpu.sh prepare` built (see gpu_folder.py)
+    calls        {call: {stage: {exit, seconds, limit}}}; exit 124 means that the stage was stopped at its limit
+    logs         {call: {stage: the end of its output}}, of stages whose exit code was not 0
+    smoke        of tests/gpu_smoke.py: operators [{operator, backend, status, message, seconds}]; died, only if the process died:
+                 its exit code and the operator in which it died
+    tests        {test: {status, seconds, and a message if it did not pass}}; skips {reason: number of tests}
     sanitizer    {memcheck: {errors: a number, or null with `reason`}}
-    benchmark    the rest of the benchmark's report; of the probe, where there was no other
-    failed       what ends in exit code 1
+    benchmark    the rest of the benchmark's report, or of the probe's if there was no other
+    failed       the reasons for exit code 1
 
-Exit code 1 if something failed: an operator, a test, the sanitizer, or a result of ours that was wrong.
+The exit code is 1 if something failed: an operator, a test, the sanitizer, or a wrong result of ours.
 """
 
 import argparse
@@ -36,8 +36,11 @@ OURS = "absgd_fast"
 
 
 def finish(report, cases):
-    """Adds to a benchmark's report what follows from all its measurements: shares of the copy's speed, and every figure of every
-    case, its value null where it was not measured."""
+    """Adds to a benchmark's report the values that need all measurements.
+
+    These are the bandwidths as fractions of the copy's, and every figure of every case. The value of a figure is null if it was
+    not measured.
+    """
     found = {(result["suite"], result["case"]): result.get("peers", {}) for result in report["results"]}
     if report["copy"]:
         for result in report["results"]:
@@ -54,7 +57,7 @@ def finish(report, cases):
 
 
 def _figures(case, peers):
-    """(name, value, least, most) of each; value: None where who it needs is not among the peers."""
+    """(name, value, least, most) of each figure. The value is None if the competitor that it needs is not among the peers."""
     ours = peers.get(OURS, {})
     for name, most in case.targets.items():
         yield f"time over {name}", peers[name]["ratio"]["median"] if name in peers else None, 0, most
@@ -95,7 +98,7 @@ def progress(result):
 
 
 def table(rows):
-    """Lines of equal columns, the first to the left, the others to the right."""
+    """Lines with columns of equal width. The first column is aligned to the left, the others to the right."""
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     return ["  ".join(cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths))) for row in rows]
 
@@ -120,7 +123,7 @@ SHORT = {"absgd package": "absgd", "torch.compile": "compile", "cross_entropy": 
 
 
 def lines(report):
-    """A benchmark's report in a screenful: medians of ours, and ours over theirs."""
+    """A benchmark's report on one screen: medians of our times, and the ratios of our times to theirs."""
     out = []
     for suite in dict.fromkeys(result["suite"] for result in report["results"]):
         results = [result for result in report["results"] if result["suite"] == suite]
@@ -151,7 +154,7 @@ def lines(report):
 
 
 def _limit(results):
-    """Where making the gradient in the forward pass stops to pay, by replays (by calls, where nothing could be captured)."""
+    """Lines that say for which sizes the gradient in the forward pass is slower, by replayed graphs and by calls."""
     out = []
     right = [result for result in results if "wrong" not in result and "from statistics" in result["peers"]]
     for key in ("graph_us", "us"):
@@ -164,7 +167,7 @@ def _limit(results):
     return out
 
 
-# ---- what a call of gpu.sh left --------------------------------------------------------------------------------------
+# ---- the files of a call of gpu.sh -----------------------------------------------------------------------------------
 
 OF_THE_BENCHMARK = ("date", "gpu", "hardware", "versions", "compiler", "load_at_start")
 
@@ -181,7 +184,7 @@ def _json(path):
 
 
 def stages(log):
-    """{name: {exit, seconds, limit, said: [lines]}} from the log of a call. A stage without an end was killed with the call."""
+    """{name: {exit, seconds, limit, said: [lines]}} from the log of a call. A stage without an end was killed with its call."""
     out = {}
     for line in log.splitlines():
         if begun := re.fullmatch(r"==== (\w+): at most (\d+) s", line):
@@ -194,7 +197,7 @@ def stages(log):
 
 
 def smoked(text, stage):
-    """What the smoke test came to, and the operator that it did not finish."""
+    """The results of the smoke test, and the operator that it did not finish."""
     lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
     done = [line for line in lines if line["status"] != "begun"]
     out = {"operators": done}
@@ -208,7 +211,7 @@ def smoked(text, stage):
 
 
 def tested(report, stage, name):
-    """{test: result} and skips of one run of gpu_runner.py; a run without a report is one test that failed."""
+    """{test: result} and skips of one run of gpu_runner.py. A run without a report counts as one failed test."""
     if not report:
         said = " | ".join(stage["said"][-3:])
         message = f"no result: exit code {stage['exit']} after {stage['seconds']} s: {said}"
@@ -223,9 +226,11 @@ def tested(report, stage, name):
 
 
 def sanitized(stage):
-    """What memcheck said: {errors, reason if it could not say}. It was shown no other kernels than ours.
+    """The result of memcheck, which saw only our kernels: {errors, and a reason if the number is unknown or incomplete}.
 
-    Stopped before its summary, it has said what it had found; that it had found nothing until then says nothing."""
+    If memcheck was stopped before its summary, the errors that it had printed count. If it had printed none, the number is
+    unknown.
+    """
     said = "\n".join(stage["said"])
     found = re.search(r"ERROR SUMMARY: (\d+) error", said)
     if stage["exit"] == 124 or found is None:
@@ -252,7 +257,7 @@ def gather(call, out, gpu=None):
         report["smoke"] = smoked(_text(pieces / "smoke.jsonl"), ran["smoke"])
     for name in ("cuda", "triton", "failed", "large"):
         of_tests = _json(pieces / f"{name}.json")
-        if name in ran and (of_tests or ran[name]["exit"] != 0):  # 0 without a result: there was nothing to run again
+        if name in ran and (of_tests or ran[name]["exit"] != 0):  # exit code 0 without a result: no test had to run again
             results, skips = tested(of_tests, ran[name], name)
             report["tests"] |= results
             report["skips"] |= skips
@@ -264,7 +269,7 @@ def gather(call, out, gpu=None):
 
 
 def merge(reports):
-    """Several calls as one report. A later result of a test stands for an earlier one, the benchmark for the probe."""
+    """One report of several calls. A later result of a test replaces an earlier one, and the benchmark replaces the probe."""
     merged = {"smoke": {}, "benchmark": {}} | {name: {} for name in ("calls", "logs", "tests", "skips", "sanitizer")}
     for report in reports:
         for name in ("calls", "logs", "tests", "skips", "sanitizer"):
@@ -276,12 +281,12 @@ def merge(reports):
 
 
 def count(tests):
-    """How many tests ended in which way."""
+    """{status: number of tests}."""
     return Counter(test["status"] for test in tests.values())
 
 
 def failed(report):
-    """What ends in exit code 1."""
+    """The reasons for exit code 1."""
     out, bench = [], report["benchmark"]
     if "died" in report["smoke"]:
         out.append(f"smoke: {report['smoke']['died']}")
@@ -302,15 +307,18 @@ def failed(report):
 
 
 def to_run_again(report):
-    """Parts of the names of tests that failed or had no time; of a stage without results, what all its tests have in their names.
-    A comma separates names, so none is in one."""
+    """Parts of the names of the tests that failed or were not run.
+
+    For a stage without results it is the part that the names of all its tests have. No part contains a comma, because commas
+    separate the parts on the command line.
+    """
     again = [name for name, test in report["tests"].items() if test["status"] in ("failed", "not run")]
     whole = {"stage cuda": "[cuda", "stage triton": "[triton"}
     return list(dict.fromkeys(whole.get(name, name.split(",")[0]) for name in again if name in whole or "[" in name))
 
 
 def summary(report, most_failures=12):
-    """Lines of the whole report, what matters most at the end."""
+    """The lines of the whole report. The most important ones are at the end."""
     out, tests, manifest = [], report["tests"], report["manifest"]
     if report["benchmark"].get("results"):
         out += lines(report["benchmark"])
@@ -372,7 +380,7 @@ def main(argv=None):
     if options.verb == "merge":
         return _finish(merge([json.loads(path.read_text(encoding="utf-8")) for path in options.calls]), options.out)
     code = _finish(gather(options.call, options.out, options.gpu), options.out / f"{options.call}.json")
-    shutil.rmtree(options.out / "pieces", ignore_errors=True)  # they are in the report now
+    shutil.rmtree(options.out / "pieces", ignore_errors=True)  # their contents are in the report now
     return code
 
 

@@ -2,9 +2,10 @@
 
     python -m benchmarks.imbalance [--ratios 1,5,10,20,50,100] [--seeds 10] [--out FILE.json]
 
-100 nines and 100 / ratio fours to train on, 80 of each to test; ten of the training images, five of each class, are L2RW's clean
-ones and are trained on by everybody. All methods have the CNN, 120 epochs and a learning rate of 0.01: at 0.1 L2RW, whose few
-weights make large steps, breaks down. Printed is the test error in percent, mean ± standard deviation over the seeds.
+The training set has 100 nines and 100 / ratio fours, the test set 80 of each. Ten training images, five of each class, are
+L2RW's clean samples; every method trains on them too. All methods train the CNN for 120 epochs with a learning rate of 0.01. At
+0.1 L2RW breaks down, because its few weights make large steps. The program prints the test error in percent, mean ± standard
+deviation over the seeds.
 """
 
 import argparse
@@ -27,7 +28,7 @@ METHODS = ("sgd", "proportion", "resample", "hard-mining", "random", "l2rw")
 
 
 def measure(ratio, seeds, source=None, **options):
-    """{method: [test error of each seed, percent]}, and the configuration."""
+    """({method: [test error of each seed, percent]}, the configuration)."""
     options = dict(imbalance="step", rho=ratio, clean=5, model="cnn", lr=0.01) | options
     config = train.Config(dataset="digits-9-4", methods=METHODS, seeds=seeds, **options)
     errors = {method: [] for method in METHODS}

@@ -1,11 +1,14 @@
-"""What a step of L2RW costs beside a plain one: `make bench-l2rw`, ten minutes.
+"""The cost of a step of L2RW compared with a plain step: `make bench-l2rw`, ten minutes.
 
     python -m benchmarks.l2rw [--batch 128] [--rounds 15] [--out FILE.json]
 
-A step is l2rw_loss with a clean batch of an eighth of the training batch, backward, and the optimizer; the plain one has the mean
-loss instead. On a ResNet of 14 layers for 32 x 32 images, with BatchNorm and without. Each round runs every step once, beginning
-with another one each time; reported are the ratios to the plain step of the same round, the most memory in use during a step
-beyond what was before, as a multiple of the plain step's, and how far the weights are from the definition's in float64.
+A step is l2rw_loss, backward, and the optimizer's step. The clean batch is an eighth of the training batch. A plain step has
+the mean loss instead. The model is a ResNet of 14 layers for 32 x 32 images, with BatchNorm and without. Each round runs every
+step once, and each round begins with another one. The program reports for each method:
+
+- the ratio of its time to that of the plain step in the same round,
+- the largest additional memory in use during a step, as a multiple of the plain step's,
+- the distance of the weights from those of the definition in float64.
 """
 
 import argparse
@@ -24,7 +27,7 @@ from .run import environment, peak_bytes, write
 from .timing import interleave_long, quartiles, ratios
 
 PLAIN = "plain"
-# Most plain steps, without and with BatchNorm; most memory; most |w - w*|_1 (1e-5 at each weight for the exact ones)
+# The largest allowed time in plain steps, (without, with) BatchNorm, and the largest allowed memory in that of plain steps.
 TIME = {"jvp": (2.3, 2.8), "finite_difference": (2.0, 2.0), "last_layer": (1.3, 1.3)}
 MEMORY = 2.0
 
@@ -41,7 +44,7 @@ def model_of(normed, seed=0):
 
 
 def data_of(batch, seed=1):
-    """Images of ten kinds, 40 % of the training labels wrong: the weights are neither all alike nor mostly 0."""
+    """Images of ten kinds. 40 % of the training labels are wrong, so the weights are neither all equal nor mostly 0."""
     draw = torch.Generator().manual_seed(seed)
     kinds = torch.randn(10, 3, 32, 32, generator=draw)
     out = []
@@ -54,7 +57,7 @@ def data_of(batch, seed=1):
 
 
 def steps_of(model, batch, clean):
-    """{name: one step}: each with a model of its own."""
+    """{name: one step}. Each step has its own model."""
     loss_fn = ab.CrossEntropy()
 
     def make(method):
@@ -76,7 +79,7 @@ def steps_of(model, batch, clean):
 
 
 def trained(model, batch, steps=40):
-    """A model in the midst of training: at the start, gradients say little."""
+    """A model that has trained for some steps, because the gradients of an untrained model say little."""
     optimizer, loss_fn = ab.ABSGD(model.parameters(), 0.05, 0.9), ab.CrossEntropy()
     for _ in range(steps):
         optimizer.zero_grad()
@@ -86,7 +89,7 @@ def trained(model, batch, steps=40):
 
 
 def distances(model, batch, clean):
-    """{method: |w - w*|_1}; w* is the definition's in float64 (of the last layer alone for last_layer)."""
+    """{method: |w - w*|_1}. w* are the weights of the definition in float64 (for last_layer: those of the last layer alone)."""
     exact = copy.deepcopy(model).double()
     fn, wide = ab.CrossEntropy(), tuple((x.double(), y) for x, y in (batch, clean))
     truth = {"last_layer": ab.meta.l2rw_weights(exact, fn, *wide, "last_layer")}
@@ -139,8 +142,9 @@ def main(argv=None):
             print(f"{'with' if normed else 'without'} BatchNorm: plain step {1e3 * found[-1]['seconds']['median']:.0f} ms")
             for name, m in found[-1]["methods"].items():
                 print(
-                    f"  {name:18} {m['ratio']['median']:.2f} plain steps ({m['ratio']['q1']:.2f} to {m['ratio']['q3']:.2f}; ≤ {m['most']}),"
-                    f" memory {m['memory']:.2f} (≤ {MEMORY:g}), |w - w*| {m['distance']:.0e}"
+                    f"  {name:18} {m['ratio']['median']:.2f} plain steps "
+                    f"({m['ratio']['q1']:.2f} to {m['ratio']['q3']:.2f}; ≤ {m['most']}), "
+                    f"memory {m['memory']:.2f} (≤ {MEMORY:g}), |w - w*| {m['distance']:.0e}"
                 )
     finally:
         torch.set_num_threads(before)

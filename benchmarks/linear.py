@@ -1,9 +1,9 @@
-"""LinearABLoss beside the plain route, which stores the logits: `make bench-linear`, ten minutes and 20 GB of memory.
+"""LinearABLoss compared with the plain route, which stores the logits: `make bench-linear`, ten minutes and 20 GB of memory.
 
     python -m benchmarks.linear [--rows 8192] [--width 1024] [--classes 128000] [--rounds 3] [--chunk ROWS] [--out FILE.json]
 
-A round runs each route's forward and backward once, beginning with the other one each time. Reported are the medians, and the
-most memory in use beyond what was before and beyond the gradients themselves, as a share of the logits.
+A round runs the forward and backward pass of each route once, and each round begins with the other route. The program reports the
+median times, and the largest additional memory in use, without the gradients themselves, as a fraction of the size of the logits.
 """
 
 import argparse
@@ -25,8 +25,10 @@ PLAIN, OURS = "matmul + cross_entropy", "LinearABLoss"
 
 
 def routes(hidden, weight, target, chunk):
-    """{name: callable that returns the loss}. At λ = inf ours is the plain mean too, so the results can be compared; the work is
-    the same for every λ."""
+    """{name: callable that returns the loss}. At λ = inf ours is the plain mean too, so the results can be compared.
+
+    The work is the same for every λ.
+    """
     robust, plain = (ab.LinearABLoss(lam=lam, chunk=chunk) for lam in (0.5, float("inf")))
     return {
         PLAIN: lambda: F.cross_entropy(hidden @ weight.t(), target),
@@ -36,7 +38,7 @@ def routes(hidden, weight, target, chunk):
 
 
 def measure(rows, width, classes, rounds, chunk=None, seed=0):
-    """Dict ready for JSON."""
+    """The measurements, as a dict ready for JSON."""
     draw = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, width, generator=draw).requires_grad_()
     weight = (torch.randn(classes, width, generator=draw) / width**0.5).requires_grad_()

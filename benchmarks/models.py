@@ -1,4 +1,4 @@
-"""A decoder of the size of GPT-2 (Radford et al. 2019) in plain torch, for whole steps of training."""
+"""A decoder of the size of GPT-2 (Radford et al. 2019) in plain torch, for timing whole training steps."""
 
 import torch
 from torch import nn
@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 class Block(nn.Module):
-    """Attention and a layer of four times the width, each normalised first and added to what came in."""
+    """Attention, then a layer of four times the width. Each normalises its input and adds its output to the input."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -24,8 +24,11 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens (n, length) -> logits (n * length, vocabulary). The sizes given here are 124 M parameters; 50304 is GPT-2's
-    vocabulary, rounded up to a multiple of 128. The head shares the matrix of the embedding."""
+    """Tokens (n, length) -> logits (n * length, vocabulary).
+
+    The default sizes make 124 M parameters; 50304 is GPT-2's vocabulary, rounded up to a multiple of 128. The head shares the
+    matrix of the embedding.
+    """
 
     def __init__(self, vocabulary=50304, length=1024, width=768, heads=12, layers=12):
         super().__init__()
@@ -41,12 +44,12 @@ class Decoder(nn.Module):
 
 
 def sizes(model):
-    """Numbers of its parameters, each counted once."""
+    """The number of its parameters. Shared ones count once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def made_on(device, make, memory_format=torch.contiguous_format):
-    """make() with the same numbers each time."""
+    """make() on a device, with the same initial values in every call."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         return make().to(device, memory_format=memory_format)

@@ -1,7 +1,7 @@
-"""Who is timed: ours and each competitor, made by a factory that takes a case's data.
+"""The competitors that are timed, ours among them. A factory makes each one from the data of a case.
 
-Every competitor is used as its users would use it, and at its fastest too: torch's optimizer by default, foreach and
-fused; the log-domain formula well written and compiled for each shape. The suites named "gpu ..." are those of a GPU.
+Every competitor is used as its users would use it, and also in its fastest way: torch's optimizer by default, with foreach and
+fused; the log-domain formula well written and compiled for each shape. The suites named "gpu ..." run on a GPU.
 """
 
 import importlib
@@ -26,21 +26,23 @@ OURS, OURS_ON_TRITON = "absgd_fast", "absgd_fast, triton"
 
 
 class LeftOut(Exception):
-    """A competitor that cannot run here or is wrong; the message says why."""
+    """A competitor cannot run here, or its result is wrong. The message says why."""
 
 
 @dataclass
 class Peer:
-    run: Callable  # one step: what is timed
-    error: Callable  # error(what run returned in step number STEPS): its distance from the float64 oracle
-    leaf: torch.Tensor | None = None  # the logits, for those who look at memory
-    parts: dict = field(default_factory=dict)  # name: function that prepares a part of a step, and returns what makes it
-    forget: Callable = lambda: None  # lets go of what a call before left, so that memory is measured without it
-    note: str = ""  # what a reader has to know of it
+    """One competitor, ready to be timed on the data of a case."""
+
+    run: Callable  # one step, which is timed
+    error: Callable  # error(result of run() in step number STEPS) -> its distance from the float64 oracle
+    leaf: torch.Tensor | None = None  # the logits, for measurements of memory
+    parts: dict = field(default_factory=dict)  # name: function that prepares a part of a step and returns what runs it
+    forget: Callable = lambda: None  # frees the results of earlier calls, so they are not counted as memory in use
+    note: str = ""  # a remark for the reader of the report
 
 
 def ready(factory, data):
-    """A competitor that took STEPS steps, and its error. Raises LeftOut if it cannot run or its result is wrong."""
+    """A competitor after STEPS steps, and its error. Raises LeftOut if it cannot run or its result is wrong."""
     peer = factory(data)
     for _ in range(STEPS):
         result = peer.run()
@@ -54,7 +56,7 @@ def ready(factory, data):
 
 
 def _loss(data, criterion, lam=LAM, init="first", copies=None):
-    """criterion(logits, target) on leaves of its own, which share the case's numbers and are taken in turn."""
+    """A step of criterion(logits, target) on its own leaves, which share the memory of the case's logits and take turns."""
     leaves, y = [x.detach().requires_grad_() for x in copies or data.copies], data.target
     x, turn = leaves[0], cycle(leaves)
 
@@ -83,7 +85,7 @@ def _ours(device="cpu", backend=None, criterion=None):
 
 
 class _Twin:
-    """The arithmetic of the reference package's loss (absgd 0.0.1), operation by operation, where that is not installed."""
+    """A copy of the reference package's loss (absgd 0.0.1), operation by operation, for when the package is not installed."""
 
     def __init__(self, lam, abgamma):
         self.u, self.lam, self.gamma = 0, lam, abgamma
@@ -100,7 +102,7 @@ class _Twin:
 
 
 def _package(modify=lambda loss: None, twin=False, **options):
-    """The reference package's loss, its lambda switched on; it starts from s = 0."""
+    """The reference package's loss with its lambda switched on. It starts from s = 0."""
     try:
         from absgd.losses import ABLoss
     except ImportError as error:
@@ -119,8 +121,10 @@ def _package(modify=lambda loss: None, twin=False, **options):
 
 
 def _cut(loss):
-    """The package's average u keeps the graph of every step so far alive. Cut here, so that it is timed without what its
-    leak costs; the cut takes 1.4 µs of a step's 70 or more."""
+    """Cuts the graph of the package's average u, which would keep the graph of every step so far alive.
+
+    So the package is timed without the cost of this leak. The cut takes 1.4 µs of a step's 70 or more.
+    """
     loss.u = loss.u.detach()
 
 
@@ -156,7 +160,7 @@ def _with_vectors(name):
     return make
 
 
-# The losses as their users write them in eager torch: classes -> function of logits and labels
+# The losses as users write them in eager torch: classes -> function of logits and labels.
 EAGER = {
     "label smoothing": lambda classes: partial(F.cross_entropy, reduction="none", label_smoothing=0.1),
     "focal": lambda classes: _focal,
@@ -190,7 +194,7 @@ def six_lines(logits, target, log_s):
 
 
 def _compiled(data):
-    torch.compiler.reset()  # each case has its own code, made for its shape, and no guards of others before it
+    torch.compiler.reset()  # each case gets code for its own shape, without the guards of earlier cases
     compiled = torch.compile(six_lines, fullgraph=True, dynamic=False)
     log_s = start = torch.tensor(-math.inf, device=data.device)
 
@@ -202,7 +206,7 @@ def _compiled(data):
     peer = _loss(data, criterion, init="zero")
     try:
         peer.run()
-    except Exception as error:  # no C++ compiler, no Python.h, a compiler that fails: all of them come as their own type
+    except Exception as error:  # a missing C++ compiler, a missing Python.h and a failed compilation all raise different types
         reason = str(error).strip().split("\n")[0]
         raise LeftOut(f"torch.compile failed: {type(error).__name__}: {reason}") from error
     log_s = start
@@ -213,7 +217,7 @@ def _compiled(data):
 
 
 def _step(data, optimizer=None, **options):
-    """optimizer: default the one of ours for the case's rule."""
+    """The step of an optimizer, by default ours for the case's rule."""
     params = data.parameters()
     run = (optimizer or data.rule.ours)(params, **data.rule.options, **options).step
     return Peer(run, lambda _: data.error(params), parts={"step": lambda: run})
@@ -259,7 +263,7 @@ def _weighted_torch(data):
 
 
 def _copy(data):
-    """torch's copy_ that reads and writes as many bytes as the step has to."""
+    """torch's copy_ of so many numbers that it moves as many bytes as the step must move."""
     source = torch.rand(data.moved // 8, device=data.device)
     target = torch.zeros_like(source)
     return Peer(lambda: target.copy_(source), lambda _: 0.0 if torch.equal(source, target) else math.inf)
@@ -276,7 +280,7 @@ def _package_or_twin(data):
 
 
 def _from_liger(module, name):
-    """Liger asks whether there is peft, which imports transformers: 5 to 10 s. It is told that there is none."""
+    """Imports and calls a class of Liger. Liger looks for peft, which imports transformers (5 to 10 s), so peft is hidden."""
     hidden = "peft" not in sys.modules
     if hidden:
         sys.modules["peft"] = None
@@ -284,7 +288,7 @@ def _from_liger(module, name):
         return getattr(importlib.import_module(f"liger_kernel.transformers.{module}"), name)()
     except ImportError as error:
         raise LeftOut(f"{error}: pip install liger-kernel") from error
-    except Exception as error:  # what its many modules meet
+    except Exception as error:  # importing its many modules may raise anything
         raise LeftOut(f"Liger cannot be imported: {type(error).__name__}: {error}") from error
     finally:
         if hidden:
@@ -296,7 +300,7 @@ def _liger_cross_entropy():
 
 
 def import_compilers():
-    """What takes seconds to import and belongs to nobody's time. Who is not there says so when its turn comes."""
+    """Imports the modules that take seconds, so no competitor is timed with it. A missing one is reported when its turn comes."""
     compilers = (partial(importlib.import_module, name) for name in ("triton", "torch._inductor.compile_fx"))
     for load in (_liger_cross_entropy, *compilers):
         try:
@@ -306,7 +310,7 @@ def import_compilers():
 
 
 def _on_fresh(peer, own, logits):
-    """A competitor that writes its gradient over its own logits gets fresh ones as long as results are checked."""
+    """Gives fresh logits to a competitor that overwrites its logits with the gradient, as long as results are checked."""
     run, checked = peer.run, iter(range(STEPS))
 
     def on_fresh_logits():
@@ -325,7 +329,7 @@ def _liger(data):
 
 
 def _triton(factory):
-    """The same through our Triton kernels."""
+    """The same factory with our Triton kernels."""
 
     def make(data):
         if reason := _backend.why_not("triton"):
@@ -336,14 +340,14 @@ def _triton(factory):
 
 
 def _from_statistics(data):
-    """Ours, the gradient made in backward whatever the size of the batch."""
+    """Ours, with the gradient always made in backward, whatever the size of the batch."""
     criterion = _ours(data.device)
     operators = ops.serving(data.device, None)
     if operators.backend in ("cpu", "reference"):
         raise LeftOut("there is no such choice here")
     other = copy(operators)
     other.backward_mode = lambda logits: ops.WITH_STATS
-    # what ABLoss remembers of its first call on a device
+    # ABLoss remembers these two from its first call on a device
     criterion._served = data.logits.device, other
     return _loss(data, criterion)
 
@@ -352,8 +356,11 @@ def _from_statistics(data):
 
 
 def _micro_batches(data, criterion, finish=None, lam=LAM, init="first", logits=None):
-    """criterion(logits, target), forward and backward, for each micro-batch. finish(): what the gradients of all are multiplied
-    by, where that is known last; by default they are means of one micro-batch each."""
+    """criterion(logits, target), forward and backward, for each micro-batch.
+
+    finish() is called last and returns the factor of all gradients. By default the losses are means of one micro-batch each, so
+    the factor is 1 / count.
+    """
     targets = data.target.chunk(data.count)
     leaves = [x.detach().requires_grad_() for x in (data.logits if logits is None else logits).chunk(data.count)]
     finish = finish or (lambda: 1 / data.count)
@@ -375,7 +382,7 @@ def _micro_batches(data, criterion, finish=None, lam=LAM, init="first", logits=N
 
 
 def _deferred(data, backend=None):
-    """The gradients stay as they are: an optimizer with robust= multiplies the factor in its step."""
+    """Ours, deferred. The gradients are not multiplied by the factor: an optimizer with robust= does that in its step."""
     with data.device:
         criterion = ab.ABLoss(lam=LAM, gamma=GAMMA, deferred=True, backend=backend)
     return _micro_batches(data, criterion, lambda: criterion.settle()[1])
@@ -391,7 +398,7 @@ def _deferred_liger(data):
 
 
 def _head(data, criterion, lam=LAM, init="first"):
-    """criterion(hidden, weight, target) on leaves of its own."""
+    """A step of criterion(hidden, weight, target) on its own leaves."""
     hidden, weight = (t.detach().requires_grad_() for t in (data.hidden, data.weight))
 
     def forget():
@@ -417,7 +424,7 @@ def _liger_linear(data):
 
 
 def _torch_linear(data):
-    """torch's own loss of a linear head in chunks, in torch >= 2.13."""
+    """torch's own chunked loss of a linear head, which torch >= 2.13 has."""
     if not hasattr(F, "linear_cross_entropy"):
         raise LeftOut(f"torch {torch.__version__} has no linear_cross_entropy")
     criterion = partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
@@ -439,7 +446,7 @@ def _whole(data, criterion, optimizer, lam=LAM, **options):
             loss = criterion(logits, y)
         loss.backward()
         optimizer.step()
-        if len(seen) < STEPS:  # until the check
+        if len(seen) < STEPS:  # only until the check
             seen.append((logits.detach(), y))
         return loss.detach()
 
@@ -469,7 +476,7 @@ def _train(data, criterion, optimizer, lam=LAM, init="first"):
 
 def _train_package(data):
     criterion = partial(_package, _cut)
-    criterion()  # says so if the package is not there
+    criterion()  # raises LeftOut if the package is missing
     from absgd.optimizers import ABSGD
 
     optimizer = partial(ABSGD, lr=SGD["lr"], weight_decay=SGD["weight_decay"])  # its momentum is 0.9
@@ -493,7 +500,7 @@ PEERS = {
         "cross_entropy": _losses["cross_entropy"],
         "absgd package": _package_or_twin,
         "Liger": _liger,
-        "torch.compile": _compiled,  # last: without a cache it takes ten seconds
+        "torch.compile": _compiled,  # the last one, because it takes ten seconds without a cache
     },
     "gpu deferred": {
         OURS: _deferred,
@@ -516,7 +523,7 @@ PEERS = {
         OURS: lambda data: _loss(data, _ours(data.device)),
         "from statistics": _from_statistics,
     },
-    "memory": _losses | {"absgd package": lambda data: _loss(data, _package(), init="zero")},  # as it is
+    "memory": _losses | {"absgd package": lambda data: _loss(data, _package(), init="zero")},  # with its leak
     "step": {
         OURS: _step,
         "SGD fused": partial(_step, optimizer=torch.optim.SGD, fused=True),

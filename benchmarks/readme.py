@@ -1,6 +1,6 @@
-"""The picture and the table of the README, from what `make demo` left.
+"""The picture and the table of the README, made from the results of `make demo`.
 
-    python -m benchmarks.readme demo docs/noise.png [record.json]      draws the picture, prints the rows of the table
+    python -m benchmarks.readme demo docs/noise.png [record.json]      draws the picture and prints the rows of the table
 
 The picture shows the experiment with wrong labels: accuracy while training, and the weights of right and wrong labels.
 """
@@ -21,7 +21,7 @@ RIGHT, WRONG = "#009E73", "#D55E00"  # Okabe and Ito's green and vermilion
 
 
 def picture(results):
-    """Two plots side by side, lines labelled where they end, as a matplotlib Figure."""
+    """A matplotlib Figure with two plots side by side. Each line has its name at its end."""
     runs_of = by_method(results["runs"])
     figure = Figure(figsize=(9.6, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -45,7 +45,7 @@ def picture(results):
 
 
 def line(axes, runs, key, name, **style):
-    """The mean over the seeds, a band of one standard deviation, and the name at the end."""
+    """Draws the mean over the seeds, a band of one standard deviation, and the name at the end of the line."""
     average, std = over_seeds(runs, key)
     epochs = range(1, len(average) + 1)
     axes.plot(epochs, average, linewidth=2, **style)
@@ -73,7 +73,7 @@ def row(results):
 
 
 def record(results):
-    """What benchmarks/results/digits-demo.json keeps of an experiment: everything but the epochs."""
+    """The results of an experiment without its epochs, for benchmarks/results/digits-demo.json."""
     kept = ("method", "seed", "accuracy", "balanced_accuracy", "seconds", "parameters")
     runs = [{name: run[name] for name in kept} for run in results["runs"]]
     return {name: results[name] for name in ("config", "summary", "paired", "environment", "created")} | {"runs": runs}

@@ -1,14 +1,14 @@
-"""What is checked, timed and reported:
-`absgd-fast bench [--suite loss|family|step|weighted|train|all|gpu|gpu-probe] [--out FILE.json]`.
+"""The procedure of the benchmark: check, time, report.
 
-Every competitor's result is checked against the float64 oracle before it is timed; who is wrong is left out with the
-reason, and if ours is wrong nothing is reported. Then come rounds (timing.py): in each, every competitor runs one block of calls.
-Reported are medians and quartiles over the rounds of the times and of the ratios, ours over theirs, and the cases we lose like
-the ones we win.
+    absgd-fast bench [--suite loss|family|step|weighted|train|all|gpu|gpu-probe] [--out FILE.json]
 
-Timings compare only within one run.
+Every competitor's result is checked against the float64 oracle before it is timed. A competitor with a wrong result is left
+out, and the report says why. If our result is wrong, nothing is reported. Then come rounds (timing.py). In each round every
+competitor runs one block of calls. The report has the medians and quartiles over the rounds of the times and of the ratios of
+our time to theirs. It shows the cases in which we are slower like those in which we are faster. Compare timings only within one
+run.
 
-The JSON. Quartiles are {"median", "q1", "q3"} over the rounds.
+The JSON (quartiles are {"median", "q1", "q3"} over the rounds):
 
     date, hardware {cpu, cores, backend, instruction_set}, versions {python, torch, absgd_fast, absgd}, compiler, threads,
     load_at_start, seconds_per_case
@@ -16,18 +16,25 @@ The JSON. Quartiles are {"median", "q1", "q3"} over the rounds.
                 and for competitors ratio: quartiles of ours / theirs, target, met}}; absent {name: why it was left out}.
                 For suite memory: peers {name: {measure: value}}, targets, met.
 
-Suite gpu (of all its cases gpu_cases in cases.py tells, gpu-probe is a few of them; it is measured in device.py) adds
+The suites gpu (all cases of gpu_cases in cases.py) and gpu-probe (a few of them) measure with device.py and add:
 
-    gpu         name, memory, multiprocessors, capability, cache, driver, cuda, nvcc, state at the start; versions of triton
-                and Liger among the versions
-    copy        what a copy of `numbers` float32 from device to device moved, read and written, in bytes_per_us (quartiles)
-    results     also bytes: what forward and backward or the step have to move; per peer host_us (quartiles: µs in which a call
-                returns), graph_us (quartiles: µs of a replay of the captured call, for what fits the cache) or graph_failed,
-                launches {part: [kernels]}, share (quartiles: of the copy's bytes_per_us), peak_bytes (where a case asks for
-                memory), note. us is by the device's clock, many calls in a row. wrong: why ours counts for nothing here (and peers are
-                missing). seconds: what the case took in all.
-    figures     what was to be reached: case, figure, value, least, most, met
-    not_measured  cases for which there was no time, those that were still to come when the benchmark was killed among them
+    gpu         name, memory, multiprocessors, capability, cache, driver, cuda, nvcc, and the state at the start; `versions` also
+                has triton and Liger
+    copy        a copy of `numbers` float32 from device to device: bytes read and written per µs, bytes_per_us (quartiles)
+    results     for each case also:
+                bytes          the bytes that forward and backward, or the step, have to move
+                wrong          the reason why our result does not count; then there are no peers
+                seconds        the time of the whole case
+                and for each peer (us is by the device's clock, for many calls in a row):
+                host_us        quartiles of the time in which a call returns
+                graph_us       quartiles of the time of a replay of the captured call, if the data fit into the cache;
+                               or graph_failed, the reason
+                launches       {part: [names of kernels]}
+                share          quartiles of the bandwidth as a fraction of the copy's
+                peak_bytes     if the case asks for memory
+                note           a remark for the reader
+    figures     the figures to reach: case, figure, value, least, most, met
+    not_measured  the cases that were not measured because time ran out or because the benchmark was killed
 """
 
 import argparse
@@ -68,19 +75,20 @@ SUITES = {
 GPU_SUITES = {"gpu": lambda cases: cases, "gpu-probe": gpu_probe}
 CPU = torch.device("cpu")
 GROWTH_STEPS = 5000
-BUDGET = 15.0  # s: who is not ready by then is left out of a GPU's case; nothing is imported in them (import_compilers)
+# seconds: a competitor that is not ready by then is left out of a case on a GPU; imports come before (import_compilers)
+BUDGET = 15.0
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------
 
 
 def taking_part(case):
-    """{name: factory}"""
+    """{name: factory} of those that take part in the case."""
     return {name: factory for name, factory in PEERS[case.suite].items() if case.peers is None or name in case.peers}
 
 
 def gather(case, data, look, make_ready=ready):
-    """({name: look(peer, error)} of those who are ready, {name: why not} of the others). LeftOut if ours is not."""
+    """({name: look(peer, error)} of those that are ready, {name: reason} of the others). Raises LeftOut if ours is not ready."""
     found, absent = {}, {}
     for name, factory in taking_part(case).items():
         try:
@@ -93,7 +101,7 @@ def gather(case, data, look, make_ready=ready):
 
 
 def compare(case, seconds):
-    """One case, timed: a dict ready for JSON. Raises LeftOut if our result is wrong."""
+    """Times one case. Returns a dict ready for JSON. Raises LeftOut if our result is wrong."""
     data = case.data()
     found, absent = gather(case, data, lambda peer, error: (peer.run, error))
     times = interleave({name: run for name, (run, _) in found.items()}, seconds)
@@ -122,7 +130,7 @@ def _timed(case, data, times, errors, absent):
 
 
 def heap():
-    """Bytes in use in the C heap, where tensors and graphs live: exact, on Linux with glibc 2.33 or newer."""
+    """The exact number of bytes in use in the C heap, which holds tensors and graphs. It needs Linux with glibc 2.33 or newer."""
 
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"  # struct mallinfo2
 
@@ -137,9 +145,9 @@ def heap():
 
 
 def growth(peer):
-    """Bytes that one step leaves behind in the heap."""
+    """The number of bytes that one step leaves behind in the heap."""
     after = []
-    for _ in range(2):  # the first time, caches still fill
+    for _ in range(2):  # in the first pass, caches still grow
         for _ in range(GROWTH_STEPS):
             peer.run()
         after.append(heap())
@@ -147,29 +155,29 @@ def growth(peer):
 
 
 def _resident(field):
-    """VmRSS or its highest value so far, VmHWM, in bytes."""
+    """A field of /proc/self/status in bytes: VmRSS, the resident memory, or VmHWM, its highest value so far."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
 def peak_bytes(run):
-    """Most memory in use during a call beyond what was before; scratch of kernels included."""
+    """The largest memory in use during a call, less the memory in use before it. It includes the scratch memory of kernels."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that stays resident would be used again unseen
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that stays resident could be used again and would not be counted
     before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # lowers the highest value to the present one
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present value
     run()
     return _resident("VmHWM") - before
 
 
 def peak(peer, **options):
-    """The same of forward and backward, in gradients."""
+    """The peak memory of forward and backward, as a multiple of the gradient's size."""
     peer.leaf.grad = None
     return peak_bytes(partial(peer.run, **options)) / (peer.leaf.numel() * peer.leaf.element_size())
 
 
 def retained(peer):
-    """The same while the graph is kept for another backward."""
+    """The same as peak(), while the graph is kept for another backward."""
     return peak(peer, retain_graph=True)
 
 
@@ -184,7 +192,7 @@ def _attempt(measure, peer):
 
 
 def weigh(case):
-    """One case, its memory measured: a dict ready for JSON."""
+    """Measures the memory of one case. Returns a dict ready for JSON."""
     data = case.data()
     measures = {name: MEASURES[name] for name in case.targets}
     peers, absent = gather(case, data, lambda peer, error: {name: _attempt(measure, peer) for name, measure in measures.items()})
@@ -207,7 +215,7 @@ def _reason(error):
 
 
 def tolerant(factory, data, end=float("inf")):
-    """`ready` where anything may be missing or fail: it leaves one competitor out, with the reason."""
+    """`ready` for a machine on which anything may be missing or fail. Every error leaves out one competitor, with the reason."""
     if perf_counter() > end:
         raise LeftOut("no time was left for it")
     try:
@@ -219,7 +227,7 @@ def tolerant(factory, data, end=float("inf")):
 
 
 def explore(case, seconds, everybody):
-    """One case of a GPU: a dict ready for JSON. everybody: launches are counted for the competitors too."""
+    """Measures one case of a GPU. Returns a dict ready for JSON. everybody: whether to count the competitors' launches too."""
     start = perf_counter()
     data = case.data()
     in_time = partial(tolerant, end=start + BUDGET)
@@ -229,7 +237,7 @@ def explore(case, seconds, everybody):
     result = _timed(case, data, times, {name: error for name, (_, error) in found.items()}, absent) | {"bytes": data.moved}
     for name, (peer, _) in found.items():
         values = result["peers"][name]
-        # few calls where they are long: the queue must not fill, nor the time pass
+        # fewer calls if they are long, because the queue must not fill and time is short
         values["host_us"] = quartiles(host_us(data.device, peer.run, *((20, 15) if values["us"]["median"] < 500 else (3, 5))))
         if peer.note:
             values["note"] = peer.note
@@ -246,7 +254,7 @@ def explore(case, seconds, everybody):
 
 
 def _launched(device, run):
-    """Names of kernels, or None where nobody could see them."""
+    """The names of the launched kernels, or None if the profiler did not see them."""
     try:
         return kernels(device, run)
     except RuntimeError as unseen:
@@ -255,7 +263,7 @@ def _launched(device, run):
 
 
 def _add_graphs(values, peers, device, seconds):
-    """Times of replays, to the values of those whose call can be captured."""
+    """Adds the times of replays to the values of those whose call can be captured."""
     replays = {}
     for name, peer in peers.items():
         try:
@@ -268,7 +276,7 @@ def _add_graphs(values, peers, device, seconds):
 
 
 def _empty(device):
-    """Memory that is not in use goes back, as far as the allocator can: what was measured must not be lost over it."""
+    """Frees unused memory as far as the allocator can. An error is printed only, so it cannot lose what was measured."""
     gc.collect()
     if device.type == "cuda":
         try:
@@ -278,16 +286,17 @@ def _empty(device):
 
 
 def _numbers_to_copy(device):
-    """float32: 1 GB of them, far more than a cache holds, where that leaves most of the memory free."""
+    """The number of float32 to copy: 1 GB of them, far more than a cache holds, if that leaves most of the memory free."""
     if device.type != "cuda":
         return 2**16
     return 2**28 if torch.cuda.mem_get_info(device)[0] > 2**33 else 2**24
 
 
 def measure_gpu(report, cases, device, seconds, end, keep):
-    """Fills report["results"] in place and keeps it after each case, until the clock shows `end`. Returns whether ours was right.
+    """Fills report["results"] in place until the clock shows `end`, and calls keep() after each case.
 
-    A case is in report["not_measured"] until it is among the results."""
+    A case is in report["not_measured"] until it is among the results. Returns whether all our results were right.
+    """
     numbers, first, right, copies = _numbers_to_copy(device), {}, True, []
 
     def copy():
@@ -309,11 +318,13 @@ def measure_gpu(report, cases, device, seconds, end, keep):
         if perf_counter() + 2 * seconds > end:
             continue
         try:
-            part = 0.25 if case.suite == "gpu limit" else 1  # many cases, one question
+            part = 0.25 if case.suite == "gpu limit" else 1  # many cases answer one question
             result = explore(case, part * seconds, first.setdefault(case.suite, case) is case)
         except Exception as error:
             reason = str(error) if isinstance(error, LeftOut) else _reason(error)
-            if "OutOfMemoryError" in reason or isinstance(error, ImportError):  # of what only this case needs
+            if "OutOfMemoryError" in reason or isinstance(
+                error, ImportError
+            ):  # this case alone needs so much memory, or this package
                 waiting[case] += f": {reason}"
                 note()
                 _empty(device)
@@ -333,7 +344,7 @@ COMPILING = (OURS_ON_TRITON, "Liger", "torch.compile")
 
 
 def compile_for(k, suite, device, tiny):
-    """What the competitors of case k of a suite compile, into the caches on the disk. Returns what went wrong."""
+    """Makes the competitors of case k of a suite compile into the caches on the disk. Returns the errors as lines."""
     case, wrong, data = GPU_SUITES[suite](gpu_cases(device, tiny=tiny))[k], [], None
     for name in (name for name in COMPILING if name in taking_part(case)):
         try:
@@ -342,12 +353,12 @@ def compile_for(k, suite, device, tiny):
         except Exception as error:
             wrong.append(f"{case.suite}: {case.name}: {name}: {_reason(error)}")
     del data
-    _empty(torch.device(device))  # others want the memory
+    _empty(torch.device(device))  # other processes need the memory
     return wrong
 
 
 def prepare(count, suite, device, tiny, jobs):
-    """compile_for each of `count` cases, so that the benchmark need not wait. In `jobs` processes, for a compiler uses one core."""
+    """Calls compile_for for each of `count` cases, so the benchmark need not wait. A compiler uses one core: `jobs` processes."""
     one = partial(compile_for, suite=suite, device=str(device), tiny=tiny)
     if jobs == 1:
         return [wrong for k in range(count) for wrong in one(k)]
@@ -356,7 +367,7 @@ def prepare(count, suite, device, tiny, jobs):
 
 
 def gpu_environment(device):
-    """What a timing on this GPU depends on."""
+    """The properties and the state of the GPU, on which timings depend."""
     if device.type != "cuda":
         return {"name": "none: a rehearsal on the CPU"}
     found = torch.cuda.get_device_properties(device)
@@ -380,7 +391,7 @@ def gpu_environment(device):
     }
 
 
-# ---- what is reported ------------------------------------------------------------------------------------------------
+# ---- the report ------------------------------------------------------------------------------------------------------
 
 
 def _cpu():
@@ -399,7 +410,7 @@ def _version(package):
 
 
 def environment():
-    """What a timing depends on; to be read before the first one, which is load itself."""
+    """The machine and the versions, on which timings depend. Call this before the first timing, which is a load itself."""
     here = _backend.report()
     versions = {"python": here["python"], "torch": here["torch"], "absgd_fast": here["version"], "absgd": _version("absgd")}
     return {
@@ -444,7 +455,7 @@ def _table(title, columns):
 
 
 def time_table(results):
-    """Rich table of compare's results: a competitor per line, missed targets and lost cases marked."""
+    """Rich table of compare's results, with a line for each competitor. Missed targets and slower cases are marked."""
     table = _table(
         f"{results[0]['suite']}: medians (quartiles); error against float64",
         ("case", "competitor", "time", "error", "ours / theirs", "target", ""),
@@ -481,7 +492,7 @@ def memory_table(results):
 
 
 def summary(results):
-    """Lines to end with: how many targets were met; which were missed, where we are slower, who was left out."""
+    """The last lines: the number of targets met, the missed ones, the cases in which we are slower, and who was left out."""
     met, lines = 0, []
     for result in results:
         place = f"{result['suite']} {result['case']}"
@@ -500,7 +511,7 @@ def summary(results):
 
 
 def write(report, path):
-    """JSON, whole or not at all."""
+    """Writes JSON, completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -515,7 +526,7 @@ def write(report, path):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")  # argparse would print the usage first
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")  # argparse itself would first print the usage
 
 
 def _file(text):
@@ -540,20 +551,24 @@ def _positive(kind):
 
 
 def _parser():
-    parser = _Parser("absgd-fast bench", description="Time the kernels against their peers.", allow_abbrev=False)
+    parser = _Parser("absgd-fast bench", description="Time the kernels against their competitors.", allow_abbrev=False)
     suites = [*SUITES, *GPU_SUITES]
-    parser.add_argument("--suite", choices=suites, default="all", help="what to time (default: all of a CPU, four minutes)")
-    parser.add_argument("--out", type=_file, metavar="FILE.json", help="where the results go, beside the screen")
-    parser.add_argument("--threads", type=_positive(int), default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--seconds", type=_positive(float), help="of timing per case, about (default: 5; on a GPU 2.5)")
-    parser.add_argument("--limit", type=_positive(float), default=600.0, help="suites gpu: seconds in all (default: 600)")
-    parser.add_argument("--rehearse", action="store_true", help="suites gpu: a few tiny cases, on the CPU")
-    parser.add_argument("--prepare", action="store_true", help="suites gpu: compile what has to be, measure nothing")
+    parser.add_argument(
+        "--suite", choices=suites, default="all", help="the cases to time (default: all on the CPU, four minutes)"
+    )
+    parser.add_argument("--out", type=_file, metavar="FILE.json", help="also write the results to this file")
+    parser.add_argument("--threads", type=_positive(int), default=2, help="number of CPU threads (default: 2)")
+    parser.add_argument("--seconds", type=_positive(float), help="approximate time per case (default: 5; on a GPU 2.5)")
+    parser.add_argument(
+        "--limit", type=_positive(float), default=600.0, help="suites gpu: time of the whole run in seconds (default: 600)"
+    )
+    parser.add_argument("--rehearse", action="store_true", help="suites gpu: try a few tiny cases on the CPU")
+    parser.add_argument("--prepare", action="store_true", help="suites gpu: compile everything, measure nothing")
     return parser
 
 
 def measure(suites, seconds, console):
-    """Runs the cases of some suites, printing each table when it is full; list of dicts ready for JSON."""
+    """Runs the cases of some suites, and prints the table of each when it is complete. Returns a list of dicts ready for JSON."""
     done = []
     for suite in suites:
         look, table = (weigh, memory_table) if suite == "memory" else (lambda case: compare(case, seconds), time_table)
@@ -567,8 +582,10 @@ def measure(suites, seconds, console):
 
 
 def main(argv=None, begun=None):
-    """Runs the command; returns 0, 1 if our result is wrong, or leaves with 2 for bad arguments. begun: what --limit counts from,
-    by default now."""
+    """Runs the command. Returns 0, or 1 if our result is wrong. Exits with 2 for bad arguments.
+
+    begun: the time (perf_counter) from which --limit counts, by default now.
+    """
     begun = perf_counter() if begun is None else begun
     parser = _parser()
     arguments = parser.parse_args(argv)
@@ -590,12 +607,12 @@ def _main_cpu(arguments, parser):
 
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=140)  # a file takes any width
+        console = Console(highlight=False, width=140)  # a file can have any width
     try:
         report = environment() | {"seconds_per_case": arguments.seconds}
         if (report["load_at_start"] or 0) > 0.5:
             load = f"{report['load_at_start']:.1f}"
-            console.print(f"the machine is busy (load {load}): expect other ratios than on a quiet one")
+            console.print(f"the machine is busy (load {load}): the ratios may differ from those on a quiet one")
         results = measure(SUITES[arguments.suite], arguments.seconds, console)
     except LeftOut as wrong:
         print(f"{parser.prog}: {wrong}", file=sys.stderr)
@@ -608,9 +625,11 @@ def _main_cpu(arguments, parser):
 
 
 def _main_gpu(arguments, parser, end):
-    """Plain text only: a machine with a GPU may have no rich."""
+    """Prints plain text only, because a machine with a GPU may not have rich."""
     if not (arguments.rehearse or torch.cuda.is_available()):
-        parser.error(f"--suite gpu needs a CUDA GPU: {_backend.why_not('cuda')}; --rehearse tries a few tiny cases on the CPU")
+        parser.error(
+            f"--suite gpu needs a CUDA GPU: {_backend.why_not('cuda')}; use --rehearse to try a few tiny cases on the CPU"
+        )
     device = CPU if arguments.rehearse else torch.device("cuda", torch.cuda.current_device())
     here, seconds, tiny = gpu_environment(device), arguments.seconds or 2.5, arguments.rehearse
     cases = GPU_SUITES[arguments.suite](gpu_cases(device, here["name"], tiny))

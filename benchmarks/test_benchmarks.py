@@ -1,7 +1,7 @@
 """The same cases under pytest-benchmark: `make bench`, or `pytest benchmarks -k "128 and fused"`.
 
-A group of its output compares the competitors of one case. It times them one after the other; `absgd-fast bench`
-interleaves them, so its ratios are the ones to quote. A timing is no test: what is asserted is the result.
+Each group of the output compares the competitors of one case. They are timed one after the other. `absgd-fast bench` interleaves
+them, so quote its ratios. A test fails only if a result is wrong, never because of a time.
 """
 
 from functools import lru_cache
@@ -23,7 +23,7 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-@lru_cache(maxsize=1)  # cases come one after the other, and the largest fills a gigabyte
+@lru_cache(maxsize=1)  # only one, because the largest case fills a gigabyte; the tests of a case come one after the other
 def data_of(case):
     return case.data()
 

@@ -1,8 +1,8 @@
-"""How every benchmark here is timed: in rounds that interleave the competitors, reported as medians and quartiles.
+"""Timing in rounds that interleave the competitors, reported as medians and quartiles.
 
-In each round every competitor has its turn, and another one begins each time. So a round gives one time per competitor and, from
-times taken under the same conditions, one ratio of two of them: what else the machine does mostly cancels. Python's garbage
-collector waits meanwhile.
+In each round every competitor has one turn, and each round begins with another one. So a round gives one time per competitor,
+and one ratio for each pair. The times of a round are taken under the same conditions, so the load of the machine mostly cancels
+in the ratios. Python's garbage collector is off during a turn.
 """
 
 import contextlib
@@ -15,13 +15,14 @@ import torch
 
 from .device import block_ns, synchronize
 
-BLOCK = 5e6  # ns: long against the clock and a cold start, short against what changes on a machine
-ROUNDS = (7, 101)  # at least, at most
+CPU = torch.device("cpu")
+BLOCK = 5e6  # ns of a turn: long compared with the clock's resolution and a cold start, short compared with changes of the load
+ROUNDS = (7, 101)  # the least and the largest number of rounds
 
 
 @contextlib.contextmanager
 def uncollected():
-    """Python's garbage collector waits; what it has to do is done before."""
+    """Runs Python's garbage collector, and keeps it off inside this context."""
     gc.collect()
     gc.disable()
     try:
@@ -31,14 +32,14 @@ def uncollected():
 
 
 def turns(names, rounds):
-    """The names in the order of each round: another one begins each time."""
+    """The order of the names in each round. Each round begins with another one."""
     for r in range(rounds):
         first = r % len(names)
         yield names[first:] + names[:first]
 
 
-def interleave(runs, seconds, device=torch.device("cpu")):
-    """{name: [µs per call in each round]} for {name: callable}, in about `seconds`. A turn is a block of calls."""
+def interleave(runs, seconds, device=CPU):
+    """{name: [µs per call in each round]} for {name: callable}, measured for about `seconds`. A turn is a block of calls."""
     block = partial(block_ns, device)
     calls = {name: max(1, round(BLOCK / min(block(run, 1) for _ in range(3)))) for name, run in runs.items()}
     times = {name: [] for name in runs}
@@ -53,9 +54,9 @@ def interleave(runs, seconds, device=torch.device("cpu")):
 
 
 def interleave_long(runs, rounds, before=lambda: None):
-    """{name: [seconds in each round]} for {name: callable} whose call takes so long that it is a turn by itself.
+    """{name: [seconds in each round]} for {name: callable}. A turn is one call; use this for calls that take long.
 
-    before: called before each turn, and not timed.
+    before: a function that is called before each turn and is not timed.
     """
     times = {name: [] for name in runs}
     for names in turns(list(runs), rounds):
@@ -69,7 +70,7 @@ def interleave_long(runs, rounds, before=lambda: None):
 
 
 def host_us(device, run, calls=20, rounds=15):
-    """µs of the host per call, once per round: what a call takes to return while the device's queue has room."""
+    """µs per call until it returns, once per round. The device's queue has room, so this is the time of the host."""
     out = []
     with uncollected():
         for _ in range(rounds):
@@ -84,11 +85,11 @@ def host_us(device, run, calls=20, rounds=15):
 
 
 def quartiles(values):
-    """{"median", "q1", "q3"}"""
+    """{"median", "q1", "q3"} of the values."""
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": median, "q1": q1, "q3": q3}
 
 
 def ratios(mine, theirs):
-    """The quartiles of mine over theirs, round by round."""
+    """The quartiles of the ratios mine / theirs of all rounds."""
     return quartiles([a / b for a, b in zip(mine, theirs, strict=True)])

@@ -34,11 +34,15 @@ MODULES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py"))
 SOURCES = sorted(p.relative_to(CSRC) for p in CSRC.rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"})
 
 
-def imported(path):
-    """Dotted names inside absgd_fast that a module imports, anywhere in it, each as a list of its parts."""
-    package = ("absgd_fast", *path.parent.parts)
+def imported(path, for_types=True):
+    """Dotted names inside absgd_fast that a module imports, anywhere in it, each as a list of its parts.
+
+    for_types: whether imports under `if TYPE_CHECKING:` count, which never run."""
+    package, tree = ("absgd_fast", *path.parent.parts), ast.parse((PACKAGE / path).read_text())
+    if not for_types:
+        tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
     found = []
-    for node in ast.walk(ast.parse((PACKAGE / path).read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             targets = [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -57,10 +61,10 @@ def own_imports(path):
 
 
 def imported_files(path):
-    """The files of absgd_fast that a module imports. A name from a package is the file of that name, else what the package's
-    __init__.py has."""
+    """The files of absgd_fast that a module imports when it runs. A name from a package is the file of that name, else what the
+    package's __init__.py has."""
     found = set()
-    for parts in imported(path):
+    for parts in imported(path, for_types=False):
         for end in range(len(parts), 0, -1):
             module = Path(*parts[:end])
             file = next((f for f in (module.with_suffix(".py"), module / "__init__.py") if f in MODULES), None)

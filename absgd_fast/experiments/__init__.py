@@ -1,9 +1,9 @@
-"""Real data with imbalanced classes or wrong labels: train on it, compare methods over seeds, report.
+"""Experiments on real data with imbalanced classes or wrong labels: train, compare methods over seeds, report.
 
-`data` makes the splits, `models` the networks, `train` runs the methods seed by seed, `checkpoint` keeps what they have come
-to, `report` tells what came out (its numbers are made in `summary`, its sentences in `words`, its plots in `plots` and `style`).
-The command line's `train` is the usual way in; the functions serve scripts as well.
+`data` makes the splits and `models` the networks. `methods` has the training methods, and `train` runs them seed by seed.
+`checkpoint` saves the state of a training. `report` writes the report; `summary` computes its numbers, `words` its sentences, and
+`plots` its plots, whose look is in `style`. The usual way in is the command line's `train`; scripts may call the functions.
 
-Needs what `pip install "absgd_fast[experiments]"` adds (scikit-learn, matplotlib, jinja2, rich). Nothing else in the
-package imports this part.
+This package needs the extras of `pip install "absgd_fast[experiments]"` (scikit-learn, matplotlib, jinja2, rich). No other part
+of absgd_fast imports it.
 """

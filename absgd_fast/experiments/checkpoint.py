@@ -1,12 +1,14 @@
-"""Checkpoints of a training: a file that is whole or not there, and that is told from every other file.
+"""Checkpoints of a training. A checkpoint file is either complete or absent, and load() recognises every other file.
 
-    save(path, parts)     beside its place, onto the disk, then into its place
-    load(path)            the parts, or a ValueError that says what the file is instead
-    Keeper(path, about)   calls save every so often while train.runs is training
+    save(path, parts)     writes a temporary file beside `path`, flushes it to the disk, and renames it
+    load(path)            returns the parts, or raises a ValueError that says what the file is instead
+    Keeper(path, about)   calls save from time to time while train.runs is training
 
-Parts are tensors and plain values (numbers, strings, None, lists, tuples, dicts), so loading a file runs nothing that it
-names. The file is torch.save's: a zip, which has a CRC-32 of each record.
+The parts are tensors and plain values (numbers, strings, None, lists, tuples, dicts). Loading therefore never runs code that a
+file names. The format is that of torch.save: a zip file, which has a CRC-32 of each record.
 """
+
+from __future__ import annotations
 
 import hashlib
 import importlib
@@ -17,25 +19,28 @@ import sys
 import time
 import zipfile
 from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 FORMAT = "checkpoint of absgd-fast train"
-VERSION = 1  # raise it when the parts change their meaning: an older file is then refused by name
+VERSION = 1  # raise it when the parts change their meaning; load() then refuses older files and names their version
 
 PLAIN = (float, int, str, bool, type(None), torch.Tensor)
 
-EVERY_SECONDS = 30  # by default as much work is lost at most, and a checkpoint takes milliseconds
+EVERY_SECONDS = 30  # by default, this is the most work that a crash loses; writing a checkpoint takes milliseconds
 
 
-def write_whole(path, content):
-    """Writes bytes to `path` so that, whenever this process or the machine stops, the old file or the new one is there.
+def write_whole(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
+    """Writes bytes to `path`. Whenever the process or the machine stops, either the old or the new file is there, complete.
 
-    A killed writer leaves `.NAME.unfinished` behind, which the next one overwrites.
+    A killed writer leaves `.NAME.unfinished` behind. The next writer overwrites it.
 
     Raises:
-        OSError: the old file is as it was then.
+        OSError: it could not be written. The old file is unchanged.
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.unfinished")
@@ -43,7 +48,7 @@ def write_whole(path, content):
         with open(unfinished, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # the content before the name: else a crash may leave the new name of an empty file
+            os.fsync(file.fileno())  # before the rename, or a crash may leave an empty file under the new name
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -55,16 +60,16 @@ def write_whole(path, content):
             os.close(folder)
 
 
-def save(path, parts):
-    """Writes a checkpoint; the folder is made if need be.
+def save(path: str | os.PathLike[str], parts: dict[str, Any]) -> None:
+    """Writes a checkpoint, and creates its folder if there is none.
 
     Args:
         path: the file.
         parts: dict of tensors and plain values.
 
     Raises:
-        OSError: it could not be written; what was there before still is.
-        TypeError: a part is something else, which load() would refuse when it is too late.
+        OSError: it could not be written. An older file at `path` is unchanged.
+        TypeError: a part is neither a tensor nor a plain value, so load() would refuse the file.
 
     Example:
         >>> import tempfile, torch
@@ -75,13 +80,13 @@ def save(path, parts):
         {'epoch': 3, 'weights': tensor([1., 1.])}
     """
     _check_plain(parts, "parts")
-    buffer = io.BytesIO()  # in memory first: torch would say RuntimeError where a disk is full
+    buffer = io.BytesIO()  # in memory first, because torch raises RuntimeError instead of OSError when a disk is full
     torch.save({"format": FORMAT, "version": VERSION, "parts": parts}, buffer)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, buffer.getbuffer())
 
 
-def _check_plain(value, where):
+def _check_plain(value: Any, where: str) -> None:
     kind = type(value)
     if kind in (dict, OrderedDict, Counter):
         for name, part in value.items():
@@ -94,12 +99,12 @@ def _check_plain(value, where):
         raise TypeError(f"{where}: got {kind.__module__}.{kind.__qualname__}, expected tensors and plain values")
 
 
-def load(path):
-    """The parts that save() was given.
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The parts that were given to save(), with all tensors on the CPU.
 
     Raises:
-        ValueError: the file is something else, damaged, cut short, or of another version; the message has one line with
-            its name, what was found and what was expected.
+        ValueError: the file is damaged, cut short, of another version or no checkpoint at all. The message is one line with the
+            name of the file, what was found and what was expected.
         OSError: it could not be read.
     """
     content = Path(path).read_bytes()
@@ -108,41 +113,41 @@ def load(path):
         raise ValueError(f"{here} {problem}, expected a {FORMAT}")
     try:
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    # what a file made by others may raise here is not to be foretold
+    # a file that another program made may raise anything here
     except Exception:
         found = None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(f"{here} is a torch file, but no {FORMAT}")
+        raise ValueError(f"{here} is a torch file, but not a {FORMAT}")
     if found.get("version") != VERSION:
         raise ValueError(f"{here} has version {found.get('version')} of the format, this absgd_fast reads version {VERSION}")
     return found["parts"]
 
 
-def _damage(content):
-    """Why these bytes are no whole file of torch.save, or None."""
+def _damage(content: bytes) -> str | None:
+    """The reason why these bytes are not a complete file of torch.save, or None if they are one."""
     if not content:
         return "is empty"
     if not content.startswith(b"PK\x03\x04"):
-        return f"is no zip file (it begins with {content[:8]!r})"
+        return f"is not a zip file (it begins with {content[:8]!r})"
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as file:
             if record := file.testzip():
                 return f"is damaged (its record {record!r} is not what was written)"
             if not any(name.endswith("/data.pkl") for name in file.namelist()):
-                return "is a zip file, but none of torch's"
-    except zipfile.BadZipFile as error:  # a zip has its directory at the end
+                return "is a zip file, but not one of torch's"
+    except zipfile.BadZipFile as error:  # the directory of a zip file is at its end, so a file that was cut short has none
         return f"is cut short or damaged ({error})"
-    # a flipped bit may turn into an unknown compression, a password, a length beyond the end
+    # a flipped bit may look like an unknown compression, a password, or a length beyond the end
     except Exception as error:
         return f"is damaged ({type(error).__name__}: {error})"
     return None
 
 
-# ------------------------------------------------------------------------------------------------ what parts are made of
+# ------------------------------------------------------------------------------------------------ digests and random state
 
 
-def digest(tensors):
-    """sha256 (64 hex digits) of the names, dtypes, shapes and bits of {name: tensor}, in this order.
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 (64 hex digits) of the names, dtypes, shapes and bits of {name: tensor}. The order of the entries counts.
 
     Example:
         >>> import torch
@@ -153,24 +158,24 @@ def digest(tensors):
     sha = hashlib.sha256()
     for name, tensor in tensors.items():
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
-def random_state():
-    """The global random generators (torch's of the CPU, Python's, numpy's if in use) as parts of a checkpoint.
+def random_state() -> dict[str, Any]:
+    """The state of the global random generators, as a part of a checkpoint: torch's for the CPU, Python's, and numpy's if in use.
 
-    The training itself draws from generators of its own; these are for layers such as dropout, which take torch's.
+    The training loop draws from generators of its own. Layers such as dropout draw from torch's global one.
     """
-    state = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if "numpy.random" in sys.modules:
         name, keys, *others = sys.modules["numpy.random"].get_state()
         state["numpy"] = (name, keys.tolist(), *others)
     return state
 
 
-def restore_random_state(state):
-    """Puts back what random_state() gave.
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Restores a state that random_state() returned.
 
     Example:
         >>> import torch
@@ -188,47 +193,50 @@ def restore_random_state(state):
         importlib.import_module("numpy.random").set_state(state["numpy"])
 
 
-# ------------------------------------------------------------------------------------------------ when
+# ------------------------------------------------------------------------------------------------ when to save
 
 
 class Keeper:
-    """Writes the state of train.runs(keep=Keeper(...)) to a file from time to time.
+    """Writes the state of a training to a file from time to time: train.runs(..., keep=Keeper(...)).
 
-    When it does so has no influence on the results.
+    The results do not depend on when it writes.
 
     Args:
         path: the file.
-        about: dict of parts that do not change, such as the configuration; saved beside the state.
-        every: after this many optimizer steps; 0 = after the first step that ends EVERY_SECONDS or more after the last
-            checkpoint (or the start).
+        about: dict of parts that do not change, such as the configuration. They are saved beside the state.
+        every: the number of optimizer steps between two checkpoints. 0 means that a step writes one if it ends at least
+            EVERY_SECONDS after the last checkpoint (or after the start).
     """
 
-    def __init__(self, path, about, every=0):
+    def __init__(self, path: str | os.PathLike[str], about: dict[str, Any], every: int = 0) -> None:
         self.path, self.about, self.every = Path(path), about, every
         self._steps, self._written = 0, time.monotonic()
-        self._between = None  # the state after the last finished run, unless a later one is in the file
+        # the state after the last finished run, unless the file already has a later state
+        self._between: dict[str, Any] | None = None
 
-    def __call__(self, take, finished):
-        """As train.runs calls it: take() makes the state, after a step, or when a run is finished and handed over."""
+    def __call__(self, take: Callable[[], dict[str, Any]], finished: bool) -> None:
+        """train.runs calls this after each step, and with finished=True after each run. take() returns the state."""
         if finished:
-            self._between = take()  # no tensors of a model in it: cheap
+            self._between = take()  # cheap, because it holds no tensors of a model
             return
         self._steps += 1
         if self._steps % self.every == 0 if self.every else time.monotonic() - self._written >= EVERY_SECONDS:
             self._write(take())
 
-    def interrupted(self):
-        """To be called when runs() was stopped by an exception, where the state of a step may be half a step's. Sees to it
-        that every finished run is in the file, and returns whether there is one."""
+    def interrupted(self) -> bool:
+        """Call this when an exception stopped runs(). Returns whether there is a checkpoint file.
+
+        The exception may have come in the middle of a step, so no new state is taken. The file gets every finished run.
+        """
         if self._between is not None:
             self._write(self._between)
         return self.path.is_file()
 
-    def done(self):
-        """To be called once the results are safe: removes the file."""
+    def done(self) -> None:
+        """Removes the file. Call this once the results are written."""
         self.path.unlink(missing_ok=True)
         self.path.with_name(f".{self.path.name}.unfinished").unlink(missing_ok=True)
 
-    def _write(self, state):
+    def _write(self, state: dict[str, Any]) -> None:
         save(self.path, self.about | {"state": state})
         self._between, self._written = None, time.monotonic()

@@ -1,14 +1,21 @@
-"""Data sets as tensors, long-tailed and step imbalance, label noise: every random choice follows from a seed.
+"""Data sets as tensors, with long-tailed or step imbalance and label noise. A seed determines every random choice.
 
-Source --draw(seed)--> Split: images, labels to train on (some of them flipped), the true labels, a clean test set
+load_source() returns a Source, the whole data set. draw(source, seed) returns a Split: training images, the labels to train on
+(some of them flipped), their true labels, and a clean test set.
 """
 
+from __future__ import annotations
+
 import math
+import os
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .checkpoint import digest
 
@@ -16,26 +23,26 @@ DATASETS = ("digits", "digits-9-4", "cifar10", "cifar100")
 IMBALANCES = ("lt", "step")
 NOISES = ("symmetric", "uniform", "asymmetric", "background")
 
-# Which class each CIFAR-10 class is mistaken for (Patrini et al. 2017): truck → automobile, bird → airplane,
-# deer → horse, cat ↔ dog; the other five keep their label.
+# The class that each CIFAR-10 class is mistaken for (Patrini et al. 2017): truck → automobile, bird → airplane,
+# deer → horse, cat ↔ dog. The other five classes keep their labels.
 CIFAR10_MAPPING = (0, 1, 0, 5, 7, 3, 6, 7, 8, 1)
 
-# One stream of random numbers for each kind of choice: changing the noise then leaves the split as it was.
+# Each kind of choice has its own stream of random numbers, so another kind of noise does not change the split.
 SPLIT, NOISE, INIT, ORDER, METHOD = range(5)
 
 
-def generator(seed, stream):
-    """The random generator (CPU) of one `stream` (SPLIT, NOISE, INIT, ORDER, METHOD) under one seed."""
+def generator(seed: int, stream: int) -> torch.Generator:
+    """The random generator (CPU) of a seed for one `stream`: SPLIT, NOISE, INIT, ORDER or METHOD."""
     return torch.Generator().manual_seed(1_000_003 * seed + stream)
 
 
-def class_counts(n_max, n_classes, kind="lt", rho=100.0):
-    """How many training samples each class keeps, largest class first.
+def class_counts(n_max: int, n_classes: int, kind: str = "lt", rho: float = 100.0) -> list[int]:
+    """The number of training samples that each class keeps, largest class first.
 
         lt:    n_c = n_max · rho^(−c/(C−1))                  exponential decay from n_max to n_max/rho
         step:  n_max for the first half of the classes (the larger half when C is odd), n_max/rho for the others
 
-    each rounded down and at least 1.
+    Each number is rounded down and is at least 1.
 
     Args:
         n_max: samples of the largest class.
@@ -65,40 +72,49 @@ def class_counts(n_max, n_classes, kind="lt", rho=100.0):
     if not (math.isfinite(rho) and rho >= 1):
         raise ValueError(f"class_counts: rho (largest over smallest class) is a finite number ≥ 1, got {rho}")
     if kind == "lt":
-        shares = [rho ** (-c / max(n_classes - 1, 1)) for c in range(n_classes)]
+        fractions = [rho ** (-c / max(n_classes - 1, 1)) for c in range(n_classes)]
     else:
         head = (n_classes + 1) // 2
-        shares = [1.0] * head + [1 / rho] * (n_classes - head)
-    # The factor keeps an exact whole number, such as 1000 · 1000^(−1/3) = 100, from being rounded down to 99.
-    return [max(1, math.floor(n_max * share * (1 + 1e-12))) for share in shares]
+        fractions = [1.0] * head + [1 / rho] * (n_classes - head)
+    # Without the last factor, rounding errors would make 99 of an exact whole number such as 1000 · 1000^(−1/3) = 100.
+    return [max(1, math.floor(n_max * fraction * (1 + 1e-12))) for fraction in fractions]
 
 
-def add_noise(labels, kind, rate, n_classes, seed, *, mapping=None, background=0):
-    """A copy of the labels in which each one is flipped with probability `rate`, independently.
+def add_noise(
+    labels: Tensor | Sequence[int],
+    kind: str,
+    rate: float,
+    n_classes: int,
+    seed: int,
+    *,
+    mapping: Sequence[int] | None = None,
+    background: int = 0,
+) -> Tensor:
+    """A copy of the labels in which each label is flipped with probability `rate`, independently of the others.
 
-        symmetric, uniform   two names for one thing: to one of the C − 1 other classes, all equally likely
+        symmetric, uniform   (two names of the same noise) to one of the C − 1 other classes, all equally likely
         asymmetric           to mapping[c]; by default to the next class, (c + 1) mod C
-        background           to the class `background`, whose own samples keep their label
+        background           to the class `background`; samples of this class keep their label
 
-    So symmetric noise never flips a label to itself: `rate` is the share of wrong labels. (Some papers draw from all C
-    classes, which leaves rate/C of the labels right by chance.)
+    Symmetric noise never flips a label to itself, so `rate` is the expected fraction of wrong labels. (Some papers draw from
+    all C classes, which leaves rate/C of the labels right by chance.)
 
     Args:
-        labels: (N,) integers in [0, n_classes), any integer dtype. Not modified.
+        labels: (N,) integers in [0, n_classes), any integer dtype. They are not modified.
         kind: "symmetric", "uniform", "asymmetric" or "background".
         rate: flip probability in [0, 1).
         n_classes: C, at least 2.
-        seed: int; the same seed flips the same samples to the same classes.
-        mapping: for asymmetric noise, C class indices: what each class is mistaken for. A class mapped to itself is
-            never flipped. `CIFAR10_MAPPING` is the one usual for CIFAR-10.
-        background: for background noise, the class that labels flip to.
+        seed: the same seed flips the same samples to the same classes.
+        mapping: for asymmetric noise, C class indices: the class that each class is mistaken for. A class that is mapped to
+            itself is never flipped. `CIFAR10_MAPPING` is the usual mapping for CIFAR-10.
+        background: for background noise, the class that labels are flipped to.
 
     Returns:
         (N,) tensor of the labels' dtype, on their device.
 
     Raises:
-        ValueError: unknown kind, rate outside [0, 1), fewer than 2 classes, a label, mapping or background class out of
-            range, labels that are not a vector of integers.
+        ValueError: an unknown kind, a rate outside [0, 1), fewer than 2 classes, a label, mapping or background class out of
+            range, or labels that are not a vector of integers.
 
     Example:
         >>> import torch
@@ -126,7 +142,7 @@ def add_noise(labels, kind, rate, n_classes, seed, *, mapping=None, background=0
     random, old = generator(seed, NOISE), labels.cpu().long()
     flips = torch.rand(len(old), generator=random, dtype=torch.float64) < rate
     if kind in ("symmetric", "uniform"):
-        # adding 1 … C−1 modulo C reaches every class but the sample's own
+        # adding 1 … C−1 modulo C reaches every class except the sample's own
         new = (old + torch.randint(1, n_classes, (len(old),), generator=random)) % n_classes
     elif kind == "asymmetric":
         mapping = [(c + 1) % n_classes for c in range(n_classes)] if mapping is None else list(mapping)
@@ -145,29 +161,29 @@ def add_noise(labels, kind, rate, n_classes, seed, *, mapping=None, background=0
 
 @dataclass(frozen=True)
 class Source:
-    """A data set before any seed is drawn. Without a test part of its own, draw() holds test samples back.
+    """A whole data set, before a seed chooses samples from it. If it has no test set, draw() holds test samples back.
 
-    Images are (N, channels, height, width): uint8 0…255, or float as the model is to see them.
+    Images are (N, channels, height, width), either uint8 0…255 or floats that go into the model as they are.
     """
 
     name: str
     classes: int
-    images: torch.Tensor
-    labels: torch.Tensor  # (N,) int64
-    test: tuple | None  # (images, labels), or None
-    n_max: int  # training samples of a full class
-    n_test: int = 0  # test samples held back per class where test is None
-    mapping: tuple | None = None  # of asymmetric noise; None = the next class
-    augment: bool = False  # random crops and mirror images while training
+    images: Tensor
+    labels: Tensor  # (N,) int64
+    test: tuple[Tensor, Tensor] | None  # (images, labels), or None
+    n_max: int  # training samples of a class without imbalance
+    n_test: int = 0  # test samples held back per class if test is None
+    mapping: tuple[int, ...] | None = None  # of asymmetric noise; None = the next class
+    augment: bool = False  # whether training shifts and mirrors the images at random
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         """(channels, height, width) of an image."""
         return tuple(self.images.shape[1:])
 
     @property
-    def fingerprint(self):
-        """Its name, size and digest in a line: equal for equal images and labels only. Half a second for CIFAR."""
+    def fingerprint(self) -> str:
+        """Its name, size and digest in one line, equal only for equal images and labels. It takes half a second for CIFAR."""
         parts = {"images": self.images, "labels": self.labels}
         parts |= dict(zip(("test images", "test labels"), self.test or ()))
         size = "×".join(map(str, self.shape))
@@ -176,32 +192,30 @@ class Source:
 
 @dataclass(frozen=True)
 class Split:
-    """What one seed makes of a Source; every method of that seed trains on the very same one.
+    """The training and test set that draw() makes of a Source for one seed. All methods of this seed train on the same Split."""
 
-    x, x_test: float32 (N, channels, height, width), (N_test, …); y: the labels to train on, some wrong under noise;
-    y_true: the right ones; y_test: clean. Labels are int64 (N,), (N_test,).
-    """
-
-    x: torch.Tensor
-    y: torch.Tensor
-    y_true: torch.Tensor
-    x_test: torch.Tensor
-    y_test: torch.Tensor
+    x: Tensor  # (N, channels, height, width) float32
+    y: Tensor  # (N,) int64: the labels to train on; under noise some are wrong
+    y_true: Tensor  # (N,) int64: the right labels
+    x_test: Tensor  # (N_test, channels, height, width) float32
+    y_test: Tensor  # (N_test,) int64, without noise
 
 
-def load_source(name, data_root=None):
-    """The data set "digits" (scikit-learn's), "digits-9-4", "cifar10" or "cifar100" (from `data_root`, see load_cifar).
+def load_source(name: str, data_root: str | os.PathLike[str] | None = None) -> Source:
+    """Loads a data set.
 
-    digits-9-4 has the nines as class 0 and the fours as class 1, so that under imbalance the nines dominate, as in the L2RW paper
-    (Sec. 4.1).
+    Args:
+        name: "digits" (scikit-learn's), "digits-9-4" (its nines as class 0 and its fours as class 1; under imbalance the nines
+            dominate, as in the L2RW paper, Sec. 4.1), "cifar10" or "cifar100".
+        data_root: for CIFAR, the folder of its files (see load_cifar).
 
     Raises:
-        ValueError: unknown name; CIFAR without data_root, or files that do not hold it.
-        FileNotFoundError: no CIFAR files under data_root.
+        ValueError: an unknown name, CIFAR without data_root, or files that do not hold the data set.
+        FileNotFoundError: there are no CIFAR files under data_root.
         ImportError: digits without scikit-learn.
     """
     if name in ("digits", "digits-9-4"):
-        from sklearn.datasets import load_digits  # costs a second to import: only when asked for
+        from sklearn.datasets import load_digits  # here and not above, because this import takes a second
 
         bunch = load_digits()
         # 1797 images of 8×8 with grey values 0…16, at least 174 per class.
@@ -213,7 +227,7 @@ def load_source(name, data_root=None):
         return Source(name, 2, images[kept], (labels[kept] == 4).long(), None, n_max=100, n_test=80)
     if name in ("cifar10", "cifar100"):
         if data_root is None:
-            raise ValueError(f"{name} is read from your disk: say with --data-root where its python files are")
+            raise ValueError(f"{name} is read from your disk: give the folder of its python files with --data-root")
         x, y, x_test, y_test = load_cifar(data_root, name)
         classes = 10 if name == "cifar10" else 100
         n_max = int(torch.bincount(y, minlength=classes).min())
@@ -224,11 +238,21 @@ def load_source(name, data_root=None):
     raise ValueError(f"unknown data set {name!r}; use one of {', '.join(DATASETS)}")
 
 
-def draw(source, seed, *, imbalance="none", rho=100.0, noise="none", rate=0.0):
-    """Draws the split of one seed: which samples train and test, how many of each class, which labels are wrong.
+def draw(
+    source: Source, seed: int, *, imbalance: str = "none", rho: float = 100.0, noise: str = "none", rate: float = 0.0
+) -> Split:
+    """Draws the split of one seed: the samples for training and for testing, and the wrong labels.
 
-    Images stored as bytes are standardised per channel with the training part's mean and standard deviation, others
-    are taken as they are. Imbalance comes before noise, and the test part gets neither.
+    Imbalance is applied before noise. The test set gets neither. Images stored as bytes are standardised per channel with the
+    mean and standard deviation of the training images; other images are taken as they are.
+
+    Args:
+        source: the data set.
+        seed: determines all choices.
+        imbalance: "none", or the kind of class_counts.
+        rho: as for class_counts.
+        noise: "none", or the kind of add_noise.
+        rate: as for add_noise.
 
     Raises:
         ValueError: as class_counts and add_noise.
@@ -237,16 +261,16 @@ def draw(source, seed, *, imbalance="none", rho=100.0, noise="none", rate=0.0):
     if imbalance != "none":
         keep = class_counts(source.n_max, source.classes, imbalance, rho)
     random = generator(seed, SPLIT)
-    train, held_back = [], []
+    train_of, test_of = [], []
     for c, count in enumerate(keep):
         members = torch.nonzero(source.labels == c).flatten()
         members = members[torch.randperm(len(members), generator=random)]
-        train.append(members[:count])
-        # the test samples stand behind the full class's place, so an imbalance does not change them
-        held_back.append(members[source.n_max : source.n_max + source.n_test])
-    train = torch.cat(train)
+        train_of.append(members[:count])
+        # the test samples begin after the place of a full class, so an imbalance does not change them
+        test_of.append(members[source.n_max : source.n_max + source.n_test])
+    train = torch.cat(train_of)
     if source.test is None:
-        held_back = torch.cat(held_back)
+        held_back = torch.cat(test_of)
         x_test, y_test = source.images[held_back], source.labels[held_back]
     else:
         x_test, y_test = source.test
@@ -257,24 +281,26 @@ def draw(source, seed, *, imbalance="none", rho=100.0, noise="none", rate=0.0):
     return Split(x, y, y_true, x_test, y_test)
 
 
-def clean_part(split, per_class):
-    """(images, right labels) of the first `per_class` training samples of each class, or of as many as there are: what somebody
-    has looked through. They are drawn from the training set and stay in it (L2RW paper, Sec. 3.1 and 4.1), with the labels
-    they have there."""
+def clean_part(split: Split, per_class: int) -> tuple[Tensor, Tensor]:
+    """The clean samples of L2RW: images and right labels of the first `per_class` training samples of each class.
+
+    Smaller classes give all their samples. The samples also stay in the training set, with the labels that they have there (L2RW
+    paper, Sec. 3.1 and 4.1).
+    """
     classes = range(int(split.y_true.max()) + 1)
     kept = torch.cat([torch.nonzero(split.y_true == c).flatten()[:per_class] for c in classes])
     return split.x[kept], split.y_true[kept]
 
 
-def _standardise(x, x_test):
-    # (B, channels, H, W) uint8 → float, with mean 0 and standard deviation 1 per channel over the training part
+def _standardise(x: Tensor, x_test: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, channels, H, W) uint8 → float32. Over the training images each channel has mean 0 and standard deviation 1."""
     x, x_test = x.float(), x_test.float()
     mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
     return (x - mean) / std, (x_test - mean) / std
 
 
-def augment(x, random):
-    """Each image of the batch (B, C, H, W) shifted by up to 4 pixels and, half of the time, mirrored (He et al. 2016)."""
+def augment(x: Tensor, random: torch.Generator) -> Tensor:
+    """Shifts each image of a batch (B, C, H, W) by up to 4 pixels and mirrors it with probability 1/2 (He et al. 2016)."""
     n, channels, height, width = x.shape
     shift = torch.randint(0, 9, (2, n, 1), generator=random)
     rows, columns = shift[0] + torch.arange(height), shift[1] + torch.arange(width)
@@ -287,20 +313,21 @@ def augment(x, random):
 
 # ------------------------------------------------------------------------------------------------ CIFAR
 
+# name: folder, training files, test file, key of the labels, classes
 _CIFAR = {
     "cifar10": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], "test_batch", b"labels", 10),
     "cifar100": ("cifar-100-python", ["train"], "test", b"fine_labels", 100),
 }
 
 
-def load_cifar(root, name):
-    """CIFAR-10 or CIFAR-100 from the python files that https://www.cs.toronto.edu/~kriz/cifar.html distributes.
+def load_cifar(root: str | os.PathLike[str], name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loads CIFAR-10 or CIFAR-100 from the python files of https://www.cs.toronto.edu/~kriz/cifar.html.
 
-    The files are pickles, which can run any code when loaded; here only what makes up a dict of bytes, numbers and
-    numpy arrays is let through.
+    The files are pickles. A pickle can run any code when it is loaded, so this loader accepts only a dict of bytes, numbers and
+    numpy arrays, and refuses everything else.
 
     Args:
-        root: the unpacked folder (cifar-10-batches-py or cifar-100-python), or the one it lies in.
+        root: the unpacked folder (cifar-10-batches-py or cifar-100-python), or the folder that contains it.
         name: "cifar10" or "cifar100".
 
     Returns:
@@ -308,7 +335,7 @@ def load_cifar(root, name):
         (CIFAR-100: the 100 fine classes).
 
     Raises:
-        ValueError: unknown name; a file that does not hold what it should (its name is in the message).
+        ValueError: an unknown name, or a file that is not a CIFAR batch (the message names it).
         FileNotFoundError: a file is missing.
 
     Example:
@@ -320,22 +347,22 @@ def load_cifar(root, name):
     if name not in _CIFAR:
         raise ValueError(f"load_cifar: unknown data set {name!r}; use cifar10 or cifar100")
     folder, train, test, key, classes = _CIFAR[name]
-    root = Path(root)
-    if (root / folder).is_dir():
-        root = root / folder
+    here = Path(root)
+    if (here / folder).is_dir():
+        here = here / folder
     for file in (*train, test):
-        if not (root / file).is_file():
+        if not (here / file).is_file():
             raise FileNotFoundError(
-                f"load_cifar: no file {file!r} in {root}; unpack {name}'s python version there (folder {folder}, "
+                f"load_cifar: no file {file!r} in {here}; unpack {name}'s python version there (folder {folder}, "
                 "from https://www.cs.toronto.edu/~kriz/cifar.html)"
             )
-    parts = [_read_batch(root / file, key, classes) for file in train]
+    parts = [_read_batch(here / file, key, classes) for file in train]
     x, y = (torch.cat(tensors) for tensors in zip(*parts))
-    return (x, y, *_read_batch(root / test, key, classes))
+    return (x, y, *_read_batch(here / test, key, classes))
 
 
-def _read_batch(path, key, classes):
-    """One file → (n, 3, 32, 32) uint8, (n,) int64."""
+def _read_batch(path: Path, key: bytes, classes: int) -> tuple[Tensor, Tensor]:
+    """The images (n, 3, 32, 32) uint8 and labels (n,) int64 of one file."""
     import numpy as np
 
     try:
@@ -346,16 +373,16 @@ def _read_batch(path, key, classes):
             raise ValueError(f"{key.decode()}: {len(labels)}, but data is not a uint8 array of {len(labels)} × 3072")
         if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise ValueError(f"labels are not one or more classes in [0, {classes})")
-    # whatever bytes stand in the file, the caller gets one kind of error
+    # the bytes may raise anything; the caller gets one kind of error
     except Exception as error:
         raise ValueError(f"load_cifar: {path} is not a CIFAR batch file ({type(error).__name__}: {error})") from error
     return torch.from_numpy(pixels.copy()).view(-1, 3, 32, 32), labels
 
 
 class _Unpickler(pickle.Unpickler):
-    """Only numpy arrays and plain values: anything else a pickle names, such as os.system, is refused."""
+    """Loads numpy arrays and plain values. It refuses everything else that a pickle may name, such as os.system."""
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         import numpy as np
 
         core = getattr(np, "_core", None) or np.core  # numpy 2 renamed it
@@ -373,8 +400,8 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it asks for {asked}, which has no place in a CIFAR file") from None
 
 
-def _latin1_bytes(text, encoding):
-    # how Python 3 writes bytes in the old pickle protocols; no other codec is let through
+def _latin1_bytes(text: str, encoding: str) -> bytes:
+    # Python 3 writes bytes like this in the old pickle protocols; other codecs are refused
     if encoding not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError(f"it asks for the codec {encoding!r}")
     return text.encode("latin1")

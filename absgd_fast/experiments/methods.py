@@ -1,225 +1,229 @@
-"""The ways to train that `absgd-fast train --methods` compares, and what each needs of the loop in train.py.
+"""The training methods that `absgd-fast train --methods` compares. METHODS has a function for each name; it builds a Method.
 
 sgd, absgd, reference                      plain momentum SGD, ABSGD, the reference package
-term, eg, cvar, chi2, groupdro             other rules from losses to weights (absgd_fast.weights)
+term, eg, cvar, chi2, groupdro             other weightings (absgd_fast.weights)
 l2rw                                       weights from a clean batch (absgd_fast.meta)
-proportion, resample, hard-mining, random  what the L2RW paper compares with (Sec. 4.1)
+proportion, resample, hard-mining, random  the methods that the L2RW paper compares with (Sec. 4.1)
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import absgd_fast as ab
 
-from .. import _backend
-from ..ops import OPERATORS, WITH_GRAD
 from . import data
 
-MOMENTUM = 0.9  # the reference package has it built in, so it is everybody's
+if TYPE_CHECKING:
+    from .train import Config
+
+MOMENTUM = 0.9  # the reference package has no other, so all methods use it
 
 # name: (our fused loss, torch's counterpart)
 LOSSES = {"ce": (ab.CrossEntropy, nn.CrossEntropyLoss)}
 
+Weighting = Callable[..., Tensor]  # losses, and groups if it has such an argument → weights of mean 1
+
+
+class Stateful(Protocol):
+    """Whatever has a state that a checkpoint must hold."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: Any, /) -> object:
+        """Puts back what state_dict() gave."""
+        ...
+
 
 @dataclass
 class Method:
-    """What one way of training needs: loss(logits, labels), an optimizer, what to call after each epoch, weights() → (B,),
-    the weights of the batch just trained on (1 on average, None = all 1), and by name whatever has a state that a checkpoint
-    must hold beside the optimizer."""
+    """One way of training, as the loop in train.py uses it.
 
-    loss: Callable
-    optimizer: Any
-    after_epoch: Callable = lambda: None
-    weights: Callable = lambda: None
-    stateful: dict = field(default_factory=dict)
+    Args:
+        loss: loss(logits, labels) → the loss of a batch.
+        optimizer: a torch optimizer for all parameters of the model.
+        after_epoch: called after each epoch.
+        weights: weights() → the (B,) weights of the batch just trained on, 1 on average; None = all are 1.
+        stateful: by name, everything beside the optimizer whose state a checkpoint must hold.
+    """
 
-    def __post_init__(self):
+    loss: Callable[[Tensor, Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+    after_epoch: Callable[[], None] = lambda: None
+    weights: Callable[[], Tensor | None] = lambda: None
+    stateful: dict[str, Stateful] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
         self.stateful = {"optimizer": self.optimizer} | self.stateful
 
-    def choose(self, batch):
-        """The samples (indices) to train on where it is the turn of `batch`."""
+    def choose(self, batch: Tensor) -> Tensor:
+        """The indices of the samples to train on when it is the turn of those in `batch`."""
         return batch
 
-    def step(self, model, images, labels):
+    def step(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         """Forward, backward and the optimizer's step."""
         loss = self.loss(model(images), labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
+        """The state of each part of `stateful`, by name."""
         return {name: part.state_dict() for name, part in self.stateful.items()}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what state_dict() gave."""
         for name, part in self.stateful.items():
             part.load_state_dict(state[name])
 
 
-# Elements of the per-sample gradients of a linear model up to which they are stepped with by themselves: on digits' 41,600 a
-# step takes 80 to 110 µs instead of 240 to 360, at 504,000 0.6 of the other's time, at 983,000 as long.
-OUTER_PRODUCTS = 2**18
+Parameters = Iterable[nn.Parameter]
 
 
-class _LinearMethod(Method):
-    """ABSGD on softmax regression without a graph: the gradient of a sample is the outer product of its logits' gradient and
-    its pixels, and one pass over all of them makes the weights, log s and the step (functional.weighted_momentum_step_). The
-    loss and the optimizer hold the state, as ever."""
-
-    def step(self, model, images, labels):
-        pixels, layer, (group,), loss = images.flatten(1), model[-1], self.optimizer.param_groups, self.loss
-        params, state = [layer.weight, layer.bias], self.optimizer.state
-        for p in params:
-            if "momentum_buffer" not in state[p]:
-                state[p]["momentum_buffer"] = torch.zeros_like(p)
-        with torch.no_grad():
-            logits = layer(pixels)
-            *spec, bits = loss.criterion.spec(logits)
-            losses, slopes, _ = OPERATORS["cpu"].logit_loss(
-                logits, labels, *spec, bits | WITH_GRAD
-            )  # what autograd would be told
-            log_s = ab.functional.weighted_momentum_step_(
-                params,
-                [state[p]["momentum_buffer"] for p in params],
-                [slopes[:, :, None] * pixels[:, None, :], slopes],
-                losses,
-                loss.log_s,
-                lam=loss.lam,
-                gamma=loss.gamma,
-                mix=loss.mix,
-                lr=group["lr"],
-                momentum=group["momentum"],
-                weight_decay=group["weight_decay"],
-            )
-            loss.log_s.copy_(log_s)
-        self.optimizer._opt_called = True  # what a schedule asks for before it is stepped
-        self.weights = lambda: torch.exp(losses / loss.lam - log_s) if loss.lam.isfinite() else None
-
-
-def _momentum_sgd(parameters, config):
+def _momentum_sgd(parameters: Parameters, config: Config) -> ab.ABSGD:
     return ab.ABSGD(parameters, config.lr, MOMENTUM, weight_decay=config.weight_decay)
 
 
-def _sgd(parameters, config, split, seed):
-    # fused=True is the fastest step torch has: the cost of ABSGD is measured against that
+def _sgd(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
+    # fused=True is torch's fastest step: the cost of ABSGD is measured against that
     optimizer = torch.optim.SGD(parameters, config.lr, MOMENTUM, weight_decay=config.weight_decay, fused=True)
     return Method(LOSSES[config.loss][1](), optimizer)
 
 
-def _absgd(parameters, config, split, seed):
-    parameters = list(parameters)
-    few = config.batch_size * parameters[0].numel() <= OUTER_PRODUCTS
-    kind = _LinearMethod if config.model == "linear" and few and _backend.select(torch.device("cpu"), None) == "cpu" else Method
-    return _two_stages(parameters, config, config.lam, kind, gamma=config.gamma)
+def _absgd(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
+    return _two_stages(parameters, config, config.lam, gamma=config.gamma)
 
 
-def _two_stages(parameters, config, lam, kind=Method, **options):
+def _two_stages(parameters: Parameters, config: Config, lam: float, **options: Any) -> Method:
     loss = ab.ABLoss(LOSSES[config.loss][0](), lam=lam, mix=config.mix, **options)
     stages, optimizer = ab.TwoStage(loss, lam, start=config.switch), _momentum_sgd(parameters, config)
-    return kind(loss, optimizer, stages.step, lambda: loss.last.weights, {"loss": loss, "stages": stages})
+    return Method(loss, optimizer, stages.step, lambda: loss.last.weights, {"loss": loss, "stages": stages})
 
 
-def _reference(parameters, config, split, seed):
+def _reference(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
     from absgd.losses import ABLoss
     from absgd.optimizers import ABSGD
 
-    class Kept(LOSSES[config.loss][1]):
-        """The per-sample losses, kept for weights(): the package does not show its weights."""
+    class Kept(nn.Module):
+        """Keeps the per-sample losses for weights(), because the package does not show its weights."""
 
-        def forward(self, logits, labels):
-            self.last = super().forward(logits, labels)
+        last: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.criterion = LOSSES[config.loss][1](reduction="none")
+
+        def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+            self.last = self.criterion(logits, labels)
             return self.last
 
     class State:
-        """That of the package's loss, whose own state_dict() is empty: plain attributes, of which u drags the graph of every
-        step so far along. The graph is never walked, so without it the numbers are the same."""
+        """The state of the package's loss, which is in plain attributes: its own state_dict() is empty.
 
-        def state_dict(self):
+        `u` holds the autograd graph of every step so far. No backward walks that graph, so the numbers are the same without it.
+        """
+
+        def state_dict(self) -> dict[str, Any]:
             u = loss.u.detach() if isinstance(loss.u, torch.Tensor) else loss.u
             return {"u": u, "ablambda": loss.ablambda, "step": loss.step}
 
-        def load_state_dict(self, state):
+        def load_state_dict(self, state: dict[str, Any]) -> None:
             for name, value in state.items():
                 setattr(loss, name, value)
 
-    criterion = Kept(reduction="none")
-    # updateLambda counts its calls from 0 and switches on at number milestone − 1. It is called before the first epoch
-    # and after each, so that λ starts in the same epoch as in _absgd.
+    criterion = Kept()
+    # updateLambda counts its calls from 0 and switches λ on at call number milestone − 1. One call comes before the first epoch
+    # and one after each epoch, so λ starts in the same epoch as in _absgd.
     loss = ABLoss(config.lam, milestone=config.switch + 1, criterion=criterion, abgamma=config.gamma)
     loss.updateLambda()
 
-    def weights():
+    def weights() -> Tensor | None:
         return None if loss.ablambda is None else torch.exp(criterion.last.detach() / loss.ablambda) / loss.u.detach()
 
     optimizer = ABSGD(parameters, config.lr, weight_decay=config.weight_decay)
     return Method(loss, optimizer, loss.updateLambda, weights, {"loss": State()})
 
 
-def _term(parameters, config, split, seed):
-    """TERM is λ with the normaliser of the batch alone (t = 1/λ)."""
+def _term(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
+    """TERM with t = 1/λ is ABLoss with the normaliser of each batch (MATH §4.1)."""
     return _two_stages(parameters, config, config.lam, normalizer="batch")
 
 
-def _eg(parameters, config, split, seed):
-    """Exponentiated gradient is TERM with λ < 0."""
+def _eg(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
+    """Exponentiated gradient is TERM with λ < 0 (MATH §4.1)."""
     return _two_stages(parameters, config, -abs(config.lam), normalizer="batch")
 
 
 class _FromEpoch:
-    """The plain mean until an epoch, then by a weighting: the two stages of a method that has no λ."""
+    """The plain mean before epoch `start`, a weighting from then on: the two stages of a method without λ."""
 
-    def __init__(self, config, weighting, start, grouped=False):
+    def __init__(self, config: Config, weighting: Weighting, start: int, grouped: bool = False) -> None:
         criterion = LOSSES[config.loss][0]()
         self.plain = ab.ABLoss(criterion, lam=inf)
         self.robust = ab.ABLoss(criterion, rule=weighting, mix=config.mix)
         self.start, self.grouped, self.epoch, self.used = start, grouped, 0, self.plain
 
-    def __call__(self, logits, labels):
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         self.used = self.robust if self.epoch >= self.start else self.plain
         groups = labels if self.grouped and self.used is self.robust else None
         return self.used(logits, labels, groups=groups)
 
-    def step(self):
+    def step(self) -> None:
         self.epoch += 1
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "robust": self.robust.state_dict()}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch = state["epoch"]
         self.robust.load_state_dict(state["robust"])
 
 
-def _by_weighting(parameters, config, weighting, start=0, grouped=False, **stateful):
+def _by_weighting(
+    parameters: Parameters, config: Config, weighting: Weighting, start: int = 0, grouped: bool = False, **stateful: Stateful
+) -> Method:
     loss, optimizer = _FromEpoch(config, weighting, start, grouped), _momentum_sgd(parameters, config)
     return Method(loss, optimizer, loss.step, lambda: loss.used.last.weights, stateful | {"loss": loss})
 
 
-def _cvar(parameters, config, split, seed):
+def _cvar(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
     return _by_weighting(parameters, config, partial(ab.weights.cvar, beta=config.beta, reg=config.reg), config.switch)
 
 
-def _chi2(parameters, config, split, seed):
+def _chi2(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
     return _by_weighting(parameters, config, partial(ab.weights.chi2, rho=config.chi2_rho), config.switch)
 
 
-def _groupdro(parameters, config, split, seed):
+def _groupdro(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
     weighting = ab.weights.GroupDRO(int(split.y.max()) + 1, config.eta)
     return _by_weighting(parameters, config, weighting, config.switch, grouped=True)
 
 
-def _hard_mining(parameters, config, split, seed):
+def _hard_mining(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
     return _by_weighting(parameters, config, hardest, grouped=True)
 
 
-def hardest(losses, groups):
-    """W of hard mining: of each group as many samples as the smallest one in the batch has, those of the largest losses. So all
-    of a minority is kept, and the hardest of the majority (L2RW paper, Sec. 4.1).
+def hardest(losses: Tensor, groups: Tensor) -> Tensor:
+    """The weights W of hard mining (L2RW paper, Sec. 4.1).
+
+    Each group keeps as many samples as the smallest group of the batch has, namely those with the largest losses. So the whole
+    minority is kept, and the hardest samples of the majority.
+
+    Args:
+        losses: (B,) per-sample losses.
+        groups: (B,) integers.
+
+    Returns:
+        (B,) weights with mean 1; the samples that are not kept have weight 0.
 
     >>> hardest(torch.tensor([1.0, 3.0, 2.0, 0.0]), torch.tensor([0, 0, 0, 1]))
     tensor([0., 2., 0., 2.])
@@ -231,68 +235,77 @@ def hardest(losses, groups):
 
 
 class _Draws:
-    """A stream of random numbers of a method's own, which goes on where it was after --resume."""
+    """The random numbers of one method. After --resume the stream goes on where it stopped."""
 
-    def __init__(self, seed):
+    def __init__(self, seed: int) -> None:
         self.generator = data.generator(seed, data.METHOD)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"])
 
 
-def _random(parameters, config, split, seed):
+def _random(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
     """Rectified Gaussian weights (L2RW paper, Eq. 16)."""
     draws = _Draws(seed)
 
-    def weighting(losses):
+    def weighting(losses: Tensor) -> Tensor:
         w = torch.randn(len(losses), generator=draws.generator).clamp(min=0)
         return len(losses) * w / w.sum().clamp(min=1e-12)
 
     return _by_weighting(parameters, config, weighting, draws=draws)
 
 
-def _proportion(parameters, config, split, seed):
-    """Each sample weighs as the inverse of its class's share."""
+def _proportion(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
+    """The weight of a sample is inversely proportional to the size of its class."""
     counts = torch.bincount(split.y)
     weight = (len(split.y) / (counts.clamp(min=1) * (counts > 0).sum())).float()
-    optimizer = _momentum_sgd(parameters, config)
     plain = ab.ABLoss(LOSSES[config.loss][0](), lam=inf)
-    method = Method(None, optimizer)
+    last = torch.empty(0)
 
-    def loss(logits, labels):
-        w = weight[labels]
-        method.weights = lambda: w
-        return plain(logits, labels, sample_weight=w)
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        nonlocal last
+        last = weight[labels]
+        return plain(logits, labels, sample_weight=last)
 
-    method.loss = loss
-    return method
+    return Method(loss, _momentum_sgd(parameters, config), weights=lambda: last)
 
 
 class _Resampling(Method):
-    """Batches in which every class is as likely: a class is drawn first, then one of its samples."""
+    """Draws every sample of a batch by first drawing a class, all equally likely, and then one of its training samples."""
 
-    def choose(self, batch):
-        return torch.multinomial(self.chances, len(batch), replacement=True, generator=self.stateful["draws"].generator)
+    chances: Tensor  # (N,) proportional to the probability of each training sample
+    draws: _Draws
+
+    def choose(self, batch: Tensor) -> Tensor:
+        return torch.multinomial(self.chances, len(batch), replacement=True, generator=self.draws.generator)
 
 
-def _resample(parameters, config, split, seed):
+def _resample(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
     optimizer = _momentum_sgd(parameters, config)
     loss = ab.ABLoss(LOSSES[config.loss][0](), lam=inf)
-    method = _Resampling(loss, optimizer, stateful={"draws": _Draws(seed)})
-    method.chances = 1 / torch.bincount(split.y)[split.y].double()
+    draws = _Draws(seed)
+    method = _Resampling(loss, optimizer, stateful={"draws": draws})
+    method.draws, method.chances = draws, 1 / torch.bincount(split.y)[split.y].double()
     return method
 
 
 class _Reweighting(Method):
-    """L2RW. A step takes all clean samples, or draws twice as many as it trains on where they are more: the fewer, the more its
-    weights are noise (digits, 40 % of the labels wrong, the MLP, three seeds: 85 to 90 % with all 100, 47 to 85 % with 32)."""
+    """L2RW. Each step uses all clean samples, but at most twice as many as it trains on, drawn at random.
 
-    def step(self, model, images, labels):
-        (x, y), draws = self.clean, self.stateful["draws"].generator
-        few = torch.randperm(len(y), generator=draws)[: 2 * len(labels)]
+    With fewer clean samples the weights are noisier. On digits with 40 % of the labels wrong, the MLP reached 85 to 90 % with all
+    100 clean samples and 47 to 85 % with 32 (three seeds).
+    """
+
+    clean: tuple[Tensor, Tensor]  # images, right labels
+    how: str  # the method argument of ab.meta.l2rw_loss
+    draws: _Draws
+
+    def step(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        x, y = self.clean
+        few = torch.randperm(len(y), generator=self.draws.generator)[: 2 * len(labels)]
         loss, weights = ab.meta.l2rw_loss(model, self.loss, (images, labels), (x[few], y[few]), self.how, return_weights=True)
         self.optimizer.zero_grad()
         loss.backward()
@@ -300,14 +313,16 @@ class _Reweighting(Method):
         self.weights = lambda: len(weights) * weights
 
 
-def _l2rw(parameters, config, split, seed):
+def _l2rw(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
     optimizer = _momentum_sgd(parameters, config)
-    method = _Reweighting(LOSSES[config.loss][0](), optimizer, stateful={"draws": _Draws(seed)})
-    method.clean, method.how = data.clean_part(split, config.clean), config.l2rw_method
+    draws = _Draws(seed)
+    method = _Reweighting(LOSSES[config.loss][0](), optimizer, stateful={"draws": draws})
+    method.draws, method.clean, method.how = draws, data.clean_part(split, config.clean), config.l2rw_method
     return method
 
 
-METHODS = {
+# name: the function that builds the Method from (parameters, config, split, seed)
+METHODS: dict[str, Callable[[Parameters, Config, data.Split, int], Method]] = {
     "sgd": _sgd,
     "absgd": _absgd,
     "reference": _reference,
@@ -322,6 +337,6 @@ METHODS = {
     "hard-mining": _hard_mining,
     "random": _random,
 }
-# which options beside the common ones speak to whom
+# The methods that have a λ, and those that begin with plain training (--warmup).
 OF_LAM = ("absgd", "reference", "term", "eg")
 IN_STAGES = (*OF_LAM, "cvar", "chi2", "groupdro")

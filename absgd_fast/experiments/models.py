@@ -1,24 +1,27 @@
-"""The networks: linear, mlp, cnn for any image size, resnet32 for CIFAR.
+"""The networks: linear and mlp for any image size, cnn for images of at least 4×4, resnet32 for CIFAR.
 
-All take float32 images (B, channels, height, width) and give logits (B, classes).
+All take float32 images (B, channels, height, width) and return logits (B, classes).
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 MODELS = ("linear", "mlp", "cnn", "resnet32")
 
 
-def make_model(name, shape, classes, seed):
-    """A freshly initialised network; the same seed gives the same weights, and torch's global generator is left alone.
+def make_model(name: str, shape: tuple[int, ...], classes: int, seed: int) -> nn.Sequential:
+    """A freshly initialised network. The same seed gives the same weights, and torch's global generator does not change.
 
     Args:
         name: "linear" (softmax regression), "mlp" (two hidden layers of 128), "cnn" (two 3×3 convolutions) or
             "resnet32" (He et al. 2016).
         shape: (channels, height, width) of the images.
         classes: number of logits.
-        seed: int.
+        seed: the seed of the initial weights.
+
+    Returns:
+        An nn.Sequential in training mode.
 
     Raises:
         ValueError: unknown name, or resnet32 for anything but 32×32 images.
@@ -54,20 +57,21 @@ def make_model(name, shape, classes, seed):
         return resnet(channels, classes)
 
 
-def check_model(name, shape):
-    """Raises ValueError if make_model has no such network for images of this shape."""
+def check_model(name: str, shape: tuple[int, ...]) -> None:
+    """Raises ValueError if make_model has no network of this name for images of this shape, (channels, height, width)."""
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; use one of {', '.join(MODELS)}")
-    channels, height, width = shape
+    _, height, width = shape
     if name == "resnet32" and (height, width) != (32, 32):
         raise ValueError(f"model resnet32 takes 32×32 images, these are {height}×{width}: use linear, mlp or cnn")
     if name == "cnn" and min(height, width) < 4:
         raise ValueError(f"model cnn takes images of at least 4×4, these are {height}×{width}: use linear or mlp")
 
 
-def resnet(channels, classes, blocks_per_stage=5):
-    """ResNet for 32×32 images, of 6 n + 2 layers with n blocks per stage: 5 make ResNet-32 (He et al. 2016, Sec. 4.2)."""
-    blocks, width = [], 16
+def resnet(channels: int, classes: int, blocks_per_stage: int = 5) -> nn.Sequential:
+    """ResNet for 32×32 images with 6 n + 2 layers, where n = blocks_per_stage; n = 5 is ResNet-32 (He et al. 2016, Sec. 4.2)."""
+    blocks: list[nn.Module] = []
+    width = 16
     for out in (16, 32, 64):
         for i in range(blocks_per_stage):
             blocks.append(_Block(width, out, stride=2 if i == 0 and out != width else 1))
@@ -84,16 +88,19 @@ def resnet(channels, classes, blocks_per_stage=5):
 
 
 class _Block(nn.Module):
-    """relu(x + F(x)) with two 3×3 convolutions; where the size changes, the shortcut takes every second pixel and pads
-    the new channels with zeros (He et al. 2016, Sec. 4.2, option A: no parameters)."""
+    """relu(x + F(x)), where F has two 3×3 convolutions.
 
-    def __init__(self, channels, out, stride):
+    If the size changes, the shortcut takes every second pixel and fills the new channels with zeros, so it has no parameters
+    (He et al. 2016, Sec. 4.2, option A).
+    """
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out)
         self.conv2, self.bn2 = nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)
         self.stride, self.pad = stride, (out - channels) // 2
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         shortcut = x[:, :, :: self.stride, :: self.stride]
         return F.relu(y + F.pad(shortcut, (0, 0, 0, 0, self.pad, self.pad)))

@@ -1,18 +1,28 @@
 """The results of a training as plots."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from statistics import mean
+from typing import Any
 
 import torch
 from matplotlib import colormaps
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from .style import FEW, STYLES, bar, legend, log_if_wide, make_axes, mark_switch
-from .summary import BASELINE, by_method, head_to_tail, judged
+from .summary import BASELINE, RunsOf, by_method, head_to_tail, judged
+from .train import Run
+
+Plot = tuple[str, str, Figure]  # title, caption, figure
 
 
-def figures(results):
-    """(title, caption, matplotlib Figure) of each plot that the results allow."""
+def figures(results: dict[str, Any]) -> list[Plot]:
+    """(title, caption, matplotlib Figure) of each plot that these results allow."""
     runs_of = by_method(results["runs"])
     found = [_accuracy(results, runs_of), _recall(runs_of)]
     weighted = judged(runs_of)
@@ -23,24 +33,24 @@ def figures(results):
     return [*found, _seconds(runs_of)]
 
 
-def over_seeds(runs, key):
-    """(mean, std) over the seeds of a per-epoch series, (epochs,) each."""
+def over_seeds(runs: Iterable[Run], key: str) -> tuple[Any, Any]:
+    """(mean, std) over the seeds of a per-epoch series, each an array (epochs,)."""
     series = torch.tensor([_numbers(run["epochs"][key]) for run in runs], dtype=torch.float64)
     return _mean_std(series)
 
 
-def _mean_std(series):
-    """(mean, std) along the first dimension of a tensor, as numpy arrays; NaN counts as missing."""
+def _mean_std(series: Tensor) -> tuple[Any, Any]:
+    """(mean, std) along the first dimension of a tensor, as numpy arrays. NaN counts as missing."""
     average, n = series.nanmean(0), series.isfinite().sum(0)
     variance = (series - average).square().nansum(0) / (n - 1).clamp_min(1)
     return average.numpy(), variance.sqrt().numpy()
 
 
-def _numbers(values):
+def _numbers(values: Sequence[float | None]) -> list[float]:
     return [math.nan if v is None else v for v in values]
 
 
-def _accuracy(results, runs_of):
+def _accuracy(results: dict[str, Any], runs_of: RunsOf) -> Plot:
     figure, axes = make_axes("epoch", "balanced accuracy on the test set, %", size=(6.4 if len(runs_of) <= FEW else 8.4, 3.8))
     for method, mine in runs_of.items():
         average, std = over_seeds(mine.values(), "balanced_accuracy")
@@ -50,12 +60,11 @@ def _accuracy(results, runs_of):
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     mark_switch(axes, results)
     legend(axes, len(runs_of))
-    return "Accuracy while training", "Mean over the seeds; the band is ± one standard deviation.", figure
+    return "Accuracy while training", "Mean over the seeds. The band is ± one standard deviation.", figure
 
 
-def _groups(runs):
-    """[(classes, name, images)] from most to fewest training images: one class each, or ten groups where single classes
-    would be a smear."""
+def _groups(runs: Iterable[Run]) -> list[tuple[list[int], str, str]]:
+    """[(classes, name, images)] from most to fewest training images. Above 20 classes, about ten groups of several classes."""
     order, counts = head_to_tail(runs)
     size = 1 if len(order) <= 20 else math.ceil(len(order) / 10)
     groups = []
@@ -67,9 +76,9 @@ def _groups(runs):
     return groups
 
 
-def _recall(runs_of):
+def _recall(runs_of: RunsOf) -> Plot:
     groups = _groups([run for mine in runs_of.values() for run in mine.values()])
-    size = 6.4 if len(runs_of) <= FEW else 11, 3.8
+    size = (6.4 if len(runs_of) <= FEW else 11, 3.8)
     figure, axes = make_axes("class, from most to fewest training images (their number below)", "recall on the test set, %", size)
     width = 0.8 / len(runs_of)
     for i, (method, mine) in enumerate(runs_of.items()):
@@ -91,21 +100,21 @@ def _recall(runs_of):
     axes.grid(False, axis="x")
     axes.set_ylim(0, 105)
     axes.legend(frameon=False, ncols=min(len(runs_of), 7), loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return "Recall of each class", "Mean over the seeds after the last epoch; whiskers are ± one standard deviation.", figure
+    return "Recall of each class", "Mean over the seeds after the last epoch. The whiskers are ± one standard deviation.", figure
 
 
-def _weights(results, method, mine):
+def _weights(results: dict[str, Any], method: str, mine: dict[int, Run]) -> Plot:
     groups = _groups(mine.values())
     series = torch.tensor(
         [[_numbers(epoch) for epoch in run["epochs"]["class_weight"]] for run in mine.values()], dtype=torch.float64
     ).nanmean(0)  # (epochs, C)
     figure, axes = make_axes("epoch", f"mean robust weight under {method}")
-    colours = colormaps["viridis"].resampled(len(groups) + 1)  # its last, light yellow, is lost on white
+    colours = colormaps["viridis"].resampled(len(groups) + 1)  # the last one, light yellow, cannot be seen on white
     lines = [series[:, classes].nanmean(1).tolist() for classes, _, _ in groups]
     for i, ((_, name, images), line) in enumerate(zip(groups, lines)):
         axes.plot(range(1, len(line) + 1), line, color=colours(i), linewidth=1.5, label=f"{name} ({images})")
     axes.axhline(1, color=STYLES[BASELINE]["color"], linewidth=1, linestyle="--")
-    log_if_wide(axes, sum(lines, []))
+    log_if_wide(axes, list(chain.from_iterable(lines)))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     mark_switch(axes, results)
     axes.legend(
@@ -118,16 +127,18 @@ def _weights(results, method, mine):
     )
     return (
         "Weight of each class",
-        "Average robust weight that the steps of each epoch gave to the samples labelled as this class, mean over the "
-        "seeds (the paper's Fig. 4). Dashed: 1, plain SGD's weight for every sample.",
+        (
+            "The average robust weight of the samples with this label in the steps of each epoch; mean over the seeds (as in the "
+            "paper's Fig. 4). The dashed line is 1, the weight of every sample under plain SGD."
+        ),
         figure,
     )
 
 
-def _clean_and_flipped(results, runs_of):
+def _clean_and_flipped(results: dict[str, Any], runs_of: RunsOf) -> Plot:
     size = (6.4, 3.8) if len(runs_of) <= FEW else (9, 5.4)
     figure, axes = make_axes("epoch", "mean robust weight", size)
-    ends = []
+    drawn: list[float] = []
     for method in runs_of:
         if method == BASELINE:
             continue
@@ -144,32 +155,35 @@ def _clean_and_flipped(results, runs_of):
                 linewidth=1.6,
                 **STYLES[method],
             )
-            ends += average.tolist()
+            drawn += average.tolist()
     axes.axhline(1, color=STYLES[BASELINE]["color"], linewidth=1, linestyle="--")
-    log_if_wide(axes, ends)
+    log_if_wide(axes, drawn)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     mark_switch(axes, results)
     legend(axes, len(runs_of), fontsize=8)
     return (
         "Weight of right and wrong labels",
-        "Average robust weight of the training samples whose label is right, and of those whose label was flipped; the "
-        "method is not told which is which. Dashed: 1, plain SGD's weight for every sample.",
+        (
+            "The average robust weight of the training samples with a right label, and of those with a flipped label. The method "
+            "does not know which labels are flipped. The dashed line is 1, the weight of every sample under plain SGD."
+        ),
         figure,
     )
 
 
-def _seconds(runs_of):
+def _seconds(runs_of: RunsOf) -> Plot:
     figure, axes = make_axes("seconds of training per run", "", size=(6.4, 0.9 + 0.55 * len(runs_of)))
     for place, (method, mine) in enumerate(runs_of.items()):
         values = [run["seconds"] for run in mine.values()]
         axes.barh(place, mean(values), 0.6, alpha=0.85, **bar(method))
         axes.plot(values, [place] * len(values), "|", color="#111111", markersize=12)
         axes.annotate(
-            f"{mean(values):.3g} s", (max(values), place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9
+            f"mean {mean(values):.3g} s", (max(values), place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9
         )
     axes.set_yticks(range(len(runs_of)), list(runs_of))
     axes.invert_yaxis()
     axes.grid(False, axis="y")
     axes.margins(x=0.12)
     axes.set_xlim(left=0)
-    return "Time", "Bars: mean; ticks: each run. Forward, loss, backward and step; no evaluation, no bookkeeping.", figure
+    caption = "Bars are means, ticks are single runs. Only forward, loss, backward and step are timed."
+    return "Time", caption, figure

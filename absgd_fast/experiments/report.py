@@ -1,20 +1,25 @@
-"""What came out: the printed table, results.json and report.html.
+"""The report of a training: the printed table, results.json and report.html.
 
     results = collect(config, runs, ...)     plain dict, ready for JSON
     table(results)                           rich table for the terminal
-    write(results, folder)                   results.json and report.html, each whole or not at all
+    write(results, folder)                   writes results.json and report.html, each completely or not at all
 
-The numbers are made in summary.py, the sentences in words.py, the plots in plots.py (their look in style.py), and the look of the
-page is report.css.jinja.
+summary.py computes the numbers, words.py the sentences, plots.py the plots (style.py has their look). The page is
+report.html.jinja, and its look is report.css.jinja.
 """
+
+from __future__ import annotations
 
 import base64
 import io
 import json
+import os
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
@@ -24,11 +29,12 @@ from .summary import BASELINE, by_method, changes, collect, environment, pair, s
 from .words import answers, changes_note, notes, plus_minus, title  # noqa: F401
 
 
-def rows(results):
-    """The summary as text: a header and a row per method."""
+def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The summary as text: a header, and a row for each method."""
     header = ["method", "accuracy,\n%", "balanced\naccuracy, %", "seconds\nper run"]
     header += [f"balanced\n− {BASELINE}, points", f"time\n÷ {BASELINE}"]
-    runs_of, body = by_method(results["runs"]), []
+    runs_of = by_method(results["runs"])
+    body: list[list[str]] = []
     for method, entry in results["summary"].items():
         paired = results["paired"].get(method)
         ratios = time_ratios(runs_of[method], runs_of.get(BASELINE, {}))
@@ -46,14 +52,15 @@ def rows(results):
 
 
 EXPLANATION = (
-    "Test set after the last epoch; balanced accuracy is the mean recall of the classes; seconds of training alone: mean "
-    f"± standard deviation over the seeds. − {BASELINE}: difference in balanced accuracy, paired by seed, mean ± standard "
-    f"error. ÷ {BASELINE}: median over the seeds."
+    "Accuracies are those on the test set after the last epoch. Balanced accuracy is the mean recall of the classes. Seconds are "
+    "those of training alone. These columns show mean ± standard deviation over the seeds. "
+    f"− {BASELINE}: the difference in balanced accuracy, paired by seed, mean ± standard error. "
+    f"÷ {BASELINE}: the ratio of the seconds, median over the seeds."
 )
 
 
-def table(results):
-    """The summary as a rich table; for an interrupted training its title says so."""
+def table(results: dict[str, Any]) -> Table:
+    """The summary as a rich table. If training was interrupted, its title says so."""
     header, body = rows(results)
     heading = title(results) + (" — interrupted, finished runs only" if results["partial"] else "")
     out = Table(title=heading, caption=EXPLANATION, box=box.SIMPLE_HEAD, title_style="bold", caption_justify="left")
@@ -64,21 +71,21 @@ def table(results):
     return out
 
 
-def write(results, folder):
-    """Writes results.json and report.html into `folder`, which is made if need be; returns their paths.
+def write(results: dict[str, Any], folder: str | os.PathLike[str]) -> list[Path]:
+    """Writes results.json and report.html into `folder`, which is created if there is none. Returns their paths.
 
-    Each is written beside its place and then moved there, so a reader never finds half a file.
+    A reader never finds half a file, because each file is written under another name and then renamed.
     """
-    folder = Path(folder)
+    into = Path(folder)
     texts = {"results.json": json.dumps(results, indent=1, allow_nan=False) + "\n", "report.html": html(results)}
-    folder.mkdir(parents=True, exist_ok=True)
+    into.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        write_whole(folder / name, text.encode())
-    return [folder / name for name in texts]
+        write_whole(into / name, text.encode())
+    return [into / name for name in texts]
 
 
-def html(results):
-    """report.html: one file with everything in it, plots included."""
+def html(results: dict[str, Any]) -> str:
+    """The text of report.html. The page needs no other file, because it contains its plots."""
     header, body = rows(results)
     templates = Environment(loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined)
     return templates.get_template("report.html.jinja").render(
@@ -93,7 +100,7 @@ def html(results):
     )
 
 
-def _svg(figure):
+def _svg(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return base64.b64encode(buffer.getvalue()).decode()

@@ -1,16 +1,21 @@
-"""How the plots look: a colour and a line style of each method, axes, legends and marks."""
+"""The look of the plots: a colour and a line style for each method, axes, legends and marks."""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from .methods import IN_STAGES, OF_LAM
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, and a line style each, so that a plot does not speak by colour
-# alone. The order of the methods is that of methods.METHODS.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. Methods of the same colour differ in their line style. The
+# order of the methods is that of methods.METHODS.
 DASHED, DOTTED = (0, (4, 3)), (0, (1, 1.5))
-STYLES = {
+STYLES: dict[str, dict[str, Any]] = {
     "sgd": {"color": "#6b6b6b", "linestyle": "-"},
     "absgd": {"color": "#0072B2", "linestyle": "-"},
     "reference": {"color": "#E69F00", "linestyle": DASHED},
@@ -25,11 +30,11 @@ STYLES = {
     "hard-mining": {"color": "#E69F00", "linestyle": DOTTED},
     "random": {"color": "#000000", "linestyle": DOTTED},
 }
-FEW = 4  # methods that a legend inside the axes has room for
+FEW = 4  # a legend inside the axes has room for so many methods
 
 
-def make_axes(xlabel, ylabel, size=(6.4, 3.8)):
-    """A figure and its axes."""
+def make_axes(xlabel: str, ylabel: str, size: tuple[float, float] = (6.4, 3.8)) -> tuple[Figure, Axes]:
+    """A new figure of `size` inches, and its axes."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(xlabel)
@@ -40,27 +45,27 @@ def make_axes(xlabel, ylabel, size=(6.4, 3.8)):
     return figure, axes
 
 
-def legend(axes, methods, **options):
-    """Inside the axes, or beside them where there are too many methods."""
-    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if methods > FEW else {}
+def legend(axes: Axes, methods: int, **options: Any) -> None:
+    """Draws a legend for this number of methods: inside the axes, or beside them if there are more than FEW."""
+    beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if methods > FEW else {}
     axes.legend(frameon=False, **options | beside)
 
 
-def bar(method):
-    """A bar's colour; what is dashed or dotted as a line is hatched, for one colour serves two methods."""
+def bar(method: str) -> dict[str, Any]:
+    """The colour of a method's bar. It is hatched if the method's line is dashed or dotted, because methods share colours."""
     style = STYLES[method]
     hatch = {DASHED: "//", DOTTED: ".."}.get(style["linestyle"])
     return {"color": style["color"]} | ({"hatch": hatch, "edgecolor": "white", "linewidth": 0} if hatch else {})
 
 
-def mark_switch(axes, results):
-    """A line where λ, or a rule, is switched on."""
+def mark_switch(axes: Axes, results: dict[str, Any]) -> None:
+    """Draws a line at the epoch in which λ, or the weighting of a method without λ, is switched on."""
     c = results["config"]
     switch, switched = round(c["warmup"] * c["epochs"]), [m for m in c["methods"] if m in IN_STAGES]
     if 0 < switch < c["epochs"] and switched:
         axes.axvline(switch + 0.5, color="#444444", linewidth=1, linestyle=":")
         axes.annotate(
-            "λ on" if set(switched) & set(OF_LAM) else "rule on",
+            "λ on" if set(switched) & set(OF_LAM) else "weights on",
             (switch + 0.5, 1),
             xycoords=("data", "axes fraction"),
             xytext=(0, 2),
@@ -72,10 +77,10 @@ def mark_switch(axes, results):
         )
 
 
-def log_if_wide(axes, values):
-    """A log scale when the weights span more than a factor of four."""
-    values = [value for value in values if math.isfinite(value) and value > 0]
-    if values and max(values) > 4 * min(values):
+def log_if_wide(axes: Axes, values: Iterable[float]) -> None:
+    """Sets a logarithmic scale if the positive values span more than a factor of four."""
+    positive = [value for value in values if math.isfinite(value) and value > 0]
+    if positive and max(positive) > 4 * min(positive):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_locator(NullLocator())

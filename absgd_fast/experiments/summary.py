@@ -1,49 +1,64 @@
-"""The results of a training as numbers: collected, summarised, and each method paired with plain SGD.
+"""The results of a training as numbers: means over the seeds, and the difference of each method to plain SGD.
 
-Differences are paired: each seed's result less plain SGD's on the same seed, so the luck of the split cancels.
+A difference is taken between two results on the same seed, so the luck of the split cancels.
 """
+
+from __future__ import annotations
 
 import datetime
 import importlib.metadata
 import math
 import os
 import shlex
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from statistics import mean, stdev
+from typing import Any
 
 from absgd_fast import _backend
 
 from .methods import METHODS
+from .train import Config, Run
+
+RunsOf = dict[str, dict[int, Run]]  # {method: {seed: run}}
 
 BASELINE = "sgd"
 METRICS = ("accuracy", "balanced_accuracy", "seconds")
 
-# what may change the last bits of a result; --resume keeps the number of threads itself
+# These parts of environment() may change the last bits of a result. (--resume keeps the number of threads, which may too.)
 BITS = ("torch", "absgd_fast", "absgd", "backend", "instruction set", "machine")
 
 
-def collect(config, runs, *, command=(), threads=None, partial=False, earlier=()):
+def collect(
+    config: Config,
+    runs: Iterable[Run],
+    *,
+    command: Iterable[str] = (),
+    threads: int | None = None,
+    partial: bool = False,
+    earlier: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
     """The results as one dict, ready for JSON.
 
     Args:
         config: the train.Config of the runs.
-        runs: what train.runs yielded, all or the first few.
-        command: the command line, for the report.
-        threads: CPU threads that torch used.
-        partial: True when training was cut short.
-        earlier: where training was resumed, environment() of each part before this one.
+        runs: the results that train.runs yielded, all or the first few.
+        command: the words of the command line, for the report.
+        threads: the number of CPU threads that torch used.
+        partial: True if training was interrupted.
+        earlier: for a resumed training, environment() of each part before this one.
 
     Returns:
         {"config": {...}, "runs": [...], "summary": summarise(runs), "paired": pair(runs), "partial", "command",
         "environment", "changes": changes([*earlier, environment(...)]), "created"}
     """
-    here = environment(config, threads)
+    runs, here = list(runs), environment(config, threads)
     settings = asdict(config) | {"methods": list(config.methods)}
     if math.isinf(config.lam):
         settings["lam"] = str(config.lam)  # JSON has no infinity
     return {
         "config": settings,
-        "runs": list(runs),
+        "runs": runs,
         "summary": summarise(runs),
         "paired": pair(runs),
         "partial": partial,
@@ -54,10 +69,11 @@ def collect(config, runs, *, command=(), threads=None, partial=False, earlier=()
     }
 
 
-def environment(config, threads):
-    """What the results were made with, name by name: versions, kernels, machine."""
+def environment(config: Config, threads: int | None) -> dict[str, Any]:
+    """The versions, kernels and machine that made the results, by name."""
     here = _backend.report()
-    found = {name: str(here[name]) for name in ("python", "torch")} | {"absgd_fast": here["version"]}  # torch's is no plain str
+    # str() because torch.__version__ is of a subclass of str, which a checkpoint does not take
+    found: dict[str, Any] = {name: str(here[name]) for name in ("python", "torch")} | {"absgd_fast": here["version"]}
     if "reference" in config.methods:
         found["absgd"] = importlib.metadata.version("absgd")
     return found | {
@@ -69,8 +85,8 @@ def environment(config, threads):
     }
 
 
-def changes(environments):
-    """{name: [value, …]} of what the parts of a resumed training had different and what may change their bits.
+def changes(environments: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """{name: [value, …]} of the differences between the parts of a resumed training that may change the bits of its results.
 
     Example:
         >>> from absgd_fast.experiments.summary import changes
@@ -81,8 +97,8 @@ def changes(environments):
     return {name: several for name, several in values.items() if len(several) > 1}
 
 
-def summarise(runs):
-    """{method: {metric: {"mean", "std", "n"}}} over the seeds; std with n − 1, None for a single seed.
+def summarise(runs: Iterable[Run]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{method: {metric: {"mean", "std", "n"}}} over the seeds. std divides by n − 1, and is None for a single seed.
 
     Example:
         >>> from absgd_fast.experiments.summary import summarise
@@ -98,14 +114,15 @@ def summarise(runs):
     return summary
 
 
-def pair(runs, baseline=BASELINE):
-    """{method: {metric: {"mean", "stderr", "n"}}} of each method's difference to the baseline on the same seed.
+def pair(runs: Iterable[Run], baseline: str = BASELINE) -> dict[str, dict[str, dict[str, Any]]]:
+    """{method: {metric: {"mean", "stderr", "n"}}} of the differences between each method and the baseline on the same seed.
 
-    Only seeds that both finished count. stderr = std / √n, None for a single seed; no baseline, no entries.
+    Only seeds that both have finished count. stderr is std / √n, and None for a single seed. Without a run of the baseline the
+    dict is empty.
     """
     runs_of = by_method(runs)
     base = runs_of.pop(baseline, {})
-    pairs = {}
+    pairs: dict[str, dict[str, dict[str, Any]]] = {}
     for method, mine in runs_of.items():
         if shared := sorted(mine.keys() & base.keys()):
             pairs[method] = {}
@@ -115,34 +132,35 @@ def pair(runs, baseline=BASELINE):
     return pairs
 
 
-def by_method(runs):
-    """{method: {seed: run}}, methods in the order of METHODS (plain SGD first)."""
+def by_method(runs: Iterable[Run]) -> RunsOf:
+    """{method: {seed: run}}, with the methods in the order of METHODS (plain SGD first)."""
+    runs = list(runs)
     methods = sorted({run["method"] for run in runs}, key=list(METHODS).index)
     return {m: {run["seed"]: run for run in runs if run["method"] == m} for m in methods}
 
 
-def judged(runs_of):
-    """The method that the report judges: absgd, or else the first other one; None where there is only plain SGD."""
+def judged(runs_of: RunsOf) -> str | None:
+    """The method that the report judges: absgd, or else the first other method. None if there is only plain SGD."""
     return next((m for m in runs_of if m != BASELINE), None)
 
 
-def head_to_tail(runs):
+def head_to_tail(runs: Iterable[Run]) -> tuple[list[int], list[float]]:
     """(class indices from most to fewest training samples, mean count of each class)."""
     columns = zip(*(run["train_counts"] for run in runs))
     counts = [mean(column) for column in columns]
     return sorted(range(len(counts)), key=lambda c: -counts[c]), counts
 
 
-def time_ratios(mine, base):
-    """Seconds of one method over those of another, for each seed that both have finished."""
+def time_ratios(mine: dict[int, Run], base: dict[int, Run]) -> list[float]:
+    """The seconds of one method divided by those of another, for each seed that both have finished."""
     return [mine[s]["seconds"] / base[s]["seconds"] for s in sorted(mine.keys() & base.keys())]
 
 
-def std(values):
-    """Standard deviation with n − 1; None for a single value."""
+def std(values: Sequence[float]) -> float | None:
+    """Standard deviation, which divides by n − 1. None for a single value."""
     return stdev(values) if len(values) > 1 else None
 
 
-def stderr(values):
-    """Standard error of the mean; None for a single value."""
+def stderr(values: Sequence[float]) -> float | None:
+    """Standard error of the mean. None for a single value."""
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None

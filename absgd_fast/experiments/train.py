@@ -1,20 +1,25 @@
-"""The training loop: every method on the same splits, seed by seed, with its time and the weights it gave.
+"""The training loop: trains every method on the same splits, seed by seed, and records its time and its weights.
 
     for run in runs(Config(imbalance="lt", lam=0.5)): ...          one dict per method and seed, as soon as it is done
-    runs(config, keep=Keeper(path, {}))                            with its state in a file (checkpoint.py) now and then
-    runs(config, state=load(path)["state"])                        going on from there, to the same bits
+    runs(config, keep=Keeper(path, {}))                            also saves the state from time to time (checkpoint.py)
+    runs(config, state=load(path)["state"])                        goes on from a saved state and gets the same bits
 
-Within one seed all methods see the same samples, wrong labels, initial weights and order of batches, so their
-differences may be taken seed by seed.
+All methods of one seed see the same samples, wrong labels, initial weights and order of batches. So their results may be
+compared seed by seed.
 """
+
+from __future__ import annotations
 
 import importlib.util
 import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from absgd_fast import meta
 
@@ -22,17 +27,36 @@ from . import data, methods
 from .checkpoint import digest, random_state, restore_random_state
 from .models import check_model, make_model
 
+Run = dict[str, Any]  # the result of one method on one seed, as runs() describes it
+State = dict[str, Any]  # tensors and plain values, which checkpoint.save takes
+
 
 @dataclass(frozen=True)
 class Config:
-    """One experiment; the command line's options with `-` for `_`.
+    """One experiment. The fields are the options of `absgd-fast train`, with `_` instead of `-`.
 
-    lam, gamma and mix are those of ab.ABLoss. `warmup` is the share of the epochs trained with λ = inf, plainly, before
-    λ = lam (two-stage training, ABSGD paper, Sec. 3.6), or before a rule of ab.weights weighs. The learning rate is divided
-    by 10 at 60 % and 80 % of the epochs. Seeds are 0 … seeds − 1.
-
-    beta and reg are those of weights.cvar, chi2_rho is weights.chi2's, eta weights.GroupDRO's; its groups are the labels. clean
-    is how many training images of each class l2rw knows the right label of (data.clean_part), l2rw_method how it weighs.
+    Args:
+        dataset, data_root: as for data.load_source.
+        imbalance: "none", or the kind of data.class_counts, "lt" or "step".
+        rho: training samples of the largest class over those of the smallest, ≥ 1.
+        noise: "none", or the kind of data.add_noise.
+        noise_rate: the probability in [0, 1) that a training label is flipped.
+        loss: a name in methods.LOSSES.
+        methods: names in methods.METHODS.
+        lam, gamma, mix: as for ab.ABLoss.
+        warmup: the fraction of the epochs that are trained with λ = inf, which is plain training, before λ = lam (two-stage
+            training, ABSGD paper, Sec. 3.6). Methods without a λ begin to weigh then.
+        beta, reg: of weights.cvar.
+        chi2_rho: the radius rho of weights.chi2.
+        eta: of weights.GroupDRO; the groups are the labels.
+        clean: the number of training images of each class whose right label l2rw knows (data.clean_part).
+        l2rw_method: how l2rw computes its weights, as for meta.l2rw_loss.
+        model: as for models.make_model.
+        epochs: the number of passes over the training set.
+        lr: the learning rate, which is divided by 10 after 60 % and again after 80 % of the epochs.
+        batch_size: samples per step.
+        weight_decay: as in torch.optim.SGD.
+        seeds: the number of seeds; they are 0 … seeds − 1.
     """
 
     dataset: str = "digits"
@@ -42,7 +66,7 @@ class Config:
     noise: str = "none"
     noise_rate: float = 0.4
     loss: str = "ce"
-    methods: tuple = ("sgd", "absgd", "reference")
+    methods: tuple[str, ...] = ("sgd", "absgd", "reference")
     lam: float = -0.5
     gamma: float = 0.9
     mix: float = 0.0
@@ -61,12 +85,28 @@ class Config:
     seeds: int = 8
 
     @property
-    def switch(self):
-        """The first epoch (0-based) with λ = lam."""
+    def switch(self) -> int:
+        """The first epoch (counted from 0) with λ = lam."""
         return round(self.warmup * self.epochs)
 
-    def check(self):
-        """Raises ValueError, one line that says what was given and what is allowed, for the first bad setting."""
+    def check(self) -> None:
+        """Raises ValueError for the first bad setting. The message is one line: what was given and what is allowed."""
+        self._check_names()
+        self._check_numbers()
+        if "reference" in self.methods:
+            if importlib.util.find_spec("absgd") is None:
+                raise ValueError(
+                    "method reference needs the package absgd, which is not installed: pip install absgd==0.0.1, "
+                    "or leave reference out of the methods"
+                )
+            if self.mix != 0:
+                raise ValueError(f"mix: got {self.mix}, but method reference supports only 0; leave it out of the methods")
+        if self.dataset.startswith("digits"):
+            check_model(self.model, (1, 8, 8))
+        else:
+            check_model(self.model, (3, 32, 32))
+
+    def _check_names(self) -> None:
         choices = {
             "dataset": data.DATASETS,
             "imbalance": ("none", *data.IMBALANCES),
@@ -82,14 +122,16 @@ class Config:
                 raise ValueError(f"unknown method {method!r}; use some of {','.join(methods.METHODS)}")
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"methods: got {','.join(self.methods)!r}, expected each method at most once, e.g. sgd,absgd")
+
+    def _check_numbers(self) -> None:
         rules = {
             "rho": (self.rho >= 1 and math.isfinite(self.rho), "a finite number ≥ 1"),
             "noise_rate": (0 <= self.noise_rate < 1, "a number in [0, 1)"),
             "lam": (self.lam != 0 and not math.isnan(self.lam), "a number other than 0 (inf for plain training)"),
             "gamma": (0 < self.gamma <= 1, "a number in (0, 1]"),
             "mix": (0 <= self.mix < math.inf, "a finite number ≥ 0"),
-            "warmup": (0 <= self.warmup <= 1, "a share of the epochs in [0, 1]"),
-            "beta": (0 < self.beta <= 1, "a share of the batch in (0, 1]"),
+            "warmup": (0 <= self.warmup <= 1, "a fraction of the epochs in [0, 1]"),
+            "beta": (0 < self.beta <= 1, "a fraction of the batch in (0, 1]"),
             "reg": (0 <= self.reg < math.inf, "a finite number ≥ 0"),
             "chi2_rho": (0 <= self.chi2_rho < math.inf, "a finite number ≥ 0"),
             "eta": (0 <= self.eta < math.inf, "a finite number ≥ 0"),
@@ -103,47 +145,41 @@ class Config:
         for name, (right, expected) in rules.items():
             if not right:
                 raise ValueError(f"{name.replace('_', '-')}: got {getattr(self, name)}, expected {expected}")
-        if "reference" in self.methods:
-            if importlib.util.find_spec("absgd") is None:
-                raise ValueError(
-                    "method reference needs the package absgd, which is not installed: pip install absgd==0.0.1, "
-                    "or leave reference out of the methods"
-                )
-            if self.mix != 0:
-                raise ValueError(f"mix: got {self.mix}, but method reference knows only 0; leave it out of the methods")
-        if self.dataset.startswith("digits"):
-            check_model(self.model, (1, 8, 8))
-        else:
-            check_model(self.model, (3, 32, 32))
 
 
 # ------------------------------------------------------------------------------------------------ the loop
 
 
-def runs(config, source=None, on_epoch=lambda method, seed: None, keep=lambda take, finished: None, state=None):
-    """Trains every method of `config` on every seed and yields each run's result when it is done.
+def runs(
+    config: Config,
+    source: data.Source | None = None,
+    on_epoch: Callable[[str, int], object] = lambda method, seed: None,
+    keep: Callable[[Callable[[], State], bool], object] = lambda take, finished: None,
+    state: State | None = None,
+) -> Iterator[Run]:
+    """Trains every method of `config` on every seed and yields the result of each run when it is done.
 
     Args:
         config: a Config.
-        source: its data set, where load_source has been called before.
+        source: its data set. None loads it.
         on_epoch: called as on_epoch(method, seed) after each epoch.
-        keep: called as keep(take, False) after each optimizer step and keep(take, True) between two runs; take() is the
-            state of the whole at that moment, to be written (checkpoint.Keeper does) or copied before keep returns.
-        state: what take() gave; training goes on from there, with the same results bit for bit on the same machine. The
-            runs that were finished are yielded again, first.
+        keep: called as keep(take, False) after each optimizer step, and as keep(take, True) after each run. take() returns the
+            state of the whole training at that moment. Write it (checkpoint.Keeper does) or copy it before keep returns.
+        state: a state that take() returned. Training goes on from there, with the same results bit for bit on the same
+            machine. The runs that were already finished are yielded again first.
 
     Yields:
-        dict per run, ready for JSON (numbers that are not finite are None):
+        A dict per run, ready for JSON (a number that is not finite is None):
             method, seed
             accuracy, balanced_accuracy    on the test set after the last epoch, percent
             per_class_recall               C percentages
-            seconds                        training alone: no evaluation, no bookkeeping
+            seconds                        of training alone, without evaluation and bookkeeping
             train_loss                     mean plain loss over the training set after the last epoch
             train_counts                   training samples of each class, by their true label
             parameters                     sha256 of the trained model's state_dict, in its order (checkpoint.digest)
-            epochs                         per epoch: accuracy, balanced_accuracy; class_weight (C each), the mean
-                                           robust weight that the steps of the epoch gave to the samples labelled so;
-                                           clean_weight, flipped_weight, the same by whether the label is right
+            epochs                         lists with an entry per epoch: accuracy, balanced_accuracy; class_weight, the C mean
+                                           robust weights of the samples with this label in the steps of the epoch;
+                                           clean_weight and flipped_weight, the means over right and over wrong labels
 
     Raises:
         ValueError, FileNotFoundError, ImportError: as Config.check and data.load_source.
@@ -158,37 +194,42 @@ def runs(config, source=None, on_epoch=lambda method, seed: None, keep=lambda ta
     """
     config.check()
     source = source or data.load_source(config.dataset, config.data_root)
-    finished, running = (list(state["finished"]), state["running"]) if state else ([], None)
+    finished: list[Run] = list(state["finished"]) if state else []
+    running: State | None = state["running"] if state else None
     yield from tuple(finished)
-    done, split = {(run["method"], run["seed"]) for run in finished}, None
+    done = {(run["method"], run["seed"]) for run in finished}
+    warm = False
     for seed in range(config.seeds):
-        # a different method goes first each time, so that none always meets the cold or the warm machine
+        # Each seed begins with another method. Otherwise the same one would always meet a cold or a warm machine.
         turn = seed % len(config.methods)
         left = [m for m in config.methods[turn:] + config.methods[:turn] if (m, seed) not in done]
         if not left:
             continue
-        cold = split is None
         split = data.draw(source, seed, imbalance=config.imbalance, rho=config.rho, noise=config.noise, rate=config.noise_rate)
-        if cold:
+        if not warm:
             _warm_up(config, source, split)
+            warm = True
             if state:
-                restore_random_state(state["random"])  # after the warm-up, which may have drawn from them
+                restore_random_state(state["random"])  # after the warm-up, which may have drawn random numbers
         for method in left:
             training = _Training(method, config, source, split, seed)
             if running:  # the first run that is not finished
                 training.load_state_dict(running)
                 running = None
-
-            def take():
-                return {"finished": list(finished), "running": training.state_dict(), "random": random_state()}
-
-            finished.append(training.run(lambda: on_epoch(method, seed), lambda: keep(take, False)))
+            take = partial(_state, finished, training)
+            finished.append(training.run(partial(on_epoch, method, seed), partial(keep, take, False)))
             yield finished[-1]
-            keep(lambda: {"finished": list(finished), "running": None, "random": random_state()}, True)
+            keep(partial(_state, finished, None), True)
 
 
-def _warm_up(config, source, split):
-    """A few steps of each method whose result is thrown away: what is loaded on first use is in nobody's seconds."""
+def _state(finished: list[Run], training: _Training | None) -> State:
+    """The state of the whole: the results so far, the run under way (None between two runs), and the global random generators."""
+    running = training.state_dict() if training else None
+    return {"finished": list(finished), "running": running, "random": random_state()}
+
+
+def _warm_up(config: Config, source: data.Source, split: data.Split) -> None:
+    """Trains each method for a few steps and drops the result, so that loading code on first use is not timed."""
     few = slice(2 * config.batch_size)
     small = data.Split(split.x[few], split.y[few], split.y_true[few], split.x_test[:1], split.y_test[:1])
     for method in config.methods:
@@ -196,9 +237,9 @@ def _warm_up(config, source, split):
 
 
 class _Training:
-    """One method on one split. Whatever changes while it trains is in state_dict(), which may be taken after any step."""
+    """The training of one method on one split. state_dict() has everything that changes, and may be called after any step."""
 
-    def __init__(self, name, config, source, split, seed):
+    def __init__(self, name: str, config: Config, source: data.Source, split: data.Split, seed: int) -> None:
         self.name, self.config, self.source, self.split, self.seed = name, config, source, split, seed
         self.model = make_model(config.model, source.shape, source.classes, seed)
         self.method = methods.METHODS[name](self.model.parameters(), config, split, seed)
@@ -206,12 +247,16 @@ class _Training:
             self.method.optimizer, [round(0.6 * config.epochs), round(0.8 * config.epochs)], gamma=0.1
         )
         self.order = data.generator(seed, data.ORDER)
-        self.history = {key: [] for key in ("accuracy", "balanced_accuracy", "class_weight", "clean_weight", "flipped_weight")}
+        keys = ("accuracy", "balanced_accuracy", "class_weight", "clean_weight", "flipped_weight")
+        self.history: dict[str, list[Any]] = {key: [] for key in keys}
         self.seconds = 0.0
-        # of the epoch under way: the order of its samples, how many steps are done, the weights they gave
-        self.epoch, self.samples, self.step, self.weights = 0, None, 0, []
+        self.epoch = 0
+        # Of the epoch under way: the order of its samples (None between two epochs), its finished steps, and their weights.
+        self.samples: Tensor | None = None
+        self.step = 0
+        self.weights: list[Tensor] = []
 
-    def state_dict(self):
+    def state_dict(self) -> State:
         return {
             "method": self.name,
             "seed": self.seed,
@@ -227,20 +272,21 @@ class _Training:
             "weights": torch.cat(self.weights),
         }
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: State) -> None:
         if (state["method"], state["seed"]) != (self.name, self.seed):
             raise ValueError(f"the state is {state['method']}'s on seed {state['seed']}, not {self.name}'s on seed {self.seed}")
         self.model.load_state_dict(state["model"])
         self.method.load_state_dict(state["parts"])
-        self.method.optimizer._opt_called = True  # it was; torch warns where the schedule is stepped before it
+        # torch warns when a schedule is stepped before its optimizer; this optimizer was stepped before the state was taken
+        self.method.optimizer._opt_called = True  # type: ignore[attr-defined]  # torch sets it in LRScheduler.__init__
         self.decay.load_state_dict(state["decay"])
         self.order.set_state(state["order"])
         self.history = {key: list(values) for key, values in state["history"].items()}
         self.seconds, self.epoch, self.samples, self.step = (state[key] for key in ("seconds", "epoch", "samples", "step"))
         self.weights = [state["weights"]]
 
-    def run(self, on_epoch, after_step):
-        """Trains from where it stands to the end and tests → the dict described in runs()."""
+    def run(self, on_epoch: Callable[[], object], after_step: Callable[[], object]) -> Run:
+        """Trains to the end from where it stands, tests after each epoch, and returns the dict that runs() describes."""
         model, method, config, split = self.model, self.method, self.config, self.split
         while self.epoch < config.epochs:
             if self.samples is None:
@@ -280,16 +326,18 @@ class _Training:
         }
 
 
-def _mean_weights(weights, samples, split, source):
-    """Per class (labels as trained on), over the right labels, over the wrong ones."""
+def _mean_weights(
+    weights: Tensor, samples: Tensor, split: data.Split, source: data.Source
+) -> tuple[list[float | None], float | None, float | None]:
+    """The mean weight of each class (by the labels that training sees), of the right labels, and of the wrong ones."""
     y, wrong = split.y[samples], split.y[samples] != split.y_true[samples]
     counts = torch.bincount(y, minlength=source.classes)
     per_class = torch.zeros(source.classes, dtype=torch.float64).index_add_(0, y, weights.double()) / counts
     return [_number(w) for w in per_class], _number(weights[~wrong].mean()), _number(weights[wrong].mean())
 
 
-def _test(model, split, classes):
-    """(accuracy, mean recall over the classes, list of recalls), percent."""
+def _test(model: nn.Module, split: data.Split, classes: int) -> tuple[float | None, float | None, list[float | None]]:
+    """Accuracy, mean recall over the classes, and the recall of each class, in percent."""
     right = _logits(model, split.x_test).argmax(1) == split.y_test
     counts = torch.bincount(split.y_test, minlength=classes)
     recall = 100 * torch.bincount(split.y_test[right], minlength=classes) / counts
@@ -297,11 +345,11 @@ def _test(model, split, classes):
 
 
 @torch.no_grad()
-def _logits(model, x):
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
     model.eval()
-    return torch.cat([model(part) for part in x.split(2000)])  # one forward, or several where memory would not do
+    return torch.cat([model(part) for part in x.split(2000)])  # in parts, so that large test sets fit into memory
 
 
-def _number(x):
-    """A float of six digits, or None where JSON has no number for it."""
+def _number(x: Tensor) -> float | None:
+    """A float with six digits, or None if JSON has no number for it."""
     return float(f"{float(x):.6g}") if math.isfinite(x) else None

@@ -1,25 +1,29 @@
-"""The results of a training in sentences. Every one is computed from the results, whichever way they point."""
+"""The results of a training in sentences. Each sentence follows from the results, whether they are good or bad."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from statistics import mean, median
+from typing import Any
 
 from .methods import OF_LAM
-from .summary import BASELINE, by_method, head_to_tail, judged, stderr, time_ratios
+from .summary import BASELINE, RunsOf, by_method, head_to_tail, judged, stderr, time_ratios
+from .train import Run
 
 
-def answers(results):
-    """What the report says first: {"verdict": "better" | "worse" | "unclear" | "none", "help", "classes", "cost"}.
+def answers(results: dict[str, Any]) -> dict[str, str]:
+    """The first sentences of the report: {"verdict": "better" | "worse" | "unclear" | "none", "help", "classes", "cost"}.
 
-    The method judged is absgd, or else the first other in the order of METHODS, by its balanced accuracy against plain SGD. Its
-    difference counts as one only when 0 lies outside the 95 % interval of Student's t over the paired seeds.
+    The report judges absgd, or else the first other method in the order of METHODS, by its balanced accuracy against plain SGD.
+    The verdict is "better" or "worse" only if 0 lies outside the 95 % interval of Student's t over the paired seeds.
     """
     runs_of = by_method(results["runs"])
     method = judged(runs_of)
-    pairs = results["paired"].get(method)
-    if pairs is None:
+    if method is None or method not in results["paired"]:
         reached = "; ".join(f"{m} {plus_minus(s['balanced_accuracy'], 'std')} %" for m, s in results["summary"].items())
         return {
             "verdict": "none",
-            "help": f"Cannot be said: it takes a seed that both {BASELINE} and another method have finished. "
+            "help": f"Cannot be said, because no seed was finished by both {BASELINE} and another method. "
             f"Balanced accuracy: {reached}.",
             "classes": "Cannot be said without that comparison.",
             "cost": "Cannot be said without that comparison.",
@@ -35,19 +39,20 @@ def answers(results):
     }
 
 
-def _judge(method, mine, base, seeds):
+def _judge(method: str, mine: dict[int, Run], base: dict[int, Run], seeds: Sequence[int]) -> tuple[str, str]:
+    """The verdict, and a sentence with its numbers."""
     values = [(mine[s]["balanced_accuracy"], base[s]["balanced_accuracy"]) for s in seeds]
     differences = [a - b for a, b in values]
     gap, level = mean(differences), [mean(column) for column in zip(*values)]
     levels = f"{level[0]:.1f} % against {level[1]:.1f} %"
     if len(seeds) == 1:
         return "unclear", (
-            f"One seed cannot tell: {method} came out {_signed(gap)} points of balanced accuracy from {BASELINE} "
-            f"({levels}), and how much of that is chance takes more seeds to see."
+            f"One seed cannot tell: {method} came out {_signed(gap)} points of balanced accuracy against {BASELINE} "
+            f"({levels}). Only more seeds can show how much of that is chance."
         )
-    from scipy.stats import t  # comes with scikit-learn; a second to import
+    from scipy.stats import t  # comes with scikit-learn; here and not above, because this import takes a second
 
-    error = stderr(differences)
+    error = stderr(differences) or 0.0
     margin = float(t.ppf(0.975, len(seeds) - 1)) * error
     wins = sum(d > 0 for d in differences)
     size = f"{abs(gap):.1f} ± {error:.1f} points of balanced accuracy"
@@ -62,7 +67,8 @@ def _judge(method, mine, base, seeds):
     )
 
 
-def _classes(mine, base, seeds):
+def _classes(mine: dict[int, Run], base: dict[int, Run], seeds: Sequence[int]) -> str:
+    """Sentences about the recall of the classes and the weights of right and wrong labels."""
     order, counts = head_to_tail(mine.values())
     gains = {}
     for c in order:
@@ -70,7 +76,7 @@ def _classes(mine, base, seeds):
         if pairs := [(a, b) for a, b in pairs if a is not None and b is not None]:
             gains[c] = mean(a - b for a, b in pairs)
 
-    def listed(classes):
+    def listed(classes: Sequence[int]) -> str:
         return ", ".join(f"class {c} ({_signed(gains[c])} points, {_images(counts[c])})" for c in classes)
 
     risen = sorted((c for c in gains if gains[c] > 0), key=lambda c: -gains[c])
@@ -94,53 +100,56 @@ def _classes(mine, base, seeds):
     return text
 
 
-def _cost(method, runs_of, seeds):
+def _cost(method: str, runs_of: RunsOf, seeds: Sequence[int]) -> str:
+    """A sentence about the time of a method."""
     text = f"{method} trained for {median(runs_of[method][s]['seconds'] for s in seeds):.3g} s per run"
     others = [BASELINE] + [m for m in runs_of if m not in (BASELINE, method)]
-    parts = []
-    for other in others:
-        if ratios := time_ratios(runs_of[method], runs_of[other]):
-            parts.append(
-                f"{median(ratios):.2f} times {other}'s time (median of {len(ratios)} paired runs, "
-                f"{min(ratios):.2f} to {max(ratios):.2f})"
-            )
+    ratios_to = {other: time_ratios(runs_of[method], runs_of[other]) for other in others}
+    parts = [
+        f"{median(r):.2f} times {other}'s time (median of {len(r)} paired runs, {min(r):.2f} to {max(r):.2f})"
+        for other, r in ratios_to.items()
+        if r
+    ]
     return f"{text}: {', and '.join(parts)}. Only forward, loss, backward and step are timed."
 
 
-def changes_note(changed):
-    """A sentence about changes() that are not empty."""
+def changes_note(changed: dict[str, list[Any]]) -> str:
+    """Sentences about summary.changes(), which must not be empty."""
     parts = [f"{name} ({', then '.join(map(str, values))})" for name, values in changed.items()]
-    return f"Training was resumed with another {', '.join(parts)}: its last bits need not be those of one never stopped."
+    return (
+        f"Training was resumed with another {', '.join(parts)}. The last bits of its results may differ from those of a training "
+        "that was never stopped."
+    )
 
 
-def notes(results):
-    """Things a reader must know before trusting the numbers, as sentences; often none."""
-    runs_of, found = by_method(results["runs"]), []
+def notes(results: dict[str, Any]) -> list[str]:
+    """Warnings that a reader must know before trusting the numbers, one or two sentences each. Often there are none."""
+    runs_of = by_method(results["runs"])
+    found: list[str] = []
     if results["changes"]:
         found.append(changes_note(results["changes"]))
     if results["partial"]:
         found.append(
             f"Training was interrupted: {len(results['runs'])} of "
-            f"{len(results['config']['methods']) * results['config']['seeds']} runs were finished, and only these count."
+            f"{len(results['config']['methods']) * results['config']['seeds']} runs were finished, and only these are reported."
         )
     for method, mine in runs_of.items():
         if broken := sum(run["train_loss"] is None for run in mine.values()):
             found.append(f"{broken} of {len(mine)} runs of {method} ended with a loss that is not a finite number.")
-        # one class gets every image: the others are too rare, or a step was too large and ReLUs no longer answer
+        # every image gets the same class: the other classes are too rare, or a large step has switched off all ReLUs
         if stuck := sum(sorted(r or 0 for r in run["per_class_recall"])[-2:] == [0, 100] for run in mine.values()):
-            hint = " Weights that rest on few samples make large steps: a smaller learning rate may help." * (method == "l2rw")
-            found.append(f"{stuck} of {len(mine)} runs of {method} ended with one answer for every image.{hint}")
+            hint = " Weights that depend on few samples make large steps. A smaller learning rate may help." * (method == "l2rw")
+            found.append(f"{stuck} of {len(mine)} runs of {method} ended with the same answer for every image.{hint}")
     losses = [run["train_loss"] for run in runs_of.get(BASELINE, {}).values() if run["train_loss"] is not None]
     if losses and mean(losses) < 0.01:
         found.append(
-            f"Plain SGD ended with a training loss of {mean(losses):.2g}: the model fits its training set, and where "
-            "all losses vanish there is nothing left to reweight. A smaller model, more weight decay or fewer epochs "
-            "leave something."
+            f"Plain SGD ended with a training loss of {mean(losses):.2g}. The model fits all its training samples, so there is "
+            "nothing left to reweight. Use a smaller model, more weight decay or fewer epochs."
         )
     return found
 
 
-def title(results):
+def title(results: dict[str, Any]) -> str:
     """The experiment in one line."""
     c = results["config"]
     parts = [c["dataset"]]
@@ -157,19 +166,19 @@ def title(results):
     return ", ".join([*parts, c["model"], *lams, f"{seeds} seed{'s' * (seeds != 1)}"])
 
 
-def _images(count):
+def _images(count: float) -> str:
     return f"{count:g} training image{'s' * (count != 1)}"
 
 
-def _minus(text):
+def _minus(text: str) -> str:
     return text.replace("-", "−")
 
 
-def _signed(value, digits=1):
+def _signed(value: float, digits: int = 1) -> str:
     return _minus(f"{value:+.{digits}f}")
 
 
-def plus_minus(entry, error, digits=1, signed=False):
-    """ "71.0 ± 1.4", or "71.0" where one seed has no error."""
+def plus_minus(entry: dict[str, Any], error: str, digits: int = 1, signed: bool = False) -> str:
+    """The mean of an entry and its `error` ("std" or "stderr") as text: "71.0 ± 1.4", or "71.0" for a single seed."""
     text = _signed(entry["mean"], digits) if signed else f"{entry['mean']:.{digits}f}"
     return text if entry[error] is None else f"{text} ± {entry[error]:.{digits}f}"
