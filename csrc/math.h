@@ -1,5 +1,8 @@
-// Every formula of the package, once. math/losses.h has the losses, math/weights.h the robust and the rectified
-// weights, math/rules.h the levels of CVaR and chi-squared DRO, math/step.h the optimizers.
+// Every formula of the package, written once for CPU and GPU. docs/MATH.md lists the same formulas with their papers.
+//     math/losses.h     losses on logits and their gradients (MATH §2, §8)
+//     math/weights.h    robust weights and their normaliser (MATH §1, §5), rectified weights (MATH §4.5)
+//     math/rules.h      the levels of CVaR and chi-squared DRO (MATH §4.3, §4.4)
+//     math/step.h       optimizer steps (MATH §3)
 #pragma once
 
 #include "math/losses.h"

@@ -1,4 +1,9 @@
-"""Triton twins of the CUDA and CPU kernels. The formulas are in math.py (the twin of csrc/math.h); the operators in losses.py,
-weights.py, step.py and weighted.py, each the twin of a file of csrc/cuda. loss_rows.py and weigh.py are what kernels do with a tile of
-logits and with a vector of losses; walk.py says how programs share logits, tables.py and layouts.py what a step walks over, launch.py
-has what every launch needs. Those import triton; this file does not."""
+"""The Triton twins of the CUDA and CPU kernels. All modules but this file import triton.
+
+- math.py: the formulas, the twin of csrc/math.h.
+- losses.py, weights.py, step.py, weighted.py: the operators, each the twin of a file of csrc/cuda.
+- loss_rows.py, weigh.py: the work of a kernel on a tile of logits, and on a vector of losses.
+- walk.py: how the programs of a launch share logits.
+- tables.py, layouts.py: the tensors that a step walks over.
+- launch.py: helpers of every launch.
+"""

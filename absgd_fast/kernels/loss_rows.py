@@ -1,7 +1,7 @@
-"""The walk over a tile of logits inside a kernel: the losses of its rows, what their gradients are made of, and the gradients.
+"""The work of a kernel on a tile of logits: the losses of its rows, the numbers of their gradients, and the gradients.
 
 losses.py has the kernels that call these functions, and says how a tile lies in the logits. A row is one sample, or one inner
-position of a sample of (B, C, d1, ...).
+position of a sample of (B, C, d1, ...). MATH §2 has the formulas.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ def tile_rows(
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The rows of a tile: (outer, lane, lanes, classes, offset of each row in the logits, stride of classes)."""
+    """The tile of a program: (outer, lane, lanes, classes, offset of each row in the logits, stride of classes).
+
+    ADJACENT says what is adjacent in memory: "classes", "lanes" or "neither". UNIT divides the lengths and strides that matter
+    for 16-byte loads.
+    """
     if ADJACENT == "classes":
         classes, stride_class = multiple(classes, UNIT), 1
         stride_outer, stride_lane = multiple(stride_outer, UNIT), multiple(stride_lane, UNIT)
@@ -41,7 +45,7 @@ def tile_rows(
 
 @triton.jit
 def contiguous_place(outer, lane, lanes, classes, col, INNER: tl.constexpr):
-    """Where class `col` of each row stands in a contiguous (B, C, d1, ...): soft targets, the gradient."""
+    """The offset of class `col` of each row in a contiguous (B, C, d1, ...), as soft targets and the gradient are."""
     wide = col.to(tl.int64)[None, :]
     return (outer * classes + wide) * lanes + lane[:, None] if INNER else lane[:, None] * classes + wide
 
@@ -51,7 +55,10 @@ def contiguous_place(outer, lane, lanes, classes, col, INNER: tl.constexpr):
 
 @triton.jit
 def label_of(target, row, inside, classes, ignore_index):
-    """Label as int32 (-1: none), whether the row counts, and whether the label is out of range. 64 bits are compared."""
+    """The label as int32 (-1 if there is none), whether the row counts, and whether the label is out of range.
+
+    The comparisons are made in 64 bits.
+    """
     label = tl.load(target + row, mask=inside, other=0).to(tl.int64)
     fits = (label >= 0) & (label < classes)
     counts = inside & (label != ignore_index)
@@ -60,19 +67,22 @@ def label_of(target, row, inside, classes, ignore_index):
 
 @triton.jit
 def report_label(target, report, row, classes):
-    """(label, row, classes, 1) to host memory, unless another program was there before and nobody has read it yet."""
+    """Write (label, row, classes, 1) to host memory, unless it holds an earlier report that nobody has read yet."""
     flag = (report + 3).to(tl.pointer_type(tl.int32), bitcast=True)  # Triton 3.5 has no comparing exchange of 64 bits
     if tl.atomic_cas(flag, 0, 2, sem="relaxed", scope="sys") == 0:
         tl.store(report, tl.load(target + row).to(tl.int64))
         tl.store(report + 1, row)
         tl.store(report + 2, classes.to(tl.int64))
-        # a fence at the scope of the system: the flag comes after what it announces
+        # The release at the scope of the system makes the host see the flag no sooner than the three numbers.
         tl.atomic_xchg(flag, 1, sem="release", scope="sys")
 
 
 @triton.jit
 def labels_of_rows(target, report, row, inside, classes, ignore_index, count, SOFT: tl.constexpr, ROWS: tl.constexpr):
-    """Label of each row (-1: none) and whether the row counts; a label out of range is reported. count (int64): all rows."""
+    """The label of each row (-1 if there is none), and whether the row counts. A label out of range is reported.
+
+    count (int64) is the number of all rows.
+    """
     if SOFT:
         y, valid = tl.full([ROWS], -1, tl.int32), inside
     else:
@@ -86,7 +96,7 @@ def labels_of_rows(target, report, row, inside, classes, ignore_index, count, SO
 
 @triton.jit
 def target_logits(logits, class_weight, adjust, y, labelled, offset, stride_class, classes, T: tl.constexpr, ROWS: tl.constexpr):
-    """Adjusted logit, weight and margin of each row's label."""
+    """The adjusted logit a_y, the class weight and the margin of each row's label."""
     x_y = tl.load(logits + offset + y.to(tl.int64) * stride_class, mask=labelled, other=0.0).to(T)
     v_y = tl.full([ROWS], 1.0, T) if class_weight is None else tl.load(class_weight + y, mask=labelled, other=0.0)
     margin = tl.zeros([ROWS], T)
@@ -103,7 +113,7 @@ def target_logits(logits, class_weight, adjust, y, labelled, offset, stride_clas
 
 @triton.jit
 def class_weights(class_weight, soft, place, col, there, classes, keep, uniform, T: tl.constexpr):
-    """What the classes weigh in sum_k weight_k (-log p_k): v_k, with soft targets (keep t_k + uniform) v_k; 0 outside."""
+    """The weights of sum_k weight_k (-log p_k): v_k, or (keep t_k + uniform) v_k with soft targets t. 0 outside the tile."""
     v = (
         there.to(T)
         if class_weight is None
@@ -114,8 +124,8 @@ def class_weights(class_weight, soft, place, col, there, classes, keep, uniform,
 
 @triton.jit
 def adjusted(x, adjust, col, classes):
-    """S_k x_k + D_k; what lies outside stays -inf."""
-    if adjust is not None:  # no early return: Triton compiles what follows one all the same
+    """S_k x_k + D_k. A logit outside the tile stays -inf."""
+    if adjust is not None:  # Not an early return: Triton would compile what follows it all the same.
         s = tl.load(adjust + col, mask=col < classes, other=1.0)[None, :]
         x = s * x + tl.load(adjust + classes + col, mask=col < classes, other=0.0)[None, :]
     return x
@@ -137,7 +147,7 @@ def loss_numbers(
     least_low,
     T: tl.constexpr,
 ):
-    """The numbers of a loss as `row_losses` takes them (csrc/math/losses.h LossNumbers, ClassWeights)."""
+    """The numbers of a loss as `row_losses` takes them (csrc/math/losses.h LossNumbers, csrc/launch.h ClassWeights)."""
     return (
         number(keep, keep_low, T),
         number(uniform, uniform_low, T),
@@ -166,7 +176,12 @@ def walk_classes(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of each row: max, sum of exp(a - max) without the label; sum of weight, sum of weight (a - max). One pass."""
+    """One pass along the classes of each row, as an online log-sum-exp.
+
+    Returns:
+        max; sum of exp(a - max) without the label; sum of weight; sum of weight (a - max). The last two are 0 with WEIGHTS
+        "none". With class vectors (`adjust`) the maximum leaves out the label, and `join_target` adds it.
+    """
     outer, lane, lanes, classes, offset, stride_class = tile
     row_max = tl.full([ROWS], float("-inf"), T)
     sumexp_others = tl.zeros([ROWS, BLOCK], T)
@@ -174,13 +189,13 @@ def walk_classes(
         sum_gaps, sum_weights = sumexp_others, sumexp_others
     for start in range(0, stop, BLOCK):
         col = start + tl.arange(0, BLOCK)
-        there = (col < classes)[None, :]  # not `stop`: of `classes` the compiler knows by what it can be divided
+        there = (col < classes)[None, :]  # Not `stop`: the compiler knows the divisors of `classes` only.
         x = tl.load(
             logits + offset[:, None] + col.to(tl.int64)[None, :] * stride_class, mask=inside[:, None] & there, other=float("-inf")
         ).to(T)
         x = adjusted(x, adjust, col, classes)
         is_target = col[None, :] == y[:, None]
-        # with a margin the label's logit is another: it joins after the loop
+        # A margin changes the logit of the label, so the label joins after the loop.
         new_max = tl.maximum(row_max, tl.max(x if adjust is None else tl.where(is_target, float("-inf"), x), 1))
         point = reference_point(new_max)
         e = tl.exp(x - point[:, None])
@@ -203,11 +218,11 @@ def walk_classes(
 
 @triton.jit
 def join_target(row_max, sumexp_others, sum_weights, sum_gaps, x_y, v_y, margin, labelled, adjust):
-    """What `walk_classes` found, relative to a maximum that the label with its margin takes part in."""
+    """The results of `walk_classes`, relative to a maximum that includes the label with its margin."""
     if adjust is not None:
         high = tl.where(labelled, tl.maximum(row_max, x_y), row_max)
         sumexp_others *= tl.exp(reference_point(row_max) - reference_point(high))
-        # a margin moves the label's own term; the reference of the sum moves with the maximum
+        # The margin moves the label's own term of sum_gaps. The reference point of the sum moves with the maximum.
         moved = reference_point(row_max) - reference_point(high)
         sum_gaps += sum_weights * moved - tl.where(margin != 0, v_y * margin, 0.0)
         row_max = high
@@ -221,11 +236,20 @@ def row_losses(
     KIND: tl.constexpr, PRUNE: tl.constexpr, WEIGHTS: tl.constexpr, INNER: tl.constexpr,
     ADJACENT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
-    """Losses of this program's rows, and what their gradient is made of. One pass over the logits. count (int64): all rows;
-    numbers: of `loss_numbers`. WEIGHTS, what the classes off the label weigh: "none", "smooth" (label smoothing) or "soft"
-    (`target` holds probabilities).
+    """The losses of this program's rows, and the numbers of their gradient, in one pass over the logits.
 
-    Returns label, max, scale, at_label, smoothing_coef of each row (the last three 0 where it does not count)."""
+    1. It reads labels and masks, and the adjusted logit of each label.
+    2. It walks along the classes: maximum, sum of exponentials, sums of class weights.
+    3. It makes loss and gradient coefficient of these sums.
+    4. It stores losses, validity, and the statistics (max, scale, at_label, smoothing_coef).
+
+    count (int64) is the number of all rows, and numbers come from `loss_numbers`. WEIGHTS says how the classes beside the label
+    are weighed: "none", "smooth" (label smoothing) or "soft" (`target` holds probabilities). With PRUNE, a row with
+    -log p >= least does not count. With SKIP, the logits of an ignored row are not read.
+
+    Returns:
+        label, max, scale, at_label, smoothing_coef of each row. The last three are 0 if the row does not count.
+    """
     T: tl.constexpr = losses.dtype.element_ty
     keep, uniform, hyper_a, hyper_b, cut, least = numbers
     tile = tile_rows(tl.program_id(0), lanes, classes, stride_outer, stride_lane, stride_class, ADJACENT, UNIT, ROWS)
@@ -237,7 +261,7 @@ def row_losses(
         valid &= tl.load(mask + row, mask=inside, other=0) != 0
     labelled = valid & (y >= 0)
     x_y, v_y, margin = target_logits(logits, class_weight, adjust, y, labelled, offset, stride_class, classes, T, ROWS)
-    # Ignored rows of many classes are not read; for few classes that would only make the tile wait for its labels.
+    # Ignored rows of many classes are not read. With few classes this would only make the tile wait for its labels.
     stop = tl.max(tl.where(valid, classes, 0), 0) if SKIP else classes
     row_max, sumexp_others, sum_weights, sum_gaps = walk_classes(
         logits, target, class_weight, adjust, tile, y, inside, stop, keep, uniform, T, WEIGHTS, INNER, ROWS, BLOCK
@@ -280,12 +304,15 @@ def block_gradient(
     logits, target, class_weight, adjust, grad, tile, col, y, row_max, scale, at_label, smoothing_coef, keep, uniform,
     SOFT: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """grad_k = S_k (exp(a_k - max) scale - smoothing_coef weight_k) off the label, S_y (at_label - smoothing_coef weight_y) on it,
-    for the classes `col`. grad may be logits: what is written has been read just before."""
+    """Write the gradient of a tile for the classes `col` (math.row_gradient).
+
+    grad_k = S_k (exp(a_k - max) scale - smoothing_coef weight_k) for k != y, grad_y = S_y (at_label - smoothing_coef weight_y).
+    grad may be the logits: whatever is written has been read just before.
+    """
     outer, lane, lanes, classes, offset, stride_class = tile
     T: tl.constexpr = scale.dtype
     there = (lane < lanes)[:, None] & (col < classes)[None, :]
-    # a row without a slope is not read: it may hold anything, and exp(NaN) * 0 is not 0
+    # A row of scale 0 is not read. It may hold anything, and exp(NaN) * 0 is not 0.
     x = tl.load(
         logits + offset[:, None] + col.to(tl.int64)[None, :] * stride_class,
         mask=there & (scale != 0)[:, None],
@@ -298,7 +325,7 @@ def block_gradient(
         g -= smoothing_coef[:, None] * class_weights(class_weight, target, place, col, there, classes, keep, uniform, T)
     elif class_weight is None:
         g -= smoothing_coef[:, None]
-    else:  # read where something is smoothed
+    else:  # The class weights are read only if a row has label smoothing.
         stop = tl.where(tl.max(tl.abs(smoothing_coef), 0) > 0, classes, 0)
         g -= smoothing_coef[:, None] * tl.load(class_weight + col, mask=col < stop, other=0.0)[None, :]
     if adjust is not None:

@@ -1,8 +1,9 @@
-"""Losses on logits, alone and with the robust weights: the twin of csrc/cuda/losses.cu.
+"""Losses on logits, alone and with the robust weights (MATH §1, §2): the twin of csrc/cuda/losses.cu.
 
-The forward pass reads the logits once and keeps four numbers a row; the backward pass reads them once more and writes
-the gradient (loss_rows.py). A program takes a tile of rows x classes of logits (outer, lanes, classes) with any strides: `lanes` is
-the batch, or the inner positions of one sample of (B, C, d1, ...). "real" is float64 for float64 logits, else float32.
+The forward pass reads the logits once and keeps four numbers for each row. The backward pass reads the logits once more and
+writes the gradient (loss_rows.py). The kernels see logits as (outer, lanes, classes) with any strides. `lanes` is the batch, or
+the inner positions of one sample of (B, C, d1, ...). A program takes a tile of rows x classes. "real" is float64 for float64
+logits, and float32 for all others.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from .weights import limit, weigh_many
 
 # ---- kernels -----------------------------------------------------------------------------------------------------------
 #
-# Optional tensors are None. Sizes and strides are not specialized on; what matters of them is in ADJACENT and UNIT.
+# An optional tensor may be None. Triton does not compile a kernel for each size and stride: ADJACENT and UNIT say what it must
+# know of them.
 
 _SIZES = ["count", "lanes", "classes", "stride_outer", "stride_lane", "stride_class", "ignore_index"]
 
@@ -49,13 +51,20 @@ def logit_loss_fwd_kernel(
     KIND: tl.constexpr, PRUNE: tl.constexpr, WEIGHTS: tl.constexpr, INNER: tl.constexpr,
     ADJACENT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
+    """The losses of all rows, and the statistics that backward makes the gradient from. Each program has one tile of rows.
+
+    1. It reads the labels of its rows.
+    2. It walks along the classes, BLOCK at a time, and adds up the exponentials.
+    3. It stores losses, validity and statistics (loss_rows.row_losses).
+    """
     T: tl.constexpr = losses.dtype.element_ty
     numbers = loss_numbers(
         keep, keep_low, uniform, uniform_low, hyper_a, hyper_a_low, hyper_b, hyper_b_low, cut, cut_low, least, least_low, T
     )
     row_losses(
         logits, target, class_weight, adjust, mask, losses, validity, stats, report, count.to(tl.int64), lanes, classes,
-        stride_outer, stride_lane, stride_class, ignore_index, numbers, KIND, PRUNE, WEIGHTS, INNER, ADJACENT, UNIT, ROWS, BLOCK, SKIP,
+        stride_outer, stride_lane, stride_class, ignore_index, numbers, KIND, PRUNE, WEIGHTS, INNER, ADJACENT, UNIT, ROWS, BLOCK,
+        SKIP,
     )  # fmt: skip
 
 
@@ -75,20 +84,26 @@ def robust_logit_loss_fwd_kernel(
     ADJACENT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SKIP: tl.constexpr,
     NORMALIZER: tl.constexpr, INIT_FIRST: tl.constexpr, LIMIT: tl.constexpr, LOSSES: tl.constexpr, FENCE: tl.constexpr,
 ):  # fmt: skip
-    """Up to ONE_LAUNCH rows: the last program to finish computes log s', weights, loss and state, LOSSES sample_stats at a time."""
+    """The robust loss of up to ONE_LAUNCH rows.
+
+    1. Each program makes losses, validity and statistics of its rows, as logit_loss_fwd_kernel does.
+    2. The program that finishes last reads the losses of all rows, LOSSES at a time, and settles log s'.
+    3. The same program reads them again, stores weights, loss and the next state, and multiplies the statistics by the factors.
+    """
     T: tl.constexpr = sample_stats.dtype.element_ty
     count = count.to(tl.int64)
     numbers = loss_numbers(
         keep, keep_low, uniform, uniform_low, hyper_a, hyper_a_low, hyper_b, hyper_b_low, cut, cut_low, least, least_low, T
     )
     row_losses(
-        logits, target, class_weight, adjust, mask, sample_stats, sample_stats + 2 * count, stats, report, count, lanes, classes, stride_outer,
-        stride_lane, stride_class, ignore_index, numbers, KIND, PRUNE, WEIGHTS, INNER, ADJACENT, UNIT, ROWS, BLOCK, SKIP,
+        logits, target, class_weight, adjust, mask, sample_stats, sample_stats + 2 * count, stats, report, count, lanes, classes,
+        stride_outer, stride_lane, stride_class, ignore_index, numbers, KIND, PRUNE, WEIGHTS, INNER, ADJACENT, UNIT, ROWS, BLOCK,
+        SKIP,
     )  # fmt: skip
     if last_program(done, FENCE):
         weigh(
-            sample_stats, score, sample_weight, sample_stats + 2 * count, log_s, nonfinite, lam, loss, sample_stats + count, None, None, stats, None,
-            None, count, update, number(gamma, gamma_low, tl.float64), number(alpha, alpha_low, tl.float64),
+            sample_stats, score, sample_weight, sample_stats + 2 * count, log_s, nonfinite, lam, loss, sample_stats + count, None,
+            None, stats, None, None, count, update, number(gamma, gamma_low, tl.float64), number(alpha, alpha_low, tl.float64),
             number(mix, mix_low, T), number(max_weight, max_weight_low, T), NORMALIZER, INIT_FIRST, LIMIT, LOSSES, ".cg",
         )  # fmt: skip
 
@@ -102,12 +117,19 @@ def logit_loss_bwd_kernel(
     EACH: tl.constexpr, SOFT: tl.constexpr, INNER: tl.constexpr,
     ADJACENT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """u times the gradient of each row."""
+    """The gradient of every row, times the upstream gradient. Each program has a tile of rows and one block of classes.
+
+    1. It reads labels, upstream gradients and statistics of its rows.
+    2. It multiplies the statistics by the upstream gradients.
+    3. It reads the logits of its classes and writes the gradient (loss_rows.block_gradient).
+
+    EACH: every row has an upstream gradient of its own. SOFT: `target` holds probabilities.
+    """
     T: tl.constexpr = stats.dtype.element_ty
     col_blocks = tl.cdiv(classes, BLOCK)
     program = tl.program_id(0)
     tile = tile_rows(program // col_blocks, lanes, classes, stride_outer, stride_lane, stride_class, ADJACENT, UNIT, ROWS)
-    outer, lane, lanes, classes, offset, stride_class = tile
+    outer, lane, lanes, classes, _offset, stride_class = tile
     count = count.to(tl.int64)
     inside = lane < lanes
     row = outer * lanes + lane
@@ -132,18 +154,24 @@ def logit_loss_in_place_kernel(
     KIND: tl.constexpr, PRUNE: tl.constexpr, WEIGHTS: tl.constexpr, INNER: tl.constexpr,
     ADJACENT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
-    """The second loop over a row finds it in the second-level cache."""
+    """The losses of all rows, and over the logits their gradients. Each program has one tile of rows.
+
+    1. It makes losses, validity and the numbers of the gradient of its rows (loss_rows.row_losses).
+    2. All its threads wait until the logits of the tile have been read.
+    3. It reads the logits again, now from the second-level cache, and overwrites them with the gradient.
+    """
     T: tl.constexpr = losses.dtype.element_ty
     numbers = loss_numbers(
         keep, keep_low, uniform, uniform_low, hyper_a, hyper_a_low, hyper_b, hyper_b_low, cut, cut_low, least, least_low, T
     )
     y, row_max, scale, at_label, smoothing_coef = row_losses(
         logits, target, class_weight, adjust, None, losses, validity, None, report, count.to(tl.int64), lanes, classes,
-        stride_outer, stride_lane, stride_class, ignore_index, numbers, KIND, PRUNE, WEIGHTS, INNER, ADJACENT, UNIT, ROWS, BLOCK, SKIP,
+        stride_outer, stride_lane, stride_class, ignore_index, numbers, KIND, PRUNE, WEIGHTS, INNER, ADJACENT, UNIT, ROWS, BLOCK,
+        SKIP,
     )  # fmt: skip
     tile = tile_rows(tl.program_id(0), lanes, classes, stride_outer, stride_lane, stride_class, ADJACENT, UNIT, ROWS)
-    tl.debug_barrier()  # every thread has read what another may overwrite
-    for start in range(0, tile[3], BLOCK):  # the classes, with what the compiler knows of their number
+    tl.debug_barrier()  # Every thread has read what another one may overwrite.
+    for start in range(0, tile[3], BLOCK):  # tile[3] is `classes` in the form whose divisor the compiler knows.
         block_gradient(
             logits, target, class_weight, adjust, logits, tile, start + tl.arange(0, BLOCK), y, row_max, scale, at_label,
             smoothing_coef, numbers[0], numbers[1], WEIGHTS == "soft", INNER,
@@ -160,7 +188,7 @@ _CE, _GCE, _SCE = (KINDS.index(name) for name in ("ce", "gce", "sce"))
 
 @lru_cache(1024)
 def _loss_numbers(kind: int, prune: bool, hyper_a: float, hyper_b: float, classes: int) -> tuple[tuple[float, ...], dict]:
-    """The loss's numbers and constants (csrc/math/losses.h LossNumbers, csrc/launch.h ClassWeights)."""
+    """The numbers and constants of a loss (csrc/math/losses.h LossNumbers, csrc/launch.h ClassWeights)."""
     label_smoothing = hyper_a if kind == _CE else 0.0
     cut, least = 0.0, math.inf
     if kind == _GCE and hyper_b > 0:
@@ -174,7 +202,7 @@ def _loss_numbers(kind: int, prune: bool, hyper_a: float, hyper_b: float, classe
 
 
 class _Loss(NamedTuple):
-    """A loss with the tensors that it is given beside the logits, as the kernels take them."""
+    """A loss with its tensors beside the logits, as the kernels take them."""
 
     target: Tensor
     class_weight: Tensor | None
@@ -191,7 +219,7 @@ class _Loss(NamedTuple):
         return cls(target.contiguous(), class_weight, adjust, ignore_index, numbers, constants)
 
     def launch(self, kernel, logits: Tensor, count: int, *tensors: Tensor | None) -> None:
-        """A kernel that makes nothing but per-sample losses. tensors: those that it takes after `adjust`."""
+        """Launch a kernel that makes per-sample losses only. tensors: the arguments that it takes after `adjust`."""
         logits, walk = walked(logits)
         launch.launch(
             kernel,
@@ -213,7 +241,7 @@ class _Loss(NamedTuple):
 
 
 def _new_rows(logits: Tensor, *leading: int) -> Tensor:
-    """Room for one real number of each row, `leading` times."""
+    """A new tensor with `leading` real numbers for each row; with one if `leading` is left out."""
     return logits.new_empty((*leading, logits.shape[0], *logits.shape[2:]), dtype=launch.real_dtype(logits.dtype))
 
 
@@ -235,19 +263,20 @@ def logit_loss(
     with_stats: bool,
     report: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-sample losses (math.loss_and_slope) on S_k x_k + D_k - M_y 1[k = y].
+    """Per-sample losses on the adjusted logits S_k x_k + D_k - M_y 1[k = y] (MATH §2.1, math.loss_and_slope).
 
     Args:
-        logits: (B, C) or (B, C, d1, ...), any strides. target: (B, d1, ...) int64 or int32; for cross-entropy also
-            probabilities of the logits' shape, real.
-        class_weight: (C) real, or None. adjust: (3, C) real, S, D, M; or None.
-        hyper_a, hyper_b, kind, prune: _codes.py HYPERPARAMETERS; csrc/math/losses.h LossNumbers.
-        report: (4) int64 in pinned host memory, or None. A row whose label is out of range is ignored and, if report[3] is 0,
+        logits: (B, C) or (B, C, d1, ...), any strides.
+        target: (B, d1, ...) int64 or int32. For cross-entropy also probabilities of the logits' shape, real.
+        class_weight: (C) real, or None.
+        adjust: (3, C) real: S, D, M; or None.
+        hyper_a, hyper_b, kind, prune: see _codes.py HYPERPARAMETERS and csrc/math/losses.h LossNumbers.
+        report: (4) int64 in pinned host memory, or None. A row whose label is out of range is ignored. If report[3] is 0, it is
             reported as (label, row, classes, 1).
 
     Returns:
-        losses (B, d1, ...), real; stats (4, B, d1, ...) real for `logit_loss_backward`, or (0) without `with_stats`; validity,
-        as the losses: 1, or 0 where a row is ignored, pruned, or has a label out of range.
+        losses (B, d1, ...), real; stats (4, B, d1, ...), real, for `logit_loss_backward`, or (0) without `with_stats`; validity,
+        like the losses: 1, or 0 if a row is ignored, pruned, or has a label out of range.
     """
     losses, validity, stats = _new_rows(logits), _new_rows(logits), _new_stats(logits, with_stats)
     if losses.numel():
@@ -270,8 +299,9 @@ def logit_loss_(
     prune: bool,
     report: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`logit_loss` of contiguous (B, C) logits that are not float16, and over them d loss_i / d logits: 0 for rows that do not
-    count.
+    """`logit_loss` of contiguous (B, C) logits that are not float16, which are overwritten by d loss_i / d logits.
+
+    The gradient of a row that does not count is 0.
 
     Returns:
         losses (B), validity (B), both real.
@@ -312,11 +342,11 @@ def robust_logit_loss(
     with_stats: bool,
     report: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`logit_loss` under `weights.robust_loss`: the robust loss, and with `update` the next state.
+    """`logit_loss` followed by `weights.robust_loss`: the robust loss of the batch, and with `update` the next state.
 
     Returns:
-        loss (); sample_stats (3, B, d1, ...): losses (0 where ignored), weights, validity; stats as of `logit_loss`, whose
-        gradient is that of the robust loss; all real.
+        loss (); sample_stats (3, B, d1, ...): losses (0 where ignored), weights, validity; stats as from `logit_loss`, but for
+        the gradient of the robust loss. All are real.
     """
     sample_stats, stats = _new_rows(logits, 3), _new_stats(logits, with_stats)
     real, count = sample_stats.dtype, sample_stats[0].numel()
@@ -331,7 +361,7 @@ def robust_logit_loss(
                    gamma, alpha, mix, max_weight, normalizer, init_first, update)  # fmt: skip
         return value, sample_stats, stats
     logits, walk = walked(logits)
-    warps = 8 if count > 4096 else walk.warps  # the last program works alone, on 4 losses a thread at a time
+    warps = 8 if count > 4096 else walk.warps  # The last program works alone, on 4 losses a thread at a time.
     launch.launch(
         robust_logit_loss_fwd_kernel, walk.programs, logits, logits, loss.target, class_weight, adjust, mask, sample_stats, saved,
         report, launch.counter(logits), score, sample_weight, log_s, nonfinite, lam, value, count, *walk.numbers, ignore_index,
@@ -351,11 +381,11 @@ def logit_loss_backward(
     stats: Tensor,
     upstream: Tensor,
 ) -> Tensor:
-    """d (sum of upstream * value) / d logits, contiguous, for the value whose forward pass made `stats`.
+    """The gradient of the forward pass that made `stats`, times the upstream gradient: contiguous, like the logits.
 
     Args:
-        label_smoothing: read with soft targets.
-        upstream: real; 0-d, or (B, d1, ...). Each row's gradient is multiplied by it before it is rounded.
+        label_smoothing: used with soft targets only.
+        upstream: real, 0-d or (B, d1, ...). The gradient of each row is multiplied by it before it is rounded.
     """
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if not grad.numel():

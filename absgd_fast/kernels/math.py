@@ -1,7 +1,7 @@
-"""Every formula of the kernels once, on scalars or blocks of float32 or float64: the twin of csrc/math.h.
+"""Every formula of the Triton kernels, written once, on scalars or blocks of float32 or float64: the twin of csrc/math.h.
 
-MATH: the ABSGD paper, Alg. 1 and Eq. 2; csrc/math.h says more at each function of the same name. The kernels use no global
-constants: Triton compares each of them at every launch.
+csrc/math/ says more at each function of the same name, and docs/MATH.md has the papers. The kernels use no global constants,
+because Triton compares each of them at every launch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def number(high, low, dtype: tl.constexpr):
-    """A Python float that came as two float32 (launch.parts). It never widens a computation in float32."""
+    """A Python float, from the two float32 that it came as (launch.parts). It never widens a computation in float32."""
     x = tl.full([], high, dtype)
     if dtype == tl.float64:
         x += tl.full([], low, dtype)
@@ -23,66 +23,67 @@ def number(high, low, dtype: tl.constexpr):
 
 @triton.jit
 def multiple(x, unit: tl.constexpr):
-    """x, a multiple of `unit`, in a form from which the compiler sees that: it then loads 16 bytes at a time."""
+    """x itself, a multiple of `unit`, in a form that tells the compiler so. The compiler then loads 16 bytes at a time."""
     return x // unit * unit if unit > 1 else x
 
 
 @triton.jit
 def divide(x, y):
-    """x / y, correctly rounded: Triton's / of float32 is off by up to 2 ulp, at L / lambda = 1000 a weight by 2e-4."""
+    """x / y, correctly rounded. Triton's own / of float32 is off by up to 2 ulp: a weight at L / lambda = 1000 by 2e-4."""
     return x / y if x.dtype == tl.float64 else tl.div_rn(x, y)
 
 
 @triton.jit
 def root(x):
-    """sqrt(x), correctly rounded: Triton's sqrt of float32 takes subnormal numbers for 0."""
+    """sqrt(x), correctly rounded. Triton's own sqrt of float32 takes subnormal numbers for 0."""
     return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
 
 
 @triton.jit
 def log1p(x):
-    """log(1 + x), x > -1 finite, to a few ulp: what the rounding of 1 + x does to the logarithm, it does to the quotient."""
+    """log(1 + x) for finite x > -1, to a few ulp. The rounding of 1 + x changes logarithm and quotient alike, and cancels."""
     u = 1 + x
     return tl.where(u == 1, x, tl.log(u) * (x / (u - 1)))
 
 
 @triton.jit
 def reference_point(running_max):
-    """The running maximum, or 0 before there is one: -inf - -inf would be NaN."""
+    """The running maximum, or 0 while it is -inf, because -inf - -inf would be NaN."""
     return tl.where(running_max == float("-inf"), 0.0, running_max)
 
 
-# ---- per-sample losses on logits -----------------------------------------------------------------------------------
+# ---- per-sample losses on logits (MATH §2) --------------------------------------------------------------------------
 #
-# A row with adjusted logits a_k and label y is three numbers (math/losses.h Row); the label's own term is never subtracted from a sum:
+# Three numbers describe a row with adjusted logits a_k and label y (csrc/math/losses.h Row):
 #     max_minus_target = max - a_y >= 0,    sumexp_others = sum over k != y of exp(a_k - max),    exp_target = exp(a_y - max)
-# With soft targets there is no label: max_minus_target = exp_target = 0.
+# The label's own term is never subtracted from a sum that contains it, so nothing cancels as p -> 1. With soft targets there is
+# no label: max_minus_target and exp_target are 0.
 
 
 @triton.jit
 def log_sum(sumexp_others, exp_target):
-    """Where p >= 1/2: log1p(r), which keeps every digit as p -> 1; else log(sumexp_others + exp_target)."""
+    """log(1 + r) where p >= 1/2, which keeps every digit as p -> 1; elsewhere log(sumexp_others + exp_target)."""
     sure = sumexp_others <= exp_target
     return log1p(tl.where(sure, sumexp_others / tl.where(sure, exp_target, 1.0), sumexp_others - 1 + exp_target))
 
 
 @triton.jit
 def nll(max_minus_target, sumexp_others, exp_target):
-    """-log p"""
+    """n = -log p, the negative log-likelihood of the label."""
     x = log_sum(sumexp_others, exp_target)
     return tl.where(sumexp_others <= exp_target, x, max_minus_target + x)
 
 
 @triton.jit
 def log_total(max_minus_target, sumexp_others, exp_target):
-    """log sum_k exp(a_k - max)"""
+    """log sum_k exp(a_k - max)."""
     x = log_sum(sumexp_others, exp_target)
     return tl.where(sumexp_others <= exp_target, x - max_minus_target, x)
 
 
 @triton.jit
 def power(base, exponent):
-    """base^exponent for base in [0, 1], exponent >= 0"""
+    """base^exponent for base in [0, 1] and exponent >= 0. A base below 1e-37 counts as 0."""
     positive = base > 1e-37
     x = tl.exp(exponent * tl.log(tl.where(positive, base, 1.0)))
     return tl.where(exponent > 0, tl.where(positive, x, tl.where(base >= 0, 0.0, base)), 1.0)
@@ -90,7 +91,7 @@ def power(base, exponent):
 
 @triton.jit
 def one_minus_exp(x):
-    """1 - exp(-x) for x >= 0, without cancellation: (1 - u) x / -log u with u = exp(-x), whose errors cancel."""
+    """1 - exp(-x) for x >= 0, without cancellation: (1 - u) x / -log u with u = exp(-x), where the rounding of u cancels."""
     u = tl.exp(-x)
     inside = (u < 1) & (x < 16)
     return tl.where(inside, (1 - u) * x / -tl.log(tl.where(inside, u, 0.5)), tl.where(u < 1, 1 - u, x))
@@ -98,8 +99,11 @@ def one_minus_exp(x):
 
 @triton.jit
 def loss_and_slope(max_minus_target, sumexp_others, exp_target, w, keep, hyper_a, hyper_b, cut, KIND: tl.constexpr):
-    """The functors of math.h: loss, and c in dl/dx_k = S_k c (softmax_k - 1[k = y]). hyper_a, hyper_b: gamma of the focal losses;
-    q of gce; alpha, beta A of sce."""
+    """Loss l and coefficient c of its gradient dl/dx_k = S_k c (softmax_k - 1[k = y]), of each loss of MATH §2.2.
+
+    They are the functors of csrc/math/losses.h. n = -log p, w is the class weight of the label, keep = 1 - label smoothing.
+    hyper_a and hyper_b: gamma of the focal losses; q of gce; alpha and beta A of sce.
+    """
     n = nll(max_minus_target, sumexp_others, exp_target)
     p, far = exp_target / (sumexp_others + exp_target), sumexp_others / (sumexp_others + exp_target)
     if KIND == 0:  # cross-entropy
@@ -123,75 +127,83 @@ def loss_and_slope(max_minus_target, sumexp_others, exp_target, w, keep, hyper_a
 
 @triton.jit
 def shared_loss(max_minus_target, sumexp_others, exp_target, sum_weights, sum_gaps):
-    """sum_k weight_k (-log p_k), sum_gaps = sum_k weight_k (a_k - max), sum_weights = sum_k weight_k."""
+    """sum_k weight_k (-log p_k), from sum_gaps = sum_k weight_k (a_k - max) and sum_weights = sum_k weight_k."""
     return log_total(max_minus_target, sumexp_others, exp_target) * sum_weights - sum_gaps
 
 
 @triton.jit
 def row_gradient(sumexp_others, exp_target, c, smoothing_coef, sum_weights):
-    """(scale, at_label): dl/dx_k = S_k (exp(a_k - max) scale - smoothing_coef weight_k), at the label S_y (at_label - smoothing_coef
-    weight_y)."""
+    """The numbers (scale, at_label) of a row's gradient (csrc/math/losses.h RowGradient).
+
+    dl/dx_k = S_k (exp(a_k - max) scale - smoothing_coef weight_k) for k != y, and dl/dx_y = S_y (at_label - smoothing_coef
+    weight_y).
+    """
     inverse_total = 1 / (sumexp_others + exp_target)
     scale = (c + smoothing_coef * sum_weights) * inverse_total
     return scale, smoothing_coef * sum_weights * exp_target * inverse_total - c * sumexp_others * inverse_total
 
 
-# ---- robust weights (Alg. 1, in the log domain) ---------------------------------------------------------------------
+# ---- robust weights (ABSGD paper, Alg. 1, in logarithms; MATH §1) ---------------------------------------------------
 
 
 @triton.jit
 def log_mean_exp(z_max, sumexp, n):
-    """log((1/n) sum_i exp(z_i)) from z_max = max z and sumexp = sum_i exp(z_i - z_max)."""
+    """log g = log((1/n) sum_i exp(z_i)), step 3 of Alg. 1, from z_max = max z and sumexp = sum_i exp(z_i - z_max)."""
     return z_max + tl.log(sumexp) - tl.log(n)
 
 
 @triton.jit
 def logaddexp(a, b):
-    """log(exp(a) + exp(b)); a may be -inf, b is finite."""
+    """log(exp(a) + exp(b)). a may be -inf, b must be finite."""
     high, low = tl.maximum(a, b), tl.minimum(a, b)
     return high + log1p(tl.exp(low - high))
 
 
 @triton.jit
 def next_log_s(log_s, log_g, gamma, alpha, alone):
-    """Step 5 of Alg. 1, s' = (1 - gamma) s + gamma alpha g. `alone`: s' = alpha g, as if gamma were 1."""
+    """log s' = log((1 - gamma) s + gamma alpha g), step 4 of Alg. 1. If `alone`, s' = alpha g, as if gamma were 1."""
     moving = logaddexp(log1p(-gamma) + log_s, tl.log(gamma * alpha) + log_g)
     return tl.where(alone, tl.log(alpha) + log_g, moving)
 
 
 @triton.jit
 def robust_weight(z, log_s_high, log_s_low, max_weight):
-    """Step 6 of Alg. 1, W = exp(z) / s', clamped from above; log s' in two parts, else L / lambda = 1000 costs 3e-5."""
+    """W = exp(z - log s'), step 5 of Alg. 1, clamped from above by max_weight.
+
+    log s' comes in two parts, high + low. At L / lambda = 1000 a single float32 would put an error of 3e-5 into every weight.
+    """
     w = tl.exp((z - log_s_high) - log_s_low)
     return tl.where(w > max_weight, max_weight, w)
 
 
 @triton.jit
 def sample_factor(weight, mix, sample_weight, inverse_n):
-    """d loss / d L_i of (1/n) sum_i t_i (W_i + mix) L_i, W detached."""
+    """The factor d loss / d L_i = t_i (W_i + mix) / n of the loss (1/n) sum_i t_i (W_i + mix) L_i, where W is a constant."""
     return (weight + mix) * sample_weight * inverse_n
 
 
 @triton.jit
 def robust_weight_vjp(w, d, sum_wd, u, dlog_s, dlog_s_state, inverse_lam):
-    """vjp of (W, log s') with respect to L_j for upstream d on W and u on log s', dlog_s = gamma' alpha / n for the
-    weights and for the new state."""
+    """The vjp of (W, log s') with respect to L_j, for upstream gradients d on W and u on log s' (MATH §1.3).
+
+    dlog_s is gamma' alpha / n, and dlog_s_state is the same, or 0 if the state did not move. sum_wd = sum_i W_i d_i.
+    """
     return w * (d + (u * dlog_s_state - dlog_s * sum_wd)) * inverse_lam
 
 
-# ---- rectified weights (Learning to Reweight, Eq. 8 and 9) -------------------------------------------------------------
+# ---- rectified weights (Learning to Reweight, Eq. 8 and 9; MATH §4.5) --------------------------------------------------
 
 
 @triton.jit
 def rectified_sum(plain, scaled, u):
-    """The sum of max(u, 0) over the finite u, in float64; beside it that of u 2^-64, which cannot leave the range."""
+    """Two running sums in float64: of max(u, 0) over the finite u, and of max(u, 0) 2^-64, which cannot overflow."""
     x = tl.where((u > 0) & (u < float("inf")), u, 0.0).to(tl.float64)
     return plain + x, scaled + x * 5.421010862427522e-20
 
 
 @triton.jit
 def rectified_numbers(plain, scaled, dtype: tl.constexpr):
-    """(unit, total) of the weights, in the type they are computed in, whose range the sum may leave."""
+    """The numbers (unit, total) of w = max(u, 0) unit / total, in the dtype of the weights, scaled if the sum overflows it."""
     fits = plain.to(dtype) < float("inf")
     total = tl.where(plain == 0, 1.0, tl.where(fits, plain, scaled))
     return tl.where(fits, 1.0, 5.421010862427522e-20).to(dtype), total.to(dtype)
@@ -199,27 +211,31 @@ def rectified_numbers(plain, scaled, dtype: tl.constexpr):
 
 @triton.jit
 def rectified_weight(u, unit, total):
-    """w = max(u, 0) / total; NaN where u is not finite, as u - u is."""
+    """w = max(u, 0) unit / total. NaN where u is not finite, as u - u is."""
     w = divide(tl.where(u > 0, u, 0.0) * unit, total + tl.zeros_like(u))
     return tl.where(u - u == 0, w, u - u)
 
 
-# ---- steps: momentum SGD (Alg. 1 step 6), Adam, RMSprop, AdaGrad (Sec. 3.4) -------------------------------------------
+# ---- steps: momentum SGD (step 6 of Alg. 1), Adam, RMSprop, AdaGrad (Sec. 3.4 of the ABSGD paper); MATH §3 ------------
 #
-# One element each: w the parameter, g the gradient as `slope` gives it, then the states; returned are w and the states.
+# Each function steps one element. It takes the parameter w, the states, and the gradient g that `slope` gives. It returns w and
+# the states.
 
 
 @triton.jit
 def slope(grad, w, weight_decay, decays: tl.constexpr, maximize: tl.constexpr):
-    """The gradient as a rule sees it: G = grad + weight_decay w, -grad where the objective is maximized."""
+    """The gradient that a rule steps with: G = grad + weight_decay w, or -grad + weight_decay w if the objective is maximized."""
     g = -grad if maximize else grad
-    return g + weight_decay * w if decays else g  # 0 * w is not 0 where w is infinite
+    return g + weight_decay * w if decays else g  # 0 * w would be NaN where w is infinite
 
 
 @triton.jit
 def corrections(t, hyper_a, hyper_b, rule: tl.constexpr):
-    """What the t-th step (t = 1, 2, ...) owes to t, in float64. adam: 1 - beta_1^t and sqrt(1 - beta_2^t) from hyper_a, hyper_b =
-    log beta; adagrad: 1 + (t - 1) hyper_a, hyper_a = lr_decay."""
+    """The divisors (c_1, c_2) of the t-th step (t = 1, 2, ...), which depend on t, in float64.
+
+    adam: 1 - beta_1^t and sqrt(1 - beta_2^t); hyper_a and hyper_b are the logarithms of the betas.
+    adagrad: 1 + (t - 1) lr_decay and 1; hyper_a is lr_decay.
+    """
     if rule == "adam":
         c_1, c_2 = 1 - tl.exp(t * hyper_a), tl.sqrt(1 - tl.exp(t * hyper_b))
     else:
@@ -229,7 +245,7 @@ def corrections(t, hyper_a, hyper_b, rule: tl.constexpr):
 
 @triton.jit
 def sgd_step(w, v, g, lr, momentum, keep, form: tl.constexpr):
-    """Momentum SGD, keep = 1 - dampening. form: "plain" (leaves v alone), "momentum", "nesterov", "heavy_ball" (Eq. 2)."""
+    """Momentum SGD (MATH §3.1), keep = 1 - dampening. form: "plain" (v unused), "momentum", "nesterov", "heavy_ball" (Eq. 2)."""
     if form == "plain":
         w -= lr * g
     elif form == "heavy_ball":
@@ -243,19 +259,21 @@ def sgd_step(w, v, g, lr, momentum, keep, form: tl.constexpr):
 
 @triton.jit
 def adam_step(w, v, u, u_max, g, new_1, beta_2, new_2, eps, rate, scale, shrink, amsgrad: tl.constexpr, shrinks: tl.constexpr):
-    """Adam, new = 1 - beta, rate = lr / c_1, scale = 1 / c_2; shrink = lr weight_decay of the decoupled form. Eq. 9 is that form
-    with c_1 = c_2 = 1."""
+    """Adam (MATH §3.2), with new_j = 1 - beta_j, rate = lr / c_1, scale = 1 / c_2, and shrink = lr weight_decay if decoupled.
+
+    Eq. 9 of the ABSGD paper is the decoupled form with c_1 = c_2 = 1.
+    """
     v += new_1 * (g - v)
     u = beta_2 * u + new_2 * (g * g)
     if amsgrad:
-        u_max = tl.where((u <= u_max) | (u_max != u_max), u_max, u)  # a NaN stays
+        u_max = tl.where((u <= u_max) | (u_max != u_max), u_max, u)  # a NaN stays NaN
     kept = w - shrink * w if shrinks else w
     return kept - divide(rate * v, root(u_max if amsgrad else u) * scale + eps), v, u, u_max
 
 
 @triton.jit
 def rms_prop_step(w, u, b, m, g, alpha, fresh, mu, eps, lr, momentum: tl.constexpr, centered: tl.constexpr):
-    """RMSprop, fresh = 1 - alpha, mu the momentum of b, m the mean of the gradients."""
+    """RMSprop (MATH §3.3), with fresh = 1 - alpha, the momentum mu of the buffer b, and the mean m of the gradients."""
     u = alpha * u + fresh * (g * g)
     if centered:
         m += fresh * (g - m)
@@ -267,6 +285,6 @@ def rms_prop_step(w, u, b, m, g, alpha, fresh, mu, eps, lr, momentum: tl.constex
 
 @triton.jit
 def adagrad_step(w, u, g, eps, rate):
-    """AdaGrad, rate = lr / (1 + (t - 1) lr_decay)."""
+    """AdaGrad (MATH §3.3), with rate = lr / (1 + (t - 1) lr_decay)."""
     u += g * g
     return w - divide(rate * g, root(u) + eps), u

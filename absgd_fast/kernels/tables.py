@@ -1,13 +1,13 @@
-"""The tables of a step in device memory: which tensors it walks over, where they lie, and which program takes which of them.
+"""The tables of a step in device memory: the addresses and sizes of its tensors, and the tensor of each program.
 
-A table is uploaded once for a set of tensors and never written again, so that a captured graph may keep using it.
+A table is uploaded once for a set of tensors and never written again. So a captured graph may keep using it.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -17,19 +17,21 @@ from triton.runtime import driver
 from . import launch
 from .launch import real_dtype
 
-_KEPT = 64  # sets of tensors whose table is kept, and for which pinned memory is
+_KEPT = 64  # sets of tensors whose tables are kept, and for which pinned memory is reserved
 
 
 class Table(NamedTuple):
+    """The tables of one set of tensors."""
+
     table: Tensor  # (tensors, 8) int64: parameter, gradient, elements, first program, count of steps, three states
     owner: Tensor  # (programs) int32: the tensor of each program
-    corrected: Tensor  # (tensors, 2) real: where the step writes what it owes to the count of steps
+    corrected: Tensor  # (tensors, 2) real: scratch, where the step writes the corrections that depend on the counts
     aligned: bool  # every address is a multiple of 16
     overlaps: bool  # some of the tensors that are written share memory
 
 
 _tables: OrderedDict[tuple, Table] = OrderedDict()
-_captured: list = []  # what captured graphs read again at every replay
+_captured: list = []  # the tensors that captured graphs read again at every replay
 
 
 def _pinned(size: int, device: torch.device) -> Tensor:
@@ -37,16 +39,18 @@ def _pinned(size: int, device: torch.device) -> Tensor:
 
 
 class Reserve:
-    """Pinned memory for what is uploaded while a stream is captured: then CUDA may refuse to allocate any. A graph copies from it
-    at every replay, so what was taken is neither written again nor given back."""
+    """Pinned memory for uploads while a stream is captured, when CUDA may refuse to allocate any.
 
-    def __init__(self):
+    A graph copies from this memory at every replay. So memory that was taken is neither written again nor given back.
+    """
+
+    def __init__(self) -> None:
         self.memory, self.left = torch.empty(0, dtype=torch.uint8), 0
         self.sizes: OrderedDict[tuple, int] = OrderedDict()
         self.needed = 0
 
     def know(self, tensors: tuple, size: int) -> None:
-        """A set of tensors whose uploads take so many bytes: a graph may want them again, with other addresses."""
+        """Remember a set of tensors whose uploads take `size` bytes. A graph may upload it again, with other addresses."""
         self.sizes[tensors] = size
         self.sizes.move_to_end(tensors)
         if len(self.sizes) > _KEPT:
@@ -54,12 +58,13 @@ class Reserve:
         self.needed = sum(self.sizes.values())
 
     def refill(self, device: torch.device) -> None:
-        """Outside of a capture: as much as the graph of a step with all those sets needs."""
+        """Allocate as much as the graph of a step with all remembered sets needs. Call it outside of a capture."""
         if self.left < self.needed:
             self.memory, self.left = _pinned(self.needed, device), self.needed
 
     def take(self, size: int, device: torch.device) -> Tensor:
-        if size > self.left:  # more than there is: as torch can get it
+        """Memory of `size` bytes. If there is not enough left, torch is asked for it."""
+        if size > self.left:
             return _pinned(size, device)
         taken, self.memory, self.left = self.memory[:size], self.memory[size:], self.left - size
         return taken
@@ -74,12 +79,12 @@ class _Upload(NamedTuple):
 
 
 def _room(numbers: Tensor) -> int:
-    """Bytes for them, up to where the next may begin."""
+    """The bytes that these numbers take, rounded up to where the next ones may begin."""
     return -(-numbers.nbytes // 16) * 16
 
 
 def _upload(numbers: list[int], dtype: torch.dtype, device: torch.device, captures: bool) -> _Upload:
-    """To the device without waiting for it."""
+    """Copy numbers to the device, without waiting for it."""
     if captures:
         plain = torch.tensor(numbers, dtype=dtype)
         host = _reserve.take(_room(plain), device)[: plain.nbytes].view(dtype).copy_(plain)
@@ -90,14 +95,21 @@ def _upload(numbers: list[int], dtype: torch.dtype, device: torch.device, captur
 
 def _overlap(ranges: list[tuple[int, int]]) -> bool:
     ranges = sorted(ends for ends in ranges if ends[0] < ends[1])
-    return any(end > start for (_, end), (start, _) in zip(ranges, ranges[1:]))
+    return any(end > start for (_, end), (start, _) in pairwise(ranges))
 
 
 def table_of(
-    tensors: list[Sequence[Tensor]], counts: tuple[int, ...], steps: list[Tensor], slots: tuple[int, ...], block: int
+    tensors: Sequence[Sequence[Tensor]], counts: tuple[int, ...], steps: list[Tensor], slots: tuple[int, ...], block: int
 ) -> Table:
-    """The table of parameters, gradients and states (`slots`: which of the three) of so many elements, and counts of steps.
-    block: elements of a program."""
+    """The tables of a set of tensors. A set that was seen before keeps its tables.
+
+    Args:
+        tensors: parameters, gradients, then each kind of state.
+        counts: elements of each parameter.
+        steps: the count of steps of each parameter; empty if the rule counts none.
+        slots: the places of the kinds of states among the three of a table.
+        block: elements that a program takes.
+    """
     like = tensors[0][0]
     pointers = tuple([t.data_ptr() for ts in (*tensors, steps) for t in ts])
     index = like.get_device()
@@ -108,7 +120,7 @@ def table_of(
     if table is None:
         aligned = not any(pointer % 16 for pointer in pointers[: len(pointers) - len(steps)])
         table, uploads = _make(tensors, counts, steps, slots, block, aligned, captures)
-        if captures:  # the copies belong to the graph: nothing has been copied yet, and every replay copies again
+        if captures:  # The copies are a part of the graph: none has run yet, and every replay runs them again.
             _captured.append((*uploads, table.corrected))
             return table
         _reserve.know(key[1:], sum(_room(upload.host) for upload in uploads))
@@ -124,7 +136,7 @@ def table_of(
 
 
 def _make(tensors, counts, steps, slots, block, aligned: bool, captures: bool) -> tuple[Table, tuple[_Upload, _Upload]]:
-    """A new table, and what was uploaded for it."""
+    """A new table, and its two uploads."""
     like = tensors[0][0]
     programs = [-(-count // block) for count in counts]
     first_programs = accumulate(programs, initial=0)

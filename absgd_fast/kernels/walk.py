@@ -1,4 +1,4 @@
-"""How the programs of a launch share logits, and whether these have to be copied for that."""
+"""How the programs of a launch share logits, and whether the logits must be copied for that."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from . import launch
 
 
 class Walk:
-    """How the programs of a launch share logits of one shape and layout. Chosen by reasoning, not by measurement: 8 or 16
-    elements a thread, so that several loads of 16 bytes are under way, and one row per program as soon as a row fills it."""
+    """How the programs of a launch share logits of one shape and layout.
+
+    The sizes of tiles were chosen by reasoning, not by measurement. A thread has 8 or 16 elements, so several loads of 16 bytes
+    are under way. A program takes a single row as soon as one row fills it.
+
+    Attributes:
+        numbers: lanes, classes and three strides, as the kernels take them.
+        constants, programs, warps: constants, number of programs and of warps of a forward kernel.
+        backward, backward_programs: constants and number of programs of the backward kernel.
+    """
 
     __slots__ = ("backward", "backward_programs", "constants", "numbers", "programs", "warps")
 
@@ -20,7 +28,7 @@ class Walk:
         outer, lanes, stride_outer, stride_lane = batch, inner, stride_batch, stride_inner
         if inner == 1:
             outer, lanes, stride_outer, stride_lane = 1, batch, 0, stride_batch
-        # the stride of a dimension of one element can be anything
+        # The stride of a dimension with one element can be anything.
         stride_outer, stride_lane = stride_outer * (outer > 1), stride_lane * (lanes > 1)
         stride_class = stride_class * (classes > 1)
         self.numbers = lanes, classes, stride_outer, stride_lane, stride_class
@@ -33,16 +41,17 @@ class Walk:
             adjacent, counts = "neither", ()
         unit = launch.unit(itemsize, *counts) if aligned and counts else 1
         layout = {"ADJACENT": adjacent, "UNIT": unit}
-        # a tile does not reach from one sample into the next; a batch that is a little smaller is no reason to compile
+        # A tile does not reach from one sample into the next. The rows of a tile do not depend on the size of the batch, so a
+        # batch that is a little smaller needs no other kernel.
         tallest = launch.power_of_two(lanes) if inner > 1 else 2048
-        # Forward: classes are looped over.
+        # Forward: a program loops over the classes.
         width = launch.power_of_two(classes)
         block = min(width, 8 if along_lanes else 4096)
         rows = min(tallest, 256 if along_lanes else max(1, 1024 // block))
         self.constants = dict(layout, INNER=inner > 1, ROWS=rows, BLOCK=block, SKIP=rows == 1 and classes > block)
         self.programs = outer * -(-lanes // rows)
         self.warps = 8 if block > 2048 else 4
-        # Backward: every block of classes is a program. 32 classes side by side keep rereading of the rows' numbers rare.
+        # Backward: every block of classes has a program. With 32 classes side by side the rows' numbers are seldom read again.
         block = min(width, 32 if along_lanes else 2048)
         rows = min(tallest, max(1, 2048 // block))
         self.backward = dict(layout, INNER=inner > 1, ROWS=rows, BLOCK=block)
@@ -51,7 +60,7 @@ class Walk:
 
 @lru_cache(4096)
 def _walk_over(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, aligned: bool) -> Walk | None:
-    """None where d1, ... have no common stride."""
+    """The walk over logits of this shape, or None if the dimensions d1, ... have no common stride."""
     inner, stride_inner = 1, 1
     for size, stride in zip(reversed(shape[2:]), reversed(strides[2:])):
         if size == 1:
@@ -65,6 +74,6 @@ def _walk_over(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, 
 
 
 def walked(logits: Tensor) -> tuple[Tensor, Walk]:
-    """logits, copied only where that is needed, and how to walk over them."""
+    """The logits, which are copied only if no walk fits them, and the walk over them."""
     walk = _walk_over(logits.shape, logits.stride(), logits.element_size(), logits.data_ptr() % 16 == 0)
     return (logits, walk) if walk is not None else walked(logits.contiguous())

@@ -1,5 +1,7 @@
-"""The weighted step: the weighted mean of per-sample gradients and one step of momentum SGD with it, for many tensors in one
-launch; the twin of csrc/cuda/weighted.cu. The weights take launches of their own, before it (weights.py).
+"""The weighted step (MATH §3.4): the weighted mean of per-sample gradients, and one step of momentum SGD with it.
+
+One launch steps many tensors. It is the twin of csrc/cuda/weighted.cu, but the weights take launches of their own before it
+(weights.py).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from .weights import robust_loss
 
 @triton.jit
 def weighted_mean(block, factors, i, inside, batch, count, T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """sum_r factor_r block[r, i] over the samples r, ROWS at a time; those of factor 0 take no part, whatever they hold."""
+    """sum_r factor_r block[r, i] over the samples r, ROWS at a time. A row of factor 0 takes no part, whatever it holds."""
     mean = tl.zeros([BLOCK], T)
     for first in range(0, batch, ROWS):
         r = first + tl.arange(0, ROWS)
@@ -50,7 +52,7 @@ def weighted_block(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Elements i of one tensor; `inside` masks them, or is None."""
+    """Step elements i of one tensor with the weighted mean of their gradients. `inside` masks them, unless it is None."""
     lr, weight_decay, momentum, keep = numbers
     mean = weighted_mean(block, factors, i, inside, batch, count, T, ROWS, BLOCK)
     w = tl.load(param + i, mask=inside).to(T)
@@ -63,16 +65,25 @@ def weighted_block(
 
 @triton.jit(do_not_specialize=["batch"])
 def weighted_step_kernel(
-    table,  # (tensors, 8) int64, as of step_kernel; in the gradient's place (batch, elements)
+    table,  # (tensors, 8) int64, as for step_kernel; the gradient is a block (batch, elements)
     owner,  # (programs) int32: the tensor of each program
     factors,  # (batch) real
-    nonfinite,  # (1) int64: not 0: nothing is written
+    nonfinite,  # (1) int64: if it is not 0, nothing is written
     lr_tensor,  # one number, or None
     batch, lr, lr_low, weight_decay, weight_decay_low, momentum, momentum_low, keep, keep_low,  # keep: 1 - dampening
     S: tl.constexpr, T: tl.constexpr, FORM: tl.constexpr, DECAYS: tl.constexpr, MAXIMIZE: tl.constexpr, ALIGNED: tl.constexpr,
     UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """S: how parameters and gradients are stored. UNIT: elements of a load that divide every tensor's number of them."""
+    """One weighted step of BLOCK elements of one tensor.
+
+    1. If a loss was nonfinite, the program ends and changes nothing.
+    2. It looks up its tensor in `owner`, and the addresses of the tensor in `table`.
+    3. It reads its columns of the gradients, ROWS samples at a time, and adds them up with their factors.
+    4. It steps its elements with that mean, which is never stored.
+
+    S is the dtype that parameters and gradients are stored in, and T that of buffers and computation. UNIT divides the number of
+    elements of every tensor, so that rows can be loaded 16 bytes at a time.
+    """
     if tl.load(nonfinite) == 0:
         program = tl.program_id(0)
         table += tl.load(owner + program) * 8
@@ -87,7 +98,7 @@ def weighted_step_kernel(
         count = multiple(tl.load(table + 2), UNIT)
         start = (program - tl.load(table + 3)) * BLOCK
         i = start + tl.arange(0, BLOCK)
-        # a whole block needs no mask, which would stand in the way of loads of 16 bytes
+        # A whole block needs no mask. A mask would prevent loads of 16 bytes.
         if start + BLOCK <= count:
             weighted_block(param, block, buffer, factors, i, None, batch, count, numbers, T, FORM, DECAYS, MAXIMIZE, ROWS, BLOCK)
         else:
@@ -101,8 +112,8 @@ KERNELS = (weighted_step_kernel,)
 
 # ---- launcher ------------------------------------------------------------------------------------------------------------
 
-# bytes of a row that a program takes, 16 a thread of 4 warps, and rows at a time: 8 loads of 16 bytes under way in a thread (with
-# fewer threads beside each other the sum over rows would go through shared memory)
+# A program takes _BYTES of a row, 16 for each thread of 4 warps, and _ROWS rows at a time. So a thread has 8 loads of 16 bytes
+# under way. If fewer threads shared a row, the sum over rows would go through shared memory.
 _BYTES, _ROWS = 2048, 8
 
 
@@ -130,9 +141,15 @@ def weighted_step_(
     normalizer: int,
     init_first: bool,
 ) -> Tensor:
-    """functional.weighted_momentum_step_, which has checked these arguments (_checks.weighted_step).
+    """The Triton kernel of functional.weighted_momentum_step_, which has checked the arguments (_checks.weighted_step).
 
-    buffers: none where momentum = 0. lam_tensor, lr_tensor: one number, used instead of lam, lr. form: bits of _codes.py (csrc/math/step.h StepFlag).
+    Args:
+        buffers: the momentum buffers; empty if momentum is 0.
+        lam_tensor, lr_tensor: one number each, which takes the place of lam or lr; or None.
+        form: bits of _codes.py (csrc/math/step.h StepFlag).
+
+    Returns:
+        The next log s. log_s itself is not written.
     """
     new_log_s, nonfinite = log_s.clone(), torch.zeros(1, dtype=torch.int64, device=losses.device)
     if lam_tensor is None:

@@ -1,8 +1,8 @@
-"""Robust weights of a vector of losses, rectified weights, and the scaling of gradients: the twin of csrc/cuda/weights.cu.
+"""Robust weights of a vector of losses (MATH §1), rectified weights (MATH §4.5), and the scaling of gradients.
 
-Up to ONE_LAUNCH losses one program does everything: partial sums, log s', weights (weigh.py). Beyond, up to MOST_PARTIALS programs
-sum a range each and the last of them to finish makes log s' of it; a second launch applies it. "real" is float64 for float64, else
-float32.
+They are the twins of csrc/cuda/weights.cu, rectified.cu and scale.cu. Up to ONE_LAUNCH losses are weighed by one program
+(weigh.py). More losses take two launches. In the first, up to MOST_PARTIALS programs sum a range each, and the last of them to
+finish settles log s'. The second makes the weights. "real" is float64 for float64, and float32 for all other dtypes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .weigh import apply, commit, last_program, partial_sums, settle, weigh
 
 # ---- kernels -----------------------------------------------------------------------------------------------------------
 #
-# Optional tensors are None. Numbers that change from call to call are not specialized on: 16 samples more are no new kernel.
+# An optional tensor may be None. Triton does not compile a kernel for each value of a number that changes from call to call.
 
 
 @triton.jit(do_not_specialize=["count", "update"])
@@ -37,24 +37,31 @@ def robust_loss_fwd_kernel(
     count, update, gamma, gamma_low, alpha, alpha_low, mix, mix_low, max_weight, max_weight_low,
     NORMALIZER: tl.constexpr, INIT_FIRST: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Robust weights, loss and next state of up to ONE_LAUNCH losses, by one program (weigh.weigh has the steps)."""
     T: tl.constexpr = losses.dtype.element_ty
     weigh(
         losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights, sample_stats, grad, None, state_out,
-        dlog_s_out, count, update, number(gamma, gamma_low, tl.float64), number(alpha, alpha_low, tl.float64), number(mix, mix_low, T),
-        number(max_weight, max_weight_low, T), NORMALIZER, INIT_FIRST, LIMIT, BLOCK, "",
+        dlog_s_out, count, update, number(gamma, gamma_low, tl.float64), number(alpha, alpha_low, tl.float64),
+        number(mix, mix_low, T), number(max_weight, max_weight_low, T), NORMALIZER, INIT_FIRST, LIMIT, BLOCK, "",
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count", "per_program", "update"])
 def robust_sums_fwd_kernel(
     losses, score, valid, log_s, nonfinite, lam, state_out, dlog_s_out,  # as above; valid also (count) real
-    # (2 + 5 programs) float64: norm, 1 / n; then of each program max z, sum, finite samples, others that count, loss
+    # (2 + 5 programs) float64: log s', 1 / n; then max z, sum, finite samples, nonfinite samples and loss of each program
     scratch,
     done,  # launch.counter
     count, per_program, update, gamma, gamma_low, alpha, alpha_low,
     NORMALIZER: tl.constexpr, INIT_FIRST: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr, FENCE: tl.constexpr,
     PARTIALS: tl.constexpr,
 ):  # fmt: skip
+    """The first of two launches: log s' of more than ONE_LAUNCH losses.
+
+    1. Each program sums exp(z) of its range of losses, and stores its sums in scratch.
+    2. The program that finishes last adds up the sums of all.
+    3. It settles log s', and stores log s', 1 / n and the next state.
+    """
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     begin = program * per_program
     lam = tl.load(lam).to(losses.dtype.element_ty)
@@ -75,7 +82,7 @@ def robust_sums_fwd_kernel(
         n = tl.sum(tl.load(theirs + 2 * programs, mask=inside, other=0.0, cache_modifier=".cg"), 0)
         n_nonfinite = tl.sum(tl.load(theirs + 3 * programs, mask=inside, other=0.0, cache_modifier=".cg"), 0)
         z_max = tl.max(maxima, 0)
-        sumexp = tl.sum(sumexps * tl.exp(maxima - z_max), 0)  # NaN where no sample is finite: `settle` does not look then
+        sumexp = tl.sum(sumexps * tl.exp(maxima - z_max), 0)  # NaN if no sample is finite; `settle` does not use it then
         before = tl.load(log_s).to(tl.float64)
         norm, new_log_s, dlog_s, dlog_s_state, inverse_n = settle(
             z_max,
@@ -97,10 +104,15 @@ def robust_sums_fwd_kernel(
 @triton.jit(do_not_specialize=["count", "per_program"])
 def robust_apply_fwd_kernel(
     losses, score, sample_weight, valid, lam, loss, weights, sample_stats, grad,  # as above
-    stats,  # (4, count) real, or None: losses.py
+    stats,  # (4, count) real, as in losses.py; or None
     scratch, done, count, per_program, mix, mix_low, max_weight, max_weight_low,
     LIMIT: tl.constexpr, BLOCK: tl.constexpr, FENCE: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
+    """The second of two launches: weights and loss of more than ONE_LAUNCH losses.
+
+    1. Each program reads log s' and 1 / n from scratch, and makes the weights and factors of its range of losses.
+    2. It stores its part of the loss. The program that finishes last adds up the parts.
+    """
     T: tl.constexpr = losses.dtype.element_ty
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     begin = program * per_program
@@ -120,7 +132,7 @@ def robust_apply_fwd_kernel(
 
 @triton.jit
 def weighted_sum(weights, upstream, begin, end, BLOCK: tl.constexpr):
-    """sum of W_i d_i over the samples that have a weight (a nonfinite one keeps its NaN to itself), in float64."""
+    """The sum of W_i d_i over samples [begin, end), in float64. A nonfinite sample has weight NaN, and takes no part."""
     T: tl.constexpr = weights.dtype.element_ty
     sums = tl.zeros([BLOCK], T)
     for start in range(begin, end, BLOCK):
@@ -132,6 +144,7 @@ def weighted_sum(weights, upstream, begin, end, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count", "per_program"])
 def robust_dots_bwd_kernel(weights, upstream, dots, count, per_program, BLOCK: tl.constexpr):
+    """The first of two backward launches for more than ONE_LAUNCH losses: each program sums W_i d_i of its range."""
     program = tl.program_id(0).to(tl.int64)
     begin = program * per_program
     tl.store(dots + program, weighted_sum(weights, upstream, begin, tl.minimum(begin + per_program, count), BLOCK))
@@ -144,13 +157,18 @@ def robust_weights_bwd_kernel(
     upstream_log_s,
     lam,
     dlog_s,  # (), (), (2) float64
-    dots,  # (programs) float64: sums of W_i d_i of parts; None: this one program makes the sum itself
+    dots,  # (programs) float64: the sum of W_i d_i of each program; None: there is one program, which makes the sum itself
     grad,  # (count) real
     count,
     per_program,
     BLOCK: tl.constexpr,
     PARTIALS: tl.constexpr,
 ):
+    """The vjp of robust weights and log s' (math.robust_weight_vjp).
+
+    1. Each program makes the sum of W_i d_i over all samples, from `dots` or from the weights.
+    2. It writes the gradient of its range of losses.
+    """
     T: tl.constexpr = weights.dtype.element_ty
     if dots is None:
         dot = weighted_sum(weights, upstream, 0, count, BLOCK)
@@ -170,7 +188,11 @@ def robust_weights_bwd_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def rectified_kernel(products, weights, count, BLOCK: tl.constexpr):
-    """(count) real -> (count) real, by one program: what it is given is one number for each sample of a batch."""
+    """Rectified weights, (count) real -> (count) real, by one program, because a batch has only one number for each sample.
+
+    1. The program reads all numbers, and adds up those that are positive and finite, in float64.
+    2. It reads the numbers again, and writes each divided by the sum.
+    """
     T: tl.constexpr = products.dtype.element_ty
     plain, scaled = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     for start in range(0, count, BLOCK):
@@ -197,6 +219,11 @@ def scale_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """A gradient that the forward pass has made, times the upstream gradient. Each program has ROWS x BLOCK elements.
+
+    1. It reads the upstream gradient. If this is the single number 1 and the gradient stays in place, nothing else is read.
+    2. It reads its elements, multiplies each by the upstream gradient of its row, and stores the products.
+    """
     length = multiple(length, UNIT)
     blocks = tl.cdiv(length, BLOCK)
     program = tl.program_id(0)
@@ -205,7 +232,7 @@ def scale_kernel(
     stop = length
     if EACH == 0:
         u = tl.load(upstream)
-        if IN_PLACE:  # loss.backward(): the gradient is already there
+        if IN_PLACE:  # After loss.backward() u is 1, and the gradient is what it should be.
             stop = tl.where(u == 1, 0, length)
     elif EACH == 1:
         u = tl.load(upstream + row, mask=row < slices, other=0.0)[:, None]
@@ -230,24 +257,24 @@ KERNELS = (
 
 # ---- launchers -----------------------------------------------------------------------------------------------------------
 
-_BLOCK = 1024  # losses a program of 4 warps takes at a time: 8 a thread, so that as many loads are under way
+_BLOCK = 1024  # losses that a program of 4 warps takes at a time: 8 for each thread, which has as many loads under way
 
 
 def limit(dtype: torch.dtype, log_s: Tensor) -> float:
-    """A larger |z| counts as non-finite: it would not fit the state."""
+    """The largest |z| that counts as finite. A larger one would not fit the state."""
     return torch.finfo(torch.float64 if dtype == log_s.dtype == torch.float64 else torch.float32).max
 
 
 def shared(count: int) -> tuple[int, int]:
-    """Programs among which `count` losses are shared, and how many each takes."""
+    """The number of programs that share `count` losses, and the number of losses that each takes."""
     blocks = -(-count // _BLOCK)
     per_program = -(-blocks // launch.MOST_PARTIALS) * _BLOCK
     return -(-count // per_program), per_program
 
 
-def weigh_many(losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights, sample_stats, grad, stats, state_out, dlog_s,
-               gamma, alpha, mix, max_weight, normalizer, init_first, update):  # fmt: skip
-    """More than ONE_LAUNCH losses (count): two launches."""
+def weigh_many(losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights, sample_stats, grad, stats, state_out,
+               dlog_s, gamma, alpha, mix, max_weight, normalizer, init_first, update):  # fmt: skip
+    """The robust weights of more than ONE_LAUNCH losses, in two launches."""
     count = losses.numel()
     programs, per_program = shared(count)
     scratch = losses.new_empty(2 + 5 * programs, dtype=torch.float64)
@@ -259,24 +286,26 @@ def weigh_many(losses, score, sample_weight, valid, log_s, nonfinite, lam, loss,
         PARTIALS=launch.MOST_PARTIALS,
     )  # fmt: skip
     launch.launch(
-        robust_apply_fwd_kernel, programs, losses, losses, score, sample_weight, valid, lam, loss, weights, sample_stats, grad, stats,
-        scratch, done, count, per_program, *parts(mix, max_weight),
+        robust_apply_fwd_kernel, programs, losses, losses, score, sample_weight, valid, lam, loss, weights, sample_stats, grad,
+        stats, scratch, done, count, per_program, *parts(mix, max_weight),
         LIMIT=bound, BLOCK=_BLOCK, FENCE=4 * launch.FENCE, PARTIALS=launch.MOST_PARTIALS,
     )  # fmt: skip
 
 
 def _weigh(losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights, sample_stats, grad, state_out, dlog_s,
            gamma, alpha, mix, max_weight, normalizer, init_first, update):  # fmt: skip
+    """The robust weights of a vector of losses, in as many launches as its length takes."""
     count = losses.numel()
     if count > launch.ONE_LAUNCH:
         weigh_many(losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights, sample_stats, grad, None, state_out,
                    dlog_s, gamma, alpha, mix, max_weight, normalizer, init_first, update)  # fmt: skip
         return
-    # one program alone: as many threads as have something to do, 4 losses each (8 float64 would not fit the registers)
+    # A single program has as many threads as have something to do, with 4 losses each. 8 in float64 would not fit the registers.
     warps = 4 if count <= 512 else 16
     launch.launch(
-        robust_loss_fwd_kernel, 1, losses, losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights, sample_stats, grad,
-        state_out, dlog_s, count, int(update), *parts(gamma, alpha, mix, max_weight), NORMALIZER=NORMALIZERS[normalizer],
+        robust_loss_fwd_kernel, 1, losses, losses, score, sample_weight, valid, log_s, nonfinite, lam, loss, weights,
+        sample_stats, grad, state_out, dlog_s, count, int(update), *parts(gamma, alpha, mix, max_weight),
+        NORMALIZER=NORMALIZERS[normalizer],
         INIT_FIRST=init_first, LIMIT=limit(losses.dtype, log_s), BLOCK=128 * warps, num_warps=warps,
     )  # fmt: skip
 
@@ -299,15 +328,18 @@ def robust_loss(
     update: bool,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The robust loss of Alg. 1 of given losses; with `update`, log_s moves (or nonfinite counts).
+    """The robust loss of a batch of losses (MATH §1.1). With `update` log_s moves, or nonfinite is raised by 1.
 
     Args:
-        losses: any shape, contiguous, float32 or float64; score, sample_weight like it, mask bool like it, or None.
-        log_s, lam: one number, float32 or float64; nonfinite: one int64.
-        normalizer: 0 moving, 1 batch, 2 none.
+        losses: any shape, contiguous, float32 or float64.
+        score, sample_weight: like losses, or None.
+        mask: bool, of the shape of losses, or None.
+        log_s, lam: one number each, float32 or float64.
+        nonfinite: one number, int64.
+        normalizer: a place in _codes.NORMALIZERS: 0 moving, 1 batch, 2 none.
 
     Returns:
-        loss (), sample_stats (3, ...): losses (0 where masked), weights, validity; grad like losses, or (0) without `with_grad`.
+        loss (); sample_stats (3, ...): losses (0 where masked), weights, validity; grad like losses, or (0) without `with_grad`.
     """
     sample_stats = losses.new_empty((3, *losses.shape))
     grad = torch.empty_like(losses) if with_grad else losses.new_empty(0)
@@ -330,7 +362,11 @@ def robust_weights(
     normalizer: int,
     init_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """weights (like losses), new log s (), and (2) float64: d log s' / d z_j / W_j for the weights and for the new state."""
+    """Robust weights, without a loss (MATH §1.1).
+
+    Returns:
+        weights, like losses; the next log s (); (2) float64: the c of d log s' / d z_j = c W_j, for the weights and the state.
+    """
     weights, state = torch.empty_like(losses), log_s.new_empty(())
     dlog_s = losses.new_empty(2, dtype=torch.float64)
     if not losses.numel():
@@ -341,7 +377,7 @@ def robust_weights(
 
 
 def robust_weights_backward(weights: Tensor, grad_weights: Tensor, grad_log_s: Tensor, lam: Tensor, dlog_s: Tensor) -> Tensor:
-    """vjp of robust_weights with respect to the losses."""
+    """The vjp of `robust_weights` with respect to the losses (MATH §1.3)."""
     grad, count = torch.empty_like(weights), weights.numel()
     if not count:
         return grad
@@ -371,10 +407,13 @@ def robust_weights_backward(weights: Tensor, grad_weights: Tensor, grad_log_s: T
 
 
 def rectified(products: Tensor) -> Tensor:
-    """max(u, 0) / sum max(u, 0) over the finite u (all 0 where that sum is), NaN for the others; contiguous float32 or float64."""
+    """Rectified weights (MATH §4.5): max(u, 0) / sum max(u, 0) over the finite u, and NaN for all other u.
+
+    All weights of finite u are 0 if the sum is 0. products: contiguous, float32 or float64.
+    """
     weights, count = torch.empty_like(products), products.numel()
     if count:
-        warps = 4 if count <= 512 else 16  # 4 products a thread, as in _weigh
+        warps = 4 if count <= 512 else 16  # 4 products for each thread, as in _weigh
         launch.launch(rectified_kernel, 1, products, products, weights, count, BLOCK=128 * warps, num_warps=warps)
     return weights
 
@@ -383,11 +422,11 @@ def _scale(grad: Tensor, upstream: Tensor, out: Tensor) -> None:
     n = out.numel()
     if not n:
         return
-    if not any(upstream.stride()):  # 0-d, or one value expanded (the gradient of a sum)
+    if not any(upstream.stride()):  # a 0-d tensor, or one value that is expanded (the gradient of a sum)
         slices, length, classes, each = 1, n, 1, 0
     else:
         upstream = upstream.contiguous()
-        if out.dim() == upstream.dim():  # a vector of losses: one factor for each element
+        if out.dim() == upstream.dim():  # the gradient of a vector of losses: each element has a factor of its own
             slices, length, classes, each = 1, n, 1, 2
         else:
             batch, classes = out.shape[:2]
@@ -414,14 +453,18 @@ def _scale(grad: Tensor, upstream: Tensor, out: Tensor) -> None:
 
 
 def scale(grad: Tensor, upstream: Tensor, to_half: bool) -> Tensor:
-    """upstream * grad, for a contiguous gradient (of a vector of losses, or of logits (B, C, ...)) made in the forward pass.
+    """upstream * grad, for a gradient that the forward pass has made.
 
-    upstream: real, 0-d or one number per row. to_half: from float32 to float16."""
+    Args:
+        grad: contiguous, the gradient of a vector of losses or of logits (B, C, ...).
+        upstream: real, 0-d or one number per row.
+        to_half: whether the result is float16, for a float32 grad.
+    """
     out = torch.empty_like(grad, dtype=torch.float16 if to_half else grad.dtype)
     _scale(grad, upstream, out)
     return out
 
 
 def scale_(grad: Tensor, upstream: Tensor) -> None:
-    """The same in place. Where upstream is one number and that is 1, nothing is read or written."""
+    """`scale` in place. If upstream is the single number 1, grad is neither read nor written."""
     _scale(grad, upstream, grad)

@@ -1,5 +1,7 @@
-// The walks along classes: a SIMD register holds classes of one row, which are adjacent and many
-// (LogitArgs::along_classes).
+// The walks along classes: a SIMD register holds N adjacent classes of one row. They serve rows of many adjacent
+// classes (LogitArgs::along_classes).
+//     stats_along_classes       forward: 1. the maximum of each row. 2. The sums of its exponentials and class weights.
+//     gradient_along_classes    backward: the gradient of each row.
 #pragma once
 
 #include "tile.h"
@@ -10,11 +12,12 @@ namespace {
 
 constexpr int64_t kCachedClasses = 2048;  // a tile of so many classes stays in the second-level cache
 
-// One row of classes (classes >= N). The last register overlaps its neighbour; `fresh` marks its new lanes. kForm: the
-// logits go through Adjust, of which one S (S_0) and D = 0 cost no loads (2048 x 32000, forward and backward over
-// cross-entropy: LDAM 1.44 -> 1.02, LogitAdjusted 1.46 -> 1.18, CDT 1.44 -> 1.16, VS 1.44 -> 1.35. What is left is
-// reading S and D from the second-level cache in three passes. Tried without gain: the a_k of a row kept for the second
-// pass, 1.38; the third pass over 1024 classes of 16 rows at a time, 1.42.)
+// One row of classes (classes >= N). The last register overlaps its neighbour; fresh() marks its new lanes. kForm
+// (AdjustForm) says how the class vectors of Adjust act on the logits. An S that is the same for all classes (S_0) and
+// D = 0 cost no loads. At 2048 x 32000, forward and backward, in times of cross-entropy: LDAM 1.44 -> 1.02,
+// LogitAdjusted 1.46 -> 1.18, CDT 1.44 -> 1.16, VS 1.44 -> 1.35. The remaining cost is that three passes read S and D
+// from the second-level cache. Two attempts gained nothing: to keep the a_k of a row for the second pass (1.38), and to
+// make the third pass over 1024 classes of 16 rows at a time (1.42).
 template <class L, class S, int kForm>
 struct RowOfClasses {
   using T = typename L::Scalar;
@@ -35,14 +38,14 @@ struct RowOfClasses {
     if constexpr ((kForm & kShifts) != 0) a += L::load(adjust.d + first);
     return a;
   }
-  // What the classes of a register weigh (launch.h ClassWeights).
+  // The weights of the classes of a register (launch.h ClassWeights).
   ABSGD_FN V weight(const ClassWeights<T>& weights, int64_t first) const {
     const V v = weights.v == nullptr ? L::set(1) : L::load(weights.v + first);
     return soft == nullptr ? v : (L::load(soft + first) * L::set(weights.keep) + L::set(weights.uniform)) * v;
   }
 
-  // The largest logit; of an adjusted row the largest but the label's, whose own is another. Only the registers that
-  // hold the label compare indices.
+  // The largest logit of the row. In an adjusted row the label is left out, because its margin makes its logit another.
+  // Only the registers that hold the label compare indices.
   T max(int64_t label) const {
     V m[4];
     for (V& each : m) each = L::set(T(-__builtin_inf()));
@@ -71,10 +74,10 @@ struct RowOfClasses {
 
   struct Sums {
     T sumexp_others;
-    T weighted_logits, weight_total;  // a class without weight takes no part
+    T weighted_logits, weight_total;  // a class of weight 0 takes no part, even if its logit is infinite
   };
-  // Only the chunk that holds the label compares indices; no branch depends on where in the chunk it is, because it
-  // would be mispredicted. The exponentials go to `kept`.
+  // The sums of a row. Only the chunk of registers that holds the label compares indices. No branch depends on the
+  // label's place within the chunk, because it would be mispredicted. With Keep, the exponentials are stored in `kept`.
   template <bool Keep, OtherClasses kOthers>
   Sums sums(T max, int64_t label, T margin, const ClassWeights<T>& weights, T* kept) const {
     const V m = L::set(max);
@@ -121,11 +124,11 @@ struct RowOfClasses {
   }
   static constexpr int64_t kChunk = 32;  // registers
 
-  // grad_k = S_k (exp(a_k - max) scale - smoothing_coef weight_k), except at the label. Kept: the exponentials already
-  // stand in grad.
+  // Writes grad_k = S_k (exp(a_k - max) scale - smoothing_coef weight_k), and at the label
+  // S_y (at_label - smoothing_coef weight_y). With Kept, the exponentials already stand in grad.
   template <bool Kept, OtherClasses kOthers, class G>
   void gradient(G* grad, GradientNumbers<T> n, const ClassWeights<T>& weights, int64_t label) const {
-    if constexpr (kForm != 0 && (kForm & kScales) == 0) {  // S_0 is the row's
+    if constexpr (kForm != 0 && (kForm & kScales) == 0) {  // All classes have the same S, S_0.
       n.scale *= adjust.s[0];
       n.smoothing_coef *= adjust.s[0];
       n.at_label *= adjust.s[0];
@@ -138,7 +141,7 @@ struct RowOfClasses {
       if constexpr ((kForm & kScales) != 0) g *= L::load(adjust.s + first);
       return g;
     };
-    const V last = value(tail());  // read before its neighbour is overwritten
+    const V last = value(tail());  // It is read before its neighbour is overwritten.
     for (int64_t k = 0; k < whole(); ++k) L::store(grad + k * L::N, value(k * L::N));
     L::store(grad + tail(), last);
     if (label < 0) return;
@@ -178,8 +181,8 @@ ABSGD_FN void sums_of_row(const TileInput<L, S, kForm>& in, Tile<L>& t, int j) {
   });
 }
 
-// All maxima of a tile first, then all sums: no sum waits for its own maximum (128 x 100: 4.4 -> 3.7 us). Rows that
-// together leave the cache are finished one by one.
+// All maxima of a tile come first, then all sums. So no sum waits for its own maximum (128 x 100: 4.4 -> 3.7 us). If
+// the rows of a tile do not fit the cache together, each row is finished before the next.
 template <class L, class S, int kForm>
 ABSGD_FN void stats_along_classes(const TileInput<L, S, kForm>& in, Tile<L>& t) {
   const int step = in.a.classes <= kCachedClasses ? int(kTileRows) : 1;

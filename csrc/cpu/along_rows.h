@@ -1,5 +1,7 @@
-// The walks along rows: a SIMD register holds one class of N rows, which needs no reduction across lanes. They serve
-// few classes, and classes that are not adjacent.
+// The walks along rows: a SIMD register holds one class of N rows, and the loop goes over the classes. This needs no
+// reduction across lanes. It serves few classes, and classes that are not adjacent in memory.
+//     stats_along_rows       forward: 1. the maximum of each row. 2. The sums of its exponentials and class weights.
+//     gradient_along_rows    backward: the gradient of each row.
 #pragma once
 
 #include "tile.h"
@@ -8,7 +10,7 @@ namespace absgd {
 namespace ABSGD_ISA_NAMESPACE {
 namespace {
 
-// Rows [j, j + N) of a tile.
+// Rows [j, j + N) of a tile, one class at a time.
 template <class L, class S, int kForm>
 struct ClassOfRows {
   using T = typename L::Scalar;
@@ -26,11 +28,11 @@ struct ClassOfRows {
     return in.kAdjusted ? L::set(in.adjust.s[c]) * x + L::set(in.adjust.d[c]) : x;
   }
   ABSGD_FN V logit(int64_t c) const { return adjusted(load_rows<L>(in.rows, j, c), c); }
-  // Of an adjusted row, whose label has another logit, minus infinity in its place.
+  // The logit of class c. In an adjusted row -inf takes the place of the label, whose margin makes its logit another.
   ABSGD_FN V logit_but_label(int64_t c) const {
     return in.kAdjusted ? L::select(is_label(c), L::set(T(-__builtin_inf())), logit(c)) : logit(c);
   }
-  // What class c weighs in each of the rows (launch.h ClassWeights).
+  // The weight of class c in each of the rows (launch.h ClassWeights).
   ABSGD_FN V weight(const RowPointers<const T>& soft, int64_t c) const {
     const T v = in.weights.v == nullptr ? T(1) : in.weights.v[c];
     if (soft.row[0] == nullptr) return L::set(v);
@@ -45,7 +47,7 @@ ABSGD_FN RowPointers<const typename L::Scalar> soft_rows(const TileInput<L, S, k
   if (a.soft == nullptr) return {};
   return row_pointers(static_cast<const typename L::Scalar*>(a.soft), a, a.classes * a.inner, a.inner, 1, in.first);
 }
-// Where the exponentials of a tile are kept; or null.
+// The memory where the exponentials of a tile are kept, or null.
 template <class L, class S, int kForm>
 ABSGD_FN typename L::Scalar* kept_tile(const TileInput<L, S, kForm>& in) {
   if (in.a.kept == nullptr) return nullptr;

@@ -1,4 +1,4 @@
-// Picks the instruction set at run time. This file itself is compiled for the baseline.
+// Chooses the instruction set at run time: the best one that this machine has. This file is compiled for the baseline.
 #include <string.h>
 
 #include "kernels.h"

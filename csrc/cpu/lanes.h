@@ -1,10 +1,10 @@
-// Lane types of the CPU: one SIMD register of float or double, as wide as the instruction set this file is compiled
-// for.
+// The lane types of the CPU: one SIMD register of float or double, as wide as the instruction set that this file is
+// compiled for.
 //
-// Written with the compilers' vector extensions (GCC, Clang), so one text serves SSE2, AVX2, AVX-512 and NEON: the
-// arithmetic maps to single instructions, loads and stores are unaligned. Everything stands in a namespace of its own
-// per instruction set and nothing here includes a header with inline functions of std or torch: the linker might keep
-// the AVX-512 copy of a shared inline function, and an older machine would stop with SIGILL.
+// They are written with the vector extensions of GCC and Clang, so one text serves SSE2, AVX2, AVX-512 and NEON. The
+// arithmetic maps to single instructions. Loads and stores are unaligned. All of this stands in a namespace of its own
+// for each instruction set, and it includes no header of std or torch with inline functions. Otherwise the linker might
+// keep the AVX-512 copy of a shared inline function, and an older machine would stop with SIGILL.
 #pragma once
 
 #include <stddef.h>
@@ -23,7 +23,7 @@
 namespace absgd {
 namespace ABSGD_ISA_NAMESPACE {
 
-// Storage formats that are not C++ arithmetic types.
+// The storage formats that C++ has no arithmetic type for.
 struct bf16 {
   uint16_t bits;
 };
@@ -40,15 +40,15 @@ struct Traits<float> {
   using Int = int32_t;
   using UInt = uint32_t;
   static constexpr int mantissa = 23;
-  static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves a rounded integer in the low bits
   static constexpr float exp_bias = 126;       // exponent bias - 1
-  static constexpr float exp_lowest = -87.3f, exp_highest = 89.5f;  // where 2^(k-1) is 0 and inf, see exp
+  static constexpr float exp_lowest = -87.3f, exp_highest = 89.5f;  // there 2^(k-1) is 0 and inf, see exp
   static constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
-  // minimax on |x| <= ln(2)/2 with exp(0) = 1 exactly; 2.6e-9 relative, 0.9 ulp after rounding
+  // Minimax polynomial on |x| <= ln(2)/2 with exp(0) = 1 exactly: error 2.6e-9 relative, 0.9 ulp after rounding.
   static constexpr int exp_terms = 7;
   static constexpr float exp_coefficients[exp_terms] = {
       1.0f, 1.00000004967f, 0.500000043465f, 0.166663653155f, 0.0416647765084f, 0.00837902069907f, 0.00140612762496f};
-  static constexpr int log_terms = 5;  // atanh series: next term below 2^-24
+  static constexpr int log_terms = 5;  // of the atanh series; the next term is below 2^-24
 };
 template <>
 struct Traits<double> {
@@ -59,7 +59,7 @@ struct Traits<double> {
   static constexpr double exp_bias = 1022;
   static constexpr double exp_lowest = -708.4, exp_highest = 710.5;
   static constexpr double ln2_hi = 6.93145751953125e-1, ln2_lo = 1.42860682030941723212e-6;
-  static constexpr int exp_terms = 14;  // Taylor: next term 4e-18
+  static constexpr int exp_terms = 14;  // of the Taylor series; the next term is 4e-18
   static constexpr double exp_coefficients[exp_terms] = {
       1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
       1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
@@ -74,7 +74,7 @@ ABSGD_FN To bits_as(From value) {
   return out;
 }
 
-// Bytes: of the values side by side, at most a register; sizeof(T) is one value.
+// N values of type T side by side. Bytes: their size, at most that of a register. sizeof(T) makes a single value.
 template <class T, int Bytes = ABSGD_REGISTER_BYTES>
 struct Lanes {
   using Scalar = T;
@@ -82,7 +82,7 @@ struct Lanes {
   using UInt = typename Traits<T>::UInt;
   static constexpr int N = Bytes / int(sizeof(T));
   typedef T V __attribute__((vector_size(Bytes)));
-  typedef Int I __attribute__((vector_size(Bytes)));  // also the type of a comparison
+  typedef Int I __attribute__((vector_size(Bytes)));  // also the type of a comparison's result
   typedef UInt U __attribute__((vector_size(Bytes)));
   typedef uint16_t Half __attribute__((vector_size(Bytes / sizeof(T) * 2)));
   typedef uint8_t Flags __attribute__((vector_size(Bytes / sizeof(T))));
@@ -90,7 +90,7 @@ struct Lanes {
   static ABSGD_FN V set(T x) { return V{} + x; }
   static ABSGD_FN I set_int(Int x) { return I{} + x; }
   static ABSGD_FN V select(I condition, V a, V b) { return condition ? a : b; }
-  // One instruction on x86, which gives b where a or b is NaN.
+  // Each is one instruction on x86, which gives b if a or b is NaN.
   static ABSGD_FN V max(V a, V b) { return a > b ? a : b; }
   static ABSGD_FN V min(V a, V b) { return a < b ? a : b; }
   static ABSGD_FN I iota() {
@@ -99,7 +99,7 @@ struct Lanes {
     return out;
   }
 
-  // ---- memory: unaligned, any storage format ----
+  // ---- memory: unaligned, in any storage format ----
   static ABSGD_FN V load(const T* p) {
     V out;
     __builtin_memcpy(&out, p, sizeof(out));
@@ -121,7 +121,8 @@ struct Lanes {
     Half h;
     __builtin_memcpy(&h, p, sizeof(h));
     const U u = __builtin_convertvector(h, U);
-    // shift the exponent into place and let one multiplication rescale it: normal and subnormal numbers alike
+    // The bits are shifted to where float has them, and one multiplication rescales the exponent. This serves normal
+    // and subnormal numbers.
     const V small = bits_as<V>((u & 0x7fff) << 13) * set(0x1p112f);
     const U special = ((u & 0x7fff) << 13) | 0x7f800000;
     const U magnitude = U(((u & 0x7c00) == 0x7c00) ? I(special) : bits_as<I>(small));
@@ -145,7 +146,7 @@ struct Lanes {
     return __builtin_convertvector(b, I) != 0;
   }
 
-  // ---- reductions over the lanes, always in the same order: halves, quarters, ... ----
+  // ---- reductions over the lanes, always in the same order: by halves, by quarters, ... ----
   static ABSGD_FN T sum(V x) {
     return fold<Bytes>(x, [](auto a, auto b) { return a + b; });
   }
@@ -167,17 +168,18 @@ struct Lanes {
   }
 
   // ---- functions ----
-  // Lane by lane in the source; compilers make one instruction of it (checked in the disassembly).
+  // Compilers make one instruction of this loop over the lanes (checked in the disassembly).
   static ABSGD_FN V sqrt(V x) {
     V out;
     for (int j = 0; j < N; ++j) out[j] = sizeof(T) == 8 ? __builtin_sqrt(x[j]) : __builtin_sqrtf(x[j]);
     return out;
   }
-  // exp(x) = 2 exp(r) 2^(k-1), |r| <= ln(2)/2. No test of special cases: x is clamped to where 2^(k-1) has become 0 or
-  // inf (so results below 2^-125 are 0), and a NaN, which passes max and min as their second operand, ends in a
-  // product.
+  // exp(x) = 2 exp(r) 2^(k-1), |r| <= ln(2)/2. No branch tests for special cases. x is clamped to where 2^(k-1) has
+  // become 0 or inf, so results below 2^-125 are 0. A NaN passes max and min, as their second operand, and reaches the
+  // final product.
   static ABSGD_FN V exp(V x) { return exp_below(min(set(Traits<T>::exp_highest), x)); }
-  // The same for x that is known to be no larger than exp_highest: a row minus its maximum. One instruction in sixteen.
+  // exp(x) for an x that is known not to exceed exp_highest, as a logit minus the maximum of its row. This saves one
+  // instruction in sixteen.
   static ABSGD_FN V exp_below(V x) {
     using K = Traits<T>;
     const V clamped = max(set(K::exp_lowest), x);
@@ -188,8 +190,8 @@ struct Lanes {
     for (int j = K::exp_terms - 2; j >= 0; --j) p = p * r + set(2 * K::exp_coefficients[j]);
     return p * bits_as<V>(bits_as<I>(shifted) << K::mantissa);
   }
-  // log(x) for x > 0: x = 2^k m, sqrt(1/2) <= m < sqrt(2), log m = 2 atanh((m - 1) / (m + 1)); inf and NaN pass
-  // through.
+  // log(x) for x > 0: x = 2^k m with sqrt(1/2) <= m < sqrt(2), and log m = 2 atanh((m - 1) / (m + 1)). inf and NaN are
+  // returned as they are.
   static ABSGD_FN V log(V x) {
     using K = Traits<T>;
     const I offset = bits_as<I>(set(T(0.70710678118654752)));
@@ -204,7 +206,7 @@ struct Lanes {
     const V out = kf * set(K::ln2_hi) + (log_m + kf * set(K::ln2_lo));
     return x < set(T(__builtin_inf())) ? out : x;
   }
-  // log(1 + x) for x >= 0: the second term gives back what rounding 1 + x lost.
+  // log(1 + x) for x >= 0. The second term restores what the rounding of 1 + x has lost.
   static ABSGD_FN V log1p(V x) {
     const V u = set(1) + x;
     const V out = log(u) + (x - (u - set(1))) / u;
@@ -212,7 +214,7 @@ struct Lanes {
   }
 };
 
-// ---- calling a template for the storage type at hand: f(Type<stored>{}, Type<computed in>{}) -----------------------
+// ---- templates over dtypes: f(Type<storage type>{}, Type<real type>{}) ----------------------------------------------
 
 template <class T>
 struct Type {
@@ -238,7 +240,7 @@ ABSGD_FN auto for_real(Dtype dtype, F f) {
   return dtype == Dtype::f64 ? f(Type<double>{}) : f(Type<float>{});
 }
 
-// One double: the state update. The builtins are calls into libm, not inline functions.
+// A lane type of one double, for the update of the state. The builtins are calls into libm, not inline functions.
 struct StateLane {
   using V = double;
   static ABSGD_FN V set(double x) { return x; }

@@ -1,6 +1,14 @@
-// The kernels of the losses on logits. Two walks over a tile of rows give the same numbers per row: with many adjacent
-// classes along_classes.h, else along_rows.h. Compiled once per instruction set, each time into its own namespace
-// (ABSGD_ISA_NAMESPACE).
+// The two kernels of the losses on logits (MATH §2). Each works on tiles of kTileRows rows.
+//
+// logit_stats, the forward pass:
+//     1. It reads the labels of the tile, and the adjusted logit of each label.
+//     2. It walks along the classes of each row and finds max, sum of exp(a_k - max) and the sums of class weights. The
+//        walk is along_classes.h for many adjacent classes, and along_rows.h otherwise. Both give the same numbers.
+//     3. finish_tile makes losses, gradient coefficients and validity of these numbers, N rows at a time.
+// logit_grads, the backward pass:
+//     1. gradient_numbers makes the RowGradient of each row, with its factor.
+//     2. It walks along the classes once more and writes the gradient.
+// This file is compiled once for each instruction set, each time into its own namespace (ABSGD_ISA_NAMESPACE).
 #include "along_classes.h"
 #include "along_rows.h"
 
@@ -8,7 +16,7 @@ namespace absgd {
 namespace ABSGD_ISA_NAMESPACE {
 namespace {
 
-// The tile's numbers -> losses, statistics and coefficients in the per-row arrays.
+// Makes losses, statistics and coefficients of a tile's numbers, and stores them in the arrays of LogitArgs.
 template <class L>
 void finish_tile(const LogitArgs& a, int64_t first, Tile<L>& t) {
   using T = typename L::Scalar;
@@ -39,7 +47,7 @@ void finish_tile(const LogitArgs& a, int64_t first, Tile<L>& t) {
     // sum_k weight_k (-log p_k) = log_total sum weight - sum_k weight_k (a_k - max)
     if (all_weigh)
       loss += L::set(smoothing_coef) * (row.log_total() * L::load(t.weight_total + j) - L::load(t.weighted_logits + j));
-    if (a.loss.least < __builtin_inf()) {  // pruned rows do not count
+    if (a.loss.least < __builtin_inf()) {  // A pruned row does not count.
       counts = counts & ~(row.nll() >= L::set(T(a.loss.least)));
       for (int i = 0; i < L::N; ++i) valid[i] = counts[i] != 0;
     }
@@ -65,7 +73,7 @@ int64_t logit_stats_typed(const LogitArgs& a, int64_t begin, int64_t end) {
     out_of_range = smaller(out_of_range, in.move_to(tile, t));
     in.read_targets(t);
     if (a.classes == 0) {
-      // nothing to read: every row is ignored, or its label is out of range
+      // There is nothing to read: every row is ignored, or its label is out of range.
     } else if (along_classes) {
       stats_along_classes(in, t);
     } else {
@@ -76,8 +84,9 @@ int64_t logit_stats_typed(const LogitArgs& a, int64_t begin, int64_t end) {
   return out_of_range;
 }
 
-// What the gradient needs of each row of a tile: grad_k = exp(a_k - max) scale - smoothing_coef weight_k off the label,
-// at_label - smoothing_coef v_y on it.
+// The numbers of each row of a tile that its gradient needs (math/losses.h RowGradient):
+//     grad_k = exp(a_k - max) scale - smoothing_coef weight_k    for k != y
+//     grad_y = at_label - smoothing_coef v_y
 template <class L, class S, int kForm>
 ABSGD_FN void gradient_numbers(const TileInput<L, S, kForm>& in, typename L::Scalar smoothing_coef,
                                GradientTile<typename L::Scalar>& out) {
@@ -100,7 +109,8 @@ ABSGD_FN void gradient_numbers(const TileInput<L, S, kForm>& in, typename L::Sca
   }
 }
 
-// G: how the gradient is stored, S except for f16 (LogitArgs::grad)
+// S, T, G: the types that logits are stored in, that rows are computed in, and that the gradient is stored in. G is S,
+// except for f16 (LogitArgs::grad).
 template <class S, class T, class G, int kForm>
 void logit_grads_typed(const LogitArgs& a, int64_t begin, int64_t end) {
   using L = Lanes<T>;
@@ -120,7 +130,7 @@ void logit_grads_typed(const LogitArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// f(a constant of LogitArgs::adjust_form)
+// Calls f with LogitArgs::adjust_form as a constant of the compiler.
 template <class F>
 ABSGD_FN auto for_form(int form, F f) {
   switch (form) {
@@ -129,11 +139,11 @@ ABSGD_FN auto for_form(int form, F f) {
     case kAdjusts:
       return f(Constant<int, kAdjusts>{});
     case kAdjusts | kScales:
-      return f(Constant<int, kAdjusts | kScales>{});
+      return f(Constant < int, kAdjusts | kScales > {});
     case kAdjusts | kShifts:
-      return f(Constant<int, kAdjusts | kShifts>{});
+      return f(Constant < int, kAdjusts | kShifts > {});
     default:
-      return f(Constant<int, kAdjusts | kScales | kShifts>{});
+      return f(Constant < int, kAdjusts | kScales | kShifts > {});
   }
 }
 

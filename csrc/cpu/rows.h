@@ -1,4 +1,4 @@
-// Reading and writing N rows at once: lane j holds row j.
+// Reads and writes one class of N rows at once: lane j of a register holds row j.
 #pragma once
 
 #include "kernels.h"
@@ -31,12 +31,12 @@ ABSGD_FN float to_real(f16 x) {
   return L::load(many)[0];
 }
 
-// Where the rows of a tile begin, and how far their classes lie apart.
+// The first class of each row of a tile, and the distance between classes.
 template <class S>
 struct RowPointers {
   S* row[kTileRows];
   int64_t stride_class;
-  bool adjacent;  // row[j] == row[0] + j: one vector load instead of a gather
+  bool adjacent;  // row[j] == row[0] + j, so one vector load takes the place of a gather
 
   ABSGD_FN S* at(int j, int64_t c) const { return row[j] + c * stride_class; }
 };
@@ -48,7 +48,7 @@ RowPointers<S> row_pointers(S* base, const LogitArgs& a, int64_t stride_batch, i
   out.stride_class = stride_class;
   const int64_t last = a.rows() - 1;
   out.adjacent = true;
-  for (int j = 0; j < kTileRows; ++j) {  // rows past the end repeat the last one
+  for (int j = 0; j < kTileRows; ++j) {  // Rows past the end repeat the last row.
     const int64_t i = smaller(first + j, last);
     out.row[j] = base + (i / a.inner) * stride_batch + (i % a.inner) * stride_inner;
     if (out.row[j] != out.row[0] + j) out.adjacent = false;

@@ -1,5 +1,9 @@
-// The kernels of the weightings CVaR, chi-squared and group DRO. There is one number per sample, so one thread does it
-// all, one number at a time but for what the compiler makes of it. Compiled once per instruction set.
+// The kernels of the weightings CVaR, chi-squared and group DRO (MATH §4.2 to §4.4). A batch has one number per sample,
+// so one thread does everything, in scalar code that the compiler may vectorise.
+//     level_weights    1. copies the finite losses to scratch. 2. finds the level with cvar, cvar_kl or chi2. 3. writes
+//                      the weights.
+//     group_weights    1. sums the losses of each group. 2. moves log q and normalises it. 3. writes the weights.
+// This file is compiled once for each instruction set.
 #include "kernels.h"
 #include "lanes.h"
 
@@ -9,7 +13,7 @@ namespace {
 
 constexpr double kInfinity = __builtin_inf();
 
-// Whether a sample counts: 1 with a finite loss, -1 without, 0 if it is ignored.
+// The state of a sample: 1 with a finite loss, -1 with another loss, 0 if it is ignored.
 template <class T>
 ABSGD_FN int state_of(const WeightingArgs& a, int64_t i) {
   if (a.valid && !a.valid[i]) return 0;
@@ -17,7 +21,7 @@ ABSGD_FN int state_of(const WeightingArgs& a, int64_t i) {
   return x - x == 0 ? 1 : -1;
 }
 
-// weight(x) for each sample that counts, x its loss.
+// Writes weight(x) for each sample with a finite loss x, NaN for another loss, and 0 if the sample is ignored.
 template <class T, class F>
 void write(const WeightingArgs& a, F weight) {
   T* const out = static_cast<T*>(a.weights);
@@ -29,7 +33,8 @@ void write(const WeightingArgs& a, F weight) {
   }
 }
 
-// The k-th largest of x (k from 1), which are put into another order: Hoare's selection, pivots from the middle.
+// The k-th largest number of x, k counted from 1. It changes the order of x. The method is Hoare's selection with
+// pivots from the middle.
 double select_largest(double* x, int64_t count, int64_t k) {
   int64_t low = 0, high = count - 1;
   while (low < high) {
@@ -54,6 +59,8 @@ double select_largest(double* x, int64_t count, int64_t k) {
   return x[k - 1];
 }
 
+// CVaR without a penalty: weight 1 / beta above the boundary loss `edge`, which is the k-th largest with
+// k = ceil(beta n). The losses at the boundary share what is left in equal parts.
 template <class T>
 void cvar(const WeightingArgs& a, double* x, int64_t n, double beta) {
   int64_t k = int64_t(__builtin_ceil(beta * double(n)));
@@ -68,7 +75,7 @@ void cvar(const WeightingArgs& a, double* x, int64_t n, double beta) {
   write<T>(a, [=](double v) { return v > edge ? 1 / beta : v == edge ? at_edge : 0.0; });
 }
 
-// Heap sort, smallest first: no worst case, and no memory but its own.
+// Heap sort, smallest first. It has no bad worst case, and needs no memory beside x.
 void sort(double* x, int64_t count) {
   const auto sink = [x](int64_t i, int64_t end) {
     const double value = x[i];
@@ -88,16 +95,17 @@ void sort(double* x, int64_t count) {
   }
 }
 
+// CVaR with a KL penalty (math/rules.h).
 template <class T>
 void cvar_kl(const WeightingArgs& a, double* x, int64_t n, double beta, double reg) {
   sort(x, n);
-  // From the smallest on, the sum of exp((x - x_i) / reg) over the losses up to the i-th, until x_i would be beyond the
-  // bound.
+  // The loop goes from the smallest loss on. `running` is the sum of exp((x - x_i) / reg) over the losses up to the
+  // i-th. The loop ends when the weight of x_i would exceed the bound 1 / beta.
   double edge = x[0], sum = 1, left = 0, running = 0, before = x[0];
   for (int64_t i = 0; i < n; ++i) {
     running = 1 + running * __builtin_exp((before - x[i]) / reg);
     before = x[i];
-    const double others = double(n) - double(n - 1 - i) / beta;  // what those above leave over
+    const double others = double(n) - double(n - 1 - i) / beta;  // the weight that the losses above x_i leave over
     if (!(others > 0)) continue;
     if (left > 0 && cvar_is_beyond(running, others, beta)) break;
     edge = x[i];
@@ -110,6 +118,7 @@ void cvar_kl(const WeightingArgs& a, double* x, int64_t n, double beta, double r
   });
 }
 
+// Chi-squared (math/rules.h).
 template <class T>
 void chi2(const WeightingArgs& a, double* x, int64_t n, double rho) {
   double highest = x[0], lowest = x[0];
@@ -117,8 +126,8 @@ void chi2(const WeightingArgs& a, double* x, int64_t n, double rho) {
     highest = x[i] > highest ? x[i] : highest;
     lowest = x[i] < lowest ? x[i] : lowest;
   }
-  // Relative to the largest, in units of the range of the losses, so that no square overflows; halved where the range
-  // itself would overflow.
+  // The losses are taken relative to the largest, in units of their range, so no square can overflow. They are halved
+  // where the range itself would overflow.
   const double part = highest - lowest < kInfinity ? 1 : 0.5, range = highest * part - lowest * part;
   const double unit = range > 0 ? range : 1;
   const auto relative = [=](double v) { return (v * part - highest * part) / unit; };
@@ -138,8 +147,8 @@ void chi2(const WeightingArgs& a, double* x, int64_t n, double rho) {
         mean += x[i];
         sum += x[i] - level;
       }
-    if (k == 0) return write<T>(a, largest);  // differences whose squares are 0
-    if (k >= before) {                        // no loss was dropped
+    if (k == 0) return write<T>(a, largest);  // The losses differ so little that their squared differences are 0.
+    if (k >= before) {                        // No loss was dropped, so `level` is the solution.
       const double each = double(n) / sum;
       return write<T>(a, [=](double v) {
         const double over = relative(v) - level;
@@ -151,7 +160,7 @@ void chi2(const WeightingArgs& a, double* x, int64_t n, double rho) {
       if (x[i] > level) variance += (x[i] - mean) * (x[i] - mean);
     before = k;
     const double next = chi2_level<StateLane>(mean, variance / k, k, double(n), rho);
-    level = next > level ? next : level;  // it only rises, but for rounding
+    level = next > level ? next : level;  // It can only rise. Rounding must not lower it.
   }
 }
 
@@ -166,6 +175,7 @@ void level_weights_typed(const LevelArgs& a) {
   return a.reg == 0 ? cvar<T>(a, a.scratch, n, a.beta) : cvar_kl<T>(a, a.scratch, n, a.beta, a.reg);
 }
 
+// Group DRO: q_g <- q_g exp(eta mean loss of g), normalised, in logarithms. The weight of a sample of g is n q_g / n_g.
 template <class T>
 bool group_weights_typed(const GroupArgs& a) {
   double *const sizes = a.sums, *const means = a.sums + a.n_groups;
@@ -192,7 +202,7 @@ bool group_weights_typed(const GroupArgs& a) {
   for (int64_t g = 0; g < a.n_groups; ++g) {
     a.log_q[g] = (a.log_q[g] - highest) - __builtin_log(sum);
     finite = finite && a.log_q[g] - a.log_q[g] == 0;
-    means[g] = sizes[g] > 0 ? n * __builtin_exp(a.log_q[g]) / sizes[g] : 0;  // W of the group
+    means[g] = sizes[g] > 0 ? n * __builtin_exp(a.log_q[g]) / sizes[g] : 0;  // from here on: W of the group
   }
   T* const out = static_cast<T*>(a.weights);
   for (int64_t i = 0; i < a.count; ++i) {

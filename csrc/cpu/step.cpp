@@ -1,4 +1,7 @@
-// The kernel of the steps. Compiled once per instruction set.
+// The kernel of the optimizer step (MATH §3). For each part of a tensor in its range of the flat index:
+//     1. It makes the corrections for the count of steps, where group or count differ from the part before.
+//     2. It steps the elements with the functor of the rule (math/step.h), one register after the other.
+// This file is compiled once for each instruction set.
 #include "update.h"
 
 namespace absgd {
@@ -19,7 +22,8 @@ void step(const StepTable& table, int64_t begin, int64_t end) {
   for_parts(table, begin, end, [&](const StepTensor& t, int64_t, int64_t from, int64_t to) {
     const StepGroup& group = table.groups[t.group];
     const double steps = steps_of(t);
-    if (t.group != group_before || steps != steps_before) {  // rarely: two logarithms and exponentials
+    // Corrections take two logarithms and two exponentials, so they are made only when something changed.
+    if (t.group != group_before || steps != steps_before) {
       corrections = Corrections::of<StateLane>(group, steps);
       if (table.robust != nullptr) corrections.gain = table.robust->scale;
       group_before = t.group;

@@ -1,4 +1,5 @@
-// The table of one instruction set's kernels. Compiled once per instruction set, like the kernels.
+// The table of the kernels of one instruction set. This file is compiled once for each instruction set, as the kernels
+// are.
 #include "kernels.h"
 
 #define ABSGD_STRING(x) #x

@@ -1,4 +1,4 @@
-// What the two walks over logits have in common: a tile of rows, its labels and its numbers.
+// A tile of rows, its labels and its numbers, which the two walks over logits have in common.
 #pragma once
 
 #include "rows.h"
@@ -12,13 +12,13 @@ struct Constant {
   static constexpr T value = v;
 };
 
-// The numbers of each row, as the first walk finds them.
+// The numbers of each row that the forward walk finds.
 template <class L>
 struct Tile {
   using T = typename L::Scalar;
   T max[kTileRows], target_logit[kTileRows], margin[kTileRows], sumexp_others[kTileRows];
   T weighted_logits[kTileRows], weight_total[kTileRows];  // sum_k weight_k (a_k - max) and sum_k weight_k
-  typename L::Int label[kTileRows];                       // -1: soft targets
+  typename L::Int label[kTileRows];                       // -1 with soft targets
   bool valid[kTileRows];
 };
 
@@ -34,7 +34,7 @@ struct GradientTile {
   ABSGD_FN GradientNumbers<T> row(int j) const { return {max[j], scale[j], at_label[j], smoothing_coef[j]}; }
 };
 
-// The class vectors of an adjusted row (math/losses.h): a_k = S_k x_k + D_k, the label's less M_y.
+// The class vectors of an adjusted row (math/losses.h Row): a_k = S_k x_k + D_k, and M_y less at the label.
 template <class T>
 struct Adjust {
   const T *s, *d, *m;
@@ -45,11 +45,11 @@ struct Adjust {
   }
 };
 
-// What the classes beside the label weigh in the loss of a row (launch.h ClassWeights), as the loops are compiled for
-// it. `equal`: label smoothing without class weights.
+// The weights of the classes beside the label (launch.h ClassWeights), a constant of the compiled loops. `none`: the
+// label alone has a term. `equal`: label smoothing without class weights. `weighted`: class weights or soft targets.
 enum class OtherClasses { none, equal, weighted };
 
-// f(a constant of type OtherClasses)
+// Calls f with a constant of type OtherClasses.
 template <class F>
 ABSGD_FN void for_other_classes(const LogitArgs& a, F f) {
   if (!a.all_classes_weigh()) return f(Constant<OtherClasses, OtherClasses::none>{});
@@ -57,7 +57,8 @@ ABSGD_FN void for_other_classes(const LogitArgs& a, F f) {
   f(Constant<OtherClasses, OtherClasses::weighted>{});
 }
 
-// Rows [first, first + count) -> labels; returns the first row whose label is out of range.
+// Reads the labels of rows [first, first + count). Returns the first row whose label is out of range, or
+// kAllLabelsInRange.
 template <class L>
 int64_t read_labels(const LogitArgs& a, int64_t first, int count, Tile<L>& t) {
   int64_t out_of_range = kAllLabelsInRange;
@@ -84,7 +85,8 @@ int64_t read_labels(const LogitArgs& a, int64_t first, int count, Tile<L>& t) {
   return out_of_range;
 }
 
-// The logits and the class vectors of the tile at hand. S: how logits are stored; kForm: LogitArgs::adjust_form.
+// The logits and the class vectors of the current tile. S: the type that logits are stored in. kForm:
+// LogitArgs::adjust_form.
 template <class LaneType, class S, int kForm>
 struct TileInput {
   using L = LaneType;
@@ -100,7 +102,7 @@ struct TileInput {
   explicit TileInput(const LogitArgs& args)
       : a(args), weights(ClassWeights<T>::of(args)), adjust(Adjust<T>::of(args)) {}
 
-  // Returns the first row whose label is out of range.
+  // Makes tile `index` the current one, and reads its labels (read_labels).
   ABSGD_FN int64_t move_to(int64_t index, Tile<L>& t) {
     tile = index;
     first = tile * kTileRows;
@@ -109,7 +111,7 @@ struct TileInput {
     rows = row_pointers(static_cast<const S*>(a.logits), a, a.stride_batch, a.stride_class, a.stride_inner, first);
     return out_of_range;
   }
-  // The label's logits and margins; the other numbers of the tile become 0.
+  // Reads the margin and the adjusted logit of each label. The other numbers of the tile become 0.
   ABSGD_FN void read_targets(Tile<L>& t) const {
     for (int j = 0; j < kTileRows; ++j) {
       const int64_t y = t.label[j];
@@ -120,7 +122,8 @@ struct TileInput {
       t.max[j] = t.sumexp_others[j] = t.weighted_logits[j] = t.weight_total[j] = 0;
     }
   }
-  // The largest logit of row j; of an adjusted row `max` was taken without the label.
+  // The largest adjusted logit of row j. `max` is that of all classes, but of all classes except the label in an
+  // adjusted row.
   ABSGD_FN T whole_max(T max, const Tile<L>& t, int j) const {
     return kAdjusted && t.label[j] >= 0 && t.target_logit[j] > max ? t.target_logit[j] : max;
   }

@@ -1,5 +1,5 @@
-// What the loops of step.cpp and weighted.cpp share: how a range of the flat index falls on tensors, and one rule over
-// the elements of a tensor.
+// The loops that step.cpp and weighted.cpp share: for_parts splits a range of the flat index into parts of tensors, and
+// update_tensor applies a rule to the elements of a part.
 #pragma once
 
 #include "kernels.h"
@@ -9,15 +9,15 @@ namespace absgd {
 namespace ABSGD_ISA_NAMESPACE {
 namespace {
 
-// 1 KB ahead: ResNet-32 39 -> 33 us, ResNet-50 10.0 -> 9.5 ms (512 B and 4 KB gain less; four registers at a time
-// nothing; stores past the cache cost 1 ms). ResNet-50's 20 bytes a parameter then move at 61 GB/s, which is what the
-// same two cores reach when they scale one vector in place (60 to 62 GB/s): memory is the limit there.
+// Prefetches what lies 1 KB ahead: ResNet-32 39 -> 33 us, ResNet-50 10.0 -> 9.5 ms. 512 B and 4 KB gain less, four
+// registers at a time gain nothing, and stores past the cache cost 1 ms. ResNet-50's 20 bytes a parameter then move at
+// 61 GB/s. The same two cores reach 60 to 62 GB/s when they scale one vector in place, so memory is the limit there.
 template <class T>
 ABSGD_FN void ahead(const T* p) {
   __builtin_prefetch(reinterpret_cast<const char*>(p) + 1024);
 }
 
-// Gradients of a tensor from its element `first` on. G: how they are stored.
+// The gradients of a tensor from its element `first` on. G: the type that they are stored in.
 template <class G>
 struct Gradients {
   const G* data;
@@ -26,8 +26,11 @@ struct Gradients {
   ABSGD_FN const G* at(int64_t i) const { return data + (i - first); }
 };
 
-// Elements [i, end) of one tensor as far as whole registers of L go; returns where it stopped. S: how parameters are
-// stored; the states are real.
+// Steps elements [i, end) of one tensor, as far as whole registers of L go. Returns the element where it stopped. S:
+// the type that parameters are stored in; the states are real.
+//     1. It loads a register of the parameter, of each state and of the gradient.
+//     2. The rule steps it (math/step.h).
+//     3. It stores the states and the parameter.
 template <class L, class S, class G, class F>
 int64_t update(const F& rule, const StepTensor& t, const Gradients<G>& grads, int64_t i, int64_t end) {
   using T = typename L::Scalar;
@@ -55,10 +58,10 @@ int64_t whole_registers(const C& choose, const StepTensor& t, const Gradients<G>
   return i;
 }
 
-// Elements [begin, end) of one tensor. begin is a multiple of kStepBlock, and so is end unless it is the tensor's end:
-// an element is in the same place of the same kind of loop however the work is shared, which keeps every bit. The last
-// elements take shorter registers: filling a long one from memory piece by piece stalls (4.4 -> 2.3 us for 161 tensors
-// of 4 elements). choose(Type<L>, f): f(functor of math.h for lanes L).
+// Steps elements [begin, end) of one tensor. begin is a multiple of kStepBlock, and so is end, unless it is the end of
+// the tensor. So an element stands at the same place of the same loop for any number of threads, and has the same bits.
+// The last elements take shorter registers, because filling a long one from memory piece by piece stalls (4.4 -> 2.3 us
+// for 161 tensors of 4 elements). choose(Type<L>, f) calls f with the functor of math/step.h for lanes L.
 template <class S, class T, class G, class C>
 void update_tensor(const C& choose, const StepTensor& t, const Gradients<G>& grads, int64_t begin, int64_t end) {
   static_assert(kStepBlock % Lanes<T>::N == 0, "a part is whole registers");
@@ -67,13 +70,13 @@ void update_tensor(const C& choose, const StepTensor& t, const Gradients<G>& gra
   whole_registers<Lanes<T, sizeof(T)>, S>(choose, t, grads, i, end);
 }
 
-// The place of a flat index within a tensor, moved back to where a part may end.
+// The place of a flat index within a tensor, moved back to a multiple of kStepBlock, where a part may end.
 ABSGD_FN int64_t place(const StepTensor& t, int64_t index) {
   const int64_t i = index - t.begin;
   return i <= 0 ? 0 : i >= t.count ? t.count : i - i % kStepBlock;
 }
 
-// f(tensor, its number, from, to) for the parts of the tensors in elements [begin, end) of the flat index.
+// Calls f(tensor, its number, from, to) for each part of a tensor in elements [begin, end) of the flat index.
 template <class F>
 void for_parts(const StepTable& table, int64_t begin, int64_t end, const F& f) {
   int64_t low = 0, high = table.tensor_count;  // the first tensor that ends after `begin`
@@ -86,7 +89,9 @@ void for_parts(const StepTable& table, int64_t begin, int64_t end, const F& f) {
   }
   for (int64_t j = low; j < table.tensor_count && table.tensors[j].begin < end; ++j) {
     const StepTensor& t = table.tensors[j];
-    if (j + 2 < table.tensor_count) {  // most tensors of a model are short, and each starts with lines out of cache
+    // Most tensors of a model are short, and each starts with lines that are not in the cache. So the tensor after the
+    // next is prefetched.
+    if (j + 2 < table.tensor_count) {
       const StepTensor& later = table.tensors[j + 2];
       __builtin_prefetch(later.param);
       __builtin_prefetch(later.grad);

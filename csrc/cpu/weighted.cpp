@@ -1,19 +1,22 @@
-// The kernel of the weighted step: the weighted mean of per-sample gradients, and one step of momentum SGD with it.
-// Compiled once per instruction set.
+// The kernel of the weighted step (MATH §3.4): the weighted mean of per-sample gradients, and one step of momentum SGD
+// with it. For each part of a tensor it takes kMeanBytes of columns at a time:
+//     1. It adds up factor_r row_r of these columns over all rows, kRows rows at a time, in the first-level cache.
+//     2. It steps the parameters of these columns with that mean. The mean itself is never written to memory.
+// This file is compiled once for each instruction set.
 #include "update.h"
 
 namespace absgd {
 namespace ABSGD_ISA_NAMESPACE {
 namespace {
 
-// The mean is made for so many bytes of columns at a time, in the first-level cache, from so many rows at once. One
-// core, 64 x 10^6 fp32 (256 MB), share of the bandwidth of torch's copy_: 8 rows 1.02, 4 rows 0.90, 2 rows 0.71, 1 row
-// 0.51; 16 KB 0.99, 8 KB 0.86, 64 KB as 32. Accumulators in registers (16 x 64 bytes of a row before the next row):
-// 0.57, as every visit of a row then finds another page. Software prefetch costs 5 to 15 %.
+// The mean is made for kMeanBytes of columns at a time, from kRows rows at once. Measured on one core at 64 x 10^6 fp32
+// (256 MB), in units of the bandwidth of torch's copy_: 8 rows 1.02, 4 rows 0.90, 2 rows 0.71, 1 row 0.51; 16 KB 0.99,
+// 8 KB 0.86, 64 KB as 32 KB. Accumulators in registers (16 x 64 bytes of a row before the next row) reach 0.57, because
+// every visit of a row then touches another page. Software prefetch costs 5 to 15 %.
 constexpr int kMeanBytes = 32768, kRows = 8;
 
-// mean += sum of factor_k row_k over K rows, for columns [i, end) as far as whole registers of L go; returns where it
-// stopped.
+// mean += sum of factor_k row_k over K rows, for columns [i, end) as far as whole registers of L go. Returns the column
+// where it stopped.
 template <class L, int K, class S>
 int64_t add_columns(typename L::Scalar* mean, const S* const* rows, const typename L::Scalar* factors, int64_t i,
                     int64_t end) {
@@ -33,7 +36,8 @@ void add_rows(T* mean, const S* const* rows, const T* factors, int64_t count) {
   add_columns<Lanes<T, sizeof(T)>, K>(mean, rows, factors, i, count);
 }
 
-// mean = sum of factor_r row_r over all rows, in their order, for `count` columns from `column` on.
+// mean = sum of factor_r row_r over all rows, for `count` columns from `column` on. Rows are added in their order, so
+// the bits do not depend on the number of threads.
 template <class S, class T>
 void weighted_mean(const WeightedTable& a, const StepTensor& t, int64_t stride, int64_t column, T* mean,
                    int64_t count) {

@@ -1,5 +1,12 @@
-// The kernels of the weights of a vector of losses, robust and rectified, and of the scaling of gradients. Compiled
-// once per instruction set.
+// The kernels over a vector of losses: robust weights, rectified weights, and the scaling of gradients.
+//
+// Robust weights (MATH §1) take three kernels, because log s' must be known before the first weight:
+//     1. robust_block_stats reads the losses and finds max z and sum of exp(z - max) of each block of kBlock losses.
+//     2. robust_finish adds up the blocks in their order, and settles log s' and the next state.
+//     3. robust_apply reads the losses again, writes weights and factors, and sums the loss of each block.
+// robust_partial_stats and robust_settle take the place of robust_finish where several parts share a normaliser. The
+// vjp of the weights takes two kernels: robust_dot sums W_i d_i of each block, and robust_vjp writes the gradient. This
+// file is compiled once for each instruction set.
 #include "kernels.h"
 #include "lanes.h"
 
@@ -9,7 +16,7 @@ namespace {
 
 // ---- robust weights ------------------------------------------------------------------------------------------------
 
-// N values from index i on; past `end` it repeats the fill.
+// Loads N values from index i on. Lanes past `end` are `fill`.
 template <class L>
 ABSGD_FN typename L::V load_some(const typename L::Scalar* p, int64_t i, int64_t end, typename L::Scalar fill) {
   if (i + L::N <= end) return L::load(p + i);
@@ -39,7 +46,7 @@ struct Block {
       : first(index * kBlock), last(smaller(index * kBlock + kBlock, a.count)) {}
 };
 
-// One register of losses: z, and which of them count.
+// One register of losses, their z, and which of them are valid and finite.
 template <class L>
 struct Scores {
   typename L::V loss, z;
@@ -69,7 +76,7 @@ void block_stats_typed(const RobustArgs& a, BlockStats* out, int64_t begin, int6
     for (int64_t i = block.first; i < block.last; i += L::N) {
       const Scores<L> s(a, i, block.last);
       max = L::max(max, L::select(s.finite, s.z, lowest));
-      finite -= s.finite;  // a true comparison is -1
+      finite -= s.finite;  // A true comparison is -1.
       valid -= s.valid;
     }
     BlockStats stats{double(L::highest(max)), 0.0, 0, 0};
@@ -89,7 +96,7 @@ void block_stats_typed(const RobustArgs& a, BlockStats* out, int64_t begin, int6
   }
 }
 
-// max and sum of all blocks: log sum exp(z) = max + log(sum)
+// The stats of all blocks together: log sum exp(z) = max + log(sum).
 BlockStats all_of(const RobustArgs& a, const BlockStats* blocks) {
   using L = StateLane;
   BlockStats out{-__builtin_inf(), 0, 0, 0};
@@ -127,7 +134,7 @@ void robust_apply_typed(const RobustArgs& a, const WeightUpdate& o, double* loss
   }
 }
 
-// A loss that is not finite has weight NaN, which it keeps to itself.
+// Sums W_i d_i of each block. A loss that is not finite has weight NaN, and takes no part.
 template <class T>
 void robust_dot_typed(const RobustArgs& a, const void* upstream, double* dot_sums, int64_t begin, int64_t end) {
   using L = Lanes<T>;
@@ -163,7 +170,7 @@ template <class T>
 void rectified_typed(const T* products, int64_t count, T* weights) {
   using L = Lanes<T>;
   using Wide = Lanes<double>;
-  using Narrow = Lanes<T, int(sizeof(T)) * Wide::N>;  // as many values as Wide has
+  using Narrow = Lanes<T, int(sizeof(T)) * Wide::N>;  // It has as many values as Wide.
   RectifiedSum<Wide> sum{Wide::set(0), Wide::set(0)};
   for (int64_t i = 0; i < count; i += Wide::N)
     sum.add(__builtin_convertvector(load_some<Narrow>(products, i, count, 0), typename Wide::V));
@@ -174,7 +181,7 @@ void rectified_typed(const T* products, int64_t count, T* weights) {
 
 // ---- gradient scaling ----------------------------------------------------------------------------------------------
 
-// out = in * factor(i) over `count` elements.
+// out_i = in_i * factor(i) for `count` elements. factor(i) gives the factors of the register from i on.
 template <class L, class S, class G, class F>
 ABSGD_FN void scale_slice(const S* in, G* out, int64_t count, const F& factor) {
   int64_t i = 0;
@@ -193,7 +200,7 @@ void scale_typed(const ScaleArgs& a, int64_t begin, int64_t end) {
   const T* upstream = static_cast<const T*>(a.upstream);
   G* out = static_cast<G*>(a.grad);
   const S* in = static_cast<const S*>(a.source);
-  // slices of equal factors: a row of classes (inner = 1); else the factors lie along the slice
+  // With inner = 1 a row of classes has one factor. Otherwise every element of a slice has its own factor.
   if (upstream == nullptr) {
     const int64_t at = begin * a.inner;
     return scale_slice<L>(in + at, out + at, (end - begin) * a.inner, [&](int64_t) { return L::set(T(a.scalar)); });

@@ -1,6 +1,7 @@
-// Losses on logits, and their gradients in two passes: the forward pass leaves four statistics of each row, and the
-// backward pass reads the logits again and makes the gradient from them. So the gradient is made only where it is asked
-// for, and with the upstream gradient in it.
+// Losses on logits (MATH §2), alone and under the robust loss (MATH §1), and their gradients in two passes.
+//     1. The forward pass reads the logits and stores losses and four statistics of each row.
+//     2. The backward pass reads the logits again and makes the gradient from the statistics.
+// So the gradient is made only if it is asked for, and the upstream gradient is in it before it is rounded.
 #include "row_gradient.cuh"
 #include "row_launch.cuh"
 
@@ -8,12 +9,13 @@ namespace absgd {
 namespace gpu {
 namespace {
 
-// Losses of all rows; with a ticket also z and the sums of every block.
-//     1. A team walks along the classes of its row, and combines the sums of its threads.
-//     2. One thread of the team makes the loss and the statistics of them, and stores these.
-//     3. For the robust loss it also stores z, and adds the row to the sums of its thread; 1 to 3 for every tile.
-//     4. Every block stores its sums. The last block adds them up: it never looks at the losses themselves.
-//     5. One thread of it settles log s', and stores the loss and what backward makes the weights with.
+// The losses of all rows. With a ticket, also the robust loss of all rows together.
+//     1. A team of threads walks along the classes of its row, and combines the sums of its threads.
+//     2. One thread of the team makes loss and statistics of these sums, and stores them.
+//     3. For the robust loss it also stores z, and adds the row to its own sums. Steps 1 to 3 repeat for every tile.
+//     4. Every block stores its sums. The last block adds them up. It never looks at the losses themselves.
+//     5. One thread of the last block settles log s' and stores it with the loss. Backward makes the weights from z and
+//        log s'.
 template <class S, class T, Walk walk, bool kGeneral>
 __global__ void __launch_bounds__(threads_of(walk), blocks_of<T>(walk, !kGeneral))
     logit_loss_fwd_kernel(const LogitForward __grid_constant__ a, const Robust __grid_constant__ r, int width,
@@ -42,9 +44,10 @@ __global__ void __launch_bounds__(threads_of(walk), blocks_of<T>(walk, !kGeneral
   *static_cast<T*>(r.loss) = T(loss_of(total, weighing));
 }
 
-// (1/n) sum_i t_i (min(W_i, max_weight) + mix) L_i: what the sums of a launch do not hold.
-//     1. Every block makes the weights of its losses from z, and sums their parts of the loss.
-//     2. The last block adds up the parts of all.
+// The robust loss with a finite max_weight, (1/n) sum_i t_i (min(W_i, max_weight) + mix) L_i. It does not follow from
+// the sums of the launch before.
+//     1. Every block makes the weights of its losses from z, and stores the sum of their parts of the loss.
+//     2. The last block adds up these sums.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) bounded_loss_kernel(const Robust __grid_constant__ r, unsigned* ticket) {
   const auto numbers = RobustNumbers<Lane<T>>::template of<T>(*r.weighing);
@@ -61,10 +64,10 @@ __global__ void __launch_bounds__(kThreads, 4) bounded_loss_kernel(const Robust 
   if (threadIdx.x == 0) *static_cast<T*>(r.loss) = T(all);
 }
 
-// The gradient of every row, one tile a block.
+// The gradient of every row. Each block has one tile.
 //     1. Every thread reads the statistics of its row, and the upstream gradient.
-//     2. For the robust loss the row's weight, made from z, goes into its factor.
-//     3. The team walks along the classes and writes the gradient; 0 where the row does not count.
+//     2. For the robust loss it makes the row's weight from z, and multiplies the factor of the row by it.
+//     3. The team walks along the classes and writes the gradient. A row that does not count gets 0.
 template <class S, class T, Walk walk, bool kGeneral>
 __global__ void __launch_bounds__(threads_of(walk), sizeof(T) == 8 ? 1 : blocks_of<T>(walk, !kGeneral))
     logit_loss_bwd_kernel(const LogitBackward __grid_constant__ a, int width) {

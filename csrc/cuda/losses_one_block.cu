@@ -1,5 +1,5 @@
-// The robust loss of a small batch, everything by one block: losses, log s', weights and gradient in one launch, with
-// one read and one write of the logits.
+// The robust loss of a small batch (MATH §1, §2) by a single block: losses, log s', weights and gradient in one launch,
+// with one read and one write of the logits. launch.h fits_one_block says which batches it takes.
 #include "row_gradient.cuh"
 #include "row_launch.cuh"
 
@@ -7,8 +7,7 @@ namespace absgd {
 namespace gpu {
 namespace {
 
-// f(number, class) for the classes of a row that one lane of its team keeps in registers, `number` in [0,
-// kTeamClasses).
+// Calls f(number, class) for each class of a row that this lane keeps in registers, with number in [0, kTeamClasses).
 template <class F>
 __device__ __forceinline__ void along_kept_classes(int lane, int width, int classes, F f) {
 #pragma unroll
@@ -16,11 +15,12 @@ __device__ __forceinline__ void along_kept_classes(int lane, int width, int clas
     if (lane + u * width < classes) f(u, lane + u * width);
 }
 
-//     1. Each row has a team of `width` lanes, which read its logits, kTeamClasses into the registers of each.
-//     2. The team sums along the classes; every lane of it makes the loss, and one stores it.
-//     3. The block adds up the sums of all rows, and one thread settles log s' and the state.
-//     4. Each row's weight follows, and the team writes the gradient from the logits in its registers.
-//     5. The block adds up the rows' parts of the loss.
+// The robust loss of a small batch.
+//     1. Each row has a team of `width` lanes. Each lane reads up to kTeamClasses logits of the row into registers.
+//     2. The team adds up the sums along the classes. Every lane makes the loss of the row, and one lane stores it.
+//     3. The block adds up the sums of all rows. One thread settles log s' and the next state.
+//     4. Every lane makes the weight of its row. The team writes the gradient from the logits in its registers.
+//     5. The block adds up the parts of the loss of all rows.
 template <class S, class T, class G, bool kGeneral>
 __global__ void __launch_bounds__(kTeamThreads, 1)
     robust_logit_loss_block_kernel(const LogitForward __grid_constant__ a, const Robust __grid_constant__ r,

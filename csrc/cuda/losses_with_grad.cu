@@ -1,6 +1,6 @@
-// Losses on logits with the gradient made at once, while the row is on the chip: one read and one write of the logits.
-// This needs the factor of a row as soon as its loss is known, so it serves rows whose normaliser is settled already,
-// and rows that have no factor.
+// Losses on logits with the gradient in the same pass, while the row is on the chip: one read and one write of the
+// logits. This is possible if the factor of a row is known as soon as its loss is. So it serves rows whose normaliser
+// is already settled (deferred normalisation, MATH §5) and rows without a factor.
 #include "row_gradient.cuh"
 #include "row_launch.cuh"
 
@@ -8,8 +8,8 @@ namespace absgd {
 namespace gpu {
 namespace {
 
-// The first packs of a row stay in shared memory between the two walks; what does not fit is read again, from the
-// second-level cache. A thread reads only what it kept itself.
+// The first packs of a row stay in shared memory between the two walks. The packs that do not fit are read again, from
+// the second-level cache. A thread reads only packs that it kept itself, so no barrier is needed.
 template <class S>
 struct Kept {
   uint4* shared;
@@ -40,7 +40,7 @@ struct Kept {
   __device__ __forceinline__ Source operator()(const S* packs) const { return {*this, packs}; }
 };
 
-// The numbers of a row's gradient go from the thread that made them to its team.
+// Passes the numbers of a row's gradient from the thread that made them to its team.
 template <Walk walk, class T>
 __device__ __forceinline__ void tell_team(RowResult<T>& row, T& factor) {
   if constexpr (walk == Walk::block) {
@@ -48,21 +48,25 @@ __device__ __forceinline__ void tell_team(RowResult<T>& row, T& factor) {
       RowResult<T> row;
       T factor;
     };
-    SHARED(Shared[1], of_row);  // It is free again: every thread has been through the barriers of the next row's sums.
+    SHARED(Shared[1],
+           of_row);  // It is free: all threads have passed the barriers of this row's sums since its last use.
     if (threadIdx.x == 0) of_row[0] = {row, factor};
     __syncthreads();
     row = of_row[0].row;
     factor = of_row[0].factor;
   } else if constexpr (walk == Walk::lanes) {
-    __syncwarp();  // All lanes have read the label's logit, where one of them may now write the gradient.
+    __syncwarp();  // All lanes have read the label's logit. One of them may overwrite it now.
   }
 }
 
-// Losses and gradients of all rows; with a ticket they are weighed by a log s' that is settled.
+// Losses and gradients of all rows. With a ticket, the rows are weighed by a log s' that is already settled.
 //     1. A team walks along the classes of its row, keeps what it reads in shared memory, and combines its sums.
-//     2. One thread makes the loss of them and, with log s', the row's weight and factor, and stores these.
-//     3. It tells its team, which walks along the classes again and writes the gradient; 1 to 3 for every tile.
-//     4. Every block stores its sums. The last block adds them up, and stores the partial statistics and the loss.
+//     2. One thread makes the loss of these sums. With log s' it also makes the weight and the factor of the row. It
+//        stores them.
+//     3. The thread passes the gradient's numbers to its team.
+//     4. The team walks along the classes again and writes the gradient. Steps 1 to 4 repeat for every tile.
+//     5. With a ticket, every block stores its sums. The last block adds them up, and stores the partial statistics and
+//        the loss.
 template <class S, class T, class G, Walk walk, bool kGeneral>
 __global__ void __launch_bounds__(threads_of(walk), sizeof(T) == 8 ? 1 : blocks_of<T>(walk))
     logit_loss_with_grad_kernel(const LogitForward __grid_constant__ a, const Robust __grid_constant__ r, int width,
@@ -82,7 +86,7 @@ __global__ void __launch_bounds__(threads_of(walk), sizeof(T) == 8 ? 1 : blocks_
     const WalkedRow<S, T, walk, kGeneral> walked(a, place, width, [&](Sums& sums) { return Keeping{sums, kept}; });
     RowResult<T> row{};
     T factor = 0;
-    if (walk != Walk::block || threadIdx.x < kWarp) {  // The other warps wait for the first.
+    if (walk != Walk::block || threadIdx.x < kWarp) {  // The other warps of a block wait for the first.
       row = walked.finish(a);
       factor = T(row.counts);
       if (robust) {
@@ -109,15 +113,15 @@ __global__ void __launch_bounds__(threads_of(walk), sizeof(T) == 8 ? 1 : blocks_
   *static_cast<T*>(r.loss) = T(loss_of(total, weighing));
 }
 
-// Shared memory for the rows of a block, in bytes: two blocks of the largest in a multiprocessor of 228 KB.
+// Shared memory for the row of a block, in bytes. Two blocks of this size fit a multiprocessor with 228 KB.
 constexpr int kKeptBytes = 108 << 10;
 
 int most_shared() {
   int device = 0, most = 48 << 10;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return most - 2048 < kKeptBytes ? most - 2048
-                                  : kKeptBytes;  // The rest is the kernel's own, and what the system takes.
+  // 2048 bytes are left for the kernel's own shared memory and for the system.
+  return most - 2048 < kKeptBytes ? most - 2048 : kKeptBytes;
 }
 
 }  // namespace
@@ -135,7 +139,7 @@ const char* logit_loss_with_grad(const LogitForward& a, const Robust& r, void* s
     static Resident resident;
     const int most = most_shared(), packs = K::walk == Walk::block ? int(a.classes / Pack<typename K::S>::N) : 0;
     const int bytes = packs * 16 < most ? packs * 16 : most / 16 * 16;
-    // Always the same number, so that two threads of the host do not take it from each other.
+    // The number is always the same, so two threads of the host cannot undo each other's setting.
     if (bytes > 0)
       cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     const int64_t fit = bytes == 0 ? INT64_MAX : 2 * kKeptBytes / bytes;

@@ -1,14 +1,15 @@
-// Rectified weights of one number for each sample of a batch (math/weights.h RectifiedNumbers).
+// Rectified weights (MATH §4.5), of one number for each sample of a batch. math/weights.h RectifiedNumbers has the
+// formula.
 #include "weights.cuh"
 
 namespace absgd {
 namespace gpu {
 namespace {
 
-// One block, however many numbers there are.
-//     1. Every thread sums the positive ones of its numbers, in double.
+// Rectified weights by one block, however many numbers there are.
+//     1. Every thread adds up its positive finite numbers, in double.
 //     2. The block adds up the sums of its threads.
-//     3. Every thread reads its numbers again and divides them.
+//     3. Every thread reads its numbers again and divides them by the sum.
 template <class T>
 __global__ void __launch_bounds__(kOneBlockThreads, 1) rectified_kernel(const T* products, int64_t count, T* weights) {
   const BlockTeam team = BlockTeam::here();

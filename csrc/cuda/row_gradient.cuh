@@ -1,5 +1,5 @@
-// The gradient of one row of logits inside a kernel: a second walk along its classes with the four numbers of
-// math/losses.h RowGradient, the same for every loss.
+// The gradient of one row of logits inside a kernel: a second walk along the classes, with the max of the row and the
+// three numbers of math/losses.h RowGradient. It is the same for every loss.
 #pragma once
 
 #include "row_loss.cuh"
@@ -7,13 +7,13 @@
 namespace absgd {
 namespace gpu {
 
-// What a row's gradient is at each class.
+// The value of the gradient at each class of a row.
 template <class T, bool kGeneral>
 struct RowGradients {
   RowView<T, kGeneral> view;
   Powers<T> powers;
   T scale, at_label, smoothing_coef;
-  T scale_of_powers;  // scale for the powers as they come
+  T scale_of_powers;  // `scale` times the correction of `powers` (Powers::exact)
 
   __device__ __forceinline__ RowGradients(const RowView<T, kGeneral>& view, T max, const RowGradient<Lane<T>>& g,
                                           T factor)
@@ -24,15 +24,15 @@ struct RowGradients {
         smoothing_coef(g.smoothing_coef * factor),
         scale_of_powers(scale * powers.exact()) {}
   __device__ __forceinline__ T value(T x, int k) const { return finish(powers(view.logit(x, k)) * scale_of_powers, k); }
-  // From exp(a_k - max) * scale.
+  // The gradient at class k, from e = exp(a_k - max) * scale.
   __device__ __forceinline__ T finish(T e, int k) const { return shaped(k == view.label ? at_label : e, k); }
-  // What class vectors and class weights make of it.
+  // S_k (e - smoothing_coef weight_k): applies class weights and class vectors.
   __device__ __forceinline__ T shaped(T e, int k) const {
     if (!kGeneral) return e;
     if (smoothing_coef != 0) e -= smoothing_coef * view.class_weight(k);
     return e * view.slope(k);
   }
-  // The same of N adjacent classes, only one pack of which holds the label.
+  // The gradient at N adjacent classes, in place of their logits. Only one pack of a row holds the label.
   template <int N>
   __device__ __forceinline__ void values(T (&x)[N], int first) const {
 #pragma unroll
@@ -47,12 +47,13 @@ struct RowGradients {
   }
 };
 
+// Writes the gradient of adjacent classes. The walk of rows.cuh calls it.
 template <class S, class T, class G, bool kGeneral_>
 struct WriteAdjacent {
   static constexpr bool kGeneral = kGeneral_;
   RowGradients<T, kGeneral> row;
   G* grad;
-  bool wide;  // grad has the alignment of the logits, and their dtype
+  bool wide;  // grad has the dtype and the alignment of the logits, so whole packs are stored
 
   __device__ __forceinline__ WriteAdjacent(const RowGradients<T, kGeneral>& row, G* grad, const S* x)
       : row(row),
@@ -72,6 +73,7 @@ struct WriteAdjacent {
   }
 };
 
+// Writes the gradient of classes that lie apart.
 template <class G, class T, bool kGeneral_>
 struct WriteStrided {
   static constexpr bool kGeneral = kGeneral_;
@@ -81,8 +83,9 @@ struct WriteStrided {
   __device__ __forceinline__ void one(T x, int k) const { grad[k * stride] = to_storage<G>(row.value(x, k)); }
 };
 
-// One row's gradient, by the threads of its team. from: where packs are read; early: before it is known whether the row
-// counts (not where the gradient takes the place of the logits: others may write what is read in vain).
+// Writes the gradient of one row, by the threads of its team. `from` makes the source of the packs. With `early`, the
+// first loads start before it is known whether the row counts. That is not allowed where the gradient overwrites the
+// logits: another thread may be writing what this one would load in vain.
 template <class S, class G, Walk walk, bool early, class T, bool kGeneral, class From>
 __device__ __forceinline__ void write_row(const LogitInput& a, G* grads, const Place<walk>& place, int width,
                                           const S* x, const RowGradients<T, kGeneral>& row, From from) {
@@ -94,11 +97,11 @@ __device__ __forceinline__ void write_row(const LogitInput& a, G* grads, const P
     along_strided_classes(x, counts ? classes : 0, a.stride_class, write);
   } else {
     const WriteAdjacent<S, T, G, kGeneral> write(row, grad, x);
-    const WarpTeam team{lane, step};  // only who takes which classes
+    const WarpTeam team{lane, step};  // It only says which thread takes which classes.
     along_adjacent_classes(x, early || counts ? classes : 0, team, from, [&] { return counts; }, write);
   }
   if (counts) return;
-  // The row is ignored, or of weight 0: whatever stands in the logits does not come into its gradient.
+  // The row is ignored or has weight 0. Its gradient must not depend on its logits, whatever these are.
   const int64_t stride = walk == Walk::columns ? a.inner : 1;
   for (int k = lane; k < classes; k += step) grad[k * stride] = to_storage<G>(row.finish(T(0), k));
 }

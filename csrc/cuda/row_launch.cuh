@@ -1,4 +1,4 @@
-// How a kernel over rows of logits is launched: the types, the walk and the number of blocks for the logits at hand.
+// The launch of a kernel over rows of logits: the types, the walk and the number of blocks, from the logits at hand.
 #pragma once
 
 #include <atomic>
@@ -9,7 +9,7 @@
 namespace absgd {
 namespace gpu {
 
-// All that a kernel over rows is a template of.
+// The template arguments of a kernel over rows.
 template <class Types, Walk walk_, bool kGeneral_>
 struct RowKernel : Types {
   static constexpr Walk walk = walk_;
@@ -22,9 +22,11 @@ struct RowShape {
   int64_t tiles;
 };
 
-// How many rows the chip must have in flight before a warp a row fills it: 132 multiprocessors of 16 warps (H100).
+// With so many rows, one warp for each row fills the chip: 132 multiprocessors of 16 warps (H100).
 constexpr int64_t kManyRows = 2048;
 
+// Chooses the walk. Rows whose classes lie apart take Walk::columns. Long rows take a block each, and so do rows of
+// medium length if there are too few to fill the chip with one warp each. All others take lanes of a warp.
 inline RowShape shape_of(const LogitInput& a) {
   const int64_t rows = a.rows();
   const int per_pack = a.dtype == Dtype::f64 ? 2 : a.dtype == Dtype::f32 ? 4 : 8;
@@ -38,7 +40,7 @@ inline RowShape shape_of(const LogitInput& a) {
 
 inline bool is_general(const LogitInput& a) { return a.adjust != nullptr || a.all_classes_weigh(); }
 
-// f(RowKernel, shape) for these logits, which f launches; returns failure().
+// Calls f(RowKernel, shape) for these logits, where f launches the kernel. Returns failure().
 template <class F>
 const char* for_row_kernel(const LogitInput& a, F f) {
   const RowShape shape = shape_of(a);
@@ -59,7 +61,8 @@ const char* for_row_kernel(const LogitInput& a, F f) {
   return failure();
 }
 
-// Blocks of one kernel that the chip holds at once, asked once for each device. Each kernel has its own.
+// The number of blocks of a kernel that the chip holds at once. CUDA is asked once for each device. Each kernel needs
+// an object of its own.
 struct Resident {
   std::atomic<int> of_device[64] = {};
 
@@ -80,7 +83,8 @@ struct Resident {
   }
 };
 
-// Blocks of a launch that walks along `tiles`: no more than the chip holds, and no more than leave their sums.
+// The number of blocks of a launch that walks along `tiles`: at most as many as the chip holds, and at most as many as
+// there is room for sums (kMostBlocks).
 inline unsigned grid_of(int64_t tiles, int64_t resident) {
   const int64_t most = resident < kMostBlocks ? resident : kMostBlocks;
   return unsigned(tiles < most ? tiles : most);

@@ -1,6 +1,9 @@
-// The loss of one row of logits inside a kernel. A walk along the classes leaves the row's sums, and `finish_row` makes
-// the loss and the numbers of its gradient of them. The formulas are in math.h; `finish_row` is the only function of
-// the kernels that knows the loss.
+// The loss of one row of logits inside a kernel (MATH §2.1, §2.2):
+//     1. WalkedRow walks along the classes of the row. RowSums adds up what each thread sees, then what the team sees.
+//     2. finish_row makes the loss and the numbers of its gradient of these sums.
+//     3. store_row stores them.
+//     4. RobustRows adds the row to the sums that log s' is made of, if the loss is robust.
+// The formulas are in math/losses.h. finish_row is the only function of the kernels that knows the loss.
 #pragma once
 
 #include "rows.cuh"
@@ -9,12 +12,12 @@
 namespace absgd {
 namespace gpu {
 
-// What a row's logits go through, and what its classes weigh (launch.h ClassWeights): the same in both directions.
-// kGeneral: the loss has class vectors, label smoothing or soft targets; without, none of this costs anything.
+// How the logits of a row are adjusted, and the weights of its classes (launch.h ClassWeights). Forward and backward
+// share it. kGeneral: the loss has class vectors, label smoothing or soft targets. Without these it costs nothing.
 template <class T, bool kGeneral_>
 struct RowView {
   static constexpr bool kGeneral = kGeneral_;
-  const T *s, *d;          // S and D of math.h, or null
+  const T *s, *d;          // S and D of math/losses.h, or null
   T margin;                // M of the label
   int label;               // -1 with soft targets
   bool all_classes_weigh;  // LogitInput::all_classes_weigh
@@ -35,20 +38,20 @@ struct RowView {
   __device__ __forceinline__ bool is_soft() const { return kGeneral && soft != nullptr; }
   __device__ __forceinline__ bool weighs_all_classes() const { return kGeneral && all_classes_weigh; }
   __device__ __forceinline__ T target_margin() const { return kGeneral ? margin : T(0); }
-  // a_k, before the label's margin
+  // a_k, without the margin of the label
   __device__ __forceinline__ T logit(T x, int k) const { return kGeneral && s != nullptr ? s[k] * x + d[k] : x; }
   __device__ __forceinline__ T slope(int k) const { return kGeneral && s != nullptr ? s[k] : T(1); }
   __device__ __forceinline__ T class_weight(int k) const {
     const T v = class_weights.v == nullptr ? T(1) : class_weights.v[k];
     return soft == nullptr ? v : (class_weights.keep * soft[k * soft_stride] + class_weights.uniform) * v;
   }
-  // The logit of the label, adjusted and less its margin; 0 where there is no label.
+  // a_y, the adjusted logit of the label with its margin. 0 if there is no label.
   template <class S>
   __device__ __forceinline__ T target_logit(const LogitInput& a, const S* x, Label label) const {
     if (!label.valid || label.y < 0) return T(0);
     return logit(to_real(x[label.y * a.stride_class]), int(label.y)) - target_margin();
   }
-  // The reference point of the sums over all classes: near the row's logits, and finite.
+  // The reference point of the weighted sums over all classes. It is finite, and near the logits of the row.
   template <class S>
   __device__ __forceinline__ T reference(const S* x, bool has_classes, T target_logit) const {
     const T near = is_soft() && has_classes ? logit(to_real(x[0]), 0) : target_logit;
@@ -56,9 +59,11 @@ struct RowView {
   }
 };
 
-// Running sums over the classes a thread has seen (online log-sum-exp), the label apart: sumexp_others = sum
-// exp(a_k - max) with the max of `powers`; where every class has a weight, weighted_logits = sum weight_k
-// (a_k - reference) and weight_sum = sum weight_k, label and all.
+// The running sums over the classes that a thread has seen (an online log-sum-exp):
+//     powers.max         the largest a_k, without the label
+//     sumexp_others      sum of exp(a_k - powers.max), without the label
+//     weighted_logits    sum of weight_k (a_k - reference), with the label; only if every class has a weight
+//     weight_sum         sum of weight_k, with the label; only if every class has a weight
 template <class T, bool kGeneral_>
 struct RowSums {
   static constexpr bool kGeneral = kGeneral_;
@@ -82,7 +87,7 @@ struct RowSums {
     if (w != 0) weighted_logits += w * (a - (k == view.label ? view.target_margin() : T(0)) - reference);
     weight_sum += w;
   }
-  // -inf in place of the label: it counts for nothing
+  // -inf, which stands in for the label's logit so that the label adds nothing
   static __device__ __forceinline__ T nothing() { return T(-INFINITY); }
   __device__ __forceinline__ void one(T x, int k) {
     const T a = view.logit(x, k);
@@ -101,7 +106,7 @@ struct RowSums {
     if (view.weighs_all_classes())
       for (int j = 0; j < N; ++j) add_weighted(a[j], first + j);
     const unsigned target = unsigned(view.label - first);
-    if (target < unsigned(N)) {  // the one pack of the row that holds the label
+    if (target < unsigned(N)) {  // This is the only pack of the row that holds the label.
 #pragma unroll
       for (int j = 0; j < N; ++j) a[j] = target == unsigned(j) ? nothing() : a[j];
     }
@@ -113,7 +118,7 @@ struct RowSums {
     for (int j = 0; j < N; ++j) sum += powers(a[j]);
     sumexp_others += sum;
   }
-  // What all threads of the team have seen together.
+  // The sums of all threads of the team, in every one of them.
   template <class Team>
   __device__ __forceinline__ void combine(const Team& team) {
     const Powers<T> all(team.max(powers.max));
@@ -125,7 +130,7 @@ struct RowSums {
   }
 };
 
-// A row's loss, and the numbers of its gradient (math/losses.h RowGradient).
+// The loss of a row, and the numbers of its gradient (math/losses.h RowGradient).
 template <class T>
 struct RowResult {
   T loss, max;
@@ -133,6 +138,8 @@ struct RowResult {
   RowGradient<Lane<T>> gradient;
 };
 
+// Makes the loss and the gradient's numbers of the sums of a row. A row that is ignored or pruned has loss 0 and
+// gradient 0.
 template <class T, bool kGeneral>
 __device__ __forceinline__ RowResult<T> finish_row(const LogitForward& a, Label label, T target_logit,
                                                    const RowSums<T, kGeneral>& sums) {
@@ -143,8 +150,7 @@ __device__ __forceinline__ RowResult<T> finish_row(const LogitForward& a, Label 
   const Row<L> row{max_minus_target, sums.sumexp_others * exp_below(sums.powers.max - max),
                    soft ? T(0) : L::exp(-max_minus_target)};
   const bool prunes = a.loss.least < kLargest;
-  RowResult<T> out{
-      0, max, label.valid && !(prunes && row.nll() >= T(a.loss.least)) /* pruned rows do not */, {0, 0, 0}};
+  RowResult<T> out{0, max, label.valid && !(prunes && row.nll() >= T(a.loss.least)) /* false if pruned */, {0, 0, 0}};
   if (!out.counts) return out;
   T c = 0;
   if (!soft) {
@@ -163,8 +169,8 @@ __device__ __forceinline__ RowResult<T> finish_row(const LogitForward& a, Label 
   return out;
 }
 
-// By one thread of a row. t: its sample weight, which goes into the gradient (and may be anything where the row does
-// not count).
+// Stores the result of a row, by one of its threads. The sample weight t multiplies the gradient's numbers. It may be
+// anything in a row that does not count.
 template <class T>
 __device__ __forceinline__ void store_row(const LogitForward& a, int64_t i, const RowResult<T>& row, T t) {
   if (!row.counts) t = 0;
@@ -179,7 +185,7 @@ __device__ __forceinline__ void store_row(const LogitForward& a, int64_t i, cons
   stats[3 * rows] = row.gradient.smoothing_coef * t;
 }
 
-// One row that was walked over: its label, and its sums, complete in all threads of its team.
+// One row after the walk along its classes: its label, and its sums, which are complete in all threads of its team.
 template <class S, class T, Walk walk, bool kGeneral>
 struct WalkedRow {
   using Sums = RowSums<T, kGeneral>;
@@ -189,7 +195,7 @@ struct WalkedRow {
   T target_logit;
   Sums sums;
 
-  // seen(sums): what walks along the packs, to see them too.
+  // seen(sums) returns the object that the walk calls. It passes every value on to `sums`, and may also keep it.
   template <class F>
   __device__ __forceinline__ WalkedRow(const LogitForward& a, const Place<walk>& place, int width, F seen)
       : i(place.row), x(row_of<S>(a, i)), label{0, false}, target_logit(0), sums(RowView<T, kGeneral>(a, i, -1)) {
@@ -217,7 +223,7 @@ struct WalkedRow {
   }
 };
 
-// What the robust loss makes of the rows of a block: z of each, and the sums of all.
+// The rows of a block as the robust loss sees them: the z of each row, and the sums of all.
 template <class T>
 struct RobustRows {
   const Robust& a;
@@ -228,14 +234,15 @@ struct RobustRows {
   __device__ __forceinline__ T sample_weight(int64_t i) const {
     return a.sample_weight == nullptr ? T(1) : static_cast<const T*>(a.sample_weight)[i];
   }
-  // It is read before the row is walked over, and used after.
+  // The score of a row. It is loaded before the walk along the row, and used after it.
   __device__ __forceinline__ T score(int64_t i) const {
     return a.scores == nullptr ? T(0) : static_cast<const T*>(a.scores)[i];
   }
   __device__ __forceinline__ Sample<T> sample(const RowResult<T>& row, T score) const {
     return {row.loss, a.scores == nullptr ? row.loss : score, row.counts, lam, T(a.z_limit), z_max};
   }
-  // Whether this is the last block of the launch, whose thread 0 then has the sums of all.
+  // Stores the sums of this block. Returns whether it is the last block of the launch; then its thread 0 gets the sums
+  // of all blocks in `total`.
   __device__ __forceinline__ bool finish(unsigned* ticket, BatchSums& total) {
     LossSums<T>* const parts = static_cast<LossSums<T>*>(a.sums);
     const BatchSums own = block_sums<T>(sums);

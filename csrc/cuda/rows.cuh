@@ -1,10 +1,12 @@
-// How the threads of a launch share the rows of a matrix of logits: which row a thread works on, the row's label, and
-// the walk along its classes. Nothing here knows a loss.
+// How the threads of a launch share the rows of a matrix of logits: the row that a thread works on, the label of that
+// row, and the walk along its classes. Nothing here knows a loss.
 //
-// There are three ways to walk. Where the classes are adjacent in memory, a row is shared by some lanes of a warp
-// (Walk::lanes) or by a whole block (Walk::block), and each thread reads 16 bytes at a time. Where the classes lie
-// apart (a class stride other than 1: transposed logits, (B, C, d1, ...)), neighbouring threads take neighbouring rows
-// (Walk::columns).
+// There are three walks:
+//     Walk::lanes      some lanes of a warp share a row. The classes are adjacent in memory.
+//     Walk::block      a whole block shares a row. The classes are adjacent in memory.
+//     Walk::columns    each thread has a row of its own, and neighbouring threads have neighbouring rows. The classes
+//                      lie apart (a class stride other than 1: transposed logits, (B, C, d1, ...)).
+// In the first two each thread reads 16 bytes at a time.
 #pragma once
 
 #include "tile.cuh"
@@ -15,8 +17,9 @@ namespace gpu {
 enum class Walk : int { lanes = 0, block = 1, columns = 2 };
 
 constexpr int threads_of(Walk walk) { return walk == Walk::columns ? 128 : 256; }
-// Blocks of 256 threads in a multiprocessor that the registers must allow: of 128 registers a thread, and of 80 where
-// long rows are read in plain float, so that 48 KB are under way (with fewer registers some kernels spill).
+// The number of blocks that a multiprocessor must be able to hold, which bounds the registers of a thread. Two blocks
+// of 256 threads leave 128 registers a thread. Three leave 80, where long rows are only read and in plain float: then
+// 48 KB are under way. With fewer registers some kernels spill.
 template <class T>
 constexpr int blocks_of(Walk walk, bool reads_only = false) {
   return (reads_only && walk == Walk::block && sizeof(T) == 4 ? 3 : 2) * 256 / threads_of(walk);
@@ -24,8 +27,8 @@ constexpr int blocks_of(Walk walk, bool reads_only = false) {
 
 // ---- the rows of a block -------------------------------------------------------------------------------------------
 
-// The rows that a block works on together are a tile. A place is what one thread has of it. `width`: lanes that share
-// a row (Walk::lanes).
+// The rows that a block works on together form a tile. Place is the place of one thread in its tile: its row, and its
+// lane in the team that shares the row. `width`: the lanes of a team (Walk::lanes).
 template <Walk walk>
 struct Place {
   int64_t row;
@@ -41,18 +44,18 @@ struct Place {
                                         : walk == Walk::block ? 0
                                                               : threadIdx.x / width);
     inside = row < rows;
-    if (!inside) row = rows - 1;  // The thread goes along with the shuffles, but reads and writes nothing of the row.
+    if (!inside) row = rows - 1;  // The thread takes part in the shuffles, but its results are not used.
   }
-  // One thread of a row writes what there is one of.
+  // Whether this thread writes the numbers that a row has only one of.
   __device__ __forceinline__ bool writes() const { return inside && lane == 0; }
-  // From one class of this thread to its next.
+  // The distance from one class of this thread to its next.
   static __device__ __forceinline__ int class_step(int width) {
     return walk == Walk::columns ? 1 : walk == Walk::block ? blockDim.x : width;
   }
 };
 
-// f(place) for every tile of this block. A block walks along the tiles with the stride of the launch, so a launch has
-// no more blocks than the chip holds, and leaves as few sums.
+// Calls f(place) for every tile of this block. A block walks along the tiles with the stride of the launch. So a launch
+// needs no more blocks than the chip holds, and stores no more sums than that.
 template <Walk walk, class F>
 __device__ __forceinline__ void along_row_tiles(const LogitInput& a, int width, F f) {
   const int64_t rows = a.rows(), each = Place<walk>::rows_of_tile(width), tiles = (rows + each - 1) / each;
@@ -70,7 +73,8 @@ __device__ __forceinline__ auto team_of(int lane, int width) {
 
 // ---- where a row lies ----------------------------------------------------------------------------------------------
 
-// Row i as (batch, inner). A division of 64 bits is 60 instructions, and most logits have no inner dimensions.
+// Row i as (batch, inner). Most logits have no inner dimensions, and then a 64-bit division of 60 instructions is
+// saved.
 struct RowIndex {
   int64_t batch, inner;
   __device__ __forceinline__ RowIndex(const LogitInput& a, int64_t i)
@@ -94,7 +98,8 @@ struct Label {
   bool valid;
 };
 
-// What stands in memory of a row's label and mask, to be read long before it is looked at.
+// The label and the mask of a row as they stand in memory. They are loaded long before `checked` looks at them, so that
+// other loads need not wait.
 struct RawLabel {
   int64_t y;
   uint8_t on;
@@ -105,14 +110,14 @@ struct RawLabel {
                           : static_cast<const int*>(a.target)[i];
     on = a.mask == nullptr ? 1 : a.mask[i];
   }
-  // One thread of a row (`reports`) also reports a label out of range.
+  // The label, and whether the row counts. The thread with `reports` reports a label out of range.
   __device__ __forceinline__ Label checked(const LogitInput& a, LabelReport* report, int64_t i, bool reports) const {
     if (a.soft != nullptr) return {-1, on != 0};
     if (y == a.ignore_index) return {0, false};
     if (y < 0 || y >= a.classes) {
-      if (reports && report != nullptr) {  // Two stores of 16 bytes: rows that report at once do not mix.
+      if (reports && report != nullptr) {  // Two stores of 16 bytes each: label and row come from the same thread.
         *reinterpret_cast<longlong2*>(&report->label) = longlong2{(long long)y, (long long)i};
-        __threadfence_system();  // `found` is seen no sooner than what it stands for.
+        __threadfence_system();  // The host sees `found` no sooner than label and row.
         *reinterpret_cast<longlong2*>(&report->classes) = longlong2{(long long)a.classes, 1};
       }
       return {0, false};
@@ -123,9 +128,9 @@ struct RawLabel {
 
 // ---- along the classes of a row ------------------------------------------------------------------------------------
 
-constexpr int kLoadsInFlight = 4;  // loads of a thread before the first is used
+constexpr int kLoadsInFlight = 4;  // loads that a thread starts before it uses the first
 
-// Where the 16-byte packs of a row are read from.
+// The source of a row's packs of 16 bytes: here the memory of the logits.
 template <class S>
 struct FromMemory {
   const S* packs;
@@ -136,10 +141,14 @@ struct StartInMemory {
   __device__ __forceinline__ FromMemory<S> operator()(const S* packs) const { return {packs}; }
 };
 
-// f.pack(values, first class, number of the pack) for N adjacent classes at a time, f.one(value, class) for those
-// before the first multiple of 16 bytes and after the last. `from(first pack)` makes the source of the packs. `begin`
-// is asked once, when the first loads are under way, whether the row counts, which may hang on its label; else nothing
-// is called.
+// The walk along the adjacent classes of a row, by a team:
+//     1. Each thread starts the loads of its first packs.
+//     2. begin() says whether the row counts. It may wait for the label of the row. If it returns false, the walk ends.
+//     3. f.one(value, class) is called for each class before the first multiple of 16 bytes.
+//     4. f.pack(values, first class, number of the pack) is called for N classes at a time, with the next loads under
+//     way.
+//     5. f.one(value, class) is called for each class after the last whole pack.
+// from(address of the first pack) makes the source of the packs.
 template <class S, class Team, class From, class Begin, class F>
 __device__ __forceinline__ void along_adjacent_classes(const S* x, int classes, const Team& team, From from,
                                                        Begin begin, F& f) {
@@ -165,13 +174,13 @@ __device__ __forceinline__ void along_adjacent_classes(const S* x, int classes, 
   }
   if constexpr (kLoads > 1) {
 #pragma unroll
-    for (int u = 0; u < kLoads - 1; ++u)  // The last of them would have been in the loop.
+    for (int u = 0; u < kLoads - 1; ++u)  // At most kLoads - 1 packs are left.
       if (p + u * width < packs) f.template pack<S>(in[u], head + (p + u * width) * N, p + u * width);
   }
   for (int k = head + packs * N + team.lane; k < classes; k += width) f.one(to_real(x[k]), k);
 }
 
-// f.one(value, class) for all classes of a row, by one thread.
+// Calls f.one(value, class) for all classes of a row, by one thread.
 template <class S, class F>
 __device__ __forceinline__ void along_strided_classes(const S* x, int classes, int64_t stride, F& f) {
   int k = 0;

@@ -1,4 +1,4 @@
-// What the launchers tell beside launching: the versions of CUDA, and where kernels report labels out of range.
+// The versions of CUDA, and the place where kernels report labels out of range.
 #include "tile.cuh"
 
 namespace absgd {
@@ -8,7 +8,7 @@ Versions versions() {
   Versions out{0, 0};
   cudaDriverGetVersion(&out.driver);
   cudaRuntimeGetVersion(&out.runtime);
-  cudaGetLastError();  // There is an error without a driver.
+  cudaGetLastError();  // Without a driver the calls have left an error, which is cleared here.
   return out;
 }
 

@@ -1,17 +1,18 @@
-// A gradient that the forward pass made, times the upstream gradient.
+// The backward pass of a gradient that the forward pass has already made: it is multiplied by the upstream gradient.
 #include "weights.cuh"
 
 namespace absgd {
 namespace gpu {
 namespace {
 
-constexpr int kScaleBlock = 4096;        // elements of a block at a time
-constexpr unsigned kScaleBlocks = 4096;  // at most: 128000 blocks that have nothing to do are not free
+constexpr int kScaleBlock = 4096;        // elements that a block takes at a time
+constexpr unsigned kScaleBlocks = 4096;  // most blocks of a launch: 128000 blocks with nothing to do are not free
 
-// `constant`: the upstream gradient is one number, else there is one for each row. Where it is the number 1 and the
-// gradient stays in place, as after loss.backward(), there is nothing to do.
-//     1. Every block walks along the elements with the stride of the launch, kScaleBlock at a time.
-//     2. A thread reads kAtOnce elements, then multiplies each by the factor of its row and stores it.
+// The gradient times the upstream gradient. With `constant`, the upstream gradient is one number; otherwise each row
+// has its own.
+//     1. If the one number is 1 and the gradient stays in place, as after loss.backward(), the kernel ends at once.
+//     2. Every block walks along the elements with the stride of the launch, kScaleBlock at a time.
+//     3. A thread reads kAtOnce elements, then multiplies each by the factor of its row and stores it.
 template <class S, class T, class G>
 __global__ void __launch_bounds__(kThreads, 4) scale_kernel(const ScaleArgs __grid_constant__ a, bool constant) {
   const T* upstream = static_cast<const T*>(a.upstream);

@@ -1,4 +1,5 @@
-// The steps of math.h over many tensors: one launch for all that take the same step, and one for their counts of steps.
+// Optimizer steps (MATH §3) of many tensors. Tensors with the same functor and dtype share a launch. A further launch
+// raises the counts of steps.
 #include <algorithm>
 #include <type_traits>
 #include <vector>
@@ -11,14 +12,14 @@ namespace {
 
 constexpr int kGroups = 16;  // parameter groups of a launch
 
-// F, here and below: a functor of math.h. Whether its numbers depend on how many steps there were:
+// F is a functor of math/step.h, here and below. kReadsCount: whether its numbers depend on the count of steps.
 template <class F>
 constexpr bool kReadsCount = false;
 template <class L, bool amsgrad>
 constexpr bool kReadsCount<AdamStep<L, amsgrad>> = true;
 template <class L>
 constexpr bool kReadsCount<AdagradStep<L>> = true;
-// Rows of states in its table.
+// kRows: the number of rows that its table has for states.
 template <class F>
 constexpr int kRows = 1 + (F::kSlots >= 2) + (F::kSlots >= 4);
 
@@ -27,17 +28,20 @@ __host__ __device__ constexpr bool keeps(int state) {
   return (F::kSlots >> state & 1) != 0;
 }
 
-// What a block does. 2048 float32 numbers fill the chip with a model of half a million parameters (227 blocks).
+// The work of a block. With 2048 float32 numbers a block, a model of half a million parameters fills the chip (227
+// blocks).
 template <class F, class S>
 struct Chunk {
-  static constexpr int kWide = int(sizeof(typename F::V) / sizeof(S));  // accesses of a state for one of parameters
+  static constexpr int kWide = int(sizeof(typename F::V) / sizeof(S));  // accesses to a state for one to parameters
   static constexpr int kAccesses = 2 + kWide * ((F::kSlots & 1) + (F::kSlots >> 1 & 1) + (F::kSlots >> 2 & 1));
-  static constexpr int kEach = kWide == 1 && kAccesses <= 3 ? 2 : 1;  // parameters, in 16 bytes, a thread holds at once
-  // Resident at once: fewer where registers would be spilled, and then each has more bytes under way.
+  static constexpr int kEach = kWide == 1 && kAccesses <= 3 ? 2 : 1;  // packs of parameters that a thread holds at once
+  // Blocks that a multiprocessor must hold. There are fewer where registers would spill, and each then has more bytes
+  // under way.
   static constexpr int kBlocks = sizeof(S) == 8 ? 2 : kEach * kAccesses > 6 ? 3 : 4;
   static constexpr int kElements = kThreads * (kWide == 1 ? 2 : 1) * Pack<S>::N;
 };
 
+// The table of one launch.
 template <class F, int kTensors>
 struct StepLaunch : TensorTable<kTensors> {
   void* state[kRows<F>][kTensors];
@@ -48,13 +52,13 @@ struct StepLaunch : TensorTable<kTensors> {
   const float *grad_scale, *found_inf;
   const Normalizer* robust;
 };
-// As many tensors as an argument holds: 959 with momentum SGD, 633 with Adam, 546 with amsgrad.
+// The number of tensors that a kernel's argument holds: 959 with momentum SGD, 633 with Adam, 546 with amsgrad.
 template <class F>
 constexpr int kMany =
     (kArgumentLimit - int(sizeof(StepGroup)) * kGroups - 64) / (8 * (2 + kRows<F>)+(kReadsCount<F> ? 18 : 9));
 
-// An argument travels whole, however few tensors are in it: so there are several sizes of it, and a launch takes the
-// smallest that holds its tensors. use(their number): the first of kRooms that is enough, or the last.
+// An argument is copied whole, however few tensors are in it. So there are several sizes of it, and a launch takes the
+// smallest that holds its tensors. Calls use(size) with the first of kRoom, kRooms... that suffices, or with the last.
 template <int kRoom, int... kRooms, class Use>
 void with_room_for(int64_t tensors, Use use) {
   if constexpr (sizeof...(kRooms) > 0)
@@ -66,7 +70,7 @@ __device__ __forceinline__ bool is_skipped(const float* found_inf, const Normali
   return (found_inf != nullptr && *found_inf != 0) || (robust != nullptr && robust->nonfinite > 0);
 }
 
-// What GradScaler multiplied the loss by: the gradients are divided by it, and written back so.
+// Divides gradients by the factor that GradScaler multiplied the loss by. The divided gradients are written back.
 template <class T>
 struct Unscale {
   T divisor;
@@ -85,14 +89,14 @@ struct Unscale {
   }
 };
 
-// The elements of one tensor that a block steps: of `whole`, 16 bytes at a time.
+// The elements [begin, end) of one tensor that a block steps. Up to `whole` it steps 16 bytes at a time.
 template <class F, class S>
 struct Stretch {
   using T = typename F::V;
   static constexpr int N = Pack<S>::N;
   S *param, *grad;
   T* state[kRows<F>];
-  int64_t begin, whole, end;  // whole: 16 bytes at a time up to here
+  int64_t begin, whole, end;
 
   template <int kTensors>
   __device__ __forceinline__ Stretch(const StepLaunch<F, kTensors>& a, int tensor)
@@ -109,7 +113,7 @@ struct Stretch {
     }
     whole = places % 16 == 0 ? begin + (end - begin) / N * N : begin;
   }
-  // Steps what comes after the whole 16 bytes, one element after the other.
+  // Steps the elements [whole, end), one by one.
   __device__ __forceinline__ void step_rest(const F& rule, const Unscale<T>& unscale) const {
 #pragma unroll 1
     for (int64_t i = whole + threadIdx.x; i < end; i += kThreads) {
@@ -129,7 +133,7 @@ struct Stretch {
   }
 };
 
-// What 16 bytes of parameters come with.
+// 16 bytes of parameters, with their gradients and states, in registers.
 template <class F, class S>
 struct Held {
   using T = typename F::V;
@@ -171,7 +175,7 @@ struct Held {
   }
 };
 
-// By one thread of a block: the step of its tensor, with what is computed in double.
+// Makes the functor for a tensor, by one thread of a block. Its numbers are computed in double.
 template <class F, int kTensors>
 __device__ __forceinline__ F rule_for(const StepLaunch<F, kTensors>& a, int tensor) {
   const StepGroup& group = a.groups[a.group[tensor]];
@@ -184,18 +188,18 @@ __device__ __forceinline__ F rule_for(const StepLaunch<F, kTensors>& a, int tens
 }
 
 // One step of many tensors.
-//     1. A step that GradScaler or a nonfinite loss skips changes nothing.
-//     2. Every block looks up whose elements it has, and its threads begin to load them.
-//     3. While those come, one thread makes the step's numbers, which are computed in double, for all.
-//     4. The threads step 16 bytes of parameters at a time, and load the next.
-//     5. They step what is left one element after the other.
+//     1. If GradScaler or a nonfinite loss skips the step, the kernel ends and changes nothing (MATH §3.5).
+//     2. Every block looks up its tensor, and its threads start to load their elements.
+//     3. Meanwhile one thread computes the numbers of the step in double, for all threads.
+//     4. Each thread steps 16 bytes of parameters at a time, stores them, and loads the next.
+//     5. The threads step the elements that are left one by one.
 template <class F, class S, int kTensors>
 __global__ void __launch_bounds__(kThreads, Chunk<F, S>::kBlocks)
     step_kernel(const StepLaunch<F, kTensors> __grid_constant__ a) {
   if (is_skipped(a.found_inf, a.robust)) return;
   const int tensor = a.of_this_block();
   const Stretch<F, S> stretch(a, tensor);
-  const int64_t whole = stretch.whole;  // read from there in the loop, RMSprop takes 15 registers more
+  const int64_t whole = stretch.whole;  // Reading stretch.whole in the loop takes 15 registers more in RMSprop.
   constexpr int N = Pack<S>::N, kEach = Chunk<F, S>::kEach, kStride = kThreads * N;
   Held<F, S> held[kEach];
   auto load = [&](int64_t from) {
@@ -227,9 +231,10 @@ __global__ void __launch_bounds__(kThreads, Chunk<F, S>::kBlocks)
   stretch.step_rest(rule, unscale);
 }
 
-// Every size is a kernel of its own (the same registers, other offsets). So there is one of 512 only where the largest
-// is half as large again, and parameters in float16 or float64, which are rare, have two sizes: 1.1 MB of compressed
-// code for sm_90 and 26 s of compilation, where two sizes for all were 0.8 MB and 20 s.
+// Calls use(size) with the size of the argument for so many tensors. Every size is a kernel of its own, with the same
+// registers and other offsets. So there is a size of 512 only if the largest is half as large again, and parameters in
+// float16 or float64, which are rare, have two sizes. This makes 1.1 MB of compressed code for sm_90 and 26 s of
+// compilation, where two sizes for all dtypes made 0.8 MB and 20 s.
 template <class F, class S, class Use>
 void with_room_in_launch(int64_t tensors, Use use) {
   constexpr bool common = std::is_same<S, float>::value || std::is_same<S, __nv_bfloat16>::value;
@@ -241,7 +246,8 @@ void with_room_in_launch(int64_t tensors, Use use) {
     with_room_for<128, kMany<F>>(tensors, use);
 }
 
-// Launches of at most kTensors tensors and kGroups groups; then `filler` fills the next.
+// Launches the step of all tensors that takes(tensor) is true for. A launch has at most kTensors tensors and kGroups
+// groups; `filler` begins the next one.
 template <class F, class S, int kTensors, class Takes>
 void launch_steps(const StepTable& given, int64_t begin, int64_t end, cudaStream_t stream, Takes takes) {
   using Table = StepLaunch<F, kTensors>;
@@ -276,8 +282,8 @@ void launch_steps(const StepTable& given, int64_t begin, int64_t end, cudaStream
   filler.start();
 }
 
-// How a tensor is stepped: `function` takes the first of the tensors [begin, end) and all others among them whose
-// function it is, and clears these functions.
+// How a tensor is stepped. `function` steps the tensor `begin` and all other tensors of [begin, end) that have the same
+// function, and sets their functions to null.
 struct Run {
   void (*function)(const StepTable&, Run* runs, int64_t begin, int64_t end, cudaStream_t);
 };
@@ -294,7 +300,7 @@ void run_all(const StepTable& table, Run* runs, int64_t begin, int64_t end, cuda
       tensors, [&](auto room) { launch_steps<F, S, decltype(room)::value>(table, begin, end, stream, takes); });
 }
 
-// Called by for_step, on the host.
+// for_step calls it, on the host, to choose the function of a tensor.
 template <class S>
 struct Choice {
   Run& out;
@@ -327,7 +333,8 @@ struct Counts {
 constexpr int kManyCounts = 3600;
 static_assert(sizeof(Counts<kManyCounts>) <= kArgumentLimit, "the limit of a kernel's arguments");
 
-// The counts of steps, one more. It is a launch of its own, so that every block of the step has read the count before.
+// Raises the counts of steps by one. It is a launch of its own, because every block of the step must have read the old
+// count before.
 template <int kTensors>
 __global__ void __launch_bounds__(kThreads) advance_kernel(const Counts<kTensors> __grid_constant__ a) {
   const int j = int(blockIdx.x) * kThreads + int(threadIdx.x);
@@ -360,7 +367,8 @@ void advance(const StepTable& table, int64_t begin, int64_t end, cudaStream_t st
 const char* step(const StepTable& table, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   const int64_t count = table.tensor_count;
-  const int64_t together = table.overlap ? 1 : count;  // tensors that share memory are stepped one after the other
+  // Tensors that share memory are stepped one after the other.
+  const int64_t together = table.overlap ? 1 : count;
   std::vector<Run> runs(static_cast<size_t>(count));
   for (int64_t j = 0; j < count; ++j) {
     const StepTensor& t = table.tensors[j];

@@ -1,5 +1,6 @@
-// Launches over many tensors: one kernel steps all of them, because the table of tensors travels in its argument (up to
-// 32 KB since CUDA 12.1). Each tensor has some blocks of the launch, and each block looks up whose it is.
+// Launches over many tensors. One kernel steps all of them: the table of the tensors travels in its argument, which may
+// have 32 KB since CUDA 12.1. Each tensor has some blocks of the launch, and each block looks up its tensor in the
+// table.
 #pragma once
 
 #include "tile.cuh"
@@ -8,10 +9,10 @@ namespace absgd {
 namespace gpu {
 
 constexpr int kArgumentLimit = 32764;
-constexpr int64_t kMostElements = int64_t(1) << 31;  // of one entry of a table; a larger tensor takes several
-constexpr unsigned kMostLaunched = 0x7fffffffu;      // blocks of one launch
+constexpr int64_t kMostElements = int64_t(1) << 31;  // most elements of a table's entry; a larger tensor takes several
+constexpr unsigned kMostLaunched = 0x7fffffffu;      // most blocks of a launch
 
-// What every table has of its tensors. A kernel's own table is derived from it.
+// The part of the table that all kernels over tensors share. The table of each kernel is derived from it.
 template <int kTensors>
 struct TensorTable {
   static constexpr int kRoom = kTensors;
@@ -19,7 +20,7 @@ struct TensorTable {
   unsigned count[kTensors], first_block[kTensors];
   int tensors;
 
-  // The tensor that this block works on: the last one that starts at or before it.
+  // The tensor that this block works on: the last one whose first block is not after this one.
   __device__ __forceinline__ int of_this_block() const {
     int low = 0, high = tensors - 1;
     while (low < high) {
@@ -37,7 +38,7 @@ __device__ __forceinline__ double learning_rate(const StepGroup& group) {
   return group.lr_tensor.data != nullptr ? read(group.lr_tensor) : group.lr;
 }
 
-// One element's step. rule: a functor of math.h.
+// Steps one element with a rule, a functor of math/step.h.
 template <class F, class S>
 __device__ __forceinline__ void step_element(const F& rule, S& param, typename F::V* states, typename F::V grad) {
   typename F::V w = to_real(param);
@@ -45,7 +46,7 @@ __device__ __forceinline__ void step_element(const F& rule, S& param, typename F
   param = to_storage<S>(w);
 }
 
-// Fills a table with tensors, on the host, and starts the launch when it is full: launch(table, blocks).
+// Fills a table with tensors, on the host. When the table is full it calls launch(table, blocks) and begins a new one.
 template <class Table, class Launch>
 struct Filler {
   Table table;
@@ -55,8 +56,9 @@ struct Filler {
   static_assert(sizeof(Table) <= kArgumentLimit, "the limit of a kernel's arguments");
 
   explicit Filler(Launch launch) : launch(launch) { table.tensors = 0; }
-  // S: of the parameter; elements: of a block. has_room() says whether the table's own limits allow one more entry, and
-  // fill(entry, first element) fills in what the table has beside.
+  // Adds a tensor. S: the type of the parameter. elements: elements that one block takes. has_room() says whether the
+  // limits of the derived table allow one more entry. fill(entry, first element) fills in the derived table's own
+  // fields.
   template <class S, class HasRoom, class Fill>
   void add(const StepTensor& t, int64_t elements, HasRoom has_room, Fill fill) {
     for (int64_t done = 0; done < t.count; done += kMostElements) {

@@ -1,5 +1,6 @@
-// Where a launch counts its blocks that are done (is_last_block): a number in device memory that no launch which may
-// run at the same time counts in.
+// Tickets: the numbers in device memory in which a launch counts its finished blocks (is_last_block). Two launches that
+// may run at the same time must not share a ticket. So each stream has one ticket, and each captured launch has its
+// own.
 #include <atomic>
 #include <mutex>
 #include <unordered_map>
@@ -10,13 +11,13 @@ namespace absgd {
 namespace gpu {
 namespace {
 
-constexpr unsigned kPool = 4096;  // tickets that are obtained at once, 16 KB
+constexpr unsigned kPool = 4096;  // tickets that are allocated at once, 16 KB
 
-// Launches of one queue follow each other.
+// A queue is a stream of one device, whose launches follow each other.
 struct Queue {
-  int device;                 // the default streams have the same handles on every device
-  cudaStream_t stream;        // cudaStreamPerThread is the handle of as many streams as there are threads
-  unsigned long long thread;  // of that, else 0
+  int device;                 // needed because the default streams have the same handles on every device
+  cudaStream_t stream;        // cudaStreamPerThread is one handle for the streams of all threads
+  unsigned long long thread;  // the thread for cudaStreamPerThread, 0 for any other stream
 
   bool operator==(const Queue& other) const {
     return device == other.device && stream == other.stream && thread == other.thread;
@@ -28,8 +29,8 @@ struct Hash {
   }
 };
 
-// A number of its own for every thread: the address of something local to it would come again after its end, when its
-// stream may still run.
+// A number for every thread that is never used again. The address of a thread-local variable would not do: it may be
+// used again after the thread has ended, when the stream of that thread still runs.
 unsigned long long this_thread() {
   static std::atomic<unsigned long long> threads{0};
   thread_local const unsigned long long own = ++threads;
@@ -41,8 +42,8 @@ Queue queue_of(int device, cudaStream_t stream) {
   return {device, stream, stream == cudaStreamPerThread ? this_thread() : 0};
 }
 
-// So many zeros in device memory, or null. They are written on a stream of its own: on a captured one they would become
-// a part of the graph, and the legacy stream may wait for one that is captured.
+// `count` zeros in device memory, or null. They are written on a stream of their own. On a captured stream the writing
+// would become a part of the graph, and the legacy stream might wait for a captured one.
 unsigned* zeros(unsigned count) {
   const Relaxed now;
   void* memory = nullptr;
@@ -55,7 +56,7 @@ unsigned* zeros(unsigned count) {
   return there ? static_cast<unsigned*>(memory) : nullptr;
 }
 
-// Tickets of one device that nobody has yet. What was handed out stays valid: no memory is given back.
+// The tickets of one device that are not in use. No memory is given back, so a ticket that was handed out stays valid.
 struct Pool {
   unsigned* next = nullptr;
   unsigned left = 0;
@@ -81,7 +82,7 @@ unsigned* ticket_for(cudaStream_t stream) {
   int device = 0;
   if (cudaStreamIsCapturing(stream, &status) != cudaSuccess || cudaGetDevice(&device) != cudaSuccess) return nullptr;
   const std::lock_guard<std::mutex> lock(guard);
-  if (status != cudaStreamCaptureStatusNone) return pools[device].take();  // its graph may run on any stream
+  if (status != cudaStreamCaptureStatusNone) return pools[device].take();  // The graph may run on any stream.
   unsigned*& ticket = of_queue[queue_of(device, stream)];
   if (ticket == nullptr) ticket = pools[device].take();
   return ticket;

@@ -1,9 +1,9 @@
-// What the CUDA kernels are written in: how they are launched, warps and blocks, 16-byte accesses, the lane type of
-// math.h, and the pattern by which the last block of a launch finishes for all.
+// The building blocks of all CUDA kernels: launches, reductions over warps and blocks, 16-byte accesses, the lane type
+// of math.h, and the pattern by which the last block of a launch finishes the work of all blocks.
 //
-// The style is plain CUDA C++ on purpose: the same files compile for the host, where a test runs every thread as a
-// fiber (tests/simt). So PTX stands behind __CUDA_ARCH__ beside a portable twin, and shared memory behind the macros
-// below.
+// The style is plain CUDA C++ on purpose. The same files compile for the host, where a test runs every thread as a
+// fiber (tests/simt). So PTX stands behind __CUDA_ARCH__ with a portable twin beside it, and shared memory stands
+// behind the macros below.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -27,10 +27,10 @@ namespace gpu {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kThreads = 256;  // of a block of most kernels
+constexpr int kThreads = 256;  // threads of a block, in most kernels
 
-// The types of a kernel: S is what logits or parameters are stored in, T what they are computed in, and G what a
-// gradient that is made in the forward pass is stored in (S, but float32 for float16: ops/tensors.h saved_as).
+// The types of a kernel. Logits or parameters are stored in S and computed in T. A gradient that the forward pass makes
+// is stored in G, which is S, but float32 for float16 (ops/tensors.h saved_as).
 template <class S_, class G_, class T_>
 struct Types {
   using S = S_;
@@ -38,7 +38,7 @@ struct Types {
   using T = T_;
 };
 
-// f(types)
+// Calls f with the Types of a dtype.
 template <class F>
 void for_types(Dtype dtype, F f) {
   switch (dtype) {
@@ -57,18 +57,19 @@ template <class T>
 struct Tag {
   using type = T;
 };
-// f(Tag of the real type), for numbers that are stored as they are computed
+// Calls f with the Tag of the real type, for numbers that are stored in the type they are computed in.
 template <class F>
 void for_real(Dtype real, F f) {
   real == Dtype::f64 ? f(Tag<double>{}) : f(Tag<float>{});
 }
 
+// Null, or CUDA's text for the last error of this thread, which is thereby cleared.
 inline const char* failure() {
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// ---- one value as a lane of math.h ---------------------------------------------------------------------------------
+// ---- the lane type of one value (math/base.h) ----------------------------------------------------------------------
 
 template <class T>
 struct Lane {
@@ -107,21 +108,22 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return ::exp2f(x);
 #endif
 }
-// exp(x) for x <= 0: relative error below 1e-7 |x|, so what is far below 1 is less exact, and counts for as much less
-// in the sum it enters.
+// exp(x) for x <= 0. The relative error is below 1e-7 |x|. So a result far below 1 is less exact, but it also counts
+// for less in the sum that it enters.
 __device__ __forceinline__ float exp_below(float x) { return exp2_fast(x * 1.44269504088896341f); }
 __device__ __forceinline__ double exp_below(double x) { return ::exp(x); }
 
-// exp(x - max) for many x <= max. In float the difference and the change of base are one instruction, 2^(x log2 e - m)
-// with m = max log2 e rounded: every term then is too large by the same factor, at most 2^64, which `exact` takes out
-// once. Beyond |max| = 2^30, where masks lie, that factor would leave the range; there neighbouring floats are 64 apart
-// or more, so every other term is 0 in any base, and the base is 2.
+// exp(x - max) for many x <= max. In float the difference and the change of base are one instruction: 2^(x log2 e - m),
+// where m is max log2 e, rounded. This rounding makes every term too large by the same factor, at most 2^64. `exact`
+// is that factor's inverse, and the sum is multiplied by it once. Beyond |max| = 2^30, where the values of masks lie,
+// the factor would leave the range. There neighbouring floats are at least 64 apart, so every other term is 0 in any
+// base, and the base is 2.
 template <class T>
 struct Powers {
   T max;
   explicit __device__ __forceinline__ Powers(T max) : max(max) {}
   __device__ __forceinline__ T operator()(T x) const { return ::exp(x - max); }
-  // What a sum of such terms is multiplied by when they become relative to a larger max.
+  // The factor that makes a sum of such terms relative to a larger max.
   __device__ __forceinline__ T to(const Powers& larger) const { return ::exp(max - larger.max); }
   __device__ __forceinline__ T exact() const { return 1; }
 };
@@ -134,11 +136,11 @@ struct Powers<float> {
   __device__ __forceinline__ float to(const Powers& larger) const {
     return unit == larger.unit ? exp2_fast(m - larger.m) : 0.0f;
   }
-  // 2^-(max unit - m), the rest of the rounding
+  // 2^-(max unit - m), which takes out the rounding of m
   __device__ __forceinline__ float exact() const { return exp2_fast(-::fmaf(max, unit, -m)); }
 };
 
-// The lowest finite number: as a running maximum it never makes -inf - -inf.
+// The lowest finite number. A running maximum starts with it, because -inf would make -inf - -inf = NaN.
 __device__ __forceinline__ float lowest(float) { return -3.402823466e+38f; }
 __device__ __forceinline__ double lowest(double) { return -kLargest; }
 
@@ -171,7 +173,7 @@ __device__ __forceinline__ double to_storage(double x) {
   return x;
 }
 
-// Two numbers of 16 bits in a word, the first in its lower half.
+// Two 16-bit numbers in a word, the first in its lower half.
 template <class S>
 __device__ __forceinline__ void unpack_word(unsigned word, float& first, float& second);
 template <>
@@ -205,7 +207,7 @@ __device__ __forceinline__ unsigned pack_word<__half>(float first, float second)
   return word;
 }
 
-// 16 bytes, the widest access of a thread.
+// A pack: 16 bytes, the widest access of a thread.
 template <class S>
 struct alignas(16) Pack {
   static constexpr int N = 16 / int(sizeof(S));
@@ -224,8 +226,9 @@ __device__ __forceinline__ void store_pack(S* p, const Pack<S>& x) {
   memcpy(&raw, &x, sizeof(raw));
   *reinterpret_cast<uint4*>(p) = raw;
 }
-// 16 bytes as they are, and the numbers in them. A bfloat16 is the upper half of a float: two of a word are two
-// instructions, and back to a word one, where 16-bit values in registers of their own would take two more each.
+// A pack as raw 16 bytes, and the conversions to and from its numbers. A bfloat16 is the upper half of a float, so two
+// instructions unpack the two numbers of a word, and one packs them again. 16-bit values in registers of their own
+// would take two more instructions each.
 template <class S>
 __device__ __forceinline__ uint4 load_raw(const S* p) {
   return *reinterpret_cast<const uint4*>(p);
@@ -254,7 +257,7 @@ __device__ __forceinline__ uint4 pack(const T (&in)[Pack<S>::N]) {
     memcpy(&raw, in, sizeof(raw));
   return raw;
 }
-// Elements of p before its first multiple of 16 bytes.
+// The number of elements from p up to the next multiple of 16 bytes.
 template <class S>
 __device__ __forceinline__ int to_boundary(const S* p) {
   return int((16 - reinterpret_cast<size_t>(p) % 16) % 16 / sizeof(S));
@@ -272,7 +275,7 @@ __device__ __forceinline__ void write(const DeviceNumber& n, double value) {
 
 // ---- a team: the lanes of a warp that share a row, or a whole block ------------------------------------------------
 
-// `width` neighbouring lanes of a warp, a power of two.
+// `width` neighbouring lanes of a warp; width is a power of two.
 struct WarpTeam {
   int lane, width;
 
@@ -288,7 +291,8 @@ struct WarpTeam {
   }
 };
 
-// All threads of a block, whole warps. Every thread gets the result, in the same order of summation on every run.
+// All threads of a block, which has whole warps. Every thread gets the result. The order of summation is the same on
+// every run.
 struct BlockTeam {
   int lane, width;
   static __device__ __forceinline__ BlockTeam here() { return {int(threadIdx.x), int(blockDim.x)}; }
@@ -310,19 +314,24 @@ struct BlockTeam {
     __syncthreads();
     T out = partial[0];
     for (int w = 1; w < width / kWarp; ++w) out = combine(out, partial[w]);
-    __syncthreads();  // the next reduction writes `partial` again
+    __syncthreads();  // The next reduction writes `partial` again.
     return out;
   }
 };
 
 // ---- the last block of a launch ------------------------------------------------------------------------------------
 
-// True, in all threads, of the one block that comes last: it sees what all others wrote, with plain loads, which the
-// fences order behind the stores (and which unlike the volatile __ldcg a compiler may have under way together).
+// Returns true in all threads of the block that comes last, and false in those of all other blocks. The last block may
+// read whatever the others wrote, with plain loads: the fences order these loads behind the stores. (Unlike the
+// volatile
+// __ldcg, several plain loads can be under way at once.)
+//     1. All threads of the block have made their stores.
+//     2. Thread 0 makes them visible to the device, and counts its block in `ticket`.
+//     3. The block that counts last is the last block.
 // `ticket` is zero before the launch and after it, because atomicInc wraps at the number of blocks.
 __device__ __forceinline__ bool is_last_block(unsigned* ticket) {
   SHARED(bool[1], last);
-  __syncthreads();  // all writes of this block come before thread 0's fence
+  __syncthreads();  // All writes of this block come before the fence of thread 0.
   if (threadIdx.x == 0) {
     __threadfence();
     last[0] = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;
@@ -332,9 +341,9 @@ __device__ __forceinline__ bool is_last_block(unsigned* ticket) {
   return last[0];
 }
 
-// ---- what launchers have on the host -------------------------------------------------------------------------------
+// ---- for the launchers, on the host --------------------------------------------------------------------------------
 
-// While any stream is captured memory can be had in relaxed mode only.
+// Switches this thread to the relaxed capture mode. While any stream is captured, memory can be allocated in no other.
 struct Relaxed {
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
@@ -342,8 +351,9 @@ struct Relaxed {
   Relaxed(const Relaxed&) = delete;
 };
 
-// A ticket that no launch which may run at the same time uses (tickets.cu): the stream's, whose launches follow each
-// other, or, of a captured launch, its own. Null: failure() has the reason.
+// A ticket for is_last_block that no other launch uses at the same time (tickets.cu). All launches of a stream share
+// one, because they follow each other. A captured launch has its own. Null if there is no memory; failure() has the
+// reason.
 unsigned* ticket_for(cudaStream_t stream);
 
 }  // namespace gpu

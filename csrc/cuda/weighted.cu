@@ -1,7 +1,7 @@
-// The weighted step: robust weights of the losses, the weighted mean of per-sample gradients, and one step of momentum
-// SGD with it, in one launch that reads the gradients once and writes no mean.
+// The weighted step (MATH §3.4): robust weights of the losses, the weighted mean of per-sample gradients, and one step
+// of momentum SGD with that mean. It is one launch, which reads the gradients once and does not write the mean.
 //
-// Every block makes the weights itself, from losses that lie in the second-level cache: so no block waits for another.
+// Every block makes all weights by itself, so no block waits for another. The losses lie in the second-level cache.
 #include "tensors.cuh"
 #include "weights.cuh"
 
@@ -9,15 +9,15 @@ namespace absgd {
 namespace gpu {
 namespace {
 
-constexpr int kFew = 128;     // tensors of a small launch, as for the steps
-constexpr int kMany = 800;    // of a large one: what the argument of a kernel holds
-constexpr int kPiece = 1024;  // rows whose factors are in shared memory
-constexpr int kAhead = 4;     // rows under way in a thread, 16 bytes each: 48 KB in a multiprocessor
-constexpr int kTeams = 8;     // share the rows of a block where there are few columns
-// So many blocks fill the chip without sharing rows (a guess: nothing here was measured on a GPU).
+constexpr int kFew = 128;     // tensors of a small launch, as in step.cu
+constexpr int kMany = 800;    // tensors of a large launch: as many as the argument of a kernel holds
+constexpr int kPiece = 1024;  // samples whose factors are in shared memory together
+constexpr int kAhead = 4;     // rows that a thread has under way, 16 bytes each: 48 KB in a multiprocessor
+constexpr int kTeams = 8;     // teams that share the rows of a block, if there are few columns
+// With so many blocks the chip is full without sharing rows. This is a guess: nothing here was measured on a GPU.
 constexpr int64_t kEnoughBlocks = 256;
 
-// grad: of each tensor, the block of per-sample gradients.
+// The table of one launch. TensorTable::grad is the block of per-sample gradients of each tensor.
 template <int kTensors>
 struct WeightedLaunch : TensorTable<kTensors> {
   void* state[kTensors];
@@ -25,21 +25,21 @@ struct WeightedLaunch : TensorTable<kTensors> {
   StepGroup group;
   Robust robust;
   int64_t batch;
-  int teams;  // 1 or kTeams threads share a column's rows
+  int teams;  // so many threads share the rows of a column: 1 or kTeams
 };
 
-// Blocks of a multiprocessor at once: fewer where registers would be spilled.
+// Blocks that a multiprocessor must hold. More would spill registers.
 template <class S>
 constexpr int kResident = sizeof(S) == 4 ? 3 : 2;
 
-// The columns of one thread: N adjacent ones in 16 bytes where every row lies so, else as many that lie `apart`.
+// The N columns of one thread. If every row is aligned, they are adjacent, 16 bytes. Otherwise they lie `apart`.
 template <class S>
 struct Columns {
   static constexpr int N = Pack<S>::N;
-  unsigned first, apart, count;  // count: of the tensor, at most kMostElements
-  bool whole;
+  unsigned first, apart, count;  // count: columns of the tensor, at most kMostElements
+  bool whole;                    // the columns are 16 aligned bytes within the tensor
 
-  // For one of the `width` lanes of a team; places: all addresses and strides, ORed together.
+  // The columns of one of the `width` lanes of a team. places: all addresses and strides, ORed together.
   __device__ __forceinline__ Columns(unsigned begin, int lane, int width, unsigned count, size_t places)
       : count(count) {
     const bool aligned = places % 16 == 0;
@@ -49,7 +49,7 @@ struct Columns {
   }
 
   __device__ __forceinline__ unsigned at(int j) const { return first + j * apart; }
-  // f(j, place) for the columns that exist
+  // Calls f(j, place) for each column that exists.
   template <class F>
   __device__ __forceinline__ void each(F f) const {
 #pragma unroll
@@ -74,7 +74,8 @@ struct Columns {
   struct Ahead {
     uint4 held[kAhead];
   };
-  // Rows first, first + step, ... below `rows`: where they lie in 16 bytes, their loads are under way when it returns.
+  // Starts the loads of rows first_row, first_row + step, ... below `rows`, kAhead of them, if the columns are whole.
+  // It does not wait for the loads.
   __device__ __forceinline__ void load_rows(Ahead& ahead, const S* block, int64_t stride, int first_row, int step,
                                             int rows) const {
     if (!whole) return;
@@ -82,8 +83,8 @@ struct Columns {
     for (int u = 0; u < kAhead; ++u)
       if (first_row + u * step < rows) ahead.held[u] = load_raw(block + (first_row + u * step) * stride + first);
   }
-  // mean += factor_r block_r over these rows, the first of which are in `ahead`; a row of factor 0 takes no part,
-  // whatever it holds.
+  // mean += factor_r block_r over rows first_row, first_row + step, ... below `rows`. The first of them are in `ahead`.
+  // A row of factor 0 takes no part, whatever it holds.
   template <class T>
   __device__ __forceinline__ void add_rows(T (&mean)[N], Ahead& ahead, const S* block, int64_t stride, const T* factors,
                                            int first_row, int step, int rows) const {
@@ -126,7 +127,8 @@ struct Columns {
   }
 };
 
-// How this batch moves log s, for all threads of a block: every block settles it by itself, and block 0 stores it.
+// The WeightUpdate of this batch, for all threads of a block. Every block settles log s' by itself, and block 0 stores
+// it. If launches of their own have settled it before, it is read.
 template <class T>
 __device__ __forceinline__ const WeightUpdate& settle_in_every_block(const Robust& robust, double lam, int64_t batch) {
   SHARED(WeightUpdate[1], update);
@@ -136,14 +138,14 @@ __device__ __forceinline__ const WeightUpdate& settle_in_every_block(const Robus
       update[0] = weight_update_of(robust, lam, sums);
       if (blockIdx.x == 0) write(robust.new_log_s, update[0].new_log_s);
     }
-  } else if (threadIdx.x == 0) {  // by launches of their own
+  } else if (threadIdx.x == 0) {  // more than kOneBlock losses
     update[0] = *robust.weight_update;
   }
   __syncthreads();
   return update[0];
 }
 
-// The factors of samples [begin, begin + samples), by all threads of a block.
+// Writes the factors of samples [begin, begin + samples), by all threads of a block.
 template <class T>
 __device__ __forceinline__ void make_factors(const Robust& robust, double lam, const RobustNumbers<Lane<T>>& numbers,
                                              int64_t begin, int samples, T* factors) {
@@ -155,21 +157,22 @@ __device__ __forceinline__ void make_factors(const Robust& robust, double lam, c
     });
 }
 
-// The means of all teams together, in the threads of the first: the others have nothing left to do.
+// Adds up the means of all teams, in the threads of the first team. Returns false in all other threads, which have
+// nothing left to do.
 template <class T, int N>
 __device__ __forceinline__ bool add_teams(T (&mean)[N], int teams, int width, int team, int lane) {
   SHARED(T[kThreads * N], partial);
 #pragma unroll
   for (int j = 0; j < N; ++j) partial[j * kThreads + threadIdx.x] = mean[j];
   __syncthreads();
-  if (team > 0) return false;  // after the last barrier
+  if (team > 0) return false;  // No barrier comes after this.
   for (int other = 1; other < teams; ++other)
 #pragma unroll
     for (int j = 0; j < N; ++j) mean[j] += partial[j * kThreads + other * width + lane];
   return true;
 }
 
-// The step of a thread's columns with the mean of their gradients.
+// Steps the columns of a thread with the mean of their gradients.
 template <class S, class T, int N>
 __device__ __forceinline__ void step_columns(const StepGroup& group, const Columns<S>& columns, S* w, T* s,
                                              T (&mean)[N]) {
@@ -186,10 +189,12 @@ __device__ __forceinline__ void step_columns(const StepGroup& group, const Colum
 }
 
 // One weighted step of many tensors.
-//     1. Every block looks up which columns of which tensor it has, and its threads begin to load their first rows.
-//     2. While those come, it settles log s' of the batch. After a nonfinite loss the step changes nothing.
-//     3. It makes the factors of kPiece samples, and adds up their rows of gradients; so for all pieces.
-//     4. Where the teams of a block share the rows of a column, their means are added.
+//     1. Every block looks up which columns of which tensor it has. Its threads start to load their first rows.
+//     2. Meanwhile it settles log s' of the batch. If a loss is nonfinite, the kernel ends and the step changes
+//     nothing.
+//     3. It makes the factors of kPiece samples, and adds their weighted gradients to the means of its columns. This
+//        repeats for every piece of the batch.
+//     4. If teams share the rows of a column, their means are added.
 //     5. Every thread steps its columns with the mean.
 template <class S, class T, int kTensors>
 __global__ void __launch_bounds__(kThreads, kResident<S>)
@@ -211,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, kResident<S>)
   const Robust& robust = a.robust;
   const double lam = lam_of(robust);
   const WeightUpdate& update = settle_in_every_block<T>(robust, lam, batch);
-  if (update.nonfinite > 0) return;  // all threads alike
+  if (update.nonfinite > 0) return;  // This is the same in all threads.
   const auto numbers = RobustNumbers<Lane<T>>::template of<T>(Weighing::of(lam, robust.mix, robust.max_weight, update));
 
   SHARED(T[kPiece], factors);
@@ -219,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, kResident<S>)
 #pragma unroll 1
   for (int64_t piece = 0; piece < batch; piece += kPiece) {
     const int rows = batch - piece < kPiece ? int(batch - piece) : kPiece;
-    __syncthreads();  // The factors before these have served.
+    __syncthreads();  // Nobody reads the factors of the piece before any more.
     make_factors<T>(robust, lam, numbers, piece, rows, factors);
     __syncthreads();
     if (piece > 0) columns.load_rows(ahead, block + piece * stride, stride, team, teams, rows);
@@ -229,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, kResident<S>)
   step_columns(a.group, columns, w, s, mean);
 }
 
-// Launches for the tensors of one dtype.
+// Fills tables with the tensors of one dtype, and launches the kernel for each table.
 template <class S, class T, int kTensors>
 void launch_weighted_steps(const WeightedTable& given, const Robust& robust, Dtype dtype, cudaStream_t stream) {
   using Table = WeightedLaunch<kTensors>;
@@ -241,7 +246,7 @@ void launch_weighted_steps(const WeightedTable& given, const Robust& robust, Dty
   table.robust = robust;
   table.batch = given.batch;
   constexpr int N = Pack<S>::N;
-  int64_t wide = 0;  // blocks without teams
+  int64_t wide = 0;  // blocks that there would be without teams
   for (int64_t tensor = 0; tensor < given.tensor_count; ++tensor)
     if (given.tensors[tensor].dtype == dtype) wide += (given.tensors[tensor].count + kThreads * N - 1) / (kThreads * N);
   table.teams = wide < kEnoughBlocks ? kTeams : 1;

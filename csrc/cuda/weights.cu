@@ -1,5 +1,6 @@
-// Robust weights of any vector of losses, and their vjp. There is one launch up to kOneBlock losses; beyond, there is
-// one for the sums, the last block of which settles log s', and one for the weights.
+// Robust weights of any vector of losses (MATH §1), and their vjp (MATH §1.3). Up to kOneBlock losses take one launch
+// of one block. More losses take two launches: the first makes the sums, and its last block settles log s'; the second
+// makes the weights.
 #include "weights.cuh"
 
 namespace absgd {
@@ -7,12 +8,14 @@ namespace gpu {
 namespace {
 
 template <class T>
-constexpr int kResident = sizeof(T) == 8 ? 2 : 4;  // such blocks in a multiprocessor: more of double would spill
+constexpr int kResident = sizeof(T) == 8 ? 2 : 4;  // blocks that a multiprocessor must hold; more would spill in double
 
-// All of it by one block, or one of the stages by itself.
-//     1. The block sums exp(z) of the losses, unless log s' was settled elsewhere.
-//     2. One thread settles log s' and the state, or leaves the partial statistics, and then that was all.
-//     3. Every thread makes the weights and factors of its losses, and their parts of the loss.
+// Robust weights and loss of up to kOneBlock losses, by one block.
+//     1. The block adds up exp(z) of the losses. It skips this if log s' was settled elsewhere.
+//     2. One thread settles log s' and the next state. If only the partial statistics are asked for, it stores them,
+//     and
+//        the kernel ends here.
+//     3. Every thread makes the weights and factors of its losses, and their parts of the robust loss.
 //     4. The block adds up these parts.
 template <class T>
 __global__ void __launch_bounds__(kOneBlockThreads, 1) robust_fwd_kernel(const Robust __grid_constant__ a) {
@@ -22,7 +25,7 @@ __global__ void __launch_bounds__(kOneBlockThreads, 1) robust_fwd_kernel(const R
     const BatchSums sums = vector_sums<T>(a, lam, 0, a.count);
     if (threadIdx.x == 0) update[0] = settle(a, lam, sums);
     if (a.partial_stats != nullptr) {
-      if (threadIdx.x == 0 && a.loss != nullptr) *static_cast<T*>(a.loss) = 0;  // of no rows of logits
+      if (threadIdx.x == 0 && a.loss != nullptr) *static_cast<T*>(a.loss) = 0;  // the loss of no rows of logits
       return;
     }
   } else if (threadIdx.x == 0) {
@@ -33,10 +36,10 @@ __global__ void __launch_bounds__(kOneBlockThreads, 1) robust_fwd_kernel(const R
   if (threadIdx.x == 0 && a.loss != nullptr) *static_cast<T*>(a.loss) = T(loss);
 }
 
-// The first of two launches.
-//     1. Every block sums exp(z) of its losses, and stores the sums.
-//     2. The last block adds up the sums of all.
-//     3. One thread of it settles log s' and the state, or leaves the partial statistics.
+// The first of two launches: log s' of more than kOneBlock losses.
+//     1. Every block adds up exp(z) of its losses, and stores its sums.
+//     2. The last block adds up the sums of all blocks.
+//     3. One of its threads settles log s' and the next state, or stores the partial statistics.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     robust_sums_kernel(const Robust __grid_constant__ a, unsigned* ticket) {
@@ -52,8 +55,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   if (a.partial_stats == nullptr) *a.weight_update = update;
 }
 
-// The second of two launches.
-//     1. Every block makes the weights and factors of its losses, and stores the sum of their parts of the loss.
+// The second of two launches: weights and loss of more than kOneBlock losses.
+//     1. Every block makes the weights and factors of its losses, and stores the sum of their parts of the robust loss.
 //     2. The last block adds up these sums.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
@@ -67,9 +70,10 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   if (threadIdx.x == 0 && a.loss != nullptr) *static_cast<T*>(a.loss) = T(sum);
 }
 
-// log s' of partial statistics that were gathered, by one thread: there are as many as processes or micro-batches.
-//     1. The thread adds up the partial statistics.
-//     2. It settles log s' and the state, and stores what the weights are made with.
+// log s' of the partial statistics of several processes or micro-batches (MATH §1.6, §5). They are few, so one thread
+// does everything.
+//     1. It adds up the partial statistics.
+//     2. It settles log s' and the next state, and stores the Normalizer that the weights are made with.
 __global__ void __launch_bounds__(32, 1) robust_settle_kernel(const Settle __grid_constant__ a) {
   using L = Lane<double>;
   if (threadIdx.x != 0) return;
@@ -79,19 +83,19 @@ __global__ void __launch_bounds__(32, 1) robust_settle_kernel(const Settle __gri
   *a.out = normalizer_of<L>(update, t, a.grad_multiplier, a.reference);
 }
 
-// ---- vjp (math/weights.h robust_weight_vjp)
-// --------------------------------------------------------------------------------
+// ---- vjp (math/weights.h robust_weight_vjp) ------------------------------------------------------------------------
 
 struct Vjp {
   const void *weights, *upstream;  // (count) real
   int64_t count;
   DeviceNumber lam, upstream_log_s;
-  const double* dlog_s;  // d log s / d z for log s' and for the state
-  double* dot_partials;  // one per block, then their sum
+  const double* dlog_s;  // WeightUpdate::dlog_s and dlog_s_state
+  double* dot_partials;  // one sum per block, then the sum of all
   void* out;             // (count) real
 };
 
-// f(index, weight, upstream) for [begin, end) by the lanes of a block, kAtOnce of each under way together.
+// Calls f(index, weight, upstream) for [begin, end), by all threads of a block. Each thread has kAtOnce samples under
+// way.
 template <class T, class F>
 __device__ __forceinline__ void for_pairs(const Vjp& a, int64_t begin, int64_t end, F f) {
   const T *weights = static_cast<const T*>(a.weights), *upstream = static_cast<const T*>(a.upstream);
@@ -110,6 +114,7 @@ __device__ __forceinline__ void for_pairs(const Vjp& a, int64_t begin, int64_t e
   }
 }
 
+// Writes the vjp of samples [begin, end). dot: the sum of W_i d_i over all samples.
 template <class T>
 __device__ void vjp(const Vjp& a, double dot, int64_t begin, int64_t end) {
   const T u = T(read(a.upstream_log_s)), dlog_s = T(a.dlog_s[0]), dlog_s_state = T(a.dlog_s[1]);
@@ -119,9 +124,9 @@ __device__ void vjp(const Vjp& a, double dot, int64_t begin, int64_t end) {
   });
 }
 
-// The sum of W_i d_i. A sample with a nonfinite loss has weight NaN, and keeps that to itself.
-//     1. Every block sums over its samples. Where there is one block alone, it goes on to the vjp, and that is all.
-//     2. It stores its sum. The last block adds up the sums of all.
+// The sum of W_i d_i over all samples. A sample with a nonfinite loss has weight NaN, and takes no part.
+//     1. Every block adds up W_i d_i of its samples. A single block then writes the vjp, and the kernel ends here.
+//     2. Every block stores its sum. The last block adds up the sums of all blocks.
 template <class T>
 __global__ void __launch_bounds__(kOneBlockThreads, 1)
     robust_weights_dot_kernel(const Vjp __grid_constant__ a, unsigned* ticket) {
@@ -141,7 +146,7 @@ __global__ void __launch_bounds__(kOneBlockThreads, 1)
   if (threadIdx.x == 0) a.dot_partials[gridDim.x] = total;
 }
 
-// The vjp of every sample, with the sum that the launch before left.
+// The vjp of every sample, with the sum that the launch before has stored.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>) robust_weights_bwd_kernel(const Vjp __grid_constant__ a) {
   const LossRange own(a.count);

@@ -1,5 +1,9 @@
-// Robust weights of losses inside a kernel: what each loss adds to the sums of its batch, what the sums of all blocks
-// come to, and the weights of a batch that one block holds.
+// Robust weights inside a kernel (MATH §1). The parts, in the order in which a kernel uses them:
+//     1. Given, Sample       one loss with its z, and whether it is finite
+//     2. RunningSums         the sums of the losses that one thread has seen: max z, sum of exp(z - max), ...
+//     3. block_sums          the sums of a block; launch_sums: those of all blocks, by the last block
+//     4. settle              log s' and the next state, by one thread
+//     5. Weighed, apply      weights and factors of the losses
 #pragma once
 
 #include <type_traits>
@@ -9,13 +13,13 @@
 namespace absgd {
 namespace gpu {
 
-constexpr int kAtOnce = 4;  // losses of a thread that are under way together, in every loop over losses
+constexpr int kAtOnce = 4;  // losses that a thread loads before it uses the first, in every loop over losses
 
-// Threads of a block that does all there is alone (1024 would leave 32 registers a thread, and spill).
+// Threads of a block that does the whole work alone. 1024 would leave 32 registers a thread, which would spill.
 constexpr int kOneBlockThreads = 512;
 inline int one_block_threads(int64_t count) { return count <= kThreads ? kThreads : kOneBlockThreads; }
 
-// The losses of one block of a launch of loss_blocks().
+// The losses of one block, in a launch of loss_blocks() blocks.
 struct LossRange {
   int64_t begin, end;
   explicit __device__ __forceinline__ LossRange(int64_t count)
@@ -24,19 +28,19 @@ struct LossRange {
   }
 };
 
-// One loss, and whether it counts.
+// One loss with its z; whether it is valid (not ignored); and whether it is also finite.
 template <class T>
 struct Sample {
   T loss, z;
   bool valid, finite;
 
-  // z_max: the largest z that counts
+  // limit: the largest |z| that counts as finite. z_max: the largest z that does.
   __device__ __forceinline__ Sample(T loss, T score, bool valid, T lam, T limit, T z_max)
       : loss(loss), z(score / lam), valid(valid) {
     finite = valid & is_usable<Lane<T>>(loss, score, z, limit) & (z <= z_max);
   }
-  // What backward and `ABLoss.last` make the weight from: exp(z - log s') is 0 where the row is ignored, and NaN where
-  // the row is nonfinite.
+  // The z that backward and `ABLoss.last` make the weight from. It is -inf in an ignored row, whose exp(z - log s') is
+  // then 0, and NaN in a nonfinite row.
   __device__ __forceinline__ T stored() const { return finite ? z : valid ? T(NAN) : T(-INFINITY); }
 };
 
@@ -48,7 +52,7 @@ __device__ __forceinline__ double lam_of(const Robust& a) {
   return a.lam_on_device.data != nullptr ? read(a.lam_on_device) : a.lam;
 }
 
-// The numbers of one loss in a vector, read before any of them is used.
+// The numbers of one loss of a vector. All of them are read before any is used.
 template <class T>
 struct Given {
   T loss, score, t;
@@ -65,7 +69,7 @@ struct Given {
   }
 };
 
-// f(index, Given) for losses [begin, end) by the lanes of a block, kAtOnce loads of each under way together.
+// Calls f(index, Given) for losses [begin, end), by all threads of a block. Each thread has kAtOnce losses under way.
 template <class T, class F>
 __device__ __forceinline__ void for_losses(const Robust& a, int64_t begin, int64_t end, F f) {
   const int width = blockDim.x;
@@ -80,14 +84,14 @@ __device__ __forceinline__ void for_losses(const Robust& a, int64_t begin, int64
   }
 }
 
-// Sums of a launch, in double where numbers of many blocks meet.
+// The sums of a block or of a launch (launch.h LossSums), in double because many parts are added.
 struct BatchSums {
   double max, sum, weighted, plain;
   long long finite, nonfinite;
 };
 
-// Adds the sums of some losses to others, which are relative to another maximum. Total: LossSums<T> or BatchSums; T is
-// what the parts themselves are exact to.
+// Adds `part` to `total`, which may be relative to another maximum: both are first made relative to the larger one.
+// Total: LossSums<T> or BatchSums. T: the precision of the parts.
 template <class T, class Total>
 __device__ __forceinline__ void add_sums(Total& total, const LossSums<T>& part) {
   auto& [max, sum, weighted, plain, finite, nonfinite] = total;
@@ -114,8 +118,8 @@ struct RunningSums : LossSums<T> {
   }
 };
 
-// f(sums of a warp), by thread 0 for one warp after the other: the same order on every run. The block's other threads
-// go on, so a barrier has to come before the next call, which writes `of_warps` again.
+// Calls f(sums of a warp) in thread 0, for one warp after the other, so the order is the same on every run. The other
+// threads of the block go on meanwhile. A barrier must come before the next call, which writes `of_warps` again.
 template <class T, class F>
 __device__ __forceinline__ void each_warp(const LossSums<T>& own, F f) {
   SHARED(LossSums<T>[kWarp], of_warps);
@@ -133,7 +137,7 @@ __device__ __forceinline__ void each_warp(const LossSums<T>& own, F f) {
   for (int w = 0; w < int(blockDim.x) / kWarp; ++w) f(of_warps[w]);
 }
 
-// The sums of a block: in thread 0.
+// The sums of a block. Only thread 0 gets them.
 template <class T>
 __device__ __forceinline__ BatchSums block_sums(const LossSums<T>& own) {
   BatchSums total{lowest(double()), 0, 0, 0, 0, 0};
@@ -146,8 +150,8 @@ __device__ __forceinline__ LossSums<T> narrow(const BatchSums& s) {
   return {T(s.max), T(s.sum), T(s.weighted), T(s.plain), int(s.finite), int(s.nonfinite)};
 }
 
-// The sums of all blocks of a launch, by its last one: in thread 0. Each block left one LossSums, so a thread adds a
-// few.
+// The sums of all blocks of a launch, by its last block. Only thread 0 gets them. Each block stored one LossSums, so a
+// thread adds only a few.
 template <class T>
 __device__ __forceinline__ BatchSums launch_sums(const LossSums<T>* parts, int blocks) {
   LossSums<T> own{lowest(T()), 0, 0, 0, 0, 0};
@@ -163,7 +167,7 @@ __device__ __forceinline__ BatchSums launch_sums(const LossSums<T>* parts, int b
   return block_sums(own);
 }
 
-// The sum of one number of every block, by the last block.
+// The sum of the numbers that every block stored, by the last block.
 __device__ __forceinline__ double sum_of_blocks(const double* parts) {
   const int width = blockDim.x, blocks = gridDim.x;
   double sum = 0;
@@ -177,7 +181,7 @@ __device__ __forceinline__ double sum_of_blocks(const double* parts) {
   return BlockTeam::here().sum(sum);
 }
 
-// Weight and factor of a loss: 0 where it is ignored, NaN where it is nonfinite.
+// Weight and factor of a loss (math/weights.h RobustNumbers): 0 if it is ignored, NaN if it is nonfinite.
 template <class T>
 struct Weighed {
   T weight, factor;
@@ -189,7 +193,7 @@ struct Weighed {
   }
 };
 
-// By one thread: what the sums of a batch do to log s and to the weights.
+// log s' and the next state, from the sums of a batch, by one thread. Nothing is written.
 __device__ inline WeightUpdate weight_update_of(const Robust& a, double lam, const BatchSums& p) {
   NormalizerConfig rule = a;
   rule.lam = lam;
@@ -202,8 +206,8 @@ __device__ inline void write_partial_stats(const Robust& a, const BatchSums& p) 
   a.partial_stats[2] = double(p.nonfinite);
 }
 
-// By one thread of the launch: the same, and the state after it; or the partial statistics alone, where those are
-// asked for.
+// By one thread of the launch: settles log s', writes the next state and returns the update. If the partial statistics
+// are asked for, it writes those and nothing else.
 __device__ inline WeightUpdate settle(const Robust& a, double lam, const BatchSums& p) {
   if (a.partial_stats != nullptr) {
     write_partial_stats(a, p);
@@ -224,17 +228,19 @@ __device__ inline WeightUpdate settle(const Robust& a, double lam, const BatchSu
   return o;
 }
 
-// What was settled elsewhere, as far as weights need it.
+// The part of an already settled normaliser that weights need.
 __device__ inline WeightUpdate known(const Normalizer& s) { return {s.log_s, 0, 0, 0, s.scale, 0, 0}; }
 
-// (1/n) sum_i t_i (W_i + mix) L_i, without a bound on W: the sums have it up to exp(max - log s').
+// (1/n) sum_i t_i (W_i + mix) L_i from the sums, whose weighted sum lacks the factor exp(max - log s'). It is right
+// only if max_weight bounds no W.
 __device__ inline double loss_of(const BatchSums& p, const Weighing& w) {
   if (p.nonfinite > 0) return NAN;
   if (p.finite == 0) return 0;
   return w.inverse_n * (Lane<double>::exp(p.max - w.log_s) * p.weighted + w.mix * p.plain);
 }
 
-// The loss of one block's batch or of a part of it, the sum of factor_i * loss_i; each sample's results are written.
+// Writes weight, factor, loss and validity of losses [begin, end), by a whole block. Returns their part of the robust
+// loss, the sum of factor_i * loss_i.
 template <class T>
 __device__ double apply(const Robust& a, double lam, const WeightUpdate& o, int64_t begin, int64_t end) {
   const auto numbers = RobustNumbers<Lane<T>>::template of<T>(Weighing::of(lam, a.mix, a.max_weight, o));
@@ -252,7 +258,7 @@ __device__ double apply(const Robust& a, double lam, const WeightUpdate& o, int6
   return double(BlockTeam::here().sum(sum));
 }
 
-// The sums of losses [begin, end) of a vector, by a whole block: in thread 0.
+// The sums of losses [begin, end) of a vector, by a whole block. Only thread 0 gets them.
 template <class T>
 __device__ BatchSums vector_sums(const Robust& a, double lam, int64_t begin, int64_t end) {
   const T z_max = z_max_of<T>(a);

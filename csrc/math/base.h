@@ -1,7 +1,8 @@
-// What every formula is written with. A formula is a template on the lane type L, which describes N values of one
-// floating type computed side by side: L::V is the values, and L has the functions L::exp, L::log1p,
-// L::select(condition, a, b) and L::set(number). A lane type may hold one value (a CUDA thread, a double of the state
-// update) or a whole SIMD register; the formulas cannot tell.
+// The notation of the formulas. Every formula is a template of a lane type L. A lane type stands for N values of one
+// floating-point type that are computed side by side: L::V is the type of the N values, and L::exp, L::log, L::log1p,
+// L::sqrt, L::select(condition, a, b) and L::set(number) act on all of them. One lane type holds a single value (a CUDA
+// thread, or a double of the state update), another holds a SIMD register of the CPU. The formulas are the same for
+// both.
 #pragma once
 
 #include <stdint.h>

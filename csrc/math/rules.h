@@ -1,25 +1,28 @@
-// The level mu that CVaR and chi-squared DRO solve for (Levy et al. 2020):
+// The level mu that CVaR and chi-squared DRO solve for (Levy et al. 2020; MATH §4.3, §4.4). x are the n losses of a
+// batch, and w their weights, of mean 1.
 //
-//     CVaR, KL penalty    w = min(exp((x - mu) / reg), 1 / beta): the k largest are at the bound, and the others share
-//                         what is left, n - k / beta, by their exponentials
-//     chi-squared         w proportional to max(x - mu, 0), (1/2n) sum (w - 1)^2 = rho: mu follows from the mean and
-//                         variance of the k losses above it
+// CVaR with a KL penalty: w = min(exp((x - mu) / reg), 1 / beta). The k largest losses are at the bound 1 / beta. The
+// other losses share what is left, n - k / beta, in proportion to their exponentials. The solver adds losses from the
+// smallest on, as long as the largest of them stays below the bound.
 //
-// CVaR takes losses in from the smallest on, as long as the largest of them stays below the bound. Chi-squared drops
-// losses until none lies below mu: made of too many losses, mu is never too high.
+// Chi-squared: w is proportional to max(x - mu, 0), with (1/2n) sum (w - 1)^2 = rho. The mean and the variance of the k
+// losses above mu give mu. The solver starts with all losses and drops those below mu until there are none. A mu that
+// is computed from too many losses is never too high, so no loss is dropped wrongly.
 #pragma once
 
 #include "base.h"
 
 namespace absgd {
 
-// Whether the largest of the losses that divide `left` among them would be beyond the bound. sum: of their
-// exponentials, of which the largest is 1.
+// CVaR: whether the weight of the largest loss among those that share `left` would exceed 1 / beta. sum is the sum of
+// their exponentials, relative to that largest loss, whose exponential is 1.
 ABSGD_FN bool cvar_is_beyond(double sum, double left, double beta) { return left * beta > sum; }
+// Chi-squared: mu = mean - sqrt(variance / (k (1 + 2 rho) / n - 1)), from the k losses above it.
 template <class L>
 ABSGD_FN double chi2_level(double mean, double variance, double k, double n, double rho) {
   const double excess = k * (1 + 2 * rho) / n - 1;
-  return mean - L::sqrt(variance / (excess > 1e-15 ? excess : 1e-15));  // no less than its rounding
+  // The excess is taken as at least 1e-15, the size of its rounding error.
+  return mean - L::sqrt(variance / (excess > 1e-15 ? excess : 1e-15));
 }
 
 }  // namespace absgd

@@ -1,35 +1,35 @@
-// The optimizers, each as what a step does with one element: momentum SGD (Alg. 1 step 6), Adam, RMSprop, AdaGrad
-// (Sec. 3.4 of the ABSGD paper).
+// The optimizer steps (MATH §3): what one step does to one element of a parameter. Momentum SGD is step 6 of the ABSGD
+// paper's Alg. 1. Adam, RMSprop and AdaGrad are its Sec. 3.4.
 #pragma once
 
 #include "base.h"
 
 namespace absgd {
 
-// hyper_a and hyper_b are the numbers that only this rule has: sgd momentum, dampening; adam the betas; rmsprop alpha,
-// momentum; adagrad lr_decay.
+// The rules. Two numbers of a step, hyper_a and hyper_b, mean by rule: sgd momentum and dampening; adam the two betas;
+// rmsprop alpha and momentum; adagrad lr_decay (hyper_a).
 enum class Rule : int { sgd = 0, adam = 1, rmsprop = 2, adagrad = 3 };
 
 enum StepFlag : int {
   kMaximize = 1,
   kNesterov = 2,    // sgd
-  kHeavyBall = 4,   // sgd
+  kHeavyBall = 4,   // sgd: Eq. 2 of the paper
   kAmsgrad = 8,     // adam
-  kDecoupled = 16,  // adam: weight decay apart from the gradient (AdamW)
-  kPaperForm = 32,  // adam: Eq. 9, no bias correction
+  kDecoupled = 16,  // adam: weight decay acts on the parameter, not on the gradient (AdamW)
+  kPaperForm = 32,  // adam: Eq. 9 of the paper, without bias correction
   kCentered = 64,   // rmsprop
 };
 
-constexpr int kStates = 3;  // arrays of a parameter's shape that a rule may keep
+constexpr int kStates = 3;  // most states of a rule, each an array of the parameter's shape
 
-// What a parameter group asks for.
+// The rule, the flags and the hyperparameters of a parameter group.
 struct StepNumbers {
   Rule rule;
   int flags;
   double lr, weight_decay, hyper_a, hyper_b, eps;
 
   ABSGD_FN bool has(StepFlag flag) const { return (flags & flag) != 0; }
-  // Bit j: the rule keeps state j.
+  // The states that the rule keeps: bit j stands for state j.
   ABSGD_FN int states() const {
     switch (rule) {
       case Rule::adam:
@@ -42,13 +42,15 @@ struct StepNumbers {
         return hyper_a != 0 ? 1 : 0;
     }
   }
-  // The rule counts the steps of each parameter.
+  // Whether the rule counts the steps of each parameter.
   ABSGD_FN bool counts() const { return rule != Rule::sgd; }
 };
 
-// What the t-th step (t = 1, 2, ...) owes to t. adam: 1 - beta_1^t divides lr and sqrt(1 - beta_2^t) the root of u,
-// both 1 in paper_form; adagrad: 1 + (t - 1) lr_decay divides lr. L: one double. gain: what the gradient is multiplied
-// by first (deferred normalisation: Normalizer::scale).
+// The factors of the t-th step (t = 1, 2, ...) that depend on t:
+//     adam       lr_divisor c_1 = 1 - beta_1^t,  root_divisor c_2 = sqrt(1 - beta_2^t); both are 1 in paper_form
+//     adagrad    lr_divisor 1 + (t - 1) lr_decay
+// gain multiplies the gradient before anything else. It is Normalizer::scale after deferred normalisation (MATH §5),
+// and 1 otherwise. L: one double.
 struct Corrections {
   double lr_divisor, root_divisor, gain = 1;
 
@@ -60,13 +62,13 @@ struct Corrections {
   }
 };
 
-// The gradient as a rule sees it: G = sign grad + weight_decay w; sign is Corrections::gain, negative where the
-// objective is maximized.
+// The gradient that a rule steps with: G = sign grad + weight_decay w. sign is Corrections::gain, or -gain if the
+// objective is maximized. Decoupled weight decay leaves G alone.
 template <class L>
 struct Slope {
   using V = typename L::V;
   V sign, weight_decay;
-  bool decays;  // weight_decay != 0: 0 * w is not 0 where w is infinite
+  bool decays;  // weight_decay != 0. It is tested because 0 * w is NaN where w is infinite.
 
   template <class T>
   static ABSGD_FN Slope of(const StepNumbers& n, const Corrections& c) {
@@ -76,13 +78,15 @@ struct Slope {
   ABSGD_FN V operator()(V grad, V w) const { return decays ? sign * grad + weight_decay * w : sign * grad; }
 };
 
-// The functors: one element each, w the parameter, s the states, of which kSlots (bits) are used.
+// Each rule below is a functor that steps one element: functor(w, s, grad) updates the parameter w and the states s.
+// kSlots has bit j set if the functor uses s[j].
 
-// Momentum SGD, s[0] = v:
+// Momentum SGD (MATH §3.1), s[0] = v:
+//     plain        w <- w - lr G
 //     momentum     v <- momentum v + (1 - dampening) G,    w <- w - lr v
 //     nesterov     v as above,                             w <- w - lr (G + momentum v)
-//     heavy_ball   v <- momentum v - lr G,                 w <- w + v,    i.e. v = w_t - w_{t-1}
-// The last is Eq. 2 of the paper as written; it differs from the first once lr changes.
+//     heavy_ball   v <- momentum v - lr G,                 w <- w + v,    so v = w_t - w_{t-1}
+// heavy_ball is Eq. 2 of the paper as written. It differs from `momentum` once lr changes.
 enum class SgdForm : int { plain = 0, momentum = 1, nesterov = 2, heavy_ball = 3 };
 
 template <class L, SgdForm form>
@@ -110,11 +114,12 @@ struct SgdStep {
   }
 };
 
-// Adam (Kingma & Ba 2015, Alg. 1; decoupled: Loshchilov & Hutter 2019, Alg. 2; amsgrad: Reddi et al. 2018, Alg. 2),
-// with s = (v, u, u_max) and the corrections c_1 = 1 - beta_1^t, c_2 = sqrt(1 - beta_2^t):
-//     v <- v + (1 - beta_1)(G - v),    u <- beta_2 u + (1 - beta_2) G^2,    u_max <- max(u_max, u)
-//     w <- w - lr (v / c_1) / (sqrt(u) / c_2 + eps)  [- lr weight_decay w, decoupled]
-// Eq. 9 of the ABSGD paper (paper_form) is the decoupled form with c_1 = c_2 = 1 and eps = G_0.
+// Adam (MATH §3.2), s = (v, u, u_max), with c_1 and c_2 of Corrections:
+//     v <- v + (1 - beta_1)(G - v),    u <- beta_2 u + (1 - beta_2) G^2              Kingma & Ba 2015, Alg. 1
+//     w <- w - lr (v / c_1) / (sqrt(u) / c_2 + eps)
+//     amsgrad      u_max <- max(u_max, u), which takes the place of u in the root    Reddi et al. 2018, Alg. 2
+//     decoupled    w <- w - lr weight_decay w comes first                            Loshchilov & Hutter 2019, Alg. 2
+//     paper_form   decoupled, with c_1 = c_2 = 1 and eps = G_0                       ABSGD paper, Eq. 9
 template <class L, bool amsgrad>
 struct AdamStep {
   using V = typename L::V;
@@ -141,21 +146,22 @@ struct AdamStep {
     s[0] = s[0] + new_1 * (g - s[0]);
     s[1] = beta_2 * s[1] + new_2 * (g * g);
     V u = s[1];
-    if constexpr (amsgrad) u = s[2] = L::select((s[1] <= s[2]) | (s[2] != s[2]), s[2], s[1]);  // a NaN stays
+    if constexpr (amsgrad) u = s[2] = L::select((s[1] <= s[2]) | (s[2] != s[2]), s[2], s[1]);  // a NaN stays NaN
     const V kept = shrinks ? w - shrink * w : w;
     w = kept - rate * s[0] / (L::sqrt(u) * scale + eps);
   }
 };
 
-// RMSprop (Tieleman & Hinton 2012; centered: Graves 2013, Eq. 40), s = (u, b, m):
-//     u <- alpha u + (1 - alpha) G^2,    m <- m + (1 - alpha)(G - m),    d = G / (sqrt(u - m^2) + eps)    (m: centered)
-//     w <- w - lr d, with momentum  b <- momentum b + d,  w <- w - lr b
+// RMSprop (Tieleman & Hinton 2012; MATH §3.3), s = (u, b, m):
+//     u <- alpha u + (1 - alpha) G^2,    d = G / (sqrt(u) + eps),    w <- w - lr d
+//     centered    m <- m + (1 - alpha)(G - m),  and u - m^2 takes the place of u in d    (Graves 2013, Eq. 38 to 45)
+//     momentum    b <- momentum b + d,  w <- w - lr b  (mu in the code)
 template <class L, bool centered, bool momentum>
 struct RmsPropStep {
   using V = typename L::V;
   static constexpr int kSlots = 1 | (momentum ? 2 : 0) | (centered ? 4 : 0);
   Slope<L> slope;
-  V alpha, fresh, mu, eps, lr;
+  V alpha, fresh /* 1 - alpha */, mu, eps, lr;
 
   template <class T>
   static ABSGD_FN RmsPropStep of(const StepNumbers& n, double lr, const Corrections& c) {
@@ -176,7 +182,8 @@ struct RmsPropStep {
   }
 };
 
-// AdaGrad (Duchi et al. 2011), s = (u):    u <- u + G^2,    w <- w - lr / (1 + (t - 1) lr_decay) G / (sqrt(u) + eps)
+// AdaGrad (Duchi et al. 2011; MATH §3.3), s = (u):
+//     u <- u + G^2,    w <- w - rate G / (sqrt(u) + eps),    rate = lr / (1 + (t - 1) lr_decay)
 template <class L>
 struct AdagradStep {
   using V = typename L::V;
@@ -195,7 +202,7 @@ struct AdagradStep {
   }
 };
 
-// f(functor) for momentum SGD, with T and lr as below.
+// Calls f with the functor of momentum SGD. T and lr as in for_step.
 template <class L, class T, class F>
 ABSGD_FN void for_sgd(const StepNumbers& n, double lr, const Corrections& c, F f) {
   if (n.hyper_a == 0) return f(SgdStep<L, SgdForm::plain>::template of<T>(n, lr, c));
@@ -204,7 +211,8 @@ ABSGD_FN void for_sgd(const StepNumbers& n, double lr, const Corrections& c, F f
   return f(SgdStep<L, SgdForm::momentum>::template of<T>(n, lr, c));
 }
 
-// f(functor). T: what the elements are computed in; lr: the group's, or what stands in its tensor.
+// Calls f with the functor of the rule. T is the type that elements are computed in. lr is the learning rate of the
+// group, which may have been read from a tensor.
 template <class L, class T, class F>
 ABSGD_FN void for_step(const StepNumbers& n, double lr, const Corrections& c, F f) {
   switch (n.rule) {

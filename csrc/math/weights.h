@@ -1,27 +1,35 @@
-// The robust weights (ABSGD paper, Alg. 1) and their normaliser, and the rectified weights of L2RW.
+// The robust weights of ABSGD and their normaliser (MATH §1, §5), and the rectified weights of L2RW (MATH §4.5).
 #pragma once
 
 #include "base.h"
 
 namespace absgd {
 
-// ---- Robust weights (Alg. 1, in the log domain) --------------------------------------------------------------------
+// ---- Robust weights ------------------------------------------------------------------------------------------------
+//
+// Alg. 1 of the ABSGD paper, in logarithms so that exp(L_i / lambda) cannot overflow (MATH §1.1). L_i are the losses of
+// the n finite samples of a batch, t_i their sample weights:
+//     z_i    = L_i / lambda                                                  or score_i / lambda
+//     log g  = log((1/n) sum_i exp(z_i))                         step 3      log_mean_exp
+//     log s' = log((1 - gamma) s + gamma alpha g)                step 4      next_log_s
+//     W_i    = exp(z_i - log s')                                 step 5      RobustNumbers::weight
+//     loss   = (1/n) sum_i t_i (W_i + mix) L_i, W constant       Eq. 2       RobustNumbers::factor
 
-// log((1/n) sum_i exp(z_i)) from m = max z and sum_i exp(z_i - m)
+// log g = log((1/n) sum_i exp(z_i)), from max = max_i z_i and sum = sum_i exp(z_i - max).
 template <class L>
 ABSGD_FN typename L::V log_mean_exp(typename L::V max, typename L::V sum, typename L::V n) {
   return max + L::log(sum / n);
 }
 
-// log(exp(a) + exp(b)); a may be -inf, b is finite
+// log(exp(a) + exp(b)). a may be -inf, b must be finite.
 template <class L>
 ABSGD_FN typename L::V logaddexp(typename L::V a, typename L::V b) {
   const typename L::V hi = L::select(a > b, a, b), lo = L::select(a > b, b, a);
   return hi + L::log1p(L::exp(lo - hi));
 }
 
-// What gamma and alpha come to in logarithms: the same for all steps, so the host takes these logarithms (three of six
-// in double that one thread of a GPU would else take in every step, 2 to 4 us by its instructions).
+// The logarithms of gamma and alpha. They are the same in all steps, so the host takes them. Otherwise one thread of a
+// GPU would take six logarithms in double in every step instead of three (2 to 4 us by its instructions).
 struct LogRates {
   double keep, take, alone;  // log(1 - gamma), log(gamma alpha), log alpha
 
@@ -31,42 +39,43 @@ struct LogRates {
   }
 };
 
-// Step 5 of Alg. 1 in logarithms, s' = (1 - gamma) s + gamma alpha g. `alone`: s' = alpha g, as if gamma were 1.
+// log s' = log((1 - gamma) s + gamma alpha g), step 4 of Alg. 1. If `alone`, this batch settles s by itself as if gamma
+// were 1: s' = alpha g.
 template <class L>
 ABSGD_FN double next_log_s(double log_s, double log_g, const LogRates& rates, bool alone) {
   if (alone) return rates.alone + log_g;
   return logaddexp<L>(rates.keep + log_s, rates.take + log_g);
 }
 
-// Where log s' comes from: the moving average, this batch alone, or nowhere (log s' = 0).
+// The source of log s' (MATH §1.2): the moving average, this batch alone, or none (log s' = 0).
 enum class NormalizerKind : int { moving = 0, batch = 1, none = 2 };
 
 struct NormalizerConfig {
   double lam, gamma, alpha;
   LogRates log_rates;  // of gamma and alpha
   NormalizerKind normalizer_kind;
-  bool init_first;  // the first batch sets s by itself
+  bool init_first;  // the first batch settles s alone (MATH §1.4)
 };
 
-// What a batch does to the state, and what its weights are made from.
+// The result of one batch: the numbers that its weights need, and the next state.
 struct WeightUpdate {
-  double log_s;         // what the weights are divided by, in logarithms
-  double new_log_s;     // what the state becomes (the old value after a nonfinite or an empty batch)
-  double dlog_s;        // gamma' alpha / n: what W_j owes to log s' (robust_weight_vjp)
-  double dlog_s_state;  // the same for new_log_s: 0 where the state did not move
-  double inverse_n;
-  int64_t finite, nonfinite;  // valid samples with a finite loss and z; valid samples without
+  double log_s;               // log s', by which the weights of this batch are divided
+  double new_log_s;           // the next state: log s', or the old log s where the state does not move
+  double dlog_s;              // c = gamma' alpha / n in d log s' / d z_j = c W_j (MATH §1.3; gamma' is 1 if `alone`)
+  double dlog_s_state;        // the same for new_log_s: 0 where the state did not move
+  double inverse_n;           // 1 / n, or 0 for an empty batch
+  int64_t finite, nonfinite;  // n, the valid samples with a finite loss and z; and the valid samples without
 };
 
-// From m = max z and sum_i exp(z_i - m) over the finite samples. One nonfinite sample keeps the whole batch out of the
-// state.
+// Settles log s' and the next state from max = max_i z_i and sum = sum_i exp(z_i - max) over the finite samples. An
+// empty batch, |lambda| = inf, or a single nonfinite sample leaves the state as it was (MATH §1.4).
 template <class L>
 ABSGD_FN WeightUpdate next_weight_update(const NormalizerConfig& config, double log_s, double max, double sum,
                                          int64_t finite, int64_t nonfinite) {
   WeightUpdate out{0, log_s, 0, 0, 0, finite, nonfinite};
   if (finite == 0) return out;
   out.inverse_n = 1.0 / double(finite);
-  if (config.lam - config.lam != 0) return out;  // lambda = +-inf, the plain mean: z = 0, W = exp(0 - 0)
+  if (config.lam - config.lam != 0) return out;  // lambda = +-inf is the plain mean: z = 0 and log s' = 0 give W = 1
   if (config.normalizer_kind != NormalizerKind::none) {
     const double log_g = log_mean_exp<L>(max, sum, double(finite));
     const bool alone = config.normalizer_kind == NormalizerKind::batch || (config.init_first && log_s < -kLargest);
@@ -80,12 +89,13 @@ ABSGD_FN WeightUpdate next_weight_update(const NormalizerConfig& config, double 
   return out;
 }
 
-// What the samples of one process, one micro-batch or one chunk come to.
+// The contribution of one process, one micro-batch or one chunk to a normaliser that they share (MATH §1.6, §5).
 struct PartialStats {
-  double log_sum;           // log sum exp(z) over the finite samples; -inf without
-  double count, nonfinite;  // valid samples with a finite loss and z; valid samples without
+  double log_sum;           // log sum_i exp(z_i) over the finite samples; -inf if there are none
+  double count, nonfinite;  // number of valid samples with a finite loss and z, and of valid samples without
 };
-// partials: so many PartialStats, each at the start of `stride` doubles
+// The sum of `number` PartialStats: log_sum adds by log-sum-exp, the counts add. Each stands at the start of `stride`
+// doubles of `partials`.
 template <class L>
 ABSGD_FN PartialStats add_partial_stats(const double* partials, int64_t number, int64_t stride) {
   double max = -kLargest, sum = 0;
@@ -102,17 +112,19 @@ ABSGD_FN PartialStats add_partial_stats(const double* partials, int64_t number, 
   return out;
 }
 
-// log s' of all samples that were added up: W_i = exp(z_i - log_s), the loss `scale` sum_i W_i L_i.
+// A settled normaliser of samples that were added up: W_i = exp(z_i - log_s), and the loss is scale sum_i W_i L_i.
+// Python reads the six numbers by their places (MATH §8).
 struct Normalizer {
   double log_s, scale;
-  double z_max;  // a later z beyond it counts as nonfinite: exp(z - log_s) might leave the range of a gradient
-  double log_sum, count, nonfinite;  // PartialStats
+  double z_max;  // a later z above it counts as nonfinite: exp(z - log_s) might leave the range of a gradient
+  double log_sum, count, nonfinite;  // the PartialStats of all samples
 };
-constexpr double kMaxZGap = 60;
+constexpr double kMaxZGap = 60;  // z_max - log_s
 
-// grad_multiplier: how many processes average their gradients, times what a framework divides the loss by. reference:
-// the m of deferred normalisation (W_i = exp(z_i - m) until the step), or null. With it, scale turns sums of those W_i
-// into the mean of the final ones: exp(m - log s') / n.
+// The normaliser after `update`. grad_multiplier is the number of processes that average their gradients, times what a
+// framework divides the loss by. reference is the reference point m of deferred normalisation, or null (MATH §5). Until
+// the step all gradients are sums with the weights exp(z_i - m). scale = grad_multiplier exp(m - log s') / n then turns
+// such a sum into the mean with the true weights.
 template <class L>
 ABSGD_FN Normalizer normalizer_of(const WeightUpdate& update, const PartialStats& t, double grad_multiplier,
                                   const double* reference) {
@@ -121,35 +133,36 @@ ABSGD_FN Normalizer normalizer_of(const WeightUpdate& update, const PartialStats
   return {update.log_s, moved * update.inverse_n * grad_multiplier, z_max, t.log_sum, t.count, t.nonfinite};
 }
 
-// Whether a sample counts: its loss, its score and z = score / lambda are finite. A NaN makes every comparison false;
-// the score itself must be finite also where |lambda| = inf makes z = 0. `limit` is the largest z that the state can
-// hold.
+// Whether a sample is finite: its loss, its score and z = score / lambda are. `limit` is the largest |z| that the state
+// can hold. A NaN makes every comparison false. The score is tested too, because |lambda| = inf makes z = 0 of any
+// finite score.
 template <class L>
 ABSGD_FN auto is_usable(typename L::V loss, typename L::V score, typename L::V z, typename L::V limit) {
   return (z <= limit) & (z >= -limit) & (score - score == L::set(0)) & (loss - loss == L::set(0));
 }
 
-// How the samples of a batch are weighed once its log s' is known: all that W and the factor of a sample depend on
-// beside z.
+// All numbers beside z that the weight and the factor of a sample depend on, once log s' is known.
 struct Weighing {
   double log_s, inverse_n, mix, max_weight;
 
-  // The plain mean (|lambda| = inf) has W = 1 as it is, and no mix.
+  // |lambda| = inf is the plain mean: W = 1, whatever mix and max_weight are.
   static ABSGD_FN Weighing of(double lam, double mix, double max_weight, const WeightUpdate& o) {
     const bool plain = lam - lam != 0;
     return {o.log_s, o.inverse_n, plain ? 0 : mix, plain ? 1 : max_weight};
   }
 };
 
-// Step 6 of Alg. 1: W_i = exp(L_i / lambda) / s', clamped from above by max_weight (the state does not see the clamp),
-// and the factor d loss / d L_i of the loss (1/n) sum_i t_i (W_i + mix) L_i, t the sample weights, W detached.
-// log s' comes in two parts, high + low: at L / lambda = 1000 a float log s' alone would put 3e-5 into every weight.
+// The weight and the factor of a sample (MATH §1.1):
+//     weight   W_i = min(exp(z_i - log s'), max_weight)       step 5 of Alg. 1; the state does not see the clamp
+//     factor   d loss / d L_i = t_i (W_i + mix) / n           of the loss in Eq. 2, where W is a constant
+// log s' comes in two parts, high + low. At L / lambda = 1000 a single float would put an error of 3e-5 into every
+// weight.
 template <class L>
 struct RobustNumbers {
   using V = typename L::V;
   V log_s_high, log_s_low, max_weight, mix, inverse_n;
 
-  // T: what the rows are computed in.
+  // T is the type that the samples are computed in.
   template <class T>
   static ABSGD_FN RobustNumbers of(const Weighing& w) {
     return {L::set(T(w.log_s)), L::set(T(w.log_s - double(T(w.log_s)))), L::set(T(w.max_weight)), L::set(T(w.mix)),
@@ -162,21 +175,22 @@ struct RobustNumbers {
   ABSGD_FN V factor(V weight, V sample_weight) const { return (weight + mix) * sample_weight * inverse_n; }
 };
 
-// vjp of (W, log s') with respect to L_j, for upstream d on W and u on log s':
-//     (W_j d_j + W_j (u c_state - c sum_i W_i d_i)) / lambda,    c = gamma' alpha / n = d log s' / d z_j / W_j
-// where c_state is c, or 0 where the state did not move.
+// The vjp of (W, log s') with respect to L_j, for upstream gradients d on W and u on log s' (MATH §1.3):
+//     W_j (d_j + u c_state - c sum_i W_i d_i) / lambda,    c = gamma' alpha / n, from d log s' / d z_j = c W_j
+// c_state is c where the state moved, and 0 elsewhere (WeightUpdate::dlog_s, dlog_s_state).
 template <class L>
 ABSGD_FN typename L::V robust_weight_vjp(typename L::V w, typename L::V d, typename L::V sum_wd, typename L::V u,
                                          typename L::V c, typename L::V c_state, typename L::V inverse_lam) {
   return w * (d + (u * c_state - c * sum_wd)) * inverse_lam;
 }
 
-// ---- Rectified weights (Learning to Reweight: Ren et al. 2018, Eq. 8 and 9) -----------------------------------------
+// ---- Rectified weights (Learning to Reweight: Ren et al. 2018, Eq. 8 and 9; MATH §4.5) ------------------------------
 //
-//     w_i = max(u_i, 0) / (S + 1[S = 0]),    S = sum_j max(u_j, 0) over the finite u;    NaN where u_i is not finite
+//     w_i = max(u_i, 0) / (S + 1[S = 0]),    S = sum_j max(u_j, 0) over the finite u
+// All weights are 0 if S = 0. A u_i that is not finite has weight NaN.
 
-// S in double, where no sum of floats leaves the range. One of doubles may, so it is also made of u 2^-64: what that
-// loses is nothing beside a sum that overflows. L: double lanes.
+// S, added up in double. A sum of floats cannot overflow there. A sum of doubles can, so the sum of u 2^-64 is kept
+// beside it. What the scaled sum loses to underflow does not matter where the plain one overflows. L: double lanes.
 template <class L>
 struct RectifiedSum {
   using V = typename L::V;
@@ -190,12 +204,13 @@ struct RectifiedSum {
   }
 };
 
+// w = max(u, 0) unit / total: unit 1 and total S, or both times 2^-64 where S leaves the range.
 template <class L>
 struct RectifiedNumbers {
   using V = typename L::V;
   V unit, total;
 
-  // T: what the weights are computed in, whose range a sum of floats may leave as well.
+  // T is the type that the weights are computed in. A sum of floats may leave the range of float.
   template <class T>
   static ABSGD_FN RectifiedNumbers of(double plain, double scaled) {
     const bool fits = T(plain) - T(plain) == 0;
