@@ -139,11 +139,11 @@ ABSGD_FN auto for_form(int form, F f) {
     case kAdjusts:
       return f(Constant<int, kAdjusts>{});
     case kAdjusts | kScales:
-      return f(Constant < int, kAdjusts | kScales > {});
+      return f(Constant<int, (kAdjusts | kScales)>{});
     case kAdjusts | kShifts:
-      return f(Constant < int, kAdjusts | kShifts > {});
+      return f(Constant<int, (kAdjusts | kShifts)>{});
     default:
-      return f(Constant < int, kAdjusts | kScales | kShifts > {});
+      return f(Constant<int, (kAdjusts | kScales | kShifts)>{});
   }
 }
 
