@@ -1,18 +1,20 @@
-"""Learning to reweight examples (L2RW): weights by how much each sample helps on a small clean batch, at half the cost.
+"""Learning to reweight examples (L2RW): each sample counts by how much a step on it would help on a small clean batch.
 
-The original takes the weights from a second derivative of an unrolled step. That derivative is a product of first ones, and a
-single directional derivative has it for all samples at once, for any differentiable model.
+The paper takes the weights from the second derivative of an unrolled step. That derivative is a product of first derivatives, and
+one directional derivative gives it for all samples at once, for any differentiable model (docs/MATH.md §4.5).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,55 +25,60 @@ from .reference import real_dtype
 
 METHODS = ("jvp", "finite_difference", "unrolled", "last_layer")
 Batch = tuple[Tensor, Tensor]
+LossFn = Callable[[Tensor, Tensor], Tensor]
 
-# Half of a central difference's length, as a share of the length of all parameters, by their dtype; of SHORTEST where they are
-# shorter: a model that starts at 0 is moved too.
+# How far a central difference moves the parameters to either side, by their dtype: as a share of the length of all parameters.
+# For parameters shorter than SHORTEST it is a share of that, so a model that starts at 0 is moved too.
 STEP = {torch.float32: 1e-5, torch.float64: 1e-8}
 SHORTEST = 10.0
 # Fused attention has neither a forward-mode nor a second derivative.
 DIFFERENTIABLE_ATTENTION = partial(sdpa_kernel, SDPBackend.MATH)
-# What a float16 clean loss is multiplied by, lest small gradients vanish. Not 2^10: a ResNet's gradients leave the range there.
+# Multiplies a float16 clean loss, so that small gradients do not vanish. At 2^10 the gradients of a ResNet leave the range.
 LOSS_SCALE = 2.0**5
 
 
-def l2rw_weights(
-    model: nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor], batch: Batch, clean_batch: Batch, method: str = "jvp"
-) -> Tensor:
-    """The weights of a training batch that a step on the clean batch asks for (L2RW).
+def l2rw_weights(model: nn.Module, loss_fn: LossFn, batch: Batch, clean_batch: Batch, method: str = "jvp") -> Tensor:
+    """L2RW weights of a training batch: each sample counts by how much it would lower the loss of a clean batch.
 
-        u_i  = <grad f_i, grad g>                      f_i training losses, g = mean loss of the clean batch
+        u_i  = <grad f_i, grad g>                      f_i: loss of training sample i; g: mean loss of the clean batch
         w~_i = max(u_i, 0)
-        w    = w~ / (sum w~ + 1[sum w~ = 0])           sums to 1, or all 0
+        w    = w~ / (sum w~ + 1[sum w~ = 0])           sums to 1, or all are 0
 
-    How u is found:
+    Use it for noisy or imbalanced data if you have a small clean, balanced batch. `l2rw_loss` gives weights and loss for less.
+    Source: Ren et al. 2018, "Learning to Reweight Examples for Robust Deep Learning", Alg. 1, Eq. 7 to 9 and 12;
+    docs/MATH.md §4.5.
 
-        "jvp"                one forward-mode product along grad g: exact, for whatever torch can differentiate forward
-        "finite_difference"  (f_i(theta + e grad g) - f_i(theta - e grad g)) / 2e, with e |grad g| a small share of |theta|: no
-                             more than forwards, also of custom functions; in float32 |w - w*|_1 of 1e-4 to 1e-2
-        "unrolled"           the definition: derivative of g(theta - sum_i eps_i grad f_i) by eps at 0, by double backward
-        "last_layer"         the part of u from the parameters of the last layer alone, an inner product of features times one
-                             of output gradients (Eq. 12): about as cheap as a plain step
+    The ways to compute u:
 
-    The model is left as it was: gradients, running statistics of BatchNorm and other buffers, and torch's random state. In
-    training mode BatchNorm normalises by the batch in every pass. The passes over the training batch draw the dropout masks
-    that the caller's next forward draws, so that weights and loss belong together; `l2rw_loss` has both at once for less.
+        "jvp"                one forward-mode derivative along grad g. It is exact, and serves every model that torch can
+                             differentiate forward.
+        "finite_difference"  (f_i(theta + e grad g) - f_i(theta - e grad g)) / 2e, with a small e |grad g| / |theta|. It needs no
+                             more than forwards, so custom functions work too. In float32 |w - w*|_1 is 1e-4 to 1e-2.
+        "unrolled"           the definition: the derivative of g(theta - sum_i eps_i grad f_i) by eps at 0, by double backward.
+        "last_layer"         only the part of u that comes from the parameters of the last layer (Eq. 12). The step costs little
+                             more than a plain one.
+
+    The model is left as it was: gradients, buffers (running statistics of BatchNorm among them) and torch's random state. In
+    training mode BatchNorm normalises by the batch in every pass. The passes over the training batch draw the same dropout masks
+    as the caller's next forward, so that weights and loss belong together.
 
     Args:
         model: any nn.Module; all its parameters that require grad take part.
-        loss_fn: loss_fn(model(inputs), targets) -> per-sample losses (B,); ours or any other.
-        batch, clean_batch: (inputs, targets), of B and of M >= 1 samples.
-        method: see above.
+        loss_fn: loss_fn(model(inputs), targets) -> (B,) per-sample losses; a loss of this package or any other.
+        batch: (inputs, targets) of B training samples. clean_batch: the same of M >= 1 clean samples, of the same shapes.
+        method: one of the four names above.
 
     Returns:
-        (B,) weights, detached, in the dtype of the losses. All zero where no sample helps (Eq. 9): then the gradient is zero,
-        and momentum and decay go on. A sample whose u is not finite has w = NaN, and the others are weighed without it
-        ("unrolled": then all are NaN).
+        (B,) weights, detached, in the dtype of the losses. All are 0 if no sample helps (Eq. 9); then the gradient is 0, and
+        momentum and weight decay go on. A sample whose u is not finite has w = NaN, and the others are weighed without it (with
+        "unrolled" all are NaN then).
 
     Raises:
-        ValueError: an unknown method, batches that are not pairs or do not fit each other, an empty clean batch, a loss_fn
-        that returns a mean, no parameter that requires grad; "finite_difference" with parameters narrower than float32,
-        "last_layer" without a layer that has parameters.
-        RuntimeError: "jvp" through something that torch cannot differentiate forward.
+        ValueError: an unknown method; batches that are not pairs or do not fit each other; an empty clean batch; a loss_fn that
+            does not return one loss per sample; a model without a parameter that requires grad; "finite_difference" with
+            parameters narrower than float32; "last_layer" without a layer that has parameters, or with parameters outside of it
+            that take part in the losses beside it.
+        RuntimeError: "jvp" or "last_layer" through something that torch cannot differentiate forward.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> squares = lambda out, y: (out[:, 0] - y).square()
@@ -79,61 +86,83 @@ def l2rw_weights(
     >>> _ = model.weight.data.fill_(1.0)
     >>> l2rw_weights(model, squares, (x, right), (torch.tensor([[3.0]]), torch.tensor([6.0])))
     tensor([0.2000, 0.8000, 0.0000])
-
-    Source: Ren et al. 2018, "Learning to Reweight Examples for Robust Deep Learning", Alg. 1, Eq. 7 to 9 and 12.
     """
     return _Step(model, loss_fn, batch, clean_batch, method).weights()
 
 
 def l2rw_loss(
     model: nn.Module,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    loss_fn: LossFn,
     batch: Batch,
     clean_batch: Batch,
     method: str = "jvp",
     *,
     return_weights: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The weighted loss of L2RW, ready for backward; one training forward serves weights and loss.
+    """The weighted loss of L2RW, ready for backward; one training forward serves both weights and loss.
 
-        loss = sum_i w_i f_i                           w = `l2rw_weights`, detached
+        loss = sum_i w_i f_i                           w: `l2rw_weights`, a constant for autograd
 
-    The training forward is the caller's own: it goes through `model` as it is (DistributedDataParallel included, where each
-    process weighs its own batch by its own clean batch), moves BatchNorm's running statistics once and draws random numbers
-    once. The other passes leave no trace. For an optimizer any will do, and a GradScaler may scale the loss.
+    Source: Ren et al. 2018, Alg. 1; docs/MATH.md §4.5.
 
-    Args, raises: as for `l2rw_weights`.
+    The training forward is an ordinary one. It goes through `model` as it is (with DistributedDataParallel each process weighs
+    its own batch by its own clean batch), moves BatchNorm's running statistics once, and draws random numbers once. The other
+    passes leave no trace. Any optimizer may follow, and a GradScaler may scale the loss.
+
+    Args:
+        model, loss_fn, batch, clean_batch, method: as for `l2rw_weights`.
+        return_weights: whether to return the weights too.
 
     Returns:
-        0-d loss, in the dtype of the losses; with return_weights also the (B,) weights, to look at.
+        0-d loss, in the dtype of the losses; with return_weights a pair (loss, (B,) weights).
+
+    Raises:
+        RuntimeError: under no_grad. The others as for `l2rw_weights`.
 
     >>> model = nn.Linear(4, 3)
     >>> batch = torch.randn(8, 4), torch.arange(8) % 3
     >>> loss = l2rw_loss(model, nn.CrossEntropyLoss(reduction="none"), batch, (batch[0][:3], batch[1][:3]))
     >>> loss.backward()
-
-    Source: Ren et al. 2018, Alg. 1.
     """
     loss, weights = _Step(model, loss_fn, batch, clean_batch, method).loss()
     return (loss, weights) if return_weights else loss
 
 
 def rectified(products: Tensor) -> Tensor:
-    """w = max(u, 0) / (sum max(u, 0) + 1[the sum = 0]) over the finite u; NaN for the others (L2RW, Eq. 8 and 9). Constants."""
+    """w = max(u, 0) / (sum max(u, 0) + 1[sum = 0]) over the finite u, and NaN for the others (L2RW, Eq. 8 and 9; MATH §4.5).
+
+    The weights are detached.
+    """
     u = products.detach().to(real_dtype(products.dtype)).contiguous()
     return ops.serving(products.device, None).rectified(u).to(products.dtype)
 
 
-class _Step:
-    """The passes of one step. The training forward is the caller's (`loss`) or like every other pass (`weights`): random
-    numbers, buffers and running statistics are those of the caller's forward, and are put back."""
+class _Call(NamedTuple):
+    """A call of a layer in the training forward."""
 
-    def __init__(self, model, loss_fn, batch, clean_batch, method):
+    layer: nn.Module
+    args: tuple
+    kwargs: dict[str, Any]
+    place: GradientEdge  # of the output, in the graph
+    shape: torch.Size  # of the output
+
+
+class _Step:
+    """The passes of one step.
+
+    In `loss` the training forward is the caller's own. In `weights` it is a pass like the others: it uses the random numbers,
+    buffers and running statistics that the caller's next forward will find, and puts them back.
+    """
+
+    calls: list[_Call]  # of layers, by the training forward
+    mixed: bool  # whether a norm without parameters ran after the last of these calls
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, batch: Batch, clean_batch: Batch, method: str):
         _checks.choice(method, "method", METHODS)
         self.batch, self.clean_batch = _checked_pairs(batch, clean_batch)
         self.model, self.loss_fn, self.method = model, loss_fn, method
         self.unwrapped = _unwrapped(model)
-        self.params = {name: p for name, p in self.unwrapped.named_parameters() if p.requires_grad}
+        self.params: dict[str, Tensor] = {name: p for name, p in self.unwrapped.named_parameters() if p.requires_grad}
         if not self.params:
             raise ValueError("model: got no parameter that requires grad, expected something to train")
         if any(isinstance(p, UninitializedParameter) for p in self.params.values()):
@@ -142,18 +171,17 @@ class _Step:
         others = sorted({str(p.dtype) for p in self.params.values() if p.dtype not in STEP})
         if method == "finite_difference" and others:
             raise ValueError(
-                f"finite_difference: got parameters of {others[0]}, expected float32 or float64 (in a narrower type a small step is"
-                ' lost to rounding); use method="jvp"'
+                f"finite_difference: got parameters of {others[0]}, expected float32 or float64 (in a narrower type a small step"
+                ' is lost to rounding); use method="jvp"'
             )
         self.norms = [m for m in self.unwrapped.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
         frozen = {id(b) for m in self.norms for b in m.buffers(recurse=False)}
         self.buffers = {name: b.clone() for name, b in self.unwrapped.named_buffers() if id(b) not in frozen}
         self.random = self._random_state()
-        # of layers, by the training forward: (layer, args, kwargs, the output's place in the graph, its shape)
-        self.calls: list[tuple] = []
-        self.mixed = False  # by a norm without parameters, after the last of them
+        self.calls, self.mixed = [], False
 
     def weights(self) -> Tensor:
+        """(B,) the weights, without a trace of any pass."""
         losses = None
         with self._apart(), torch.enable_grad():
             if self.method in ("unrolled", "last_layer"):
@@ -162,6 +190,7 @@ class _Step:
             return rectified(getattr(self, f"_{self.method}")(losses))
 
     def loss(self) -> tuple[Tensor, Tensor]:
+        """The weighted loss and the weights, by the caller's own training forward."""
         if not torch.is_grad_enabled():
             raise RuntimeError("l2rw_loss: got gradients switched off (no_grad), expected them on; l2rw_weights needs none")
         with self._watched():
@@ -174,6 +203,7 @@ class _Step:
     # ---- u, up to a positive factor; `losses`: those of the training forward, with their graph ----
 
     def _jvp(self, losses: Tensor | None, params: dict[str, Tensor] | None = None) -> Tensor:
+        """u by a forward-mode derivative along the clean gradient. params: those that take part; None: all."""
         params = params or self.params
         tangents = self._clean_gradient(params)
         try:
@@ -186,8 +216,9 @@ class _Step:
             raise _explained(error) from error
 
     def _finite_difference(self, losses: Tensor | None) -> Tensor:
+        """u by a central difference along the clean gradient."""
         tangents, params = self._clean_gradient(self.params), [p.detach() for p in self.params.values()]
-        # rounded to bfloat16 the difference would be noise
+        # under autocast the losses would be rounded, and their difference would be noise
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             length = [torch.stack(torch._foreach_norm(x)).norm() for x in (params, tangents)]
             step = torch.where(length[1] > 0, STEP[params[0].dtype] * length[0].clamp(min=SHORTEST) / length[1], 0.0)
@@ -197,6 +228,7 @@ class _Step:
             return plus - minus
 
     def _unrolled(self, losses: Tensor) -> Tensor:
+        """u by its definition, a second derivative."""
         weights = torch.zeros_like(losses, requires_grad=True)
         names, params = zip(*self.params.items())
         grads = torch.autograd.grad(weights @ losses, params, create_graph=True, allow_unused=True)
@@ -207,20 +239,21 @@ class _Step:
         return torch.zeros_like(losses) if grad is None else -grad
 
     def _last_layer(self, losses: Tensor) -> Tensor:
+        """The part of u from the last layer's parameters (Eq. 12): output gradients times a derivative of that layer."""
         if not self.calls:
             raise ValueError('last_layer: got a forward without a layer that has parameters to train; use method="jvp"')
-        last = self.calls[-1][0]
+        last = self.calls[-1].layer
         names = {id(p): name for name, p in last.named_parameters() if p.requires_grad}
         own = {name: p for name, p in self.params.items() if id(p) in names}
-        inside, places = set(last.modules()), [call[3] for call in self.calls if call[0] is last]
+        inside, places = set(last.modules()), [call.place for call in self.calls if call.layer is last]
         if beyond := _reached_without(losses, places) & ({id(p) for p in self.params.values()} - names.keys()):
             name = next(name for name, p in self.params.items() if id(p) in beyond)
             raise ValueError(
-                f"last_layer: took {type(last).__name__} for the last layer, but {name} has a part in the losses beside it (a bare"
-                ' parameter, a compiled layer, several heads); use method="jvp"'
+                f"last_layer: took {type(last).__name__} for the last layer, but the losses also depend on {name} by another way"
+                ' (a bare parameter, a compiled layer, several heads); use method="jvp"'
             )
         tied = any(id(p) in names for m in self.unwrapped.modules() if m not in inside for p in m._parameters.values())
-        if tied or self.mixed:  # its output is not all its parameters have a part in, or it is mixed afterwards
+        if tied or self.mixed:  # its parameters serve another layer too, or a norm mixes its outputs
             return self._jvp(losses, own)
         tangents, products = self._clean_gradient(own), torch.zeros_like(losses)
         before = self._random_state()
@@ -241,11 +274,11 @@ class _Step:
             except RuntimeError as error:
                 raise _explained(error) from error
         if any(not torch.equal(a, b) for a, b in zip(before, self._random_state())):
-            return self._jvp(losses, own)  # it draws random numbers, other ones than in the training forward
+            return self._jvp(losses, own)  # the layer draws random numbers, and drew others than in the training forward
         return products
 
     def _clean_gradient(self, params: dict[str, Tensor]) -> list[Tensor]:
-        """grad g by some of the parameters; the others are constants, through which no graph goes."""
+        """grad g by `params`; all other parameters are constants. In float16 it has length 1."""
         leaves = {name: p.detach().requires_grad_(name in params) for name, p in self.params.items()}
         clean = self._losses(self.clean_batch, leaves, apart=True).mean()
         half = torch.is_autocast_enabled(self.device.type) and torch.get_autocast_dtype(self.device.type) == torch.float16
@@ -253,9 +286,11 @@ class _Step:
         if half:
             clean = clean * LOSS_SCALE
         some = [leaves[name] for name in params]
-        grads = torch.autograd.grad(clean, some, allow_unused=True) if clean.requires_grad else [None] * len(some)
-        grads = [torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g for p, g in zip(some, grads)]
-        if half:  # the direction counts alone, and of length 1 it stays in range
+        found: Sequence[Tensor | None] = [None] * len(some)
+        if clean.requires_grad:
+            found = torch.autograd.grad(clean, some, allow_unused=True)
+        grads = [torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g for p, g in zip(some, found)]
+        if half:  # only its direction matters, and with length 1 it stays in range
             length = torch.stack([g.float().norm() for g in grads]).norm()
             grads = [(g / torch.where(length > 0, length, 1.0)).to(g.dtype) for g in grads]
         return grads
@@ -263,8 +298,10 @@ class _Step:
     # ---- passes that leave no trace ----
 
     def _losses(self, batch: Batch, params: dict[str, Tensor] | None = None, apart: bool = False) -> Tensor:
-        """Per-sample losses of a pass with other parameters, on buffers and random numbers of its own; apart: other ones than
-        those of the training forward."""
+        """Per-sample losses of a pass that leaves no trace.
+
+        params: used instead of the model's. apart: draw other random numbers than the training forward.
+        """
         self._set_random_state(self.random)
         if apart:
             seed = int(torch.randint(2**62, ()))
@@ -273,7 +310,8 @@ class _Step:
         buffers = {name: b.clone() for name, b in self.buffers.items()}
         return self._per_sample(functional_call(self.unwrapped, (params or {}) | buffers, (batch[0],)), batch)
 
-    def _per_sample(self, out, batch: Batch) -> Tensor:
+    def _per_sample(self, out: Any, batch: Batch) -> Tensor:
+        """The losses of the model's output. ValueError if loss_fn does not return one loss per sample."""
         losses = self.loss_fn(out, batch[1])
         count = len(batch[1])
         if not isinstance(losses, Tensor) or losses.shape != (count,) or not losses.is_floating_point():
@@ -282,24 +320,26 @@ class _Step:
         return losses
 
     @contextmanager
-    def _watched(self):
-        """What a method needs of the training forward. For last_layer the calls of layers: modules with parameters whose children
-        have none."""
+    def _watched(self) -> Iterator[None]:
+        """Prepare the training forward for the method.
+
+        For "last_layer" it records the calls of layers, which are modules with parameters whose children have none.
+        """
         if self.method != "last_layer":
             with DIFFERENTIABLE_ATTENTION() if self.method == "unrolled" else nullcontext():
                 yield
             return
 
-        def note(layer, args, kwargs, out):
+        def note(layer: nn.Module, args: tuple, kwargs: dict[str, Any], out: object) -> None:
             if isinstance(out, Tensor) and out.requires_grad:
-                # the place in the graph: what is done to the output in place afterwards does not move it
-                self.calls.append((layer, args, kwargs, torch.autograd.graph.get_gradient_edge(out), out.shape))
+                # the place in the graph stays right if the output is changed in place afterwards
+                self.calls.append(_Call(layer, args, kwargs, torch.autograd.graph.get_gradient_edge(out), out.shape))
                 self.mixed = False
 
-        def note_mixing(layer, args, out):
+        def note_mixing(layer: nn.Module, args: tuple, out: object) -> None:
             self.mixed = True
 
-        def trains(m):
+        def trains(m: nn.Module) -> bool:
             return any(p.requires_grad for p in m.parameters())
 
         layers = [
@@ -317,14 +357,16 @@ class _Step:
                 handle.remove()
 
     @contextmanager
-    def _without_shortcuts(self):
-        """Neither fused attention, nor what torch takes for recurrent networks and transformer encoders where no gradient is
-        asked for: these have no forward mode."""
+    def _without_shortcuts(self) -> Iterator[None]:
+        """Switch off what has no forward mode.
+
+        That is fused attention, and the fast paths that torch takes for recurrent networks and transformer encoders without grad.
+        """
         mha, mkldnn = torch.backends.mha, torch.backends.mkldnn
         fast_path, onednn = mha.get_fastpath_enabled(), mkldnn.enabled
         mha.set_fastpath_enabled(False)
         if any(isinstance(m, nn.RNNBase) for m in self.unwrapped.modules()):
-            mkldnn.enabled = False
+            mkldnn.enabled = False  # type: ignore[assignment]  # a descriptor of torch's, which takes a bool
         try:
             with DIFFERENTIABLE_ATTENTION():
                 yield
@@ -333,9 +375,11 @@ class _Step:
             mkldnn.enabled = onednn
 
     @contextmanager
-    def _apart(self):
-        """Running statistics stay where they are, and random numbers go on as if nothing had been drawn. (Forward mode refuses
-        to write them, and without them BatchNorm in training mode computes the same.)"""
+    def _apart(self) -> Iterator[None]:
+        """Keep BatchNorm's running statistics and torch's random state as they are.
+
+        Forward mode refuses to write running statistics, and BatchNorm in training mode computes the same without them.
+        """
         random = self._random_state()
         for m in self.norms:
             m.track_running_stats = False
@@ -347,6 +391,7 @@ class _Step:
             self._set_random_state(random)
 
     def _generators(self) -> list[torch.Generator]:
+        """torch's default generators, of the CPU and of the model's GPU."""
         cuda = [torch.cuda.default_generators[self.device.index]] if self.device.type == "cuda" else []
         return [torch.default_generator, *cuda]
 
@@ -359,7 +404,7 @@ class _Step:
 
 
 def _explained(error: RuntimeError) -> RuntimeError:
-    """What to do where torch has no forward mode; any other error as it is."""
+    """An error that says what to do if torch has no forward mode; any other error as it is."""
     if not isinstance(error, NotImplementedError) and not any(
         words in str(error) for words in ("forward AD", "forward mode", "jvp", "automatic differentiation")
     ):
@@ -367,9 +412,10 @@ def _explained(error: RuntimeError) -> RuntimeError:
     return RuntimeError(f'jvp: torch cannot differentiate this model forward ({error}); use method="finite_difference"')
 
 
-def _reached_without(losses: Tensor, places: list) -> set[int]:
-    """ids of the leaves that the losses depend on by a way that leads through none of these places in the graph."""
-    found, seen, ahead = set(), {place.node for place in places}, [losses.grad_fn]
+def _reached_without(losses: Tensor, places: list[GradientEdge]) -> set[int]:
+    """ids of the leaves that the losses depend on by a way through none of these places in the graph."""
+    found: set[int] = set()
+    seen, ahead = {place.node for place in places}, [losses.grad_fn]
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:
@@ -382,13 +428,14 @@ def _reached_without(losses: Tensor, places: list) -> set[int]:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module behind torch.compile and DistributedDataParallel, whose bookkeeping is for the training forward alone."""
+    """The module inside torch.compile and DistributedDataParallel, whose bookkeeping belongs to the training forward only."""
     while isinstance(model, (torch._dynamo.OptimizedModule, nn.parallel.DistributedDataParallel)):
         model = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model.module
     return model
 
 
 def _checked_pairs(batch: Batch, clean_batch: Batch) -> tuple[Batch, Batch]:
+    """Both pairs as tuples. ValueError if they are not pairs of tensors, or do not fit each other."""
     for name, pair in (("batch", batch), ("clean_batch", clean_batch)):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(x, Tensor) and x.dim() for x in pair):
             raise ValueError(f"{name}: expected a pair of tensors (inputs, targets), got {type(pair).__name__}")
@@ -401,7 +448,7 @@ def _checked_pairs(batch: Batch, clean_batch: Batch) -> tuple[Batch, Batch]:
     for name, x, clean in (("inputs", inputs, clean_inputs), ("targets", targets, clean_targets)):
         if x.shape[1:] != clean.shape[1:]:
             raise ValueError(
-                f"clean_batch: got {name} of shape {tuple(clean.shape)}, expected (any, {', '.join(map(str, x.shape[1:]))}) as those"
-                f" of the batch, {tuple(x.shape)}"
+                f"clean_batch: got {name} of shape {tuple(clean.shape)}, expected (any, {', '.join(map(str, x.shape[1:]))}) as"
+                f" those of the batch, {tuple(x.shape)}"
             )
-    return tuple(batch), tuple(clean_batch)
+    return (inputs, targets), (clean_inputs, clean_targets)

@@ -71,7 +71,7 @@ def test_refused_finish(one_backend):
     assert torch.equal(w.grad, raw) and float(criterion.log_s) == -INF and torch.equal(half.grad, torch.ones_like(half))
     assert criterion.finish_([w])  # still there
     finished, log_s = w.grad.clone(), criterion.log_s.clone()
-    with pytest.raises(RuntimeError, match="finished already"):
+    with pytest.raises(RuntimeError, match="has normalised the gradients of this step already"):
         criterion.finish_([w])
     assert torch.equal(w.grad, finished) and torch.equal(criterion.log_s, log_s)
     plain = ab.ABLoss(identity, lam=0.5, backend=one_backend)

@@ -68,12 +68,15 @@ class Training:
 
 
 NOT_ALLOWED = {
-    ("step", FINISHED): "step: the gradients were finished by criterion.finish_ already; expected an optimizer without robust=",
-    ("step", LOST): "step: a state was loaded since the micro-batches, whose gradients cannot be brought to their size any more;",
+    ("step", FINISHED): "step: criterion.finish_ has normalised the gradients already; expected an optimizer without robust=",
+    ("step", LOST): "step: a state was loaded after the micro-batches, so their gradients can no longer be normalised;",
     ("finish_", IDLE): "finish_: got no forward in training mode since the last step, expected at least one micro-batch",
     ("finish_", SETTLED): "finish_: got no forward in training mode since the last step, expected at least one micro-batch",
-    ("finish_", FINISHED): "finish_: the gradients have been finished already; expected one call per step, with the parameters",
-    ("finish_", LOST): "finish_: a state was loaded since the micro-batches, whose gradients cannot be brought to their size",
+    (
+        "finish_",
+        FINISHED,
+    ): "finish_: it has normalised the gradients of this step already; expected one call per step, with the parameters",
+    ("finish_", LOST): "finish_: a state was loaded after the micro-batches, so their gradients can no longer be normalised",
     ("set_lam", OPEN): "set_lam: got another lambda in the middle of a deferred step, expected it after the optimizer's step",
 }
 NEXT = {

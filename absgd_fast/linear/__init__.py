@@ -1,8 +1,8 @@
-"""The robust loss of a linear head, chunk by chunk.
+"""The robust loss of a linear head, chunk by chunk, without storing the logits (docs/MATH.md §6).
 
-chunks.py      the walk over the samples: logits, losses, and the gradients of the losses in place of the logits
-gradients.py   the sums of the gradients relative to a reference point, and what finishes them in backward
-loss.py        LinearABLoss: settles and weighs
+chunks.py      the walk over the samples: makes logits and losses, and overwrites the logits with the gradients of the losses
+gradients.py   sums the gradients relative to a reference point, and multiplies them by the last factor in backward
+loss.py        LinearABLoss: settles log s' and weighs
 """
 
 from .loss import LinearABLoss

@@ -1,4 +1,7 @@
-"""The samples of a linear head a chunk at a time: logits, losses, and the gradients of the losses in place of the logits."""
+"""The walk over the samples of a linear head, a chunk at a time.
+
+It makes the logits of a chunk and their losses, and overwrites the logits with the gradients of the losses.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,14 @@ from ..reference import real_dtype
 from ..robust.normalizer import Samples
 from ..robust.paths import checked
 
-CHUNKS = {"cpu": 25}  # unless told otherwise, and where a chunk has LEAST_SAMPLES
+# How many chunks there are on a device, unless the user gives their size; but a chunk has LEAST_SAMPLES samples at least.
+CHUNKS = {"cpu": 25}
 CHUNKS_ELSEWHERE = 8
 LEAST_SAMPLES = 256
 
 
 def check_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """ValueError or TypeError if shapes, dtypes or devices of the inputs do not fit each other."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"LinearABLoss: got hidden {tuple(hidden.shape)} and linear_weight {tuple(weight.shape)}, expected (n, d) and (C, d)"
@@ -34,12 +39,15 @@ def check_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise ValueError(f"{name}: got a tensor on {t.device}, but hidden is on {hidden.device}")
     if hidden.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         raise TypeError(
-            f"hidden: got {hidden.dtype}, expected float32, float64 or bfloat16, which hold sums without a loss scale"
+            f"hidden: got {hidden.dtype}, expected float32, float64 or bfloat16, whose range holds sums without a loss scale"
         )
 
 
 class Chunks:
-    """The inputs of one forward pass, and the walk over its samples."""
+    """The checked inputs of one forward pass, and the walk over its samples.
+
+    size: samples of a chunk; None: by the device.
+    """
 
     def __init__(
         self,
@@ -62,7 +70,7 @@ class Chunks:
         self.size = size or max(LEAST_SAMPLES, math.ceil(len(hidden) / CHUNKS.get(hidden.device.type, CHUNKS_ELSEWHERE)))
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        """(samples, their logits) of each chunk; the logits of the next take their place."""
+        """(samples, their logits) of each chunk, all in one buffer: the logits of the next chunk overwrite them."""
         n = len(self.hidden)
         buffer = self.hidden.new_empty((min(self.size, n), self.classes))
         for begin in range(0, n, self.size):
@@ -74,9 +82,12 @@ class Chunks:
                 torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
             yield part, logits
 
-    def losses(self, then: Callable | None = None) -> tuple[Tensor, Tensor]:
-        """Losses and validity of all samples. then(part, gradients, losses, validity) is called for each chunk, whose gradients then
-        take the place of its logits."""
+    def losses(self, then: Callable[[slice, Tensor, Tensor, Tensor], None] | None = None) -> tuple[Tensor, Tensor]:
+        """Losses and validity (bool) of all samples.
+
+        With `then` the gradients of the losses overwrite the logits, and then(part, gradients, losses, validity) is called for
+        each chunk.
+        """
         found = [(self.hidden.new_empty(0, dtype=real_dtype(self.hidden.dtype)), self.target.new_empty(0, dtype=torch.bool))]
         for part, logits in self:
             found.append(self._losses_of(logits, part, in_place=then is not None))
@@ -86,6 +97,7 @@ class Chunks:
         return losses, valid
 
     def _losses_of(self, logits: Tensor, part: slice, in_place: bool) -> tuple[Tensor, Tensor]:
+        """Losses and validity of a chunk; in_place: the gradients of the losses overwrite the logits."""
         spec, operator = self.spec, self.operators.logit_loss_ if in_place else self.operators.logit_loss
         try:
             losses, *_, valid = operator(logits, self.target[part], *spec)
@@ -100,12 +112,13 @@ class Chunks:
 
 
 def _spec(criterion: Callable, empty: Tensor) -> LossSpec:
-    """The loss in the terms of the operators, checked against logits without rows."""
+    """The loss as the operators take it. empty: logits without rows, against which its class vectors are checked."""
     spec = fused_spec(criterion, empty)
     if spec is None:
         raise TypeError(
-            f"criterion: got {type(criterion).__name__}, expected one of the fused losses with reduction='none':"
-            " others need the whole of the logits, ABLoss(criterion)(hidden @ weight.T, target)"
+            f"criterion: got {type(criterion).__name__}, expected one of the fused losses (those of this package"
+            " and torch.nn.CrossEntropyLoss), with reduction='none'; for any other loss use ABLoss(criterion)(hidden @ weight.T,"
+            " target), which stores the logits"
         )
     weight, adjust = spec.class_weight, spec.adjust
     return spec._replace(class_weight=_checks.class_weight(weight, empty), adjust=_checks.adjust(adjust, empty))

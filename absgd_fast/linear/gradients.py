@@ -1,9 +1,12 @@
-"""The gradients of a linear head: made in the forward pass up to one factor each, multiplied by it in backward."""
+"""The gradients of a linear head (docs/MATH.md §6).
+
+The forward pass makes each of them up to one factor, because log s' is known only at its end; backward multiplies by the factor.
+"""
 
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,41 +17,48 @@ from ..reference import real_dtype
 from ..robust.state import RobustState
 from .chunks import Chunks
 
-RESCALE_GAP = 20.0  # how far above the reference point a chunk may lie before the sums so far are rescaled to it
-CLASS_BLOCK = 8192  # classes whose part of a half-precision weight gradient is added at once
+RESCALE_GAP = 20.0  # how far log mean exp(z) of a chunk may lie above the reference point before the sums are rescaled
+CLASS_BLOCK = 8192  # how many classes of a half-precision weight gradient are added at once
 
 
 class Unfinished(NamedTuple):
-    """Gradients up to a factor each."""
+    """The gradients as the forward pass leaves them, each without its last factor."""
 
-    hidden: Tensor | None  # (n, d): G weight, the rows of dH without their weights
-    sample_factor: Tensor | None  # (n) real: d loss / d L_i, these weights
+    hidden: Tensor | None  # (n, d): G weight: the rows of dH without the weights of the samples
+    sample_factor: Tensor | None  # (n) real: d loss / d L_i, by which the rows of hidden are multiplied
     weight: Tensor | None  # (C, d) real: dW relative to the reference point
     bias: Tensor | None  # (C) real: db, likewise
-    reference: Tensor  # (6) float64, settled by the chunk that the reference point is from; its scale is 1
+    reference: Tensor  # (6) float64, the normaliser of the chunk that gave the reference point; its scale is 1
 
 
 class RelativeGradients:
-    """The sums that a walk over the chunks makes, relative to a reference point that follows the chunks."""
+    """The sums of gradients over the chunks, relative to a reference point m.
+
+    m starts as log mean exp(z) of the first chunk with a sample (0 with normalizer="none"). It moves to that of a later chunk
+    which lies more than RESCALE_GAP above it.
+    """
 
     def __init__(self, state: RobustState, operators: ops.Operators, chunks: Chunks, wanted: list[bool]):
-        """wanted: of hidden, weight, bias."""
+        """wanted: which of hidden, weight and bias need a gradient."""
         self.state, self.operators, self.chunks = state, operators, chunks
         real = real_dtype(chunks.hidden.dtype)
         self.hidden = torch.empty_like(chunks.hidden) if wanted[0] else None
         self.weight, self.bias = (
-            t.new_zeros(t.shape, dtype=real) if on else None for t, on in zip((chunks.weight, chunks.bias), wanted[1:])
+            t.new_zeros(t.shape, dtype=real) if on and t is not None else None
+            for t, on in zip((chunks.weight, chunks.bias), wanted[1:])
         )
         self.reference = torch.zeros(6, dtype=torch.float64, device=chunks.hidden.device)
 
     def losses_and_validity(self) -> tuple[Tensor, Tensor]:
-        """The walk: losses and validity of all samples; the gradients are made on the way."""
+        """Losses and validity (bool) of all samples; the walk makes the gradients."""
         return self.chunks.losses(self._add)
 
     def unfinished(self, sample_factor: Tensor) -> Unfinished:
+        """The gradients so far. sample_factor: (n) d loss / d L_i, from robust_apply."""
         return Unfinished(self.hidden, sample_factor, self.weight, self.bias, self.reference)
 
     def _add(self, part: slice, grad: Tensor, losses: Tensor, valid: Tensor) -> None:
+        """Add the gradients of a chunk to the sums: dW += G^T (diag(w) H), db += G^T w; the rows of dH are G weight."""
         if self.hidden is not None:
             torch.mm(grad, self.chunks.weight, out=self.hidden[part])
         if self.weight is None and self.bias is None:
@@ -60,8 +70,10 @@ class RelativeGradients:
             _add_product(self.bias.unsqueeze(1), grad.t(), weights.to(grad.dtype))
 
     def _relative_weights(self, part: slice, losses: Tensor, valid: Tensor) -> Tensor:
-        """sample_weight_i exp(z_i - m) of a chunk, 0 where a sample does not count. First m is brought near the chunk, and the sums
-        to it. All on the device."""
+        """w_i = sample_weight_i exp(z_i - m) of a chunk; 0 for a sample that does not count.
+
+        Before that, m moves to the chunk if the chunk lies far above it, and the sums are rescaled. The host waits for nothing.
+        """
         state, operators = self.state, self.operators
         log_s, nonfinite, lam, *_ = state.operands(False, 0)
         sample_weight, _, score = (None if t is None else t[part] for t in self.chunks.samples)
@@ -74,7 +86,7 @@ class RelativeGradients:
         ratio = torch.where(moves & some, (point[LOG_S] - here[LOG_S]).exp(), 1.0).to(losses.dtype)
         for total in (self.weight, self.bias):
             if total is not None:
-                operators.scale_(total, ratio)  # by 1: nothing is read
+                operators.scale_(total, ratio)  # by a ratio of 1 it returns without reading the sum
         self.reference = torch.where(moves, here, point)
         return operators.robust_apply(
             losses, score, sample_weight, valid, self.reference, log_s, lam, False, 0.0, state.max_weight, ops.WITH_GRAD
@@ -82,7 +94,7 @@ class RelativeGradients:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b: in float32 for bfloat16."""
+    """total += a b. The total is float32 if a and b are bfloat16."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif adds_in_float32(total.device):
@@ -95,7 +107,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 @cache
 def adds_in_float32(device: torch.device) -> bool:
-    """Whether torch adds a product of bfloat16 matrices to a float32 one. CUDA does; the CPU does not as of torch 2.13."""
+    """Whether torch can add a product of bfloat16 matrices to a float32 matrix. CUDA can; the CPU cannot as of torch 2.13."""
     some = torch.ones(8, 8, dtype=torch.bfloat16, device=device)
     try:
         total = some.float()
@@ -106,37 +118,39 @@ def adds_in_float32(device: torch.device) -> bool:
 
 
 class LinearLossGrad(torch.autograd.Function):
-    """The loss, whose gradients are known up to a factor each."""
+    """The loss as a function of hidden, weight and bias, whose gradients are known up to a factor each."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, made):
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, made: tuple[Tensor, Unfinished, Tensor]) -> Tensor:
+        """The loss. made: the loss, its gradients, and the settled normaliser."""
         loss, ctx.grads, ctx.settled = made
         ctx.dtype = hidden.dtype
         return loss
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        """The gradients of hidden, weight and bias, by the factors that are known only now; in place unless the graph is kept."""
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "LinearABLoss: got backward with create_graph=True, which needs the logits that were never stored; use"
+                "LinearABLoss: got backward with create_graph=True, which needs the logits, but they were not stored; use"
                 " backend='reference', or ABLoss on hidden @ weight.T"
             )
         grads, kept = ctx.grads, ops.graph_is_kept()
         if grads is None:
             raise RuntimeError("LinearABLoss: got a second backward, expected retain_graph=True in the first")
 
-        def finished(grad: Tensor | None, factor: Tensor) -> Tensor | None:
-            if grad is None:
+        def finished(grad: Tensor | None, factor: Tensor | None) -> Tensor | None:
+            if grad is None or factor is None:
                 return None
             factor = factor.to(grad.dtype) if grad.dtype == torch.float64 else factor.float()
             return (grad * factor if kept else grad.mul_(factor)).to(ctx.dtype)
 
         reference, settled = grads.reference, ctx.settled
-        # without a sample that counts the sums are 0, or NaN from bad ones, and stay so
+        # If no sample counts the sums are 0, or NaN because of nonfinite losses; a factor of 1 leaves them so.
         moved = torch.where(reference[COUNT] > 0, (reference[LOG_S] - settled[LOG_S]).exp(), 1.0)
         factor = upstream.double() * settled[SCALE] * moved
         of_sample = None if grads.hidden is None else (upstream * grads.sample_factor).unsqueeze(1)
-        made = finished(grads.hidden, of_sample), finished(grads.weight, factor), finished(grads.bias, factor)
+        made = finished(grads.hidden, of_sample), finished(grads.weight, factor), finished(grads.bias, factor), None
         if not kept:
             ctx.grads = None
-        return (*made, None)
+        return made

@@ -1,8 +1,9 @@
-"""LinearABLoss: a linear head and its robust loss together, for heads whose logits are too many to store."""
+"""LinearABLoss: a linear head and its robust loss in one, for heads with too many logits to store."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as nnf
@@ -12,43 +13,48 @@ from .. import ops
 from ..losses import fused_spec
 from ..robust import ABLoss
 from ..robust import options as conflicts
-from ..robust.base import RobustLoss
+from ..robust.base import LossOptions, RobustLoss
 from ..robust.normalizer import Own, Samples, Shared
 from ..robust.paths import general
 from ..robust.weighting import Tilt
 from .chunks import Chunks, check_inputs
 from .gradients import LinearLossGrad, RelativeGradients
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 class LinearABLoss(RobustLoss):
-    """The robust loss of logits = hidden weight^T (+ bias), chunk by chunk, without ever storing them.
+    """The robust loss of a linear head, logits = hidden weight^T + bias, without storing the logits.
 
-        logits = H W^T + b,    L_i the losses of its rows,    loss = (1/n) sum_i sample_weight_i W_i L_i    as in `ABLoss`
+    Use it instead of a last torch.nn.Linear and `ABLoss` if the head has very many classes, as in a language model. The loss and
+    the gradients are those of `ABLoss` on the logits:
 
-    A chunk of rows at a time: logits, losses, and in place of the logits the gradient G of each row's own loss. Its weight joins
-    afterwards: dW = sum over the chunks of G^T (diag(w) H) and db = sum of G^T w with w_i = sample_weight_i exp(z_i - m), m a
-    reference point that follows the chunks where they lie exp(20) above it; dH = diag(W / n) (G weight) once log s' is known. The
-    peak is one chunk of logits beside the gradients, instead of four times all of them. The forward pass makes the gradients;
-    backward multiplies them. A frozen weight or a frozen hidden costs none.
+        logits = H weight^T + b,    L_i = loss of row i,    loss = (1/n) sum_i sample_weight_i W_i L_i
+
+    The forward pass goes over the rows chunk by chunk (docs/MATH.md §6). For each chunk it makes the logits and the losses, and
+    overwrites the logits with the gradient G of each row's own loss. The weights join afterwards: the sums over the chunks
+
+        dweight = sum G^T (diag(w) H),    db = sum G^T w,    w_i = sample_weight_i exp(z_i - m)
+
+    are relative to a reference point m, which moves when the mean of exp(z_i - m) over a chunk exceeds exp(20). The gradient of
+    hidden, diag(W / n) (G weight), follows once log s' is known. Backward only multiplies. The peak of memory is one chunk of
+    logits and the gradients, instead of four times all logits. A frozen weight or hidden costs nothing. With backend="reference",
+    and inside torch.func transforms, the logits are stored.
 
     Args:
-        criterion: one of the fused losses (default `CrossEntropy()`) or torch.nn.CrossEntropyLoss(reduction="none").
-        chunk: rows at a time; None: 1/25 of them (1/8 on a GPU, where the sum of dW is read and written for each), at least 256,
-            below which matrix products lose (2048 x 1024 x 32000 on two cores, over the plain route: 64 rows 1.5, 128 1.4,
-            256 0.8).
-        The others as for `ABLoss`; mix is 0, and max_weight needs normalizer="none", because the gradient is made before
-        log s' is known. With lam=-1, normalizer="none" this is dynamic fine-tuning (`DFT`) of a language model.
+        criterion: a loss of this package (default `CrossEntropy()`) or torch.nn.CrossEntropyLoss, with reduction="none".
+        chunk: rows in a chunk. None: 1/25 of the rows on the CPU, 1/8 on a GPU (where each chunk reads and writes the sum of
+            dweight), but at least 256. With fewer rows the matrix products lose: 2048 x 1024 x 32000 on two cores took 1.5 times
+            the plain route with 64 rows, 1.4 times with 128, and 0.8 times with 256.
+        rule: refused.
+        **options: lam and all others of `ABLoss`, with the same defaults. mix must be 0, and max_weight needs normalizer="none",
+            because the gradient is made before log s' is known. lam=-1 with normalizer="none" is dynamic fine-tuning (`DFT`).
 
-    forward(hidden, linear_weight, target, bias=None, *, sample_weight=None, mask=None, score=None, update=True):
-        hidden (n, d), linear_weight (C, d), bias (C): float32, float64 or bfloat16, all alike (under autocast they are brought
-        to its dtype). target (n) labels, or (n, C) probabilities; sample_weight, mask and score (n). Returns a 0-d loss. The
-        weight's gradient is summed in float32 for bfloat16.
+    Ignored rows, NaN rows, eval mode, several processes and deferred mode are as for `ABLoss`.
 
     Raises:
-        ValueError: shapes or devices that do not fit each other; mix, or max_weight with a normaliser. TypeError: a criterion that
-        is not fused, dtypes that differ, float16. IndexError: a label out of range (on a GPU by a
-        later call, which counts its row within its chunk). RuntimeError: a second derivative (backend="reference" has it, and
-        stores the logits).
+        ValueError: chunk is not a positive integer; a rule, mix, or max_weight with a normaliser; the others as for `ABLoss`.
 
     >>> hidden = torch.randn(64, 16, requires_grad=True)
     >>> head = torch.nn.Linear(16, 1000)
@@ -60,10 +66,17 @@ class LinearABLoss(RobustLoss):
     Source: ABSGD paper, Alg. 1; the idea of computing a loss with its linear layer in chunks: Hsu et al. 2024, Liger Kernel.
     """
 
-    rule = None  # as ABLoss without one
+    rule = None  # as an ABLoss without a rule
 
-    def __init__(self, criterion: Callable[..., Tensor] | None = None, *, chunk: int | None = None, **options):
-        conflicts.check("LinearABLoss", {"rule": options.pop("rule", None)})
+    def __init__(
+        self,
+        criterion: Callable[..., Tensor] | None = None,
+        *,
+        chunk: int | None = None,
+        rule: None = None,
+        **options: Unpack[LossOptions],
+    ):
+        conflicts.check("LinearABLoss", {"rule": rule})
         super().__init__(criterion, **options)
         conflicts.check("LinearABLoss", vars(self))
         if chunk is not None and not (isinstance(chunk, int) and not isinstance(chunk, bool) and chunk > 0):
@@ -82,9 +95,27 @@ class LinearABLoss(RobustLoss):
         score: Tensor | None = None,
         update: bool = True,
     ) -> Tensor:
+        """The robust loss of the head's logits.
+
+        Args:
+            hidden: (n, d), the inputs of the head. linear_weight: (C, d). bias: (C) or None. All float32, float64 or bfloat16,
+                and of one dtype; under autocast they are cast to its dtype.
+            target: (n) labels, int64 or int32, or (n, C) probabilities.
+            sample_weight, mask, score, update: as for `ABLoss.forward`, with one value per row, (n).
+
+        Returns:
+            0-d loss, float64 for float64 inputs, else float32. For bfloat16 inputs the gradient of the weight is summed in
+            float32.
+
+        Raises:
+            ValueError: shapes or devices that do not fit each other. TypeError: a criterion that has no kernel, dtypes that
+                differ, float16. IndexError: a label out of range (on a GPU it is raised by a later call, and the row is counted
+                within its chunk).
+            RuntimeError: in backward, a second derivative (backend="reference" has it, and stores the logits).
+        """
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, linear_weight, bias = (t if t is None else t.to(dtype) for t in (hidden, linear_weight, bias))
+            hidden, linear_weight, bias = hidden.to(dtype), linear_weight.to(dtype), None if bias is None else bias.to(dtype)
         check_inputs(hidden, linear_weight, bias)
         trains = torch.is_grad_enabled() and self.training
         normalizer, update_state = self.normalizer_for(trains), trains and update
@@ -107,10 +138,11 @@ class LinearABLoss(RobustLoss):
         samples: Samples,
         update_state: bool,
     ) -> Tensor:
+        """The loss, whose gradients are made in the same pass (unless none is wanted)."""
         wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-        given = [None if t is None else t.detach() for t in (hidden, weight, bias)]
+        inputs, head, head_bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
         operators = self.operators_for(hidden)
-        chunks = Chunks(self.criterion, operators, *given, target, samples, self.chunk)
+        chunks = Chunks(self.criterion, operators, inputs, head, head_bias, target, samples, self.chunk)
         sample_weight, _, score = chunks.samples
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             if self.lam_is_open and update_state:

@@ -1,19 +1,19 @@
-"""The robust loss.
+"""The robust loss `ABLoss`, and the parts that it is made of.
 
-    lam.py         RelativeLam
-    state.py       buffers and numbers, as operators take them
-    step.py        the phases of a deferred step
-    processes.py   who shares a normaliser, and what they must agree on
-    normalizer.py  three ways to settle log s'
-    last.py        what a forward leaves
-    weighting.py   what makes W from losses: lambda or a rule
-    options.py     options that do not go together
-    finish.py      the arithmetic of finish_
+    lam.py         RelativeLam: a lambda that the first training batch fixes
+    state.py       the buffers and numbers of a robust loss, in the form in which operators take them
+    step.py        the phases of a deferred step, and what happens in each (also after a NaN)
+    processes.py   how many processes share a normaliser, and what they must agree on
+    normalizer.py  three ways to settle log s': from this batch, with other processes, or once per optimizer step
+    last.py        what a forward leaves behind, and how users read it
+    options.py     options that exclude each other
+    finish.py      the arithmetic of `finish_`
     base.py        what ABLoss and LinearABLoss have in common
+    weighting.py   what makes W from losses: lambda, or a rule of the user
     paths.py       the two ways of a forward: fused and general
     loss.py        ABLoss
 
-Each file imports from those above it only.
+Each file imports only from files above it.
 """
 
 from .lam import RelativeLam

@@ -1,10 +1,11 @@
-"""RobustLoss: what `ABLoss` and `LinearABLoss` are alike in."""
+"""RobustLoss: what `ABLoss` and `LinearABLoss` have in common."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -19,20 +20,50 @@ from .processes import Processes
 from .state import RobustState
 from .step import OPEN, DeferredStep
 
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+Rule = Callable[..., Tensor]  # losses -> W; it may also take groups, mask and update
+
+
+class StateOptions(TypedDict, total=False):
+    """The options of a `RobustState` besides lam."""
+
+    gamma: float
+    alpha: float
+    mix: float
+    init: str
+    normalizer: str
+    max_weight: float | None
+
+
+class LossOptions(StateOptions, total=False):
+    """The options of a `RobustLoss` besides its criterion."""
+
+    lam: float | Tensor | RelativeLam | None
+    process_group: torch.distributed.ProcessGroup | str | None
+    deferred: bool
+    loss_divisor: float
+    backend: str | None
+
 
 class RobustLoss(RobustState):
-    """A robust loss of some criterion: its state, the normaliser that settles it, and what the latest forward left."""
+    """A robust loss: its criterion, its state, who settles its normaliser, and what the latest forward left behind."""
+
+    criterion: Callable[..., Tensor]
+    rule: Rule | None  # what makes the weights instead of lambda
+    memo: Memo
 
     def __init__(
         self,
         criterion: Callable[..., Tensor] | None,
         *,
-        lam: float | RelativeLam | None = None,
-        process_group="auto",
+        lam: float | Tensor | RelativeLam | None = None,
+        process_group: torch.distributed.ProcessGroup | str | None = "auto",
         deferred: bool = False,
         loss_divisor: float = 1,
         backend: str | None = None,
-        **numbers,
+        **numbers: Unpack[StateOptions],
     ):
         if lam is None:
             raise ValueError("lam: got None, expected a number other than 0 or RelativeLam(r); math.inf is the plain mean")
@@ -46,7 +77,7 @@ class RobustLoss(RobustState):
         self.criterion = CrossEntropy() if criterion is None else criterion
         self.backend = backend
         self.memo = Memo()
-        self._served: tuple[torch.device, ops.Operators] | None = None  # the device of the last batch, and what serves it
+        self._served: tuple[torch.device, ops.Operators] | None = None  # the device of the last batch, and its operators
         reason = None if backend is None else _backend.why_not(backend)  # the module may still be moved to another device
         if reason is not None:
             raise RuntimeError(
@@ -56,15 +87,17 @@ class RobustLoss(RobustState):
     # ---- state ----
 
     @property
-    def process_group(self):
+    def process_group(self) -> torch.distributed.ProcessGroup | str | None:
+        """The processes whose batches are normalised as one, as given to the constructor; it may be replaced."""
         return self._shared.processes.group
 
     @process_group.setter
-    def process_group(self, group) -> None:
+    def process_group(self, group: torch.distributed.ProcessGroup | str | None) -> None:
         self._shared.processes.group = group
 
     @property
     def loss_divisor(self) -> float:
+        """The number by which a framework divides the loss before backward; it may be replaced."""
         return self._shared.loss_divisor
 
     @loss_divisor.setter
@@ -73,6 +106,10 @@ class RobustLoss(RobustState):
 
     @property
     def deferred(self) -> bool:
+        """Whether the micro-batches of an optimizer step are normalised once, at its end; it may be switched between two steps.
+
+        Switching forgets the micro-batches of a step that is not finished. ValueError with options that cannot be deferred.
+        """
         return self._shared.deferred
 
     @deferred.setter
@@ -85,11 +122,19 @@ class RobustLoss(RobustState):
 
     @property
     def deferred_step(self) -> DeferredStep | None:
-        """The optimizer step that deferred mode is in; None where nothing is deferred."""
-        return self._shared.step if self.deferred else None
+        """The optimizer step that deferred mode is in; None without deferred mode."""
+        shared = self._shared
+        return shared.step if isinstance(shared, Deferred) else None
 
-    def set_lam(self, value: float | RelativeLam, reset: bool = True) -> None:
-        """Use another lambda. s lives on the old lambda's scale, so it starts anew unless reset=False.
+    def set_lam(self, value: float | Tensor | RelativeLam, reset: bool = True) -> None:
+        """Use another lambda from the next forward on.
+
+        Args:
+            value: as lam in the constructor.
+            reset: start log s anew, because s lives on the scale of the old lambda. False keeps log s.
+
+        Raises:
+            RuntimeError: in the middle of a deferred step, or for an ABLoss with a rule.
 
         >>> from absgd_fast import ABLoss
         >>> criterion = ABLoss(lam=math.inf)
@@ -97,51 +142,63 @@ class RobustLoss(RobustState):
         >>> criterion.lam
         tensor(-0.5000)
         """
-        if self.deferred:
-            self._shared.step.check("set_lam")
+        step = self.deferred_step
+        if step is not None:
+            step.check("set_lam")
         self._take_lam(value, reset)
         self._shared.processes.forget_agreement()
 
     @property
     def objective(self) -> Tensor:
-        """lam log s: the running estimate of the DRO objective (Eq. 7 without r); the last plain mean at |lam| = inf."""
+        """lam log s, the running estimate of the DRO objective (ABSGD paper, Eq. 7 without r; docs/MATH.md §1.3), 0-d.
+
+        At |lam| = inf, and while a RelativeLam is open, it is the plain mean loss of the latest forward (NaN before the first).
+        """
         seen = self.memo.sample_stats is not None
         plain = self.last.mean_loss.to(self.log_s.dtype) if seen else self.log_s.new_tensor(math.nan)
         return torch.where(self.lam.isinf() | self.lam.isnan(), plain, self.lam * self.log_s)
 
     @property
     def last(self) -> LastForward:
-        if self.memo.sample_stats is None:
-            raise RuntimeError("last: there was no forward yet; call the criterion first")
+        """The losses, weights and figures of the latest forward. RuntimeError before the first."""
         return LastForward(self.memo)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self._served = None
         return self
 
     def _own_parts(self) -> None:
-        """What a shallow copy or a replica does not share with its original: what the latest forward left."""
+        """Give a shallow copy or a replica a memo of its own, so that its forwards do not show in the original."""
         self.memo = copy.copy(self.memo)
 
-    def __copy__(self):
+    def __copy__(self) -> Self:
         copied = type(self).__new__(type(self))
         copied.__setstate__(self.__dict__)
         copied._own_parts()
         return copied
 
-    def _replicate_for_data_parallel(self):
+    def _replicate_for_data_parallel(self) -> Self:
         replica = super()._replicate_for_data_parallel()
         replica._own_parts()
         return replica
 
     def _refusal(self, lam: Tensor | None) -> str | None:
-        """Why a saved lambda cannot be loaded."""
+        """Why a saved lambda cannot be loaded; None if it can."""
         if lam is not None and bool(lam.isnan()) and self.relative_lam is None:
             return "the saved RelativeLam was not fixed yet; construct ABLoss with lam=RelativeLam(r)"
         return None
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         lam = state_dict.get(prefix + "lam")
         refusal = self._refusal(lam)
         if refusal is not None:
@@ -149,43 +206,49 @@ class RobustLoss(RobustState):
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._shared.processes.forget_agreement()
-        if self.deferred:
-            self._shared.step.move("load")
+        step = self.deferred_step
+        if step is not None:
+            step.move("load")
         if lam is not None:
             self.lam_is_open = bool(lam.isnan())
 
     # ---- the deferred step ----
 
     def discard(self) -> None:
-        """Deferred mode: forget the micro-batches since the last step, whose gradients were thrown away (zero_grad).
+        """Deferred mode: forget the micro-batches of the step that is under way. Without deferred mode it does nothing.
+
+        Call it after zero_grad() has thrown their gradients away, to give the step up. log s and nonfinite_batches stay.
 
         >>> from absgd_fast import ABLoss
         >>> criterion = ABLoss(lam=0.5, deferred=True)
         >>> criterion(torch.zeros(2, 4, requires_grad=True), torch.tensor([0, 3])).backward()
         >>> criterion.discard()
         """
-        if self.deferred:
-            self._shared.step.move("discard")
+        step = self.deferred_step
+        if step is not None:
+            step.move("discard")
 
-    def finish_(self, params) -> Tensor:
-        """Settle log s for all micro-batches since the last step, and bring the gradients to their size, in place.
+    def finish_(self, params: Tensor | Iterable[Tensor]) -> Tensor:
+        """Deferred mode: normalise the gradients of all micro-batches since the last step, in place, and update log s.
 
-            log s' of all their rows, on all processes;    grad <- exp(m - log s') / n  grad  (times the R processes that average)
+            grad <- exp(m - log s') / n  grad              log s' of all rows of the step, on all processes; n: how many count
 
-        For ``deferred=True`` with any optimizer: after the last backward (and after GradScaler.unscale_), before clipping.
+        (times R if R processes average their gradients, and times loss_divisor; docs/MATH.md §5.) It serves any optimizer. Call
+        it after the last backward, after GradScaler.unscale_, and before clipping. An optimizer with ``robust=`` needs no
+        `finish_`.
 
         Args:
-            params: the parameters of the step, all of them (a tensor or an iterable of tensors).
+            params: all parameters that the step updates (a tensor or an iterable of tensors).
 
         Returns:
-            0-d bool, whether the step counts. It does not after a NaN or infinite loss, or one whose z is 60 beyond the
-            reference point: the state stays as it was. On the CPU there is no gradient left (an optimizer then passes over
-            the parameters). On a GPU the gradients become NaN, because looking would wait for it: there an optimizer may step
-            only where the result is True, or behind GradScaler, which sees the NaN.
+            0-d bool, whether the step counts. It does not count if a loss was NaN or infinite, or if its z was more than 60 above
+            the reference point m. Then log s stays, and `nonfinite_batches` grows by 1. On the CPU every ``.grad`` becomes None,
+            so that an optimizer passes over the parameters. On a GPU the gradients become NaN, because looking would wait for the
+            GPU; there let an optimizer step only if the result is True, or use GradScaler, which skips the step.
 
         Raises:
-            RuntimeError: not deferred, nothing to finish, or finished already. ValueError: a float16 gradient, which cannot
-            hold sums that are not normalised.
+            RuntimeError: without deferred mode, without a forward since the last step, or a second time in one step.
+            ValueError: a float16 gradient, whose range is too small for sums that are not normalised yet.
 
         >>> from absgd_fast import ABLoss
         >>> weight = torch.zeros(10, 4, requires_grad=True)
@@ -197,41 +260,48 @@ class RobustLoss(RobustState):
 
         Source: ABSGD paper, Alg. 1, steps 5 and 6: s' divides every gradient alike, so it may be applied last.
         """
-        if not self.deferred:
-            raise RuntimeError("finish_: got an ABLoss that is not deferred, whose gradients have their size already")
-        self._shared.step.check("finish_")
+        step = self.deferred_step
+        if step is None:
+            raise RuntimeError(
+                "finish_: got a criterion that is not deferred, whose gradients are normalised already; leave finish_ out"
+            )
+        step.check("finish_")
         params, grads = finish.deferred_grads(params)
         return finish.scale_grads(params, grads, self._end("finish_"))
 
     def settle(self) -> Tensor | None:
-        """Ends the deferred step: log s' of all its micro-batches is written to the state; what finishes the gradients is returned.
+        """Deferred mode: end the step, update log s, and return the numbers that normalise the gradients.
 
-        Called by `finish_` and by an optimizer with ``robust=``; the gradients are not touched.
+        An optimizer with ``robust=`` calls it. The gradients are not touched. The formula is reference/weights.py `settle`.
 
         Returns:
-            (6) float64, reference.settle: the second number multiplies the gradients, the last counts rows that are not finite;
-            or None: no micro-batch since gradients were last computed.
+            (6) float64, as reference/weights.py `settle` returns it. SCALE (the second) multiplies the gradients. NONFINITE (the
+            last) counts the nonfinite losses; if it is not 0 the step must change nothing. A step that is settled already
+            gives the same tensor again. None without deferred mode, or if there was no micro-batch yet (phase IDLE).
 
         Raises:
-            RuntimeError: `finish_` was called: the gradients have their size; or a state was loaded since the micro-batches.
+            RuntimeError: `finish_` has normalised the gradients already, or a state was loaded after the micro-batches.
         """
-        if not self.deferred:
+        step = self.deferred_step
+        if step is None:
             return None
-        step = self._shared.step
         step.check("step")
         return self._end("step") if step.phase is OPEN else step.settled
 
     def _end(self, event: str) -> Tensor:
-        step = self._shared.step
-        reference = step.reference
-        settled = self._shared.end(self, self.operators_for(self.log_s), event)
+        """End an OPEN step by "step" or "finish_"; the weights of `last` become those by log s'."""
+        shared = self._shared
+        assert isinstance(shared, Deferred)
+        reference = shared.step.reference
+        assert reference is not None  # the step is OPEN
+        settled = shared.end(self, self.operators_for(self.log_s), event)
         self.memo.moved = (reference, settled)
         return settled
 
     # ---- what serves a forward ----
 
     def normalizer_for(self, trains: bool) -> Own | Shared:
-        """What settles log s' of a forward: only one that trains shares it."""
+        """Who settles log s' of a forward: `OWN` unless the forward trains and shares it with others."""
         shared = self._shared
         if not (trains and shared.takes_part()):
             return OWN
@@ -243,10 +313,11 @@ class RobustLoss(RobustState):
         return shared
 
     def chosen_backend(self) -> str | None:
+        """The backend that the user asked for, here or in the criterion; None: the fastest that can run."""
         return self.backend or getattr(self.criterion, "backend", None)
 
     def operators_for(self, x: Tensor) -> ops.Operators:
-        """The operators that serve this batch. ValueError if the state is on another device."""
+        """The operators that serve this batch. ValueError if the state is on another device, TypeError if x is no tensor."""
         if ops.transformed():
             return ops.REFERENCE
         served = self._served
@@ -255,8 +326,9 @@ class RobustLoss(RobustState):
         return operators.compiled if torch.compiler.is_compiling() else operators
 
     def _serve(self, device: torch.device | None) -> ops.Operators:
+        """Choose the operators for a device, and remember them; None: the batch was no tensor."""
         if device is None:
-            raise TypeError("ABLoss: expected tensors, criterion(logits, target)")
+            raise TypeError("ABLoss: got no tensor as the first argument, expected criterion(logits, target)")
         if device != self.log_s.device:
             raise ValueError(
                 f"ABLoss: got a batch on {device}, but its state is on {self.log_s.device}; use criterion.to({str(device)!r})"
@@ -267,5 +339,6 @@ class RobustLoss(RobustState):
         return operators
 
     def extra_repr(self) -> str:
+        """The numbers, for repr()."""
         lam = f"RelativeLam({self.relative_lam})" if self.lam_is_open else f"{float(self.lam):g}"
         return f"lam={lam}, gamma={self.gamma:g}, alpha={self.alpha:g}, mix={self.mix:g}, normalizer={self.normalizer!r}"

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from .. import _checks
 
 
 class RelativeLam:
-    """lambda = r times the plain mean loss of the first training batch it is used on, then fixed (and saved).
+    """A lambda that is proportional to the losses: lam = r times the plain mean loss of the first training batch.
 
-    On scikit-learn's digits r = -0.5 came within 2 points of the best lambda of a grid at noise rates 0.2, 0.4 and 0.6.
+    Use it as `ABLoss(lam=RelativeLam(r))` when the size of your losses is not known in advance. The first training batch fixes
+    lam; with several processes it is the mean over all of them. From then on lam stays as it is, and it is saved in the
+    state_dict. If the mean is 0 or not finite, the next training batch is asked. Until lam is fixed it reads NaN, and forwards
+    that do not train return the plain mean.
+
+    r = -0.5 is a good start for label noise: on scikit-learn's digits it came within 2 points of the best lambda of a grid at
+    noise rates 0.2, 0.4 and 0.6. See docs/MATH.md §1.5.
 
     Args:
-        r: not 0; > 0 attends to large losses, < 0 to small ones.
+        r: any finite number other than 0. r > 0 attends to large losses (imbalance), r < 0 to small ones (label noise).
+
+    Raises:
+        ValueError: r is 0, NaN or infinite. TypeError: r is not a number.
 
     >>> from absgd_fast import ABLoss
     >>> criterion = ABLoss(lam=RelativeLam(-0.5))
@@ -23,8 +34,9 @@ class RelativeLam:
     """
 
     def __init__(self, r: float):
-        self.r = float(_checks.lam(r))
-        if math.isinf(self.r):
+        is_number = isinstance(r, (int, float)) and not isinstance(r, bool)
+        self.r = float(r) if is_number else float(_checks.lam(r))  # which refuses what is neither a number nor a 0-d tensor
+        if not torch.finfo(torch.float32).tiny <= abs(self.r) < math.inf:  # NaN too; less than tiny is 0 in float32
             raise ValueError(f"r: got {r}, expected a finite number other than 0")
 
     def __repr__(self) -> str:

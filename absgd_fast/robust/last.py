@@ -1,4 +1,4 @@
-"""What the latest forward left, and the view of it that users read."""
+"""What the latest forward left behind, and the view of it that users read."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from ..ops import LOG_S
 class Memo:
     """What a robust loss remembers of its latest forward. A plain object: setting an attribute of a module costs 0.5 us more."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.sample_stats: Tensor | None = None  # (3, ...): losses, weights (or z), validity
-        self.weighing: Tensor | None = None  # what weights are made of where sample_stats has z (ops.weights_of)
-        self.moved: tuple[Tensor, Tensor] | None = None  # the reference point of a deferred step, and what settled it
+        self.weighing: Tensor | None = None  # what weights are made of if sample_stats has z (ops.weights_of)
+        self.moved: tuple[Tensor, Tensor] | None = None  # the reference point of a deferred step, and what settled the step
 
     def remember(self, sample_stats: Tensor, weighing: Tensor | None = None) -> None:
+        """Replace what the forward before left."""
         self.sample_stats, self.weighing, self.moved = sample_stats, weighing, None
 
 
 class LastForward:
-    """Detached view of one forward of `ABLoss`; every figure is computed when it is read.
+    """The latest forward of `ABLoss` or `LinearABLoss`, for logging; read it as `criterion.last`.
 
-    losses, weights: shape of the per-sample losses. ess, mean_loss: 0-d.
+    Everything is detached, and each figure is computed when it is read. `losses` and `weights` have the shape of the per-sample
+    losses; the other figures are 0-d. A row counts if it is not ignored and its loss is finite.
 
     >>> from absgd_fast import ABLoss
     >>> criterion = ABLoss(lam=1.0)
@@ -33,18 +35,21 @@ class LastForward:
     """
 
     def __init__(self, memo: Memo):
+        if memo.sample_stats is None:
+            raise RuntimeError("last: there was no forward yet; call the criterion first")
         self._sample_stats, self._weighing, self._moved = memo.sample_stats, memo.weighing, memo.moved
 
     @property
     def losses(self) -> Tensor:
-        """L_i (0 for ignored rows)."""
+        """L_i; 0 for ignored rows."""
         return self._sample_stats[0]
 
     @property
     def weights(self) -> Tensor:
-        """W_i, without sample_weight and mix (0 for ignored rows, NaN for rows with a non-finite loss).
+        """W_i, without sample_weight and mix: 0 for ignored rows, NaN for rows with a nonfinite loss.
 
-        In deferred mode they are relative to the step's reference point until the step, or `finish_`, settles log s.
+        In deferred mode the weights are relative to the step's reference point until the optimizer's step, or `finish_`, settles
+        log s'. Read them after it.
         """
         weights = ops.weights_of(self._sample_stats, self._weighing)
         if self._moved is None:
@@ -54,22 +59,23 @@ class LastForward:
 
     @property
     def _counted(self) -> Tensor:
+        """Bool, of the shape of the losses: which rows count."""
         return (self._sample_stats[2] > 0) & ~self.weights.isnan()
 
     @property
     def ess(self) -> Tensor:
-        """Effective sample size (sum W)^2 / sum W^2 over the rows that count."""
+        """Effective sample size (sum W)^2 / sum W^2 over the rows that count (docs/MATH.md §1.3); NaN if none counts."""
         weights = self.weights.where(self._counted, 0)
         return weights.sum().square() / weights.square().sum()
 
     @property
     def mean_loss(self) -> Tensor:
-        """The plain mean of the losses that count: what to log beside the robust loss (0 for an empty batch)."""
+        """The plain mean of the losses that count, which is the figure to log beside the robust loss; 0 if none counts."""
         return self._mean(self.losses)
 
     @property
     def weighted_mean_loss(self) -> Tensor:
-        """(1/n) sum_i W_i L_i over the n rows that count (0 for an empty batch)."""
+        """(1/n) sum_i W_i L_i over the n rows that count; 0 if none counts."""
         return self._mean(self.weights * self.losses)
 
     def _mean(self, values: Tensor) -> Tensor:

@@ -1,17 +1,18 @@
-"""ABLoss: any per-sample loss, weighted by Algorithm 1 of the ABSGD paper."""
+"""ABLoss: any per-sample loss, weighted by Algorithm 1 of the ABSGD paper; and DFT, one of its settings."""
 
 from __future__ import annotations
 
 import math
 from abc import ABCMeta
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..losses import fused_spec
 from . import options
-from .base import RobustLoss
+from .base import RobustLoss, Rule
 from .lam import RelativeLam
 from .normalizer import OWN, Samples
 from .paths import NOTHING, fused, general
@@ -19,73 +20,98 @@ from .weighting import flat_tilt, shown, weighting_of
 
 
 class ABLoss(RobustLoss, metaclass=ABCMeta):
-    """The robust loss whose gradient is the weighted gradient of ABSGD; works with any optimizer.
+    """The robust loss of ABSGD: every sample's loss is multiplied by a weight that depends on that loss.
 
-        z_i    = L_i / lam
-        log s' = logaddexp(log(1 - gamma) + log s, log(gamma alpha) + log mean exp(z))
-        W_i    = exp(z_i - log s')
-        loss   = (1/n) sum_i sample_weight_i (W_i + mix) L_i              (W detached; n valid, finite rows)
+    Use it in place of your criterion, with any optimizer: the gradient of the value that it returns is the weighted gradient of
+    ABSGD. It is for imbalanced data (lam > 0: large losses count more) and for mislabelled data (lam < 0: small losses count
+    more).
 
-    (ABSGD paper, Alg. 1 and Eq. 2, in the log domain; W_i <= n / (gamma alpha), so nothing overflows whatever lam.)
+        z_i    = L_i / lam                                             L_i: the loss of sample i
+        log g  = log mean exp(z)                                       over the n samples that count
+        log s' = logaddexp(log(1 - gamma) + log s, log(gamma alpha) + log g)
+        W_i    = exp(z_i - log s')                                     a constant for autograd
+        loss   = (1/n) sum_i sample_weight_i (W_i + mix) L_i
+
+    Source: ABSGD paper, Alg. 1 and Eq. 2, in the log domain; docs/MATH.md §1. The module keeps one number from batch to batch,
+    log s, the moving average of g in logarithms. Because of it W_i <= n / (gamma alpha): no weight overflows, whatever lam is.
 
     Args:
-        criterion: a fused loss (default `CrossEntropy()`), or any callable that returns per-sample losses of any shape.
-            torch.nn.CrossEntropyLoss(reduction="none") takes the fused path by itself.
-        lam: temperature. > 0 attends to large losses (imbalance), < 0 to small ones (label noise), +-inf is the plain
-            mean. Or `RelativeLam(r)`.
+        criterion: makes the losses L_i. Either a loss of this package (default `CrossEntropy()`), or any callable that returns a
+            floating tensor of per-sample losses, of any shape but (). Losses of this package and
+            torch.nn.CrossEntropyLoss(reduction="none") take the fast way: one kernel makes losses and weights.
+        lam: temperature, required unless `rule` is given. lam > 0 attends to large losses (imbalance), lam < 0 to small ones
+            (label noise). The closer to 0, the more unequal the weights. +-inf is the plain mean: W = 1, without mix, and log s
+            stays. A number or 0-d tensor other than 0, or `RelativeLam(r)`, which the first training batch turns into a number.
         gamma: share of the current batch in the moving average, in (0, 1].
-        alpha: multiplier on the batch mean, in (0, 1] (the reference package's abalpha).
-        mix: weight of an added plain mean term; 1 reproduces the authors' code for noisy labels.
-        init: "first": the first batch sets s by itself; "zero": s starts at 0 as in the paper, so that the first step
-            is 1 / (gamma alpha) too large.
-        normalizer: "moving"; "batch": this batch alone (TERM, EG); "none": W = exp(L / lam), log s = 0.
-        max_weight: upper bound of W_i; None = none.
-        process_group: whose batches are normalised as one. "auto": the default group of torch.distributed, where that is
-            initialised; None: this process alone; or a group.
-        deferred: normalise once for all micro-batches of an optimizer step (see below).
-        loss_divisor: what a framework divides the loss by before backward (its accumulation steps); undone exactly.
-        rule: what weighs the losses in place of lambda: one of `absgd_fast.weights`, its numbers bound by functools.partial, or any
-            callable losses -> W (see below).
-        backend: None (the fastest that can run), "cuda", "triton", "cpu" or "reference".
+        alpha: factor of the current batch's mean in the moving average, in (0, 1] (abalpha in the reference package).
+        mix: how much of the plain mean is added to the weighted one; any finite number. 1 reproduces the authors' code for noisy
+            labels.
+        init: how log s starts. "first": the first batch sets it by itself (log s' = log alpha + log g). "zero": s = 0, as in the
+            paper, which makes the first weights 1 / gamma times those of "first".
+        normalizer: "moving": log s' as above. "batch": this batch alone, log s' = log alpha + log g (with lam = 1/t this is
+            TERM). "none": log s' = 0, so W_i = exp(L_i / lam), which may overflow (docs/MATH.md §1.2).
+        max_weight: upper bound of every W_i; log s does not see it. None: no bound.
+        rule: makes the weights instead of lam: a function of `absgd_fast.weights` with its numbers bound by functools.partial, or
+            any callable losses -> W. See "Rules".
+        process_group: which processes are normalised as one. "auto": the default group of torch.distributed once it is
+            initialised, else this process alone; None: this process alone; or a ProcessGroup. See "Several processes".
+        deferred: normalise all micro-batches of an optimizer step at once, at its end. See "Gradient accumulation".
+        loss_divisor: the number by which a framework divides the loss before backward (its accumulation steps). It is undone
+            exactly. Any finite number > 0.
+        backend: "cuda", "triton", "cpu" or "reference" (plain torch); None: the fastest that can run.
 
-    forward(*args, sample_weight=None, mask=None, score=None, groups=None, update=True): args go to the criterion. sample_weight,
-    mask (bool, True = valid) and score have the shape of the losses; with score, W comes from score / lam instead of
-    L / lam. Returns a 0-d loss: float64 for float64 losses, else float32. log s moves only in training mode with
-    gradients enabled and update=True. A NaN or infinite loss makes the returned loss NaN, counts in
-    `nonfinite_batches` and leaves log s alone.
+    Ignored rows
+        These are the rows with mask=False, and for losses of this package and torch.nn.CrossEntropyLoss the rows whose label is
+        `ignore_index`. Their loss, weight and gradient are 0, and they do not count in n. If no row counts, the loss is 0 with a
+        gradient of 0, and log s stays. All rows of any other criterion count unless they are masked.
 
-    Several processes (DDP, FSDP2): s is of all rows of all processes. A training forward makes one all-gather of
-    (log sum exp z, n, bad rows), and its value is scaled by R / n_total, so that the average over the R processes that DDP
-    and FSDP make of gradients is the gradient of one big batch, however many rows each process has (0 too: then call it
-    with an empty batch). A bad row anywhere leaves log s alone everywhere. There is no exchange in eval mode and under
-    no_grad: each process then uses its own batch.
+    Nonfinite losses (NaN rows)
+        These are NaN and infinite losses, and losses whose z is out of the range of log s (float32). The returned loss is NaN.
+        The weight and the gradient of the row itself are NaN; those of the other rows are made without it. log s stays, so one
+        bad batch does not spoil the next, and `nonfinite_batches` grows by 1.
 
-    Accumulation, `deferred=True`: each forward returns sum_i exp(z_i - m) L_i, with one reference point m for the whole
-    optimizer step, and adds (log sum exp z, n) to what the step has. At the end log s' is that of all rows together and
-    exp(m - log s') / n brings the gradient to its size: in the optimizer's kernel (`ABSGD(..., robust=criterion)`), or by
-    `criterion.finish_(params)` for any optimizer, and before any clipping. K micro-batches then give the gradient of one
-    big batch. A step that is given up half-way is forgotten by `discard()`. The value of the forward is for backward alone; log
-    `last.mean_loss`. With update=False, in eval mode and under no_grad the whole loss is returned at once and nothing is
-    deferred; such a gradient has its size, so where it goes into ``.grad`` after micro-batches (SAM), `finish_` comes between,
-    and the optimizer has no ``robust=``.
+    Evaluation
+        In eval mode, under no_grad and with update=False the same value is computed, but neither log s nor `nonfinite_batches`
+        changes (docs/MATH.md §1.4).
 
-    Another rule, `rule=`: W comes from rule(losses), 1 on average. It is also given groups= (as forward got them), mask= (the rows
-    that count) and update= (whether states may move), if it takes arguments of these names; without a mask it is given the rows
-    that count and are finite, alone. With score it sees the scores. A rule that is a module is part of this one, and so is its
-    state. ``partial(weights.term, t=t)`` is lam=1/t with normalizer="batch", and as fast. A rule weighs one batch: it has no lam,
-    gamma, alpha, init, normalizer, deferred, loss_divisor and process group.
+    Several processes (DDP, FSDP2; docs/MATH.md §1.6)
+        n and log s' are those of all rows of all R processes. Each training forward makes one all-gather of three numbers (log
+        sum exp z, n, number of nonfinite losses). Each process returns its sum times R / n, so the average of the gradients that
+        DDP and FSDP make is the gradient of one big batch. Processes may have different numbers of rows. A process without rows
+        must call the criterion with an empty batch, because all take part. A nonfinite loss on one process counts on all of them.
+        In eval mode and under no_grad nothing is exchanged, and each process uses its own batch.
+
+    Gradient accumulation, deferred=True (docs/MATH.md §5)
+        K micro-batches give the gradient of one big batch. Each training forward returns sum_i exp(z_i - m) L_i, with one
+        reference point m for the whole optimizer step. This value is for backward only; log `last.mean_loss`. At the end of the
+        step log s' is computed from all rows, and exp(m - log s') / n multiplies the gradients. `ABSGD(..., robust=criterion)`
+        does it within its step. For any other optimizer, and before any clipping, call `criterion.finish_(params)`. A step with a
+        nonfinite loss changes neither the parameters nor log s (robust/step.py describes it). `discard()` gives a step up before
+        its end. In eval mode, under no_grad and with update=False a forward is no part of the step and returns a normalised loss.
+        To add its gradient to those of micro-batches (SAM), call `finish_` first, and use an optimizer without ``robust=``.
+
+    Rules, rule= (docs/MATH.md §4)
+        W = rule(losses) is a constant for autograd; its mean over the rows that count should be 1. If the rule has arguments of
+        these names, it is also given groups= (as forward got them), mask= (bool, False for ignored rows) and update= (whether its
+        own state may change). A rule without an argument `mask` is given only the rows that count; to select them the host waits
+        for a GPU. With score= a rule is given the scores instead of the losses. A rule that is a module becomes part of this
+        module, and its state is saved. ``partial(weights.term, t=t)`` is the same as lam=1/t with normalizer="batch", and as
+        fast. A rule weighs the batch of one process. It cannot be combined with lam, gamma, alpha, init, normalizer, deferred,
+        loss_divisor or a process_group; under several processes pass process_group=None.
 
     Attributes:
-        log_s, lam: 0-d buffers, float32 (float64 after .double()), in state_dict.
-        last: `LastForward` of the latest forward. objective: lam log s, the running DRO objective (Eq. 7); with a
-            rule (1/n) sum W L of the latest forward.
-        nonfinite_batches: int64 buffer.
+        log_s, lam: 0-d buffers, float32 (float64 after .double()), in the state_dict. Casting the module to half precision leaves
+            them float32.
+        nonfinite_batches: 0-d int64 buffer; in deferred mode it counts steps.
+        last: `LastForward`, the losses and weights of the latest forward.
+        objective: lam log s, the running estimate of the DRO objective (Eq. 7); with a rule (1/n) sum_i W_i L_i of the latest
+            forward.
 
     Raises:
-        ValueError: lam = 0 or NaN, gamma or alpha outside (0, 1], a criterion that returns a scalar, a batch on another
-        device than the state; a rule beside what it has not, or one that returns another shape; deferred with mix, or with max_weight (they need log s' at once); processes that disagree
-        on lam, gamma, the number of classes, ... TypeError, IndexError: labels of a float dtype, out of range.
-        RuntimeError: a process group that is gone. The state is then unchanged.
+        ValueError: lam is 0 or NaN; gamma or alpha is outside (0, 1]; options that exclude each other (mix or max_weight with
+            deferred=True, because they need log s' at once; a rule with an option that it does not use).
+        TypeError: a criterion or a rule that is not callable, a lam that is no number, a process_group of another type.
+        RuntimeError: a backend that cannot run here.
 
     >>> criterion = ABLoss(lam=-0.5)
     >>> logits = torch.tensor([[4.0, 0.0], [0.0, 4.0]], requires_grad=True)
@@ -99,15 +125,15 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
         self,
         criterion: Callable[..., Tensor] | None = None,
         *,
-        lam: float | RelativeLam | None = None,
+        lam: float | Tensor | RelativeLam | None = None,
         gamma: float = 0.9,
         alpha: float = 1.0,
         mix: float = 0.0,
         init: str = "first",
         normalizer: str = "moving",
         max_weight: float | None = None,
-        rule: Callable | None = None,
-        process_group="auto",
+        rule: Rule | None = None,
+        process_group: torch.distributed.ProcessGroup | str | None = "auto",
         deferred: bool = False,
         loss_divisor: float = 1,
         backend: str | None = None,
@@ -149,13 +175,37 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
 
     def forward(
         self,
-        *args,
+        *args: Any,
         sample_weight: Tensor | None = None,
         mask: Tensor | None = None,
         score: Tensor | None = None,
         groups: Tensor | None = None,
         update: bool = True,
     ) -> Tensor:
+        """The robust loss of a batch.
+
+        Args:
+            *args: go to the criterion; for a loss on logits they are logits (B, C) or (B, C, d1, ...) and target (B) or (B, d1,
+                ...).
+            sample_weight: shape of the losses; multiplies the whole term of each sample, outside the weight W.
+            mask: bool, shape of the losses; False = ignored. The label of an ignored row must be in range too, or be
+                `ignore_index`.
+            score: shape of the losses; W comes from score / lam instead of L / lam.
+            groups: shape of the losses, integers; for a rule that uses groups.
+            (sample_weight, mask and score are constants for autograd: docs/MATH.md §7.)
+            update: False computes the loss without changing log s, `nonfinite_batches` or the state of a rule.
+
+        Returns:
+            0-d loss: float64 for float64 losses, else float32. Use it for backward; log `last.mean_loss` beside it.
+
+        Raises:
+            ValueError: shapes that do not fit; losses that are not per sample; a batch on another device than the state; groups
+                without a rule that uses them; a rule that returns another shape; processes that disagree on lam, gamma, the
+                number of classes or another setting.
+            TypeError: labels of a floating dtype; a criterion that returns no floating tensor. IndexError: a label out of range
+                (on a GPU it is raised by a later call).
+            RuntimeError: the process group is gone, or the exchange failed. After any error log s is as it was.
+        """
         weighting = self._weighting if groups is None else self._weighting.with_groups()
         trains = self.training and torch.is_grad_enabled()
         update_state = update and trains
@@ -169,19 +219,21 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
                 spec = fused_spec(self._modules.get("criterion"), logits)
             if spec is not None:
                 operators = self.operators_for(logits)
-                at_once = normalizer is OWN or (update_state and normalizer.knows_weights(self, operators, logits))
-                if at_once and weighting.fuses and operators.has_kernels:
+                # mypy does not see that OWN is the only Own
+                at_once = normalizer is OWN or (update_state and normalizer.knows_weights(self, operators, logits))  # type: ignore[union-attr]
+                if at_once and weighting.fuses:
                     return fused(self, operators, normalizer, logits, target, spec, samples, update_state)
         return general(self, weighting, normalizer, args, spec, samples, groups, update_state)
 
-    def set_lam(self, value: float | RelativeLam, reset: bool = True) -> None:
+    def set_lam(self, value: float | Tensor | RelativeLam, reset: bool = True) -> None:
+        """As described in `RobustLoss.set_lam`; RuntimeError for an ABLoss with a rule, which has no lambda."""
         if self.rule is not None:
-            raise RuntimeError("set_lam: got a lambda for an ABLoss that weighs by a rule; expected ABLoss(lam=...)")
+            raise RuntimeError("set_lam: got a lambda for an ABLoss with a rule, which has none; expected an ABLoss(lam=...)")
         super().set_lam(value, reset)
 
     @property
     def objective(self) -> Tensor:
-        """As of `LinearABLoss`; with a rule the last (1/n) sum W L."""
+        """lam log s, as described in `RobustLoss.objective`; with a rule (1/n) sum_i W_i L_i of the latest forward. 0-d."""
         if self.rule is not None and self.memo.sample_stats is not None:
             return self.last.weighted_mean_loss.to(self.log_s.dtype)
         return super().objective
@@ -194,13 +246,21 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
         return None
 
     def extra_repr(self) -> str:
+        """The rule, or the numbers, for repr()."""
         return super().extra_repr() if self.rule is None else f"rule={shown(self.rule)}, mix={self.mix:g}"
 
 
 def DFT(criterion: Callable[..., Tensor] | None = None) -> ABLoss:
-    """Dynamic fine-tuning: W = exp(-L), which is p(label) for cross-entropy, with no normaliser.
+    """Dynamic fine-tuning (DFT): an `ABLoss` with W = exp(-L), which for cross-entropy is p(label).
 
-    ABLoss(criterion, lam=-1, normalizer="none"): a token counts by how probable the model already finds it.
+    A token counts by how probable the model already finds it. It is ABLoss(criterion, lam=-1, normalizer="none"): log s' = 0
+    always (docs/MATH.md §1.2).
+
+    Args:
+        criterion: as for `ABLoss`; None: `CrossEntropy()`.
+
+    Returns:
+        An `ABLoss`.
 
     >>> criterion = DFT()
     >>> _ = criterion(torch.zeros(1, 4, requires_grad=True), torch.tensor([2]))

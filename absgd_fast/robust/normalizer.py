@@ -1,7 +1,16 @@
-"""Three ways to settle log s': from this batch alone, with other processes, or once for all micro-batches of an optimizer step.
+"""Who settles log s': this batch alone, several processes together, or all micro-batches of an optimizer step once.
 
-All have `gather` (the statistics of all who take part), `settle` (the normaliser of a batch) and `weigh` (the robust loss of a vector of
-losses). `Shared` and `Deferred` also say whether they take part in a forward at all; where they do not, `OWN` serves.
+`Own`, `Shared` and `Deferred` have these methods in common:
+
+    gather     the partial statistics of all who take part (one row each)
+    settle     the settled normaliser of a forward
+    weigh      the robust loss of a vector of losses
+
+`Shared` and `Deferred` also say whether they take part in a forward at all (`takes_part`). If they do not, `OWN` serves.
+
+Other functions are called settle too. `RobustLoss.settle` (base.py) ends a deferred step. reference/weights.py `settle` is the
+formula (docs/MATH.md §1.2) for partial statistics in plain torch, and the operator robust_settle is the same on every backend.
+kernels/weigh.py `settle` (Triton) and csrc/cuda/weights.cuh `settle` settle the normaliser of one batch inside a kernel.
 """
 
 from __future__ import annotations
@@ -18,9 +27,12 @@ from .processes import Processes
 from .state import RobustState
 from .step import OPEN, DeferredStep
 
+# Takes a settled normaliser that bounds z, or None, and returns the partial statistics of the samples of a forward.
+PartialStatsOf = Callable[[Tensor | None], Tensor]
+
 
 class Samples(NamedTuple):
-    """What a caller says about each sample, in the shape of the losses."""
+    """The arguments of a forward that have one value per sample, each in the shape of the losses."""
 
     sample_weight: Tensor | None = None
     mask: Tensor | None = None
@@ -31,14 +43,15 @@ class Own:
     """This batch settles log s' by itself, within the operator that also weighs."""
 
     def gather(self, stats: Tensor, state: RobustState, classes: int) -> Tensor:
+        """(1, 3): the statistics of this batch."""
         return stats.unsqueeze(0)
 
     def settle(
-        self, state: RobustState, operators: ops.Operators, partial_stats_of: Callable, classes: int, update_state: bool
+        self, state: RobustState, operators: ops.Operators, partial_stats_of: PartialStatsOf, classes: int, update_state: bool
     ) -> tuple[Tensor, bool]:
-        """The settled normaliser that weighs the samples of a forward, and whether it bounds their z.
+        """The settled normaliser (6) that weighs the samples of a forward, and whether their z is bounded by it.
 
-        partial_stats_of(settled or None): the partial statistics of these samples, whose z is bounded by a settled normaliser.
+        It serves forwards that make the three stages themselves (`LinearABLoss`).
         """
         return state.settle_partials(operators, partial_stats_of(None).unsqueeze(0), update_state=update_state), False
 
@@ -52,7 +65,7 @@ class Own:
         update_state: bool,
         mode: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The robust loss, the statistics of its samples and, where `mode` asks for it, its gradient."""
+        """The robust loss (0-d), the sample stats (3, ...) and, if the backward mode asks for it, the gradient of the losses."""
         sample_weight, mask, score = samples
         return operators.robust_loss(losses, score, sample_weight, mask, *state.operands(update_state, mode))
 
@@ -61,7 +74,10 @@ OWN = Own()
 
 
 class Shared:
-    """The batches of several processes settle log s' together. What a framework divides the loss by is undone in the same number."""
+    """The batches of several processes settle log s' together (docs/MATH.md §1.6).
+
+    `loss_divisor`, the number by which a framework divides the loss, is undone in the same factor as the averaging of gradients.
+    """
 
     deferred = False
 
@@ -69,7 +85,7 @@ class Shared:
         self.processes, self.loss_divisor = processes, loss_divisor
 
     def takes_part(self) -> bool:
-        """Whether a training forward has anything to share."""
+        """Whether a training forward has anything to share. RuntimeError if the process group is gone."""
         return self.loss_divisor != 1 or self.processes.are_several()
 
     def knows_weights(self, state: RobustState, operators: ops.Operators, logits: Tensor) -> bool:
@@ -77,9 +93,13 @@ class Shared:
         return False
 
     def gather(self, stats: Tensor, state: RobustState, classes: int) -> Tensor:
+        """(processes, 3 or more): the statistics of all processes (processes.py `Processes.gather`)."""
         return self.processes.gather(stats, state, self.deferred, self.loss_divisor, classes)
 
-    def settle(self, state, operators, partial_stats_of, classes, update_state) -> tuple[Tensor, bool]:
+    def settle(
+        self, state: RobustState, operators: ops.Operators, partial_stats_of: PartialStatsOf, classes: int, update_state: bool
+    ) -> tuple[Tensor, bool]:
+        """As `Own.settle`, for the samples of all processes."""
         return self.settle_together(state, operators, partial_stats_of(None), classes, update_state), False
 
     def settle_together(
@@ -91,13 +111,28 @@ class Shared:
         update_state: bool,
         reference: Tensor | None = None,
     ) -> Tensor:
+        """The settled normaliser (6) of all processes, from the partial statistics of this one.
+
+        Its SCALE makes up for processes that average their gradients, and for loss_divisor. reference: as for the operator
+        robust_settle, the reference point of a deferred step.
+        """
         partials = self.gather(partial_stats, state, classes)
         multiplier = len(partials) * self.loss_divisor
         return state.settle_partials(
             operators, partials, reference=reference, grad_multiplier=multiplier, update_state=update_state
         )
 
-    def weigh(self, state, operators, losses, samples, classes, update_state, mode) -> tuple[Tensor, Tensor, Tensor]:
+    def weigh(
+        self,
+        state: RobustState,
+        operators: ops.Operators,
+        losses: Tensor,
+        samples: Samples,
+        classes: int,
+        update_state: bool,
+        mode: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Own.weigh`, in three stages, because other processes or micro-batches have a part in log s'."""
         sample_weight, mask, score = samples
         log_s, _, lam, _, _, mix, max_weight, _ = state.operands(False, 0)
         plain = losses.detach()
@@ -112,10 +147,10 @@ class Shared:
 
 
 class Deferred(Shared):
-    """All micro-batches of an optimizer step settle log s' together, and those of several processes.
+    """All micro-batches of an optimizer step, on all processes, settle log s' together (docs/MATH.md §5).
 
-    Each micro-batch is weighed relative to one reference point, which the first one gives. A forward that does not move the state
-    stands outside the step, and is normalised at once as by `Shared`.
+    Each micro-batch is weighed relative to one reference point, which the first one gives. A forward that does not update the
+    state (update=False) is no part of the step: it is normalised at once, as by `Shared`.
     """
 
     deferred = True
@@ -125,36 +160,49 @@ class Deferred(Shared):
         self.step = DeferredStep()
 
     def takes_part(self) -> bool:
+        """True: every training forward is a micro-batch of a step."""
         return True
 
-    def settle(self, state, operators, partial_stats_of, classes, update_state) -> tuple[Tensor, bool]:
+    def settle(
+        self, state: RobustState, operators: ops.Operators, partial_stats_of: PartialStatsOf, classes: int, update_state: bool
+    ) -> tuple[Tensor, bool]:
+        """Add a micro-batch to the step; return the reference point (6), and whether it bounds the z of these samples.
+
+        The first micro-batches give the reference point, so their z is not bounded by it. Despite the name nothing is final here:
+        `end` settles log s'.
+        """
         if not update_state:
             return super().settle(state, operators, partial_stats_of, classes, update_state)
-        step, processes = self.step, self.processes.count()  # which says so where the group is gone
-        bounded = step.has_reference()
-        partial_stats = partial_stats_of(step.reference if bounded else None)
-        if not bounded:
-            step.begin(state.settle_partials(operators, self.gather(partial_stats, state, classes)))
+        step, processes = self.step, self.processes.count()  # before anything changes: it raises if the group is gone
+        reference = step.reference if step.has_reference() else None
+        bounded = reference is not None
+        partial_stats = partial_stats_of(reference)
+        if reference is None:
+            reference = step.begin(state.settle_partials(operators, self.gather(partial_stats, state, classes)))
         elif processes == 1 and step.cannot_look(partial_stats):
-            step.begin_where_empty(state.settle_partials(operators, partial_stats.unsqueeze(0)))
+            reference = step.begin_where_empty(state.settle_partials(operators, partial_stats.unsqueeze(0)))
         self.add(state, operators, partial_stats)
-        return step.reference, bounded
+        return reference, bounded
 
     def add(self, state: RobustState, operators: ops.Operators, partial_stats: Tensor) -> None:
-        """Adds a micro-batch to what its step has."""
+        """Add the partial statistics of a micro-batch to those of its step."""
         before = self.step.partial_stats
         if before is not None:
             partial_stats = state.settle_partials(operators, torch.stack([before, partial_stats]))[ops.PARTIAL_STATS]
         self.step.add(partial_stats)
 
     def end(self, state: RobustState, operators: ops.Operators, event: str) -> Tensor:
-        """log s' of all micro-batches, written to the state; what finishes the gradients (reference.settle)."""
+        """End an OPEN step by "step" or "finish_": write log s' of all micro-batches, and return their settled normaliser (6)."""
+        assert self.step.partial_stats is not None  # the step is OPEN
         settled = self.settle_together(state, operators, self.step.partial_stats, 0, True, self.step.reference)
         self.step.end(event, settled)
         return settled
 
     def knows_weights(self, state: RobustState, operators: ops.Operators, logits: Tensor) -> bool:
-        """Whether this micro-batch finds the step's reference point, and kernels that weigh a row as soon as its loss is known."""
+        """Whether the weights of this micro-batch are known as soon as its losses are.
+
+        They are if the step has a reference point already, and the backend has a kernel that uses it (settled_logit_loss).
+        """
         step = self.step
         return (
             operators.weighs_late
@@ -162,6 +210,6 @@ class Deferred(Shared):
             and state.max_weight == math.inf
             and not state.lam_is_open
             and logits.requires_grad
-            and not step.cannot_look(step.partial_stats)
+            and not step.cannot_look(logits)
             and step.has_reference()
         )

@@ -1,75 +1,82 @@
-"""Options of a robust loss that do not go together: one table."""
+"""Options of a robust loss that exclude each other, as one table."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from ..distributed import AUTO
 
+Options = Mapping[str, Any]  # name -> value; the values are of many types
+
 
 class Conflict(NamedTuple):
+    """One option (or class) that excludes another option, and the error that says so."""
+
     owner: str  # the option, or the class, that excludes
-    option: str  # what it excludes
-    clashes: Callable[[dict], bool]  # whether it does so with these options
+    option: str  # the option that it excludes
+    clashes: Callable[[Options], bool]  # whether it does so with these options
     message: str  # formatted with the options, `value` of the option and `owner`
 
 
-def _given(name: str, default) -> Callable[[dict], bool]:
+def _given(name: str, default: object) -> Callable[[Options], bool]:
+    """A test whether an option is not at its default."""
     return lambda options: options[name] != default
 
 
-def _alone(name: str, default) -> Conflict:
-    message = name + ": got {value!r} with a rule, which weighs a batch by itself; leave it out"
+def _unused_by_rule(name: str, default: object) -> Conflict:
+    message = name + ": got {value!r} together with rule=, which makes the weights of a batch without it; leave it out"
     return Conflict("rule", name, _given(name, default), message)
 
 
 def _before_log_s(owner: str) -> tuple[Conflict, Conflict]:
-    """What needs log s' before all samples are known."""
+    """Options that need log s' before all samples are known."""
     return (
         Conflict(
             owner,
             "mix",
             _given("mix", 0),
-            "mix: got {value:g} with {owner}, expected 0: two sums of other sizes cannot share one gradient",
+            "mix: got {value:g} with {owner}, expected 0: the weighted sum and the plain sum are divided by different numbers,"
+            " which are known only after both are in one gradient",
         ),
         Conflict(
             owner,
             "max_weight",
             lambda options: options["max_weight"] != math.inf and options["normalizer"] != "none",
-            "max_weight: got {value:g} with {owner}, expected None: the weights are known only after the gradient",
+            "max_weight: got {value:g} with {owner}, expected None (or normalizer='none'): the gradient is made before the"
+            " weights are known, so they cannot be bounded in it",
         ),
     )
 
 
 CONFLICTS = (
-    _alone("lam", None),
-    _alone("gamma", 0.9),
-    _alone("alpha", 1.0),
-    _alone("init", "first"),
-    _alone("normalizer", "moving"),
+    _unused_by_rule("lam", None),
+    _unused_by_rule("gamma", 0.9),
+    _unused_by_rule("alpha", 1.0),
+    _unused_by_rule("init", "first"),
+    _unused_by_rule("normalizer", "moving"),
     Conflict(
         "rule",
         "process_group",
         lambda options: options["process_group"] not in (None, AUTO),
-        "process_group: got a group with a rule, which weighs the batch of one process; expected None",
+        "process_group: got a group together with rule=, which weighs the batch of one process; expected None",
     ),
-    _alone("deferred", False),
-    _alone("loss_divisor", 1),
+    _unused_by_rule("deferred", False),
+    _unused_by_rule("loss_divisor", 1),
     *_before_log_s("deferred=True"),
     Conflict(
         "LinearABLoss",
         "rule",
         _given("rule", None),
-        "rule: got one with LinearABLoss, whose gradients are made before all losses are known; use ABLoss",
+        "rule: got one with LinearABLoss, which makes its gradients before all losses are known; use ABLoss",
     ),
     *_before_log_s("LinearABLoss"),
 )
 
 
-def check(owner: str, options: dict) -> None:
+def check(owner: str, options: Options) -> None:
     """ValueError for the first of `options` that `owner` excludes. Options that are not given are not looked at."""
     for conflict in CONFLICTS:
         if conflict.owner == owner and conflict.option in options and conflict.clashes(options):
-            raise ValueError(conflict.message.format(**options | {"value": options[conflict.option], "owner": owner}))
+            raise ValueError(conflict.message.format(**{**options, "value": options[conflict.option], "owner": owner}))

@@ -1,4 +1,7 @@
-"""The two ways of a forward pass: losses and weights in one operator (`fused`), or losses first and then the weights (`general`)."""
+"""The two ways of a forward pass.
+
+`fused` makes losses and weights in one call of an operator. `general` makes the losses first, and then the weights.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,17 @@ NOTHING = Samples()
 def fused(
     criterion: RobustLoss,
     operators: ops.Operators,
-    normalizer: Own | Deferred,
+    normalizer: Own | Shared,
     logits: Tensor,
     target: Tensor,
     spec: LossSpec,
     samples: Samples,
     update_state: bool,
 ) -> Tensor:
-    """The robust loss of logits, of which the operators know the loss. Written for few Python calls: at 128 x 10 the kernels take
-    3 us of the 25 that forward and backward take."""
+    """The robust loss of logits by a loss that the operators know; normalizer: `OWN`, or a `Deferred` that knows the weights.
+
+    It is written for few Python calls: at 128 x 10 the kernels take 3 us of the 25 that forward and backward take.
+    """
     weight, adjust, hyper_a, hyper_b, ignore_index, bits = spec
     if weight is not None:
         weight = _checks.class_weight(weight, logits)
@@ -45,13 +50,14 @@ def fused(
     given = (logits, target, weight, adjust, hyper_a, hyper_b, ignore_index, score, sample_weight, mask)
     try:
         if normalizer is not OWN:
+            assert isinstance(normalizer, Deferred)
             return _by_reference_point(criterion, operators, normalizer, spec, given)
         mode = operators.backward_mode(logits) if logits.requires_grad and torch.is_grad_enabled() else 0
         weighing = operators.weighing(logits, mode) if operators.weighs_late else None
         operands = criterion.operands(update_state, mode | bits)
         loss, sample_stats, saved = operators.robust_logit_loss(*given, *operands, weighing)
     except RuntimeError as error:
-        _checks.target(logits, target, soft=spec.soft)  # the usual mistakes, said in Python's words
+        _checks.target(logits, target, soft=spec.soft)  # says the usual mistakes in plain words
         raise ops.translated(error) from None
     criterion.memo.remember(sample_stats, weighing)
     if not mode:
@@ -62,8 +68,16 @@ def fused(
     )
 
 
-def _recomputed(criterion, spec, logits, target, sample_stats, weighing, sample_weight) -> Tensor:
-    """The robust loss of a forward whose weights are known, in plain torch."""
+def _recomputed(
+    criterion: RobustLoss,
+    spec: LossSpec,
+    logits: Tensor,
+    target: Tensor,
+    sample_stats: Tensor,
+    weighing: Tensor | None,
+    sample_weight: Tensor | None,
+) -> Tensor:
+    """The robust loss of a forward whose weights are known, in plain torch; only a second derivative asks for it."""
     weights = ops.weights_of(sample_stats, weighing)
     factor = weights + criterion.mix * (~criterion.lam.isinf()).to(sample_stats.dtype)
     counted = ((sample_stats[2] > 0) & ~weights.isnan()).sum().clamp(min=1)
@@ -71,13 +85,19 @@ def _recomputed(criterion, spec, logits, target, sample_stats, weighing, sample_
 
 
 def _weighted_sum(losses: Tensor, factor: Tensor, sample_stats: Tensor, sample_weight: Tensor | None) -> Tensor:
+    """sum_i sample_weight_i factor_i L_i over the valid samples."""
     factor = factor if sample_weight is None else factor * sample_weight
     return (torch.where(sample_stats[2] > 0, factor, 0.0) * losses).sum()
 
 
-def _by_reference_point(criterion, operators, normalizer: Deferred, spec: LossSpec, given: tuple) -> Tensor:
-    """sum_i exp(z_i - m) L_i of a later micro-batch, and its gradient while each row is on the chip: one read and one write of the
-    logits."""
+def _by_reference_point(
+    criterion: RobustLoss, operators: ops.Operators, normalizer: Deferred, spec: LossSpec, given: tuple
+) -> Tensor:
+    """sum_i exp(z_i - m) L_i of a later micro-batch (MATH §5), with m the step's reference point.
+
+    Its gradient is made while each row is on the chip, so the logits are read once and written once.
+    given: the arguments of the operator settled_logit_loss up to the mask.
+    """
     logits, target, *loss_args, score, sample_weight, mask = given
     target = ops.masked_target(target, mask, spec)
     log_s, _, lam, *_, flags = criterion.operands(False, spec.bits)
@@ -103,7 +123,7 @@ def general(
     groups: Tensor | None,
     update_state: bool,
 ) -> Tensor:
-    """The robust loss of any per-sample losses: those of `spec`, or what the criterion returns."""
+    """The robust loss of any per-sample losses: those of `spec`, or if it is None those that the criterion returns for `args`."""
     if spec is None:
         losses, classes = _per_sample_losses(criterion.criterion(*args)), 0
         samples = checked(samples, losses, losses.dtype)
@@ -115,8 +135,10 @@ def general(
     return weighting.robust_loss(criterion, operators, normalizer, losses, samples, groups, classes, update_state)
 
 
-def _losses_of_spec(criterion, logits, target, spec, mask) -> tuple[Tensor, Tensor]:
-    """The losses, and which samples count: neither masked, nor ignored or pruned by the loss."""
+def _losses_of_spec(
+    criterion: RobustLoss, logits: Tensor, target: Tensor, spec: LossSpec, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The losses, and which samples are valid (bool): neither masked, nor ignored or pruned by the loss."""
     target = _checks.target(logits, target, soft=spec.soft)
     if mask is not None:
         mask = _checks.per_sample(mask, "mask", target.select(1, 0) if target.is_floating_point() else target, torch.bool)
@@ -127,7 +149,7 @@ def _losses_of_spec(criterion, logits, target, spec, mask) -> tuple[Tensor, Tens
 
 
 def _per_sample_losses(losses: object) -> Tensor:
-    """What a criterion returned, if it is per-sample losses, in the dtype of the weights."""
+    """The per-sample losses that a criterion returned, contiguous and in the dtype of the weights."""
     if not isinstance(losses, Tensor):
         raise TypeError(f"ABLoss: criterion returned {type(losses).__name__}, expected a tensor of per-sample losses")
     if losses.dim() == 0:
@@ -138,7 +160,10 @@ def _per_sample_losses(losses: object) -> Tensor:
 
 
 def checked(samples: Samples, like: Tensor, real: torch.dtype) -> Samples:
-    """Each value of the samples as the operators read it; ValueError or TypeError where it does not fit the losses."""
+    """The samples as the operators read them: contiguous, sample_weight and score in the dtype `real`.
+
+    ValueError or TypeError if one does not have one value for each element of `like`.
+    """
     sample_weight, mask, score = samples
     return Samples(
         _checks.per_sample(sample_weight, "sample_weight", like, real),

@@ -1,4 +1,4 @@
-"""The processes whose batches are normalised as one."""
+"""The processes whose batches are normalised as one (docs/MATH.md §1.6)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .state import RobustState
 
 _is_distributed = torch.distributed.is_initialized if torch.distributed.is_available() else lambda: False
 
-# What processes must have in common to share one normaliser, in the order of `Processes.gather`.
+# What processes must have in common to share one normaliser, in the order in which `Processes.gather` sends it.
 _CONFIGURATION = (
     "lam",
     "gamma",
@@ -27,9 +27,9 @@ _CONFIGURATION = (
 
 
 class Processes:
-    """A process group, how many processes it had when it was last asked, and what they were last seen to agree on."""
+    """A process group, the number of processes that it had when last asked, and the settings that they last agreed on."""
 
-    def __init__(self, group):
+    def __init__(self, group: torch.distributed.ProcessGroup | str | None):
         distributed.check(group)
         self.group = group
         self._count = 1
@@ -37,6 +37,7 @@ class Processes:
         self._configured: tuple[tuple, Tensor] | None = None
 
     def are_several(self) -> bool:
+        """Whether more than one process shares the normaliser. RuntimeError if the group is gone."""
         return (
             self.group is not None
             and (self.group != distributed.AUTO or self._count > 1 or _is_distributed())
@@ -44,16 +45,27 @@ class Processes:
         )
 
     def count(self) -> int:
-        """How many exchange their partial statistics. RuntimeError where the group is gone."""
+        """How many processes exchange their partial statistics. RuntimeError if the group is gone."""
         self._count = distributed.ranks(self.group, self._count)
         return self._count
 
     def forget_agreement(self) -> None:
-        """Something that they must have in common may have changed."""
+        """Compare the settings again at the next exchange, because one of them may have changed."""
         self._agreed = None
 
     def gather(self, stats: Tensor, state: RobustState, deferred: bool, loss_divisor: float, classes: int) -> Tensor:
-        """(processes, 3 or more): the statistics of all processes, which are seen to be set up alike."""
+        """The statistics of all processes, after a check that all of them have the same settings.
+
+        Args:
+            stats: (3) float64, the partial statistics of this process.
+            classes: the number of classes of the logits; 0 if the losses do not come from logits.
+
+        Returns:
+            (processes, 3 or more) float64; the first three columns are the statistics.
+
+        Raises:
+            ValueError: the processes disagree on a setting. RuntimeError: the group is gone, or the exchange failed.
+        """
         count = self.count()
         if count == 1:
             return stats.unsqueeze(0)
@@ -66,15 +78,15 @@ class Processes:
             deferred,
             loss_divisor,
             classes,
-            state.relative_lam if state.lam_is_open else 0.0,
+            (state.relative_lam or 0.0) if state.lam_is_open else 0.0,
         )
         key = (fixed, stats.device)
         if self._configured is None or self._configured[0] != key:
             numbers = torch.tensor([float(x) for x in fixed], dtype=torch.float64).to(stats.device, non_blocking=True)
             self._configured = (key, numbers)
-        lam = state._buffers["lam"].detach().double().reshape(1)
+        lam = state.lam.detach().double().reshape(1)
         of_all = distributed.exchange(torch.cat([stats, lam, self._configured[1]]), self.group, count)
-        # On a GPU looking would wait for it, so there it is done once for each setting.
+        # Looking at numbers on a GPU waits for it, so there the check is made once after each change of the settings.
         if not torch.compiler.is_compiling() and (stats.device.type == "cpu" or self._agreed != key):
             distributed.check_agreement(of_all[:, 3:].cpu(), _CONFIGURATION, _shown)
             self._agreed = key
@@ -82,6 +94,7 @@ class Processes:
 
 
 def _shown(name: str, value: float) -> str:
+    """A setting in words, for the error of processes that disagree on it."""
     if name == "normalizer and init":
         return f"{NORMALIZERS[int(value) & NORMALIZER]!r} and {'first' if int(value) & ops.INIT_FIRST else 'zero'!r}"
     return str(bool(value)) if name == "deferred" else f"{value:g}" if value == value else "a RelativeLam that is still open"

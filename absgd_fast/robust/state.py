@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,16 +14,26 @@ from .._codes import NORMALIZERS
 from .._exact import ExactState
 from .lam import RelativeLam
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class RobustState(ExactState):
-    """log s, lambda and the count of nonfinite batches as buffers; gamma, alpha, mix, max_weight, init and normalizer as numbers.
+    """The state of a robust loss (docs/MATH.md §1.4), which knows neither losses nor processes.
 
-    It knows neither losses nor processes: it is what a normaliser settles, and what a weighting reads.
+    Buffers: log_s, lam and nonfinite_batches. Plain numbers: gamma, alpha, mix, max_weight, init and normalizer.
+    The classes of normalizer.py settle this state; those of weighting.py read it.
     """
+
+    lam: Tensor  # 0-d; NaN while a RelativeLam is open
+    log_s: Tensor  # 0-d; -inf before the first batch
+    nonfinite_batches: Tensor  # 0-d int64: training batches (deferred: steps) that held a nonfinite loss
+    relative_lam: float | None  # the r of RelativeLam; None for any other lambda
+    lam_is_open: bool  # whether a RelativeLam still waits for its first batch
 
     def __init__(
         self,
-        lam: float | RelativeLam,
+        lam: float | Tensor | RelativeLam,
         *,
         gamma: float = 0.9,
         alpha: float = 1.0,
@@ -48,7 +59,8 @@ class RobustState(ExactState):
 
     # ---- lambda ----
 
-    def _take_lam(self, value: float | RelativeLam, reset: bool) -> None:
+    def _take_lam(self, value: float | Tensor | RelativeLam, reset: bool) -> None:
+        """Make `value` the lambda; `reset` starts log s anew, because s lives on the scale of the old lambda."""
         self._given_lam = math.nan if isinstance(value, (RelativeLam, Tensor)) else float(value)
         if isinstance(value, RelativeLam):
             self.relative_lam, self.lam_is_open = value.r, True
@@ -61,10 +73,13 @@ class RobustState(ExactState):
             self.log_s.fill_(0.0 if self.normalizer == "none" else -math.inf)
 
     def fix_lam(self, losses: Tensor, mask: Tensor | None, gather: Callable[[Tensor], Tensor]) -> None:
-        """A RelativeLam becomes a number on the first batch whose plain mean over all processes is finite and not 0.
+        """Turn an open RelativeLam into a number (MATH §1.5), unless the mean over all processes is 0 or not finite.
 
-        gather: (3) numbers of this process -> (processes, 3 or more), those of all.
+        Args:
+            losses: of this batch. mask: bool, of the same shape, which of them count; None: all.
+            gather: takes three numbers of this process and returns (processes, 3 or more), those of all processes.
         """
+        assert self.relative_lam is not None  # it is called only while a RelativeLam is open
         kept = losses if mask is None else losses[mask]
         sums = torch.stack([kept.double().sum(), kept.new_tensor(kept.numel(), dtype=torch.float64), kept.new_zeros(()).double()])
         of_all = gather(sums)
@@ -75,12 +90,12 @@ class RobustState(ExactState):
 
     # ---- what an operator is given ----
 
-    def operands(self, update_state: bool, more_bits: int) -> tuple:
+    def operands(self, update_state: bool, more_bits: int) -> tuple[Tensor, Tensor, Tensor, float, float, float, float, int]:
         """The last arguments of the operators: log_s, nonfinite, lam, gamma, alpha, mix, max_weight, flags.
 
-        lam is infinity, which is the plain mean, while a RelativeLam is open.
+        While a RelativeLam is open lam is infinity, which means the plain mean.
         """
-        buffers = self._buffers
+        buffers: dict[str, Tensor] = self._buffers  # type: ignore[assignment]  # torch allows None there; __init__ sets them all
         lam = torch.full_like(buffers["lam"], math.inf) if self.lam_is_open else buffers["lam"]
         flags = self.bits + (ops.UPDATE if update_state else 0) + more_bits
         return buffers["log_s"], buffers["nonfinite_batches"], lam, self.gamma, self.alpha, self.mix, self.max_weight, flags
@@ -94,15 +109,21 @@ class RobustState(ExactState):
         grad_multiplier: float = 1.0,
         update_state: bool = False,
     ) -> Tensor:
-        """(6) float64: the settled normaliser of all partial statistics together (reference.settle); log s moves if told to."""
+        """The settled normaliser of all partial statistics together; log s moves only with update_state.
+
+        It calls the operator robust_settle. reference/weights.py `settle` is the same in plain torch and explains the arguments.
+
+        Returns:
+            (6) float64, by the places LOG_S, SCALE, Z_MAX, LOG_SUM, COUNT, NONFINITE.
+        """
         log_s, nonfinite, lam, gamma, alpha, _, _, flags = self.operands(update_state, 0)
         return operators.robust_settle(partials, log_s, nonfinite, lam, reference, gamma, alpha, grad_multiplier, flags)
 
     # ---- nn.Module ----
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.lam
         super()._apply(fn, recurse)
         if self.lam.dtype != before.dtype and not before.is_meta and bool(before == before.new_tensor(self._given_lam)):
-            self.lam.fill_(self._given_lam)  # not what float32 made of it
+            self.lam.fill_(self._given_lam)  # the number that the user gave, not the one that float32 rounded it to
         return self

@@ -1,14 +1,14 @@
-"""What weighs the losses: lambda (`Tilt`), or a rule that the user gives (`FromRule`).
+"""What makes the weights of the losses: lambda (`Tilt`), or a rule that the user gives (`FromRule`).
 
-A weighting has `robust_loss`, and `with_groups`: the weighting that a forward with groups= uses. `fuses` says whether the operators know
-it, so that losses and weights can be made in one call. The rule itself belongs to the criterion, where a user may replace it.
+Both have `robust_loss`, and `with_groups`, which returns the weighting of a forward with groups=. `fuses` says whether the
+operators know the weighting, so that one call can make losses and weights. The rule itself belongs to the criterion, where a user
+may replace it.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,21 +16,22 @@ from torch import Tensor, nn
 
 from .. import _checks, ops
 from ..weights.tilted import NATIVE_TILTS, term
+from .base import RobustLoss, Rule
 from .normalizer import OWN, Own, Samples, Shared
-from .state import RobustState
 
 
 class Tilt:
-    """W_i = exp(z_i - log s'), z_i = L_i / lambda."""
+    """W_i = exp(z_i - log s') with z_i = L_i / lambda (ABSGD paper, Alg. 1; docs/MATH.md §1.1)."""
 
     fuses = True
 
     def with_groups(self) -> FromRule:
-        raise ValueError("groups: only a rule uses groups; leave it out")
+        """ValueError, because only a rule uses groups."""
+        raise ValueError("groups: got groups, but this criterion weighs by lam, and only a rule= uses groups; leave them out")
 
     def robust_loss(
         self,
-        criterion: RobustState,
+        criterion: RobustLoss,
         operators: ops.Operators,
         normalizer: Own | Shared,
         losses: Tensor,
@@ -39,9 +40,11 @@ class Tilt:
         classes: int,
         update_state: bool,
     ) -> Tensor:
-        """The robust loss of losses that are in the dtype of the weights, contiguous; samples are checked.
+        """The robust loss (0-d) of a vector of losses.
 
-        criterion: a state that also has a `memo` and the `rule` (base.py `RobustLoss`).
+        Args:
+            losses: contiguous, in the dtype of the weights. samples: checked against the losses.
+            groups: like losses, integers; only a rule reads them. classes: of the logits; 0 if there are none.
         """
         if criterion.lam_is_open and update_state:
             criterion.fix_lam(losses.detach(), samples.mask, lambda stats: normalizer.gather(stats, criterion, classes))
@@ -52,36 +55,62 @@ class Tilt:
 
 
 class TermTilt(Tilt):
-    """The flat `weights.term` with a tilt that the kernels take: lambda = 1/t, normalised by the batch alone."""
+    """The flat `weights.term` with a tilt t that the kernels take: lambda = 1/t, normalised by the batch alone (MATH §4.1)."""
 
     def __init__(self, with_groups: FromRule):
         self._with_groups = with_groups
 
     def with_groups(self) -> FromRule:
+        """The same rule, called as a function: its form with groups has no kernel."""
         return self._with_groups
 
-    def robust_loss(self, criterion, operators, normalizer, *batch) -> Tensor:
+    def robust_loss(
+        self,
+        criterion: RobustLoss,
+        operators: ops.Operators,
+        normalizer: Own | Shared,
+        losses: Tensor,
+        samples: Samples,
+        groups: Tensor | None,
+        classes: int,
+        update_state: bool,
+    ) -> Tensor:
+        """As `Tilt.robust_loss`. ValueError if other processes have a part in the normaliser."""
         check_alone(normalizer)
-        return super().robust_loss(criterion, operators, normalizer, *batch)
+        return super().robust_loss(criterion, operators, normalizer, losses, samples, groups, classes, update_state)
 
 
 class FromRule:
-    """W = rule(losses), as the sample weights of a plain mean."""
+    """W = rule(losses), used as the sample weights of a plain mean (docs/MATH.md §4)."""
 
     fuses = False
 
     def __init__(self, takes: frozenset[str]):
-        self._takes = takes  # which of groups, mask and update the rule takes
+        self._takes = takes  # those of groups, mask and update that the rule takes
 
     def with_groups(self) -> FromRule:
+        """Itself."""
         return self
 
-    def robust_loss(self, criterion, operators, normalizer, losses, samples, groups, classes, update_state) -> Tensor:
+    def robust_loss(
+        self,
+        criterion: RobustLoss,
+        operators: ops.Operators,
+        normalizer: Own | Shared,
+        losses: Tensor,
+        samples: Samples,
+        groups: Tensor | None,
+        classes: int,
+        update_state: bool,
+    ) -> Tensor:
+        """As `Tilt.robust_loss`. ValueError if other processes have a part in the normaliser, or the rule returns no weights."""
         check_alone(normalizer)
+        rule = criterion.rule
+        assert rule is not None  # `weighting_of` made this weighting from it
         sample_weight, mask, score = samples
         plain = losses.detach()
         seen = plain if score is None else score.where(plain.isfinite(), math.nan)
-        weights = weights_of_rule(criterion.rule, self._takes, seen, mask, groups, update_state)
+        weights = weights_of_rule(rule, self._takes, seen, mask, groups, update_state)
         if criterion.max_weight != math.inf:
             weights = weights.clamp(max=criterion.max_weight)
         factor = weights + criterion.mix if criterion.mix else weights
@@ -96,7 +125,8 @@ class FromRule:
         return attached(operators, mode, losses, loss, slope)
 
 
-def weighting_of(rule: Callable | None) -> Tilt | FromRule:
+def weighting_of(rule: Rule | None) -> Tilt | FromRule:
+    """The weighting of an `ABLoss` with this rule; None: by lambda."""
     if rule is None:
         return Tilt()
     from_rule = FromRule(options_of(rule))
@@ -104,47 +134,53 @@ def weighting_of(rule: Callable | None) -> Tilt | FromRule:
 
 
 def check_alone(normalizer: Own | Shared) -> None:
-    """ValueError where other processes would have a part in what a rule weighs."""
+    """ValueError if other processes have a part in the normaliser, because a rule sees the losses of one process only."""
     if normalizer is not OWN:
-        raise ValueError("rule: weighs the batch of one process; pass process_group=None to weigh each process's batch by itself")
+        raise ValueError(
+            "rule: got a normaliser that several processes share (or a loss_divisor), but a rule weighs the batch of one process;"
+            " pass process_group=None to weigh each process's batch by itself"
+        )
 
 
 def vector_mode(operators: ops.Operators, losses: Tensor) -> int:
-    """What an operator on a vector of losses leaves for backward."""
+    """The backward mode of an operator on a vector of losses; 0 if nobody asks for a gradient."""
     return operators.vector_backward_mode if losses.requires_grad and torch.is_grad_enabled() else 0
 
 
 def attached(operators: ops.Operators, mode: int, losses: Tensor, loss: Tensor, slope: Tensor) -> Tensor:
-    """The loss as a function of the losses, in which it is linear: slope = d loss / d L."""
+    """The robust loss as a function of the losses, in which it is linear: slope = d loss / d L."""
     return ops.attach(operators, losses, loss, slope, lambda x: (slope * x).sum()) if mode else loss
 
 
 # ---- rules --------------------------------------------------------------------------------------------------------------
 
 
-def flat_tilt(rule) -> float | None:
-    """t, where a rule is the flat `term` with a tilt that its kernel takes: then ABLoss can weigh as with lambda = 1/t."""
+def flat_tilt(rule: Rule) -> float | None:
+    """The t of a rule `partial(term, t=t)`, with which ABLoss can weigh as with lambda = 1/t.
+
+    None for any other rule, and for a t whose 1/t the kernels do not take.
+    """
     if not (isinstance(rule, partial) and rule.func is term and not rule.args and set(rule.keywords) == {"t"}):
         return None
     t = _checks.tilt(rule.keywords["t"], "t")
     return t if NATIVE_TILTS[0] <= abs(t) <= NATIVE_TILTS[1] else None
 
 
-def options_of(rule) -> frozenset[str]:
-    """Which of groups, mask and update a rule takes beside the losses."""
+def options_of(rule: Rule) -> frozenset[str]:
+    """Those of groups, mask and update that a rule takes besides the losses."""
     known = {"groups", "mask", "update"}
     while isinstance(rule, (partial, torch._dynamo.OptimizedModule)):
         known -= rule.keywords.keys() if isinstance(rule, partial) else set()
         rule = rule.func if isinstance(rule, partial) else rule._orig_mod
     try:
         parameters = inspect.signature(rule.forward if isinstance(rule, nn.Module) else rule).parameters
-    except (TypeError, ValueError):  # a builtin, which does not say
+    except (TypeError, ValueError):  # a builtin, whose arguments Python does not know
         return frozenset()
     return frozenset(known & parameters.keys())
 
 
-def shown(rule) -> str:
-    """A rule in a line: "cvar(beta=0.1)"."""
+def shown(rule: Rule) -> str:
+    """A rule in one line, as in "cvar(beta=0.1)"."""
     if isinstance(rule, partial):
         numbers = [*map(repr, rule.args), *(f"{name}={value!r}" for name, value in rule.keywords.items())]
         return f"{shown(rule.func)}({', '.join(numbers)})"
@@ -152,29 +188,37 @@ def shown(rule) -> str:
 
 
 def weights_of_rule(
-    rule, takes: frozenset[str], losses: Tensor, valid: Tensor | None, groups: Tensor | None, update: bool
+    rule: Rule, takes: frozenset[str], losses: Tensor, valid: Tensor | None, groups: Tensor | None, update: bool
 ) -> Tensor:
-    """W of a rule for the rows that are valid (None: all), 0 for the others; W is checked, detached and of the losses' dtype and
-    shape.
+    """W of a rule: detached, in the dtype and shape of the losses, and 0 for rows that are not valid.
 
-    A rule without a `mask` is given the valid rows with a finite loss alone, and the others' W is NaN; choosing them waits for a GPU.
+    A rule with an argument `mask` gets all losses. A rule without it gets only the valid, finite losses, and the W of a nonfinite
+    one is NaN; selecting them makes the host wait for a GPU.
+
+    Args:
+        takes: those of groups, mask and update that the rule takes. valid: bool, like losses; None: all are valid.
+        update: whether the rule may change its own state.
+
+    Raises:
+        ValueError: groups for a rule that takes none, or a rule that does not return one floating weight per loss.
     """
     if groups is not None and "groups" not in takes:
-        raise ValueError("groups: got groups, but the rule of this ABLoss takes none; leave them out")
+        raise ValueError("groups: got groups, but the rule of this ABLoss has no argument `groups`; leave them out")
     more = {"update": update} if "update" in takes else {}
     grouped = lambda groups: {} if groups is None else {"groups": groups}  # noqa: E731
     if "mask" in takes:
         return _returned(rule(losses, **({} if valid is None else {"mask": valid}), **grouped(groups), **more), losses)
-    good = losses.isfinite() if valid is None else losses.isfinite() & valid
-    if bool(good.all()):
+    finite = losses.isfinite() if valid is None else losses.isfinite() & valid
+    if bool(finite.all()):
         return _returned(rule(losses, **grouped(groups), **more), losses)
-    kept = losses[good]
-    weights = _returned(rule(kept, **grouped(None if groups is None else groups[good]), **more), kept)
-    bad = ~good if valid is None else valid & ~good
-    return torch.zeros_like(losses).masked_scatter_(good, weights).masked_fill_(bad, math.nan)
+    kept = losses[finite]
+    weights = _returned(rule(kept, **grouped(None if groups is None else groups[finite]), **more), kept)
+    nonfinite = ~finite if valid is None else valid & ~finite
+    return torch.zeros_like(losses).masked_scatter_(finite, weights).masked_fill_(nonfinite, math.nan)
 
 
 def _returned(weights: object, losses: Tensor) -> Tensor:
+    """The weights that a rule returned, if they fit the losses."""
     if not isinstance(weights, Tensor) or weights.shape != losses.shape or not weights.is_floating_point():
         got = f"{weights.dtype}, shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
         raise ValueError(f"rule: returned {got}, expected one floating weight per loss, shape {tuple(losses.shape)}")
