@@ -1,6 +1,7 @@
-# make demo    environment, build, the two experiments of the README, and its picture, docs/noise.png
-# make lint    formatting, lint rules and types, in half a minute; `make format` mends what can be mended
-# make test    lint, and every test
+# make demo        environment, build, the two experiments of the README, and its picture, docs/noise.png
+# make lint        formatting, lint rules and types, in half a minute; `make format` mends what can be mended
+# make test        environment, build, lint, and the tests that need an answer soon
+# make test-deep   the rest of the tests
 # A fresh Debian or Ubuntu machine needs: python >= 3.10 with venv and headers (python3-venv python3-dev), a C++ compiler, make.
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ train   = $(bin)/absgd-fast train --dataset digits --methods sgd,absgd,reference
 
 cpp    := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo l2rw lint format test bench bench-linear bench-l2rw sanitize clean
+.PHONY: demo l2rw lint format test test-deep bench bench-linear bench-l2rw sanitize clean
 demo: $(VENV)/.installed
 	@rm -f demo/*/checkpoint.pt  # of a demo that was stopped: `train` would not begin another in its place
 	$(train) --noise symmetric --noise-rate 0.4 --model mlp --lam -0.5 --warmup 0.3 --weight-decay 1e-4 --out demo/noise
@@ -39,8 +40,13 @@ format: $(VENV)/.installed
 	$(bin)/ruff check --quiet --fix
 	$(bin)/clang-format -i $(cpp)
 
+# Two processes, each with whole files: most tests use one core.
 test: lint
-	$(bin)/pytest
+	OMP_NUM_THREADS=1 $(bin)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not deep and not long"
+
+# The rest of the tests: tests/covering.py says of which kinds.
+test-deep: $(VENV)/.installed
+	$(bin)/pytest -m deep
 
 bench: $(VENV)/.installed
 	$(bin)/pytest benchmarks

@@ -5,6 +5,7 @@ import inspect
 import math
 from functools import partial
 
+import covering
 import numpy as np
 import oracle
 import pytest
@@ -31,6 +32,13 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("absgd_fast")
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest selects by markers afterwards
+def pytest_collection_modifyitems(items):
+    for item in covering.deep(items):
+        item.add_marker("deep")
+
 
 # ---- the table ------------------------------------------------------------------------------------------------------
 

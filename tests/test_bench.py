@@ -268,6 +268,7 @@ def test_bad_arguments(options, words, capsys, tmp_path, monkeypatch):
 # ---- benchmarks of one question ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.deep
 def test_steps_of_l2rw_are_measured(threads):
     """The smallest batch with a clean sample; the weights are looked at in float64, and memory where the system tells."""
     threads(1)

@@ -400,6 +400,7 @@ def quick(monkeypatch, no_compiler):
     monkeypatch.setattr(run, "host_us", lambda where, call, *counts: timing.host_us(where, call, 2, 3))
 
 
+@pytest.mark.deep
 def test_the_report_of_a_gpu(quick, tmp_path, capsys):
     out = tmp_path / "bench.json"
     assert run.main([*REHEARSAL, "--out", str(out)]) == 0
@@ -432,6 +433,7 @@ def test_the_report_of_a_gpu(quick, tmp_path, capsys):
     assert "missed: gpu step, three tensors: share of copy" in printed and "left out: Liger" in printed
 
 
+@pytest.mark.deep
 def test_one_wrong_result_on_a_gpu_leaves_the_others(quick, monkeypatch, tmp_path, capsys):
     """It is expensive to come there: what fails is told, what works is measured."""
     right = peers.PEERS["gpu loss"]["absgd_fast"]

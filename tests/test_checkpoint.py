@@ -404,6 +404,7 @@ def progress(file):
     return len(state["finished"]), state["running"]["epoch"]
 
 
+@pytest.mark.deep
 def test_killed_again_and_again(driver, tmp_path):
     """The command itself, killed from outside at whatever it is doing: in absgd's run after λ went on, in the reference's
     before; resumed each time, with checkpoints as often as it was told at first."""
@@ -652,6 +653,7 @@ def test_another_torch_is_noted(resumable, capsys, monkeypatch, never_stopped):
     assert results == {name: value for name, value in never_stopped.items() if name != "changes"}
 
 
+@pytest.mark.deep
 def test_cifar_is_shifted_as_ever_and_told_from_other_images(tmp_path, capsys, monkeypatch):
     """Random shifts and mirror images go on where they stopped; the files may move, and may not change."""
     monkeypatch.setattr(report, "html", lambda results: "")

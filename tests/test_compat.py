@@ -49,6 +49,7 @@ def train(digits, loss, optimizer, lr, steps=50, epoch=10):
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     "lam, milestone, options",
     [

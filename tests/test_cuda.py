@@ -21,7 +21,6 @@ FILES = ("losses", "functional", "rectified", "robust", "linear", "state", "opti
 
 pytestmark = pytest.mark.skipif(simt.why_not() is not None, reason=simt.why_not() or "")
 
-# name: (kind of build, order, limit of the one-block kernel, what to run)
 EVERYTHING = [TESTS / "cuda_on_cpu" / "suite.py", *(path for name in FILES for path in sorted(TESTS.glob(f"test_{name}.py")))]
 NO_LIMIT = (
     "test_optim_",
@@ -31,14 +30,21 @@ NO_LIMIT = (
 )  # their names begin so; they go the same way at every limit
 LOSSES = [path for path in EVERYTHING if not path.stem.startswith(NO_LIMIT)]
 SUITE = [TESTS / "cuda_on_cpu" / "suite.py"]
+QUICK = ("-m", "not deep and not long")
+# name: (kind of build, order, limit of the one-block kernel, what to run). The first two are those of `make test`: the fewest
+# builds that show races, uninitialised and misaligned accesses, and accesses out of bounds; each has one of the two limits.
 RUNS = {
+    "quick race, one block": ("race", "random:1", 512, [*QUICK, *EVERYTHING]),
+    "quick bounds": ("bounds", "random:2", 0, [*QUICK, *LOSSES]),
     "statistics": ("plain", "forward", 0, LOSSES),
     "one block": ("plain", "random:1", 512, EVERYTHING),
     "address": ("address", "random:2", 0, SUITE),
-    "address, one block": ("address", "forward", 512, [*SUITE, TESTS / "test_robust.py"]),
     "race": ("race", "random:3", 0, SUITE),
+    # minutes each: for `make sanitize`
+    "address, one block": ("address", "forward", 512, [*SUITE, TESTS / "test_robust.py"]),
     "race, one block": ("race", "random:4", 512, SUITE),
 }
+LONG = ("address, one block", "race, one block")
 
 
 def package(folder, kind):
@@ -86,11 +92,11 @@ def results(tmp_path_factory, request):
         return dict(zip(asked, pool.map(run, asked)))
 
 
-# minutes each under a sanitizer: for `make sanitize`
-SLOW = [pytest.param(name, marks=[pytest.mark.long] * (name in ("address, one block", "race, one block"))) for name in RUNS]
+def marks(name):
+    return [] if name.startswith("quick") else [pytest.mark.long if name in LONG else pytest.mark.deep]
 
 
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in RUNS])
 @pytest.mark.timeout(1200)
 def test_kernels_on_the_cpu(results, name):
     done = results[name]

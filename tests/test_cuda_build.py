@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = tuple(sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")))
 ARCHITECTURES = (80, 90, 100)
+each_architecture = pytest.mark.parametrize(
+    "architecture", [a if a == 90 else pytest.param(a, marks=pytest.mark.deep) for a in ARCHITECTURES]
+)
 TABLE = Path(__file__).with_name("cuda_resources.json")
 NVCC = shutil.which("nvcc")
 
@@ -56,44 +60,51 @@ def compiled(file: str, architecture: int, folder: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def builds(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cubin")
-    jobs = [(file, architecture) for architecture in ARCHITECTURES for file in FILES]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(lambda job: compiled(*job, folder), jobs))
-    out = {f"sm_{a}": {} for a in ARCHITECTURES}
-    for (_, architecture), kernels in zip(jobs, results):
-        out[f"sm_{architecture}"] |= kernels
-    return folder, out
+def build(tmp_path_factory):
+    """Compiles all files for one architecture, once: its folder, and kernel -> registers, shared memory, spilled."""
+
+    @cache
+    def build(architecture):
+        folder = tmp_path_factory.mktemp("cubin")
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            results = list(pool.map(lambda file: compiled(file, architecture, folder), FILES))
+        return folder, {name: row for kernels in results for name, row in kernels.items()}
+
+    return build
 
 
-def test_nothing_spills(builds):
-    spilled = {(a, name): row for a, kernels in builds[1].items() for name, row in kernels.items() if row[2]}
-    assert not spilled
+@each_architecture
+def test_nothing_spills(build, architecture):
+    assert not {name: row for name, row in build(architecture)[1].items() if row[2]}
 
 
-def test_resources_are_those_of_the_table(builds):
+@each_architecture
+def test_resources_are_those_of_the_table(build, architecture):
     """So that a change which doubles the registers of a kernel is seen. After a change that is meant:
     ABSGD_WRITE_RESOURCES=1 pytest tests/test_cuda_build.py"""
-    found = {a: {name: row[:2] for name, row in sorted(kernels.items())} for a, kernels in builds[1].items()}
-    for name in sorted({n for kernels in found.values() for n in kernels}):
-        print(f"{name:64}", *(f"{a} {kernels[name][0]:3} registers {kernels[name][1]:5} B" for a, kernels in found.items()))
+    found = {name: row[:2] for name, row in sorted(build(architecture)[1].items())}
+    for name, (registers, shared) in found.items():
+        print(f"{name:64} {registers:3} registers {shared:5} B")
+    table = json.loads(TABLE.read_text())
     if os.environ.get("ABSGD_WRITE_RESOURCES"):
+        table |= {"nvcc": version(), f"sm_{architecture}": found}
         lines = ",\n".join(
             f' "{a}": {{\n' + ",\n".join(f"  {json.dumps(n)}: {row}" for n, row in kernels.items()) + "\n }"
-            for a, kernels in found.items()
+            for a, kernels in table.items()
+            if a != "nvcc"
         )
-        TABLE.write_text(f'{{\n "nvcc": "{version()}",\n{lines}\n}}\n')
-    table = json.loads(TABLE.read_text())
-    assert {a: kernels.keys() for a, kernels in found.items()} == {a: table[a].keys() for a in found}
+        TABLE.write_text(f'{{\n "nvcc": "{table["nvcc"]}",\n{lines}\n}}\n')
+    assert table.keys() == {"nvcc", *(f"sm_{a}" for a in ARCHITECTURES)}
+    wanted = table[f"sm_{architecture}"]
+    assert found.keys() == wanted.keys()
     if table["nvcc"] == version():  # another compiler counts otherwise
-        assert found == {a: table[a] for a in found}
+        assert found == wanted
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_accesses_are_16_bytes_wide(builds, architecture):
+@each_architecture
+def test_accesses_are_16_bytes_wide(build, architecture):
     """Of the kernels that walk over adjacent classes, over parameters or over their per-sample gradients."""
-    text = "".join((builds[0] / f"{file}-{architecture}.ptx").read_text() for file in FILES)
+    text = "".join((build(architecture)[0] / f"{file}-{architecture}.ptx").read_text() for file in FILES)
     wide = [rf"\b{access}[.\w]*\.(v4\.[buf]32|v2\.[buf]64)" for access in ("ld", "st")]
     seen = set()
     for name, body in re.findall(r"\.entry (\w+)\(.*?\n\{(.*?)\n\}", text, re.DOTALL):
@@ -164,12 +175,12 @@ LOOPS = {
 
 
 @pytest.mark.skipif(disassembler() is None, reason="needs cuobjdump, from a CUDA toolkit or Triton's wheel")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_loads_do_not_wait_for_each_other(builds, architecture):
+@each_architecture
+def test_loads_do_not_wait_for_each_other(build, architecture):
     """Four at once in every loop over losses: one after the other they cost 800 cycles a turn (cuda/weights.cuh kAtOnce)."""
     seen = set()
     for file in FILES:
-        for kernel, instructions in machine_code(builds[0] / f"{file}-{architecture}.cubin").items():
+        for kernel, instructions in machine_code(build(architecture)[0] / f"{file}-{architecture}.cubin").items():
             name = kernel.partition("_kernel")[0]
             if name in LOOPS:
                 seen.add(name)
@@ -184,18 +195,18 @@ def test_serial_loads_are_seen():
 
 
 @pytest.mark.skipif(disassembler() is None, reason="needs cuobjdump, from a CUDA toolkit or Triton's wheel")
-def test_a_row_does_not_wait_for_its_label(builds):
+def test_a_row_does_not_wait_for_its_label(build):
     """The 16-byte loads of a row come before the comparison of its label with the number of classes, which stops the kernel
     until the label is there. (In the machine code of one kernel, where they are told apart by the fence of the report.)"""
-    code = machine_code(builds[0] / "losses-90.cubin")["logit_loss_fwd_kernel<bfloat16, float, 1, false>"]
+    code = machine_code(build(90)[0] / "losses-90.cubin")["logit_loss_fwd_kernel<bfloat16, float, 1, false>"]
     first = next(i for i, text in enumerate(code) if "LDG.E.128" in text)
     report = next(i for i, text in enumerate(code) if "MEMBAR" in text and "SYS" in text)
     assert first < report
 
 
-def test_float_kernels_compute_in_float(builds):
+def test_float_kernels_compute_in_float(build):
     """No double arithmetic in the loops over float32, bfloat16 and float16 (state and numbers are double, once per launch)."""
-    text = (builds[0] / "losses-90.ptx").read_text()
+    text = (build(90)[0] / "losses-90.ptx").read_text()
     for name, body in re.findall(r"\.entry (\w+)\(.*?\n\{(.*?)\n\}", text, re.DOTALL):
         kernel = short(name)
         if "double" not in kernel and "_bwd_" in kernel:

@@ -382,7 +382,7 @@ def compiled():
         (None, "ABSGD-robust"),
         (None, "ABAdam-robust"),
         (None, "ABSGD-finish"),
-        pytest.param("reference", "ABSGD-robust", marks=pytest.mark.slow),
+        pytest.param("reference", "ABSGD-robust", marks=pytest.mark.deep),
     ],
 )
 def test_compiled(backend, way, compiled):

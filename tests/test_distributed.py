@@ -703,7 +703,7 @@ def test_deferred(tmp_path):
     run(in_turn, tmp_path, collectives_of_a_step, reference_point, options_of_deferred, state_of_several_optimizers)
 
 
-@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("wrapper", ["DDP", pytest.param("FSDP2", marks=pytest.mark.deep)])
 def test_training(tmp_path, wrapper):
     bodies = [partial(body, wrapper=wrapper) for body in (twenty_steps, plain_training, bad_steps)]
     run(in_turn, tmp_path, *bodies, *([criterion_inside_ddp] if wrapper == "DDP" else []))

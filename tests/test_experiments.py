@@ -558,6 +558,7 @@ def test_infinite_lambda_is_plain_sgd(digits):
     assert ours["per_class_recall"] == pytest.approx(sgd["per_class_recall"], abs=2)
 
 
+@pytest.mark.deep
 def test_cifar_trains(tmp_path):
     cifar_folder(tmp_path, "cifar10", python3_pickle(2))
     config = replace(SHORT, dataset="cifar10", data_root=str(tmp_path), model="resnet32", epochs=1, noise="asymmetric")

@@ -170,6 +170,7 @@ def rehearsal(prepared):
     return folder, calls
 
 
+@pytest.mark.deep
 @with_bash
 def test_a_rehearsed_folder(rehearsal):
     folder, calls = rehearsal
@@ -182,6 +183,7 @@ def test_a_rehearsed_folder(rehearsal):
     assert with_path == []  # it does not know where it was made
 
 
+@pytest.mark.deep
 @with_bash
 @pytest.mark.parametrize(
     "call, stages",
@@ -205,6 +207,7 @@ def test_a_rehearsed_call(rehearsal, call, stages):
     assert done.stdout.splitlines()[-2] == "everything passed"
 
 
+@pytest.mark.deep
 @with_bash
 def test_what_a_rehearsal_finds(rehearsal, tmp_path, capsys):
     folder, calls = rehearsal
@@ -220,7 +223,10 @@ def test_what_a_rehearsal_finds(rehearsal, tmp_path, capsys):
 
 
 @with_bash
-@pytest.mark.parametrize("end, code, died", [("killed", 0, "exit code 139, in"), ("failed", 3, "exit code 3, after")])
+@pytest.mark.parametrize(
+    "end, code, died",
+    [("killed", 0, "exit code 139, in"), pytest.param("failed", 3, "exit code 3, after", marks=pytest.mark.deep)],
+)
 def test_a_crash_is_not_repeated(prepared, tmp_path, end, code, died):
     """A kernel that kills its process or its device is met once: no test of its backend, and a report that names it."""
     folder = tmp_path / "folder"
@@ -236,6 +242,7 @@ def test_a_crash_is_not_repeated(prepared, tmp_path, end, code, died):
     assert report["failed"][0] == f"smoke: {died} logit_loss (cpu)" and f"DIED: {died} logit_loss (cpu)" in done.stdout
 
 
+@pytest.mark.deep
 @with_bash
 def test_an_operator_that_fails_stops_nothing(prepared, tmp_path):
     folder = tmp_path / "folder"

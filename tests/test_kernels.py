@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-PARTS = {"interpreted": {"TRITON_INTERPRET": "1"}, "compiled": {}}
+KINDS = {"interpreted": {"TRITON_INTERPRET": "1"}, "compiled": {}}
+# name: (kind, which of its tests). `make test` has two of them, `make test-deep` the other two.
+PARTS = {f"{kind}{deep}": (kind, marks) for kind in KINDS for deep, marks in (("", "not deep"), (", deep", "deep"))}
 
 
 def why_not_interpreted(triton: str, numpy: str) -> str | None:
@@ -27,16 +29,18 @@ def why_not_interpreted(triton: str, numpy: str) -> str | None:
 def why_not(part: str) -> str | None:
     if util.find_spec("triton") is None:
         return "triton is not installed"
-    return why_not_interpreted(metadata.version("triton"), metadata.version("numpy")) if part == "interpreted" else None
+    return why_not_interpreted(metadata.version("triton"), metadata.version("numpy")) if PARTS[part][0] == "interpreted" else None
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory):
-    """Those that can run, started at once: part -> (process, file of its output). The compiler's cache lies in a new folder."""
+def running(tmp_path_factory, request):
+    """Those that were asked for, started at once: part -> (process, file of its output). The compiler's cache is a new folder."""
     folder = tmp_path_factory.mktemp("kernels")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "PYTEST_"))}
     out = {}
-    for part, extra in PARTS.items():
+    tests = [item for item in request.session.items if getattr(item, "originalname", "") == "test_kernels"]
+    for part in [test.callspec.params["part"] for test in tests]:
+        kind, which = PARTS[part]
         if why_not(part) is not None:
             continue
         command = [
@@ -47,9 +51,11 @@ def running(tmp_path_factory):
             "-p",
             "no:cacheprovider",
             "--tb=short",
-            *sorted(HERE.glob(f"kernels_{part}*.py")),
+            "-m",
+            which,
+            *sorted(HERE.glob(f"kernels_{kind}*.py")),
         ]
-        env = kept | {"TRITON_CACHE_DIR": str(folder / part), "OMP_NUM_THREADS": "1"} | extra
+        env = kept | {"TRITON_CACHE_DIR": str(folder / part), "OMP_NUM_THREADS": "1"} | KINDS[kind]
         with open(folder / f"{part}.txt", "w") as file:
             process = subprocess.Popen(command, cwd=HERE.parent, env=env, stdout=file, stderr=subprocess.STDOUT)
         out[part] = process, Path(file.name)
@@ -59,9 +65,12 @@ def running(tmp_path_factory):
         process.wait()
 
 
-@pytest.mark.parametrize(
-    "part", [pytest.param(part, marks=pytest.mark.skipif(why_not(part) is not None, reason=str(why_not(part)))) for part in PARTS]
-)
+def marks(part):
+    reason = why_not(part)
+    return [pytest.mark.skipif(reason is not None, reason=str(reason)), *([pytest.mark.deep] if PARTS[part][1] == "deep" else [])]
+
+
+@pytest.mark.parametrize("part", [pytest.param(part, marks=marks(part)) for part in PARTS])
 def test_kernels(running, part):
     process, output = running[part]
     code = process.wait(timeout=280)

@@ -62,6 +62,7 @@ options = st.fixed_dictionaries(
 arguments = st.fixed_dictionaries({k: st.booleans() for k in ("sample_weight", "mask", "score", "update")})
 
 
+@pytest.mark.covering(1)
 @given(options=options, calls=st.lists(arguments, min_size=3, max_size=3), seed=st.integers(0, 999))
 def test_three_steps_are_the_oracles(backend, entry, options, calls, seed):
     """All options and all arguments together; three steps, so that log s is an average of averages."""

@@ -148,6 +148,7 @@ def run_in_a_process(library, cases, orders):
 # ---- right kernels ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("order, seed", ORDERS)
 @pytest.mark.parametrize("name", ["plain", "portable", "race", "strict"])
 def test_right_kernels_pass(load, name, order, seed):
@@ -157,8 +158,9 @@ def test_right_kernels_pass(load, name, order, seed):
         assert run(simt, kernel) == (0, []), kernel
 
 
-def test_right_kernels_pass_the_address_sanitizer(libraries):
-    done = run_in_a_process(libraries["address"], [f"{kernel} none" for kernel in RIGHT], ORDERS)
+@pytest.mark.parametrize("name", simt_build.LINK)
+def test_right_kernels_pass_the_address_sanitizer(libraries, name):
+    done = run_in_a_process(libraries[name], [f"{kernel} none" for kernel in RIGHT], ORDERS)
     assert done.stdout == "all right\n" and not done.stderr, done.stderr
 
 
@@ -198,9 +200,10 @@ def test_bug_is_caught(load, kernel, bug, name, text):
         assert all(re.search(text, " ".join(reports)) for _, reports in seen), seen
 
 
+@pytest.mark.parametrize("name", simt_build.LINK)
 @pytest.mark.parametrize("kernel, bug", [case for case, caught in BUGS.items() if "address" in caught])
-def test_bug_is_caught_by_the_address_sanitizer(libraries, kernel, bug):
-    done = run_in_a_process(libraries["address"], [f"{kernel} {bug}"], [("random", 1)])
+def test_bug_is_caught_by_the_address_sanitizer(libraries, name, kernel, bug):
+    done = run_in_a_process(libraries[name], [f"{kernel} {bug}"], [("random", 1)])
     assert done.returncode != 0 and re.search(BUGS[kernel, bug]["address"], done.stderr), done.stderr
     assert re.search(r"kernels\.cu:\d+", done.stderr)
     if OVERFLOW in done.stderr:

@@ -246,6 +246,7 @@ COMPOSED = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", COMPOSED)
 @pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-6), (torch.float64, 1e-13)], ids=["fp32", "fp64"])
 def test_as_loss_backward_and_optimizer(backend, name, dtype, near):

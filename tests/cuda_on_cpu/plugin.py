@@ -46,6 +46,7 @@ OF_THE_CPU = (
 )
 
 
+@pytest.hookimpl(wrapper=True)  # before conftest.py chooses among what is left
 def pytest_collection_modifyitems(config, items):
     left_out = [
         i
@@ -55,6 +56,7 @@ def pytest_collection_modifyitems(config, items):
     ]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out and "reference" not in item.name]
+    return (yield)
 
 
 @pytest.fixture(autouse=True)

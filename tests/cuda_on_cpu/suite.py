@@ -47,6 +47,7 @@ def test_rows_of_every_length_and_alignment(classes, offset, dtype):
     torch.testing.assert_close(logits.grad.double(), wide.grad, rtol=near, atol=near)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("shape", [(ONE_LAUNCH + 6, 3), (2, 3, 8200)], ids=["rows", "images"])
 def test_more_rows_than_one_block_weighs(kind, shape):
