@@ -305,7 +305,7 @@ def test_every_kernel_is_here():
     named = [kernel for module in MODULES for kernel in module.KERNELS]
     found = {v for m in MODULES for k, v in vars(m).items() if isinstance(v, JITFunction) and k.endswith("_kernel")}
     assert set(named) == found and len(named) == len(found)
-    for calls in (CALLS, ELSEWHERE):
+    for calls in (CALLS, ONE_OF_EACH):
         assert {made.kernel for call in calls for made in recorded(call, "sm_90")} == found
 
 
@@ -316,8 +316,9 @@ def test_no_global_constants():
             assert kernel.cache_key and not kernel.used_global_vals, kernel
 
 
-# Every kernel and type at least once; all calls on sm_90
-ELSEWHERE = [
+# Every kernel and type at least once. `make test` compiles these for sm_90, `make test-deep` these for all targets and all calls
+# for sm_90.
+ONE_OF_EACH = [
     "512 x 1000 fp32",
     "64 x 32000 bf16",
     "64 x 1000 fp64",
@@ -350,7 +351,12 @@ ELSEWHERE = [
 ]
 
 
-@pytest.mark.parametrize("call, target", [(c, t) for c in CALLS for t in TARGETS if t == "sm_90" or c in ELSEWHERE])
+def row(call, *target):
+    quick = call in ONE_OF_EACH and target in ((), ("sm_90",))
+    return pytest.param(call, *target, marks=[] if quick else pytest.mark.deep)
+
+
+@pytest.mark.parametrize("call, target", [row(c, t) for c in CALLS for t in TARGETS if t == "sm_90" or c in ONE_OF_EACH])
 def test_compiles(call, target):
     """To a binary, without spills: only the last program of a robust loss may spill, and little."""
     for made in recorded(call, target):
@@ -411,7 +417,7 @@ def test_launches(call):
 SINGLE = [call for call in CALLS if "fp64" not in call and "losses" not in call and "weights" not in call]
 
 
-@pytest.mark.parametrize("call", SINGLE)
+@pytest.mark.parametrize("call", map(row, SINGLE))
 def test_no_float64(call):
     """No number of Python and no constant widens a computation: a GPU may be 64 times slower at float64."""
     for made in recorded(call, "sm_90"):
@@ -481,7 +487,7 @@ WIDE = {
 }
 
 
-@pytest.mark.parametrize("call", WIDE)
+@pytest.mark.parametrize("call", map(row, WIDE))
 def test_loads_of_16_bytes(call):
     for name, (loads, stores) in WIDE[call].items():
         for made in recorded(call, "sm_90"):
@@ -511,7 +517,7 @@ def test_rectified_weights_are_divided_exactly():
     assert count(r"div\.rn\.f32", ptx) and not count(r"\.ftz|div\.(?:full|approx)|div\.rn\.f64", ptx)
 
 
-@pytest.mark.parametrize("call", [call for call in CALLS if call.startswith(("step,", "weighted"))])
+@pytest.mark.parametrize("call", [row(call) for call in CALLS if call.startswith(("step,", "weighted"))])
 def test_steps_are_rounded_correctly(call):
     """Quotients, square roots (the approximate one flushes subnormals to 0), half precision (the interpreter truncates)."""
     *_, ptx = ptx_of(call).values()

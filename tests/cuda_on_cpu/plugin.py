@@ -44,6 +44,7 @@ OF_THE_CPU = (
     "test_backends_have_the_operators_of_their_records",
     "test_plain_torch_does_what_the_kernels_do[robust_logit_loss]",
 )
+LARGE = ("test_same_bits_for_1_and_2_threads",)  # batches for two threads of the CPU, which are none of the kernels': deep
 
 
 @pytest.hookimpl(wrapper=True)  # before conftest.py chooses among what is left
@@ -56,6 +57,9 @@ def pytest_collection_modifyitems(config, items):
     ]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out and "reference" not in item.name]
+    for item in items:
+        if item.name.startswith(LARGE):
+            item.add_marker("deep")
     return (yield)
 
 
