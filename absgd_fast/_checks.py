@@ -131,8 +131,11 @@ def target(logits: Tensor, target: Tensor, soft: bool = True) -> Tensor:
     if not isinstance(logits, Tensor) or not isinstance(target, Tensor):
         raise TypeError(f"logits, target: got {type(logits).__name__} and {type(target).__name__}, expected tensors")
     if not logits.dtype.is_floating_point:
-        raise TypeError(f"logits: got {logits.dtype}, expected float32, float64, bfloat16 or float16")
-    if target.is_floating_point() and target.shape == logits.shape and logits.dim() > 1:
+        swapped = " (are logits and target swapped?)" if target.is_floating_point() else ""
+        raise TypeError(f"logits: got {logits.dtype}, expected float32, float64, bfloat16 or float16{swapped}")
+    if logits.dim() < 2:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected (B, C) or (B, C, d1, ...): one logit per class")
+    if target.is_floating_point() and target.shape == logits.shape:
         if not soft:
             raise ValueError(
                 "target: got probabilities, expected class labels: only cross-entropy (without a margin) has soft targets"
@@ -145,14 +148,25 @@ def target(logits: Tensor, target: Tensor, soft: bool = True) -> Tensor:
             f"target: got {target.dtype}, expected int64 or int32 class labels (use target.long()), or probabilities of the"
             f" shape of the logits, {tuple(logits.shape)}"
         )
-    if logits.dim() < 2 or target.shape != logits.shape[:1] + logits.shape[2:]:
+    if target.shape != logits.shape[:1] + logits.shape[2:]:
         raise ValueError(
             f"target: got shape {tuple(target.shape)} for logits of shape {tuple(logits.shape)}, "
-            "expected logits (B, C) or (B, C, d1, ...) and target (B) or (B, d1, ...)"
+            f"expected logits (B, C) or (B, C, d1, ...) and target (B) or (B, d1, ...){_shape_hint(logits, target)}"
         )
     if target.device != logits.device:
         raise ValueError(f"target: got a tensor on {target.device}, expected {logits.device}, the device of the logits")
     return target
+
+
+def _shape_hint(logits: Tensor, target: Tensor) -> str:
+    """What may be wrong with labels whose shape does not fit the logits; empty if it is none of the usual mistakes."""
+    if target.dim() == logits.dim() and target.squeeze(1).shape == logits.shape[:1] + logits.shape[2:]:
+        return "; use target.squeeze(1)"
+    if target.shape == logits.shape:
+        return "; use target.float() if it holds probabilities (one-hot labels are such), or target.argmax(1) for labels"
+    if target.dim() > 0 and len(target) != len(logits):
+        return f"; the logits have {len(logits)} rows, the target has {len(target)}"
+    return ""
 
 
 def class_vectors(scale: Tensor | None, shift: Tensor | None, margin: Tensor | None, classes: int | None) -> Tensor | None:

@@ -74,15 +74,15 @@ def logit_loss(
 ) -> Tensor:
     """Per-sample losses on logits x, computed in one fused pass (docs/MATH.md §2.1 and §2.2).
 
-        a_k = S_k x_k + D_k - M_y 1[k = y],    p = softmax(a)_y,    n = -log p,    w = v_y
+        a_j = S_j x_j + D_j - M_y 1[j = y],    p = softmax(a)_y,    nll = -log p,    w = v_y        j: a class; y: the label
 
-        "ce"              w n;  with label smoothing e over C classes  (1 - e) w n + (e / C) sum_k v_k (-log softmax(a)_k)
-        "focal"           w (1 - p)^gamma n                                          Lin et al. 2017, Eq. 5
-        "gce"             w (1 - p^q) / q;  truncated at k  w (k^q - p^q) / q        Zhang & Sabuncu 2018, Eq. 6 and 9
-        "sce"             w (alpha n + beta A (1 - p)),  A = -log 1e-4               Wang et al. 2019, Eq. 5
-        "weighted_focal"  (1 - u)^gamma m,  m = w n,  u = exp(-m)                    the ABSGD authors' code
+        "ce"              w nll;  with label smoothing e over C classes  (1 - e) w nll + (e / C) sum_j v_j (-log softmax(a)_j)
+        "focal"           w (1 - p)^gamma nll                                        Lin et al. 2017, Eq. 5
+        "gce"             w (1 - p^q) / q;  with k  w (k^q - p^q) / q                Zhang & Sabuncu 2018, Eq. 6 and 9
+        "sce"             w (alpha nll + beta A (1 - p)),  A = -log 1e-4             Wang et al. 2019, Eq. 5
+        "weighted_focal"  (1 - u)^gamma m,  m = w nll,  u = exp(-m)                  the ABSGD authors' code
 
-    -log p is computed as log1p(sum_{k != y} exp(a_k - a_y)). So the gradient at the label keeps its digits as p -> 1.
+    nll is computed as log1p(sum_{j != y} exp(a_j - a_y)). So the gradient at the label keeps its digits as p -> 1.
 
     Args:
         logits: (B, C) or (B, C, d1, ...), float32, float64, bfloat16 or float16, with any strides.
@@ -96,7 +96,7 @@ def logit_loss(
         ignore_index: rows with this label have loss 0 and gradient 0.
         gamma: >= 0, of "focal" and "weighted_focal".
         q: in (0, 1], of "gce".
-        k: in (0, 1), of "gce"; None: not truncated.
+        k: in (0, 1), the probability at which "gce" is truncated; None: not truncated.
         prune: True: rows with p <= k are treated as ignored, batch by batch. (The original prunes the data set at chosen epochs.)
         alpha, beta: >= 0, of "sce".
         backend: None (the fastest that can run on the device), "cuda", "triton", "cpu" or "reference".
@@ -109,7 +109,8 @@ def logit_loss(
         TypeError: labels that are not integers.
         ValueError: shapes that do not fit, numbers out of range, or an unknown kind.
         IndexError: a label out of range; the text names the first one and its row. A GPU ignores the row and a later call
-            raises, because the host does not wait for the GPU. On GPUs of Intel no call raises.
+            raises, because the host does not wait for the GPU. On Intel GPUs the kernels ignore such
+            rows silently: no call raises.
 
     >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]], requires_grad=True)
     >>> losses = logit_loss(logits, torch.tensor([0, -100]))

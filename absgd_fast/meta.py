@@ -99,13 +99,17 @@ def l2rw_loss(
     *,
     return_weights: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The weighted loss of L2RW, ready for backward; one training forward serves both weights and loss.
+    """The weighted loss of L2RW (learning to reweight), ready for backward.
+
+    It weighs each training sample by how much a gradient step on it would lower the loss of the clean batch. The weights sum to
+    1: do not divide the loss by B.
 
         loss = sum_i w_i f_i                           w: `l2rw_weights`, a constant for autograd
 
+    One training forward serves both weights and loss.
     Source: Ren et al. 2018, Alg. 1; docs/MATH.md §4.5.
 
-    The training forward is an ordinary one. It goes through `model` as it is (with DistributedDataParallel each process weighs
+    That forward is an ordinary one. It goes through `model` as it is (with DistributedDataParallel each process weighs
     its own batch by its own clean batch), moves BatchNorm's running statistics once, and draws random numbers once. The other
     passes leave no trace. Any optimizer may follow, and a GradScaler may scale the loss.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Protocol, TypedDict
 
 import torch
@@ -18,6 +19,14 @@ from .robust import ABLoss, RelativeLam
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+def _check_start(start: int) -> None:
+    """ValueError unless start is an integer >= 0."""
+    if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+        could_be = isinstance(start, Real) and not isinstance(start, bool) and 0 <= start < math.inf
+        hint = f", such as int({start})" if could_be else ""
+        raise ValueError(f"start: got {start!r}, expected an integer >= 0{hint}")
 
 
 class TwoStage:
@@ -50,8 +59,7 @@ class TwoStage:
     def __init__(self, criterion: ABLoss, lam: float | RelativeLam, start: int, unit: str = "epoch"):
         if not isinstance(criterion, ABLoss):
             raise TypeError(f"criterion: got {type(criterion).__name__}, expected an ABLoss")
-        if isinstance(start, bool) or not isinstance(start, int) or start < 0:
-            raise ValueError(f"start: got {start!r}, expected a number of steps >= 0")
+        _check_start(start)
         if not isinstance(lam, RelativeLam):
             _checks.lam(lam)
         self.unit = _checks.choice(unit, "unit", ("epoch", "step"))
@@ -84,8 +92,7 @@ class SwitchAt:
     """Base class of schedules that switch something on after `start` calls of step()."""
 
     def __init__(self, loss: LogitLoss, start: int):
-        if isinstance(start, bool) or not isinstance(start, int) or start < 0:
-            raise ValueError(f"start: got {start!r}, expected a number of epochs >= 0")
+        _check_start(start)
         self.loss, self.start, self.count = loss, start, 0
         self._switch(start == 0)
 

@@ -18,7 +18,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize(
     "options, named",
-    [(dict(deferred=True, mix=0.5), "mix.*0.5"), (dict(deferred=True, max_weight=2.0), "max_weight.*2")]
+    [
+        (dict(deferred=True, mix=0.5), "mix.*0.5.*; use mix=0, or deferred=False"),
+        (dict(deferred=True, max_weight=2.0), "max_weight.*2"),
+    ]
     + [(dict(loss_divisor=value), f"loss_divisor.*{value}") for value in (0, -1, NAN, INF, "2", None)],
     ids=str,
 )

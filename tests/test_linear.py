@@ -329,6 +329,13 @@ BAD = {
         TypeError,
         "linear_weight: got torch.float64, but hidden is torch.float32",
     ),
+    "module": (
+        dict(linear_weight=torch.nn.Linear(4, 10)),
+        TypeError,
+        r"linear_weight: got Linear, expected a tensor \(C, d\), such as head\.weight",
+    ),
+    "numbers": (dict(hidden=[1.0]), TypeError, r"hidden: got list, expected a tensor \(n, d\)$"),
+    "flag": (dict(bias=True), TypeError, r"bias: got bool, expected a tensor \(C,\) or None"),
     "half": (dict(hidden=torch.ones(3, 4).half(), linear_weight=torch.ones(10, 4).half()), TypeError, "float16"),
     "target": (dict(target=torch.tensor([0, 1])), ValueError, "target"),
     "label": (dict(target=torch.tensor([0, 1, 10])), IndexError, "label 10 in row 2"),
@@ -351,7 +358,7 @@ def test_bad_input(name, backend):
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        (dict(mix=1.0), ValueError, "mix: got 1 with LinearABLoss, expected 0"),
+        (dict(mix=1.0), ValueError, "mix: got 1 with LinearABLoss, expected 0.*; use mix=0, or ABLoss on the logits"),
         (dict(max_weight=2.0), ValueError, "max_weight: got 2 with LinearABLoss"),
         (dict(chunk=0), ValueError, "chunk: got 0, expected a positive number of rows"),
         (dict(chunk=2.5), ValueError, "chunk: got 2.5"),

@@ -197,7 +197,10 @@ def test_recipe_options_reach_the_loss(one_backend):
     "make, error, words",
     [
         (lambda: ab.DRW(ab.CrossEntropy(), WEIGHT, -1), ValueError, "start.*-1.*0"),
-        (lambda: ab.DRW(ab.CrossEntropy(), WEIGHT, 1.5), (TypeError, ValueError), r"start.*1\.5"),
+        (lambda: ab.DRW(ab.CrossEntropy(), WEIGHT, 1.5), ValueError, r"start.*1\.5.*integer >= 0, such as int\(1\.5\)"),
+        (lambda: ab.TwoStage(ab.ABLoss(lam=0.5), 0.5, 0.3 * 120), ValueError, r"start: got 36\.0, .*such as int\(36\.0\)"),
+        (lambda: ab.TwoStage(ab.ABLoss(lam=0.5), 0.5, float("nan")), ValueError, "start: got nan, expected an integer >= 0$"),
+        (lambda: ab.TwoStage(ab.ABLoss(lam=0.5), 0.5, -1.5), ValueError, r"start: got -1\.5, expected an integer >= 0$"),
         (lambda: ab.DRW(ab.CrossEntropy(), torch.ones(3, 1), 1), ValueError, r"weight.*\(3, 1\)"),
         (lambda: ab.DRW(ab.CrossEntropy(), [1, 2, 3], 1), (TypeError, ValueError), "weight.*int"),
         (lambda: ab.DRW(torch.nn.CrossEntropyLoss(), WEIGHT, 1), TypeError, "loss.*CrossEntropyLoss"),

@@ -13,8 +13,8 @@ from .. import robust
 class ABLoss(nn.Module):
     """`absgd.losses.ABLoss` with the same numbers in every step (ABSGD paper, Alg. 1; docs/MATH.md §1.1).
 
-    Two of its habits are kept. s starts at 0, so the first weighted step is 1 / (abgamma abalpha) times too large. lambda is used
-    only after max(milestone, 1) calls of `updateLambda()`; before that the loss is the plain mean.
+    Two of its habits are kept. s starts at 0, so the first weighted step is too large by the factor 1 / (abgamma abalpha). lambda
+    is used only after max(milestone, 1) calls of `updateLambda()`; before that the loss is the plain mean.
 
     These errors of the original are not kept: u keeps the graph of every step alive. L / lambda > 88.7 gives NaN, and u stays
     infinite for good. state_dict() is empty. An evaluation pass moves u. Rows with ignore_index count as losses of 0. An empty

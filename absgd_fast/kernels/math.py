@@ -29,7 +29,8 @@ def multiple(x, unit: tl.constexpr):
 
 @triton.jit
 def divide(x, y):
-    """x / y, correctly rounded. Triton's own / of float32 is off by up to 2 ulp: a weight at L / lambda = 1000 by 2e-4."""
+    """x / y, correctly rounded. Triton's own / of float32 is off by up to 2 ulp, which
+    changes a weight at L / lambda = 1000 by 2e-4."""
     return x / y if x.dtype == tl.float64 else tl.div_rn(x, y)
 
 
@@ -41,7 +42,10 @@ def root(x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for finite x > -1, to a few ulp. The rounding of 1 + x changes logarithm and quotient alike, and cancels."""
+    """log(1 + x) for finite x > -1, to a few ulp.
+
+    The rounding error of 1 + x appears in both log(u) and u - 1, and cancels.
+    """
     u = 1 + x
     return tl.where(u == 1, x, tl.log(u) * (x / (u - 1)))
 

@@ -24,6 +24,16 @@ CHUNKS_ELSEWHERE = 8
 LEAST_SAMPLES = 256
 
 
+def check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """TypeError if an input is no tensor. Casting for autocast comes after this check, because it would change a module."""
+    for name, t, shape in (("hidden", hidden, "(n, d)"), ("linear_weight", weight, "(C, d)"), ("bias", bias, "(C,)")):
+        if not (isinstance(t, Tensor) or (name == "bias" and t is None)):
+            hint = (
+                "" if name == "hidden" else ", such as head.weight" if name == "linear_weight" else " or None, such as head.bias"
+            )
+            raise TypeError(f"{name}: got {type(t).__name__}, expected a tensor {shape}{hint}")
+
+
 def check_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """ValueError or TypeError if shapes, dtypes or devices of the inputs do not fit each other."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:

@@ -34,6 +34,12 @@ class Unfinished(NamedTuple):
 class RelativeGradients:
     """The sums of gradients over the chunks, relative to a reference point m.
 
+    With G the gradients of each row's own loss, which overwrite the logits of a chunk:
+
+        dW = sum G^T (diag(w) H),    db = sum G^T w,    w_i = sample_weight_i exp(z_i - m)
+
+    The gradient of hidden, diag(W / n) (G weight), follows once log s' is known.
+
     m starts as log mean exp(z) of the first chunk with a sample (0 with normalizer="none"). It moves to that of a later chunk
     which lies more than RESCALE_GAP above it.
     """

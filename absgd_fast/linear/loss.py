@@ -17,7 +17,7 @@ from ..robust.base import LossOptions, RobustLoss
 from ..robust.normalizer import Own, Samples, Shared
 from ..robust.paths import general
 from ..robust.weighting import Tilt
-from .chunks import Chunks, check_inputs
+from .chunks import Chunks, check_inputs, check_tensors
 from .gradients import LinearLossGrad, RelativeGradients
 
 if TYPE_CHECKING:
@@ -27,20 +27,15 @@ if TYPE_CHECKING:
 class LinearABLoss(RobustLoss):
     """The robust loss of a linear head, logits = hidden weight^T + bias, without storing the logits.
 
-    Use it instead of a last torch.nn.Linear and `ABLoss` if the head has very many classes, as in a language model. The loss and
-    the gradients are those of `ABLoss` on the logits:
+    Call it as criterion(hidden, head.weight, target, head.bias), with hidden (n, d), head.weight (C, d), target (n) labels or
+    (n, C) probabilities, and head.bias (C) or None. It replaces a last torch.nn.Linear(d, C) and `ABLoss`. Use it if the head has
+    very many classes, as in a language model. The loss and the gradients are those of `ABLoss` on the logits:
 
-        logits = H weight^T + b,    L_i = loss of row i,    loss = (1/n) sum_i sample_weight_i W_i L_i
+        logits = hidden weight^T + bias,    L_i = loss of row i,    loss = (1/n) sum_i sample_weight_i W_i L_i
 
-    The forward pass goes over the rows chunk by chunk (docs/MATH.md §6). For each chunk it makes the logits and the losses, and
-    overwrites the logits with the gradient G of each row's own loss. The weights join afterwards: the sums over the chunks
-
-        dweight = sum G^T (diag(w) H),    db = sum G^T w,    w_i = sample_weight_i exp(z_i - m)
-
-    are relative to a reference point m, which moves when the mean of exp(z_i - m) over a chunk exceeds exp(20). The gradient of
-    hidden, diag(W / n) (G weight), follows once log s' is known. Backward only multiplies. The peak of memory is one chunk of
-    logits and the gradients, instead of four times all logits. A frozen weight or hidden costs nothing. With backend="reference",
-    and inside torch.func transforms, the logits are stored.
+    The forward pass goes over the rows chunk by chunk, and makes the gradients in the same pass (docs/MATH.md §6). The peak of
+    memory is one chunk of logits and the gradients, instead of four times all logits. The gradient of a frozen weight or hidden
+    is not made. With backend="reference", and inside torch.func transforms, the logits are stored.
 
     Args:
         criterion: a loss of this package (default `CrossEntropy()`) or torch.nn.CrossEntropyLoss, with reduction="none".
@@ -109,10 +104,11 @@ class LinearABLoss(RobustLoss):
 
         Raises:
             ValueError: shapes or devices that do not fit each other. TypeError: a criterion that has no kernel, dtypes that
-                differ, float16. IndexError: a label out of range (on a GPU it is raised by a later call, and the row is counted
-                within its chunk).
+                differ, float16, an input that is no tensor (a module, for example). IndexError: a label out of range (on a GPU
+                a later call raises it, and the row is counted within its chunk).
             RuntimeError: in backward, a second derivative (backend="reference" has it, and stores the logits).
         """
+        check_tensors(hidden, linear_weight, bias)
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, linear_weight, bias = hidden.to(dtype), linear_weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -150,7 +146,7 @@ class LinearABLoss(RobustLoss):
             grads = RelativeGradients(self, operators, chunks, wanted)
             losses, valid = grads.losses_and_validity() if any(wanted) else chunks.losses()
             log_s, _, lam, *_ = self.operands(False, 0)
-            settled, bounded = normalizer.settle(
+            settled, bounded = normalizer.weighing_normalizer(
                 self,
                 operators,
                 lambda bound: operators.robust_partial_stats(losses, score, valid, log_s, lam, bound),

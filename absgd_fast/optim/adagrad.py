@@ -29,12 +29,11 @@ class ABAdagrad(FusedOptimizer, torch.optim.Adagrad):
 
     The robust weights come from :class:`ABLoss`, which works with any optimizer.
 
-    The update is that of torch.optim.Adagrad (docs/MATH.md §3.3). With G the gradient (-G with ``maximize``), w a parameter
-    and t the number of the step:
+    The update is that of torch.optim.Adagrad (docs/MATH.md §3.3). With w a parameter and t the number of the step:
 
-        g = G + weight_decay * w
-        u = u + g^2
-        w = w - lr / (1 + (t - 1) lr_decay) g / (sqrt(u) + eps)
+        G = gradient of the loss + weight_decay * w              (maximize: -gradient + weight_decay * w)
+        u = u + G^2
+        w = w - lr / (1 + (t - 1) lr_decay) G / (sqrt(u) + eps)
 
     Half-precision parameters have float32 states. :class:`ABSGD` says which tensors the kernels take, how
     GPUs and GradScaler are served, and what a skipped step does; all that holds here too. torch's own function steps sparse

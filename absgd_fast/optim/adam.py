@@ -35,15 +35,14 @@ class ABAdam(FusedOptimizer, torch.optim.Adam):
 
     The robust weights come from :class:`ABLoss`, which works with any optimizer.
 
-    The update is that of torch.optim.Adam (docs/MATH.md §3.2). With G the gradient (-G with ``maximize``), w a parameter and t
-    the number of the step:
+    The update is that of torch.optim.Adam (docs/MATH.md §3.2). With w a parameter and t the number of the step:
 
-        g = G + weight_decay * w
-        v = beta_1 v + (1 - beta_1) g,    u = beta_2 u + (1 - beta_2) g^2
+        G = gradient of the loss + weight_decay * w                                  (maximize: -gradient + weight_decay * w)
+        v = beta_1 v + (1 - beta_1) G,    u = beta_2 u + (1 - beta_2) G^2
         w = w - lr (v / (1 - beta_1^t)) / (sqrt(u / (1 - beta_2^t)) + eps)           (amsgrad: the largest u so far instead of u)
 
     ``paper_form=True`` takes the step of the ABSGD paper (Eq. 9). It has no bias correction, its eps (G_0 in the paper) stands
-    outside the root, and its weight decay is decoupled from the gradient:
+    outside the root, and its weight decay is decoupled, so G is the gradient (-gradient) alone:
 
         v = beta_1 v + (1 - beta_1) G,    u = beta_2 u + (1 - beta_2) G^2
         w = w - lr (v / (sqrt(u) + eps) + weight_decay * w)
@@ -114,7 +113,8 @@ class ABAdam(FusedOptimizer, torch.optim.Adam):
 class ABAdamW(ABAdam, torch.optim.AdamW):
     r"""AdamW on the gradient of a robust loss: :class:`ABAdam` with decoupled weight decay.
 
-    The update is that of torch.optim.AdamW (docs/MATH.md §3.2): the step of :class:`ABAdam` with g = G, and before it
+    The update is that of torch.optim.AdamW (docs/MATH.md §3.2): the step of :class:`ABAdam` with G without
+    weight decay, and before it
 
         w = w - lr weight_decay w
 

@@ -29,11 +29,11 @@ class ABRMSprop(FusedOptimizer, torch.optim.RMSprop):
 
     The robust weights come from :class:`ABLoss`, which works with any optimizer.
 
-    The update is that of torch.optim.RMSprop (docs/MATH.md §3.3). With G the gradient (-G with ``maximize``) and w a parameter:
+    The update is that of torch.optim.RMSprop (docs/MATH.md §3.3). With w a parameter:
 
-        g = G + weight_decay * w
-        u = alpha u + (1 - alpha) g^2,    m = alpha m + (1 - alpha) g            (m = 0 unless ``centered``)
-        d = g / (sqrt(u - m^2) + eps)
+        G = gradient of the loss + weight_decay w                                (maximize: -gradient + weight_decay w)
+        u = alpha u + (1 - alpha) G^2,    m = alpha m + (1 - alpha) G            (m = 0 unless ``centered``)
+        d = G / (sqrt(u - m^2) + eps)
         w = w - lr d                                                             (momentum: b = momentum b + d,  w = w - lr b)
 
     Half-precision parameters have float32 states. :class:`ABSGD` says which tensors the kernels take, how

@@ -28,16 +28,16 @@ class ABSGD(FusedOptimizer, torch.optim.SGD):
 
     The robust weights come from :class:`ABLoss`, which works with any optimizer.
 
-    The update is that of torch.optim.SGD, which the `absgd` package uses too (docs/MATH.md §3.1). With G the gradient of the
-    robust loss (-G with ``maximize``), w a parameter and b its momentum buffer:
+    The update is that of torch.optim.SGD, which the `absgd` package uses too (docs/MATH.md §3.1). With w a parameter and
+    b its momentum buffer:
 
-        g = G + weight_decay * w
-        b = momentum * b + (1 - dampening) * g              (b = g in the first step of a parameter)
-        w = w - lr * b                                      (nesterov: w - lr * (g + momentum * b))
+        G = gradient of the robust loss + weight_decay * w  (maximize: -gradient + weight_decay * w)
+        b = momentum * b + (1 - dampening) * G              (b = G in the first step of a parameter)
+        w = w - lr * b                                      (nesterov: w - lr * (G + momentum * b))
 
     ``heavy_ball=True`` takes the paper's own step (Eq. 2), where d is the latest change of w:
 
-        d = momentum * d - lr * g
+        d = momentum * d - lr * G
         w = w + d
 
     The two are the same while ``lr`` stays the same. After ``lr`` has changed, the paper's form goes on with past steps at the
@@ -115,7 +115,7 @@ class ABSGD(FusedOptimizer, torch.optim.SGD):
     def _make_missing(self, group: dict) -> None:
         super()._make_missing(group)
         for p in group["params"]:
-            # A first step from a buffer of zeros gives b = g too, and leaves the zeros if found_inf forbids the step, so nobody
+            # A first step from a buffer of zeros gives b = G too, and leaves the zeros if found_inf forbids the step, so nobody
             # waits for found_inf. With dampening the first gradient would have to count in full, so plain torch takes that step.
             if p.grad is None or p.grad.is_sparse or group["momentum"] == 0 or group["dampening"] != 0:
                 continue

@@ -79,7 +79,8 @@ def robust_weights(
         W_i     = exp(z_i - log s')                                          step 5
 
     These are the formulas of docs/MATH.md §1.1; §1.2 has the options. The start departs from the paper, which begins with
-    s = 0. There the first batch gives s' = gamma g, which makes its weights 1 / gamma too large. With `init="first"` the
+    s = 0. There the first batch gives s' = gamma g, which makes its weights too large by the factor
+    1 / (gamma alpha). With `init="first"` the
     first batch gives log s' = log(alpha) + log g instead. `init="zero"` is the paper's start.
 
     Args:

@@ -65,10 +65,10 @@ class RobustLoss(RobustState):
         backend: str | None = None,
         **numbers: Unpack[StateOptions],
     ):
+        if criterion is not None and not callable(criterion):
+            raise TypeError(_not_a_criterion(criterion, type(self).__name__))
         if lam is None:
             raise ValueError("lam: got None, expected a number other than 0 or RelativeLam(r); math.inf is the plain mean")
-        if criterion is not None and not callable(criterion):
-            raise TypeError(f"criterion: got {type(criterion).__name__}, expected a callable that returns per-sample losses")
         shared = (Deferred if deferred else Shared)(Processes(process_group), _checks.positive(loss_divisor, "loss_divisor"))
         super().__init__(lam, **numbers)
         self._shared = shared
@@ -342,3 +342,11 @@ class RobustLoss(RobustState):
         """The numbers, for repr()."""
         lam = f"RelativeLam({self.relative_lam})" if self.lam_is_open else f"{float(self.lam):g}"
         return f"lam={lam}, gamma={self.gamma:g}, alpha={self.alpha:g}, mix={self.mix:g}, normalizer={self.normalizer!r}"
+
+
+def _not_a_criterion(given: object, class_name: str) -> str:
+    """The error for a criterion that is not callable. The package absgd takes lambda in its place."""
+    is_lam = isinstance(given, (int, float, Tensor, RelativeLam)) and not isinstance(given, bool)
+    got = f"the {type(given).__name__} {given}" if is_lam else type(given).__name__
+    hint = f"; lambda is a keyword: {class_name}(lam={given})" if is_lam else ""
+    return f"criterion: got {got}, expected a callable that returns per-sample losses{hint}"

@@ -32,12 +32,19 @@ class LastForward:
     >>> _ = criterion(torch.zeros(2, 4), torch.tensor([0, 3]))
     >>> criterion.last.mean_loss, criterion.last.ess
     (tensor(1.3863), tensor(2.))
+    >>> criterion.last  # n: the rows that count
+    LastForward(n=2, mean_loss=1.38629, ess=2)
     """
 
     def __init__(self, memo: Memo):
         if memo.sample_stats is None:
             raise RuntimeError("last: there was no forward yet; call the criterion first")
         self._sample_stats, self._weighing, self._moved = memo.sample_stats, memo.weighing, memo.moved
+
+    def __repr__(self) -> str:
+        """The number of rows that count, the mean loss and the ESS. On a GPU it waits for the forward."""
+        n, mean_loss, ess = int(self._counted.sum()), float(self.mean_loss), float(self.ess)
+        return f"LastForward(n={n}, mean_loss={mean_loss:.6g}, ess={ess:.6g})"
 
     @property
     def losses(self) -> Tensor:

@@ -33,21 +33,22 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
         loss   = (1/n) sum_i sample_weight_i (W_i + mix) L_i
 
     Source: ABSGD paper, Alg. 1 and Eq. 2, in the log domain; docs/MATH.md §1. The module keeps one number from batch to batch,
-    log s, the moving average of g in logarithms. Because of it W_i <= n / (gamma alpha): no weight overflows, whatever lam is.
+    log s, the moving average of g in logarithms. Because of it W_i <= n / (gamma alpha): no weight overflows, whatever lam is
+    (except with normalizer="none").
 
     Args:
         criterion: makes the losses L_i. Either a loss of this package (default `CrossEntropy()`), or any callable that returns a
-            floating tensor of per-sample losses, of any shape but (). Losses of this package and
+            floating tensor of per-sample losses with at least one dimension. Losses of this package and
             torch.nn.CrossEntropyLoss(reduction="none") take the fast way: one kernel makes losses and weights.
         lam: temperature, required unless `rule` is given. lam > 0 attends to large losses (imbalance), lam < 0 to small ones
-            (label noise). The closer to 0, the more unequal the weights. +-inf is the plain mean: W = 1, without mix, and log s
+            (label noise). The closer to 0, the more unequal the weights. +-inf is the plain mean: W = 1, mix is ignored, log s
             stays. A number or 0-d tensor other than 0, or `RelativeLam(r)`, which the first training batch turns into a number.
         gamma: share of the current batch in the moving average, in (0, 1].
         alpha: factor of the current batch's mean in the moving average, in (0, 1] (abalpha in the reference package).
         mix: how much of the plain mean is added to the weighted one; any finite number. 1 reproduces the authors' code for noisy
             labels.
         init: how log s starts. "first": the first batch sets it by itself (log s' = log alpha + log g). "zero": s = 0, as in the
-            paper, which makes the first weights 1 / gamma times those of "first".
+            paper, which makes the first weights too large by the factor 1 / (gamma alpha) ("first": by 1 / alpha).
         normalizer: "moving": log s' as above. "batch": this batch alone, log s' = log alpha + log g (with lam = 1/t this is
             TERM). "none": log s' = 0, so W_i = exp(L_i / lam), which may overflow (docs/MATH.md §1.2).
         max_weight: upper bound of every W_i; log s does not see it. None: no bound.
@@ -75,8 +76,10 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
         changes (docs/MATH.md §1.4).
 
     Several processes (DDP, FSDP2; docs/MATH.md §1.6)
-        n and log s' are those of all rows of all R processes. Each training forward makes one all-gather of three numbers (log
-        sum exp z, n, number of nonfinite losses). Each process returns its sum times R / n, so the average of the gradients that
+        n and log s' are those of all rows of all R processes. Each training forward makes one all-gather of 13 float64 numbers
+        per process: three statistics (log sum exp z, n, number of nonfinite losses), and the ten settings that the processes must
+        have in common (lam, gamma and others). In deferred mode the first micro-batch of a step and its end make one each, the
+        micro-batches between them none. Each process returns its sum times R / n, so the average of the gradients that
         DDP and FSDP make is the gradient of one big batch. Processes may have different numbers of rows. A process without rows
         must call the criterion with an empty batch, because all take part. A nonfinite loss on one process counts on all of them.
         In eval mode and under no_grad nothing is exchanged, and each process uses its own batch.
@@ -86,9 +89,10 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
         reference point m for the whole optimizer step. This value is for backward only; log `last.mean_loss`. At the end of the
         step log s' is computed from all rows, and exp(m - log s') / n multiplies the gradients. `ABSGD(..., robust=criterion)`
         does it within its step. For any other optimizer, and before any clipping, call `criterion.finish_(params)`. A step with a
-        nonfinite loss changes neither the parameters nor log s (robust/step.py describes it). `discard()` gives a step up before
-        its end. In eval mode, under no_grad and with update=False a forward is no part of the step and returns a normalised loss.
-        To add its gradient to those of micro-batches (SAM), call `finish_` first, and use an optimizer without ``robust=``.
+        nonfinite loss changes neither the parameters nor log s (docs/scale.md shows the loops). `discard()` gives a step up
+        before its end. In eval mode, under no_grad and with update=False a forward is no part of the step and returns a
+        normalised loss. To add its gradient to those of micro-batches (SAM), call `finish_` first, and use an optimizer without
+        ``robust=``.
 
     Rules, rule= (docs/MATH.md §4)
         W = rule(losses) is a constant for autograd; its mean over the rows that count should be 1. If the rule has arguments of
@@ -110,7 +114,8 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
     Raises:
         ValueError: lam is 0 or NaN; gamma or alpha is outside (0, 1]; options that exclude each other (mix or max_weight with
             deferred=True, because they need log s' at once; a rule with an option that it does not use).
-        TypeError: a criterion or a rule that is not callable, a lam that is no number, a process_group of another type.
+        TypeError: a criterion or a rule that is not callable, a rule that needs an argument which is not bound, a lam that is no
+            number, a process_group of another type.
         RuntimeError: a backend that cannot run here.
 
     >>> criterion = ABLoss(lam=-0.5)
@@ -200,8 +205,8 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
 
         Raises:
             ValueError: shapes that do not fit; losses that are not per sample; a batch on another device than the state; groups
-                without a rule that uses them; a rule that returns another shape; processes that disagree on lam, gamma, the
-                number of classes or another setting.
+                without a rule that uses them, or a rule that needs groups without them; a rule that returns another shape;
+                processes that disagree on lam, gamma, the number of classes or another setting.
             TypeError: labels of a floating dtype; a criterion that returns no floating tensor. IndexError: a label out of range
                 (on a GPU it is raised by a later call).
             RuntimeError: the process group is gone, or the exchange failed. After any error log s is as it was.

@@ -2,13 +2,13 @@
 
 `Own`, `Shared` and `Deferred` have these methods in common:
 
-    gather     the partial statistics of all who take part (one row each)
-    settle     the settled normaliser of a forward
-    weigh      the robust loss of a vector of losses
+    gather                 the partial statistics of all who take part (one row each)
+    weighing_normalizer    the normaliser that weighs the samples of a forward
+    weigh                  the robust loss of a vector of losses
 
 `Shared` and `Deferred` also say whether they take part in a forward at all (`takes_part`). If they do not, `OWN` serves.
 
-Other functions are called settle too. `RobustLoss.settle` (base.py) ends a deferred step. reference/weights.py `settle` is the
+Four functions are called settle. `RobustLoss.settle` (base.py) ends a deferred step. reference/weights.py `settle` is the
 formula (docs/MATH.md §1.2) for partial statistics in plain torch, and the operator robust_settle is the same on every backend.
 kernels/weigh.py `settle` (Triton) and csrc/cuda/weights.cuh `settle` settle the normaliser of one batch inside a kernel.
 """
@@ -46,7 +46,7 @@ class Own:
         """(1, 3): the statistics of this batch."""
         return stats.unsqueeze(0)
 
-    def settle(
+    def weighing_normalizer(
         self, state: RobustState, operators: ops.Operators, partial_stats_of: PartialStatsOf, classes: int, update_state: bool
     ) -> tuple[Tensor, bool]:
         """The settled normaliser (6) that weighs the samples of a forward, and whether their z is bounded by it.
@@ -96,10 +96,10 @@ class Shared:
         """(processes, 3 or more): the statistics of all processes (processes.py `Processes.gather`)."""
         return self.processes.gather(stats, state, self.deferred, self.loss_divisor, classes)
 
-    def settle(
+    def weighing_normalizer(
         self, state: RobustState, operators: ops.Operators, partial_stats_of: PartialStatsOf, classes: int, update_state: bool
     ) -> tuple[Tensor, bool]:
-        """As `Own.settle`, for the samples of all processes."""
+        """As `Own.weighing_normalizer`, for the samples of all processes."""
         return self.settle_together(state, operators, partial_stats_of(None), classes, update_state), False
 
     def settle_together(
@@ -136,7 +136,7 @@ class Shared:
         sample_weight, mask, score = samples
         log_s, _, lam, _, _, mix, max_weight, _ = state.operands(False, 0)
         plain = losses.detach()
-        settled, bounded = self.settle(
+        settled, bounded = self.weighing_normalizer(
             state,
             operators,
             lambda bound: operators.robust_partial_stats(plain, score, mask, log_s, lam, bound),
@@ -163,16 +163,15 @@ class Deferred(Shared):
         """True: every training forward is a micro-batch of a step."""
         return True
 
-    def settle(
+    def weighing_normalizer(
         self, state: RobustState, operators: ops.Operators, partial_stats_of: PartialStatsOf, classes: int, update_state: bool
     ) -> tuple[Tensor, bool]:
         """Add a micro-batch to the step; return the reference point (6), and whether it bounds the z of these samples.
 
-        The first micro-batches give the reference point, so their z is not bounded by it. Despite the name nothing is final here:
-        `end` settles log s'.
+        The first micro-batches give the reference point, so their z is not bounded by it. `end` settles log s'.
         """
         if not update_state:
-            return super().settle(state, operators, partial_stats_of, classes, update_state)
+            return super().weighing_normalizer(state, operators, partial_stats_of, classes, update_state)
         step, processes = self.step, self.processes.count()  # before anything changes: it raises if the group is gone
         reference = step.reference if step.has_reference() else None
         bounded = reference is not None

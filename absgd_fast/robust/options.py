@@ -30,22 +30,22 @@ def _unused_by_rule(name: str, default: object) -> Conflict:
     return Conflict("rule", name, _given(name, default), message)
 
 
-def _before_log_s(owner: str) -> tuple[Conflict, Conflict]:
-    """Options that need log s' before all samples are known."""
+def _before_log_s(owner: str, instead: str) -> tuple[Conflict, Conflict]:
+    """Options that need log s' before all samples are known. instead: with what they can be used."""
     return (
         Conflict(
             owner,
             "mix",
             _given("mix", 0),
             "mix: got {value:g} with {owner}, expected 0: the weighted sum and the plain sum are divided by different numbers,"
-            " which are known only after both are in one gradient",
+            f" which are known only after both are in one gradient; use mix=0, or {instead}",
         ),
         Conflict(
             owner,
             "max_weight",
             lambda options: options["max_weight"] != math.inf and options["normalizer"] != "none",
             "max_weight: got {value:g} with {owner}, expected None (or normalizer='none'): the gradient is made before the"
-            " weights are known, so they cannot be bounded in it",
+            f" weights are known, so they cannot be bounded in it; leave max_weight out, or use {instead}",
         ),
     )
 
@@ -64,14 +64,14 @@ CONFLICTS = (
     ),
     _unused_by_rule("deferred", False),
     _unused_by_rule("loss_divisor", 1),
-    *_before_log_s("deferred=True"),
+    *_before_log_s("deferred=True", "deferred=False"),
     Conflict(
         "LinearABLoss",
         "rule",
         _given("rule", None),
         "rule: got one with LinearABLoss, which makes its gradients before all losses are known; use ABLoss",
     ),
-    *_before_log_s("LinearABLoss"),
+    *_before_log_s("LinearABLoss", "ABLoss on the logits"),
 )
 
 

@@ -19,6 +19,8 @@ from ..weights.tilted import NATIVE_TILTS, term
 from .base import RobustLoss, Rule
 from .normalizer import OWN, Own, Samples, Shared
 
+OFFERED = ("groups", "mask", "update")  # what a rule may take besides the losses
+
 
 class Tilt:
     """W_i = exp(z_i - log s') with z_i = L_i / lambda (ABSGD paper, Alg. 1; docs/MATH.md §1.1)."""
@@ -85,8 +87,9 @@ class FromRule:
 
     fuses = False
 
-    def __init__(self, takes: frozenset[str]):
+    def __init__(self, takes: frozenset[str], needs_groups: bool):
         self._takes = takes  # those of groups, mask and update that the rule takes
+        self._needs_groups = needs_groups  # whether the rule cannot do without groups
 
     def with_groups(self) -> FromRule:
         """Itself."""
@@ -103,10 +106,12 @@ class FromRule:
         classes: int,
         update_state: bool,
     ) -> Tensor:
-        """As `Tilt.robust_loss`. ValueError if other processes have a part in the normaliser, or the rule returns no weights."""
+        """As `Tilt.robust_loss`. ValueError if the rule lacks its groups or returns no weights, or as in `check_alone`."""
         check_alone(normalizer)
         rule = criterion.rule
         assert rule is not None  # `weighting_of` made this weighting from it
+        if groups is None and self._needs_groups:
+            raise ValueError(f"groups: got none, but the rule {shown(rule)} needs them; pass groups= to the criterion's call")
         sample_weight, mask, score = samples
         plain = losses.detach()
         seen = plain if score is None else score.where(plain.isfinite(), math.nan)
@@ -126,10 +131,17 @@ class FromRule:
 
 
 def weighting_of(rule: Rule | None) -> Tilt | FromRule:
-    """The weighting of an `ABLoss` with this rule; None: by lambda."""
+    """The weighting of an `ABLoss` with this rule; None: by lambda. TypeError if the rule needs an argument that is not bound."""
     if rule is None:
         return Tilt()
-    from_rule = FromRule(options_of(rule))
+    needed = needed_by(rule)
+    if missing := [name for name in needed if name not in OFFERED]:
+        bound = ", ".join(f"{name}=..." for name in missing)
+        raise TypeError(
+            f"rule: {shown(rule)} needs {' and '.join(missing)}, expected a rule that needs only the losses; bind"
+            f" {'it' if len(missing) == 1 else 'them'}: functools.partial(rule, {bound})"
+        )
+    from_rule = FromRule(options_of(rule), "groups" in needed)
     return from_rule if flat_tilt(rule) is None else TermTilt(from_rule)
 
 
@@ -166,9 +178,19 @@ def flat_tilt(rule: Rule) -> float | None:
     return t if NATIVE_TILTS[0] <= abs(t) <= NATIVE_TILTS[1] else None
 
 
+def needed_by(rule: Rule) -> list[str]:
+    """The arguments besides the losses that a rule cannot do without."""
+    try:
+        parameters = inspect.signature(rule.forward if isinstance(rule, nn.Module) else rule).parameters
+    except (TypeError, ValueError):  # a builtin, whose arguments Python does not know
+        return []
+    others = list(parameters.values())[1:]  # the first are the losses
+    return [p.name for p in others if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
 def options_of(rule: Rule) -> frozenset[str]:
     """Those of groups, mask and update that a rule takes besides the losses."""
-    known = {"groups", "mask", "update"}
+    known = set(OFFERED)
     while isinstance(rule, (partial, torch._dynamo.OptimizedModule)):
         known -= rule.keywords.keys() if isinstance(rule, partial) else set()
         rule = rule.func if isinstance(rule, partial) else rule._orig_mod

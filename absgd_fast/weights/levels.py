@@ -21,7 +21,9 @@ def running_sum(x: Tensor) -> Tensor:
 
 
 def cvar(losses: Tensor, beta: float, reg: float = 0.0, *, mask: Tensor | None = None, backend: str | None = None) -> Tensor:
-    """Conditional value at risk: the mean of the worst fraction beta of the losses (docs/MATH.md §4.3).
+    """CVaR: gives the worst fraction beta of the samples the weight 1/beta and the others 0 (reg=0).
+
+    The weighted mean is the conditional value at risk, the mean of the worst fraction beta of the losses (docs/MATH.md §4.3):
 
         max_p sum_i p_i L_i - reg KL(p || 1/n)     over  p_i <= 1 / (beta n),  sum_i p_i = 1
 
@@ -36,7 +38,8 @@ def cvar(losses: Tensor, beta: float, reg: float = 0.0, *, mask: Tensor | None =
         backend: None (the fastest that can run), "cpu" (a kernel) or any other (torch's own operators).
 
     Returns:
-        W_i = n p_i <= 1 / beta, as losses; float64 for float64 losses, else float32. See `absgd_fast.weights`.
+        W_i = n p_i <= 1 / beta, as losses; float64 for float64 losses, else float32. `absgd_fast.weights`
+            says what all rules have in common (nonfinite losses, gradients).
 
     Raises:
         ValueError: beta outside (0, 1], reg negative or not finite, or mask of another shape.
@@ -93,7 +96,8 @@ def chi2(losses: Tensor, rho: float, *, mask: Tensor | None = None, backend: str
         backend: as for `cvar`.
 
     Returns:
-        W_i = n p_i, as losses; float64 for float64 losses, else float32. See `absgd_fast.weights`.
+        W_i = n p_i, as losses; float64 for float64 losses, else float32. `absgd_fast.weights`
+            says what all rules have in common (nonfinite losses, gradients).
 
     Raises:
         ValueError: rho negative or NaN, or mask of another shape.

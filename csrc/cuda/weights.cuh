@@ -231,8 +231,8 @@ __device__ inline WeightUpdate settle(const Robust& a, double lam, const BatchSu
 // The part of an already settled normaliser that weights need.
 __device__ inline WeightUpdate known(const Normalizer& s) { return {s.log_s, 0, 0, 0, s.scale, 0, 0}; }
 
-// (1/n) sum_i t_i (W_i + mix) L_i from the sums, whose weighted sum lacks the factor exp(max - log s'). It is right
-// only if max_weight bounds no W.
+// (1/n) sum_i t_i (W_i + mix) L_i from the sums, whose weighted sum lacks the factor exp(max - log s'). Valid only when
+// max_weight clips nothing.
 __device__ inline double loss_of(const BatchSums& p, const Weighing& w) {
   if (p.nonfinite > 0) return NAN;
   if (p.finite == 0) return 0;

@@ -81,11 +81,12 @@ struct Slope {
 // Each rule below is a functor that steps one element: functor(w, s, grad) updates the parameter w and the states s.
 // kSlots has bit j set if the functor uses s[j].
 
-// Momentum SGD (MATH §3.1), s[0] = v:
+// Momentum SGD (MATH §3.1). s[0] is b, or d with heavy_ball:
 //     plain        w <- w - lr G
-//     momentum     v <- momentum v + (1 - dampening) G,    w <- w - lr v
-//     nesterov     v as above,                             w <- w - lr (G + momentum v)
-//     heavy_ball   v <- momentum v - lr G,                 w <- w + v,    so v = w_t - w_{t-1}
+//     momentum     b <- momentum b + (1 - dampening) G  (b = G at first),    w <- w - lr b
+//     nesterov     b as above,                                               w <- w - lr (G + momentum b)
+//     heavy_ball   d <- momentum d - lr G,                                   w <- w + d,    so d = w_t - w_{t-1}
+// Without dampening, b = G at first follows from a buffer of zeros. With it, plain torch takes the first step.
 // heavy_ball is Eq. 2 of the paper as written. It differs from `momentum` once lr changes.
 enum class SgdForm : int { plain = 0, momentum = 1, nesterov = 2, heavy_ball = 3 };
 

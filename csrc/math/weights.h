@@ -99,7 +99,7 @@ struct PartialStats {
 template <class L>
 ABSGD_FN PartialStats add_partial_stats(const double* partials, int64_t number, int64_t stride) {
   double max = -kLargest, sum = 0;
-  PartialStats out{max - kLargest /* -inf */, 0, 0};
+  PartialStats out{max - kLargest /* overflows to -inf */, 0, 0};
   for (int64_t k = 0; k < number; ++k) {
     const double* part = partials + k * stride;
     out.count += part[1];
@@ -204,7 +204,7 @@ struct RectifiedSum {
   }
 };
 
-// w = max(u, 0) unit / total: unit 1 and total S, or both times 2^-64 where S leaves the range.
+// w = max(u, 0) unit / total: unit 1 and total S. If S overflows, both u and S are scaled by 2^-64.
 template <class L>
 struct RectifiedNumbers {
   using V = typename L::V;
