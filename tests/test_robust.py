@@ -365,6 +365,9 @@ def test_last_is_detached_and_optional(one_backend, rng):
     last = criterion.last
     assert not any(t.requires_grad for t in (last.losses, last.weights, last.ess, last.mean_loss, criterion.log_s))
     assert last.ess.shape == last.mean_loss.shape == ()
+    assert repr(last) == f"LastForward(n=6, mean_loss={last.mean_loss:.6g}, ess={last.ess:.6g})"
+    criterion(logits, torch.tensor([0, 1, -100, -100, -100, -100]))
+    assert repr(criterion.last).startswith("LastForward(n=2, ")
 
 
 def test_last_is_of_the_last_forward(backend, rng):

@@ -441,6 +441,21 @@ def test_lam_is_required():
         ab.ABLoss()
 
 
+@pytest.mark.parametrize(
+    "kind, criterion, words",
+    [
+        ("ABLoss", -0.5, r"criterion: got the float -0\.5, .*; lambda is a keyword: ABLoss\(lam=-0\.5\)$"),
+        ("LinearABLoss", 2, r"criterion: got the int 2, .*: LinearABLoss\(lam=2\)$"),
+        ("ABLoss", ab.RelativeLam(-0.5), r"ABLoss\(lam=RelativeLam\(-0\.5\)\)$"),
+        ("ABLoss", "ce", "criterion: got str, expected a callable that returns per-sample losses$"),
+        ("ABLoss", True, "criterion: got bool, expected a callable that returns per-sample losses$"),
+    ],
+)
+def test_lam_in_place_of_the_criterion(kind, criterion, words):
+    with pytest.raises(TypeError, match=words):
+        getattr(ab, kind)(criterion)
+
+
 @pytest.mark.parametrize("r", [0.0, NAN])
 def test_bad_relative_lam(r):
     with pytest.raises(ValueError, match="r: got"):

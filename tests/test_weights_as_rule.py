@@ -325,6 +325,26 @@ def test_a_rule_has_no_lam():
         ab.ABLoss()
 
 
+@pytest.mark.parametrize(
+    "rule, words",
+    [
+        (weights.cvar, r"rule: cvar needs beta, .*; bind it: functools\.partial\(rule, beta=\.\.\.\)"),
+        (partial(weights.cvar, reg=0.1), r"rule: cvar\(reg=0\.1\) needs beta"),
+        (lambda losses, a, *, b, groups, mask=None, c=0: losses, r"needs a and b.*bind them.*a=\.\.\., b=\.\.\."),
+    ],
+    ids=["unbound", "partly-bound", "several"],
+)
+def test_a_rule_that_needs_more_than_the_losses(rule, words):
+    with pytest.raises(TypeError, match=words):
+        ab.ABLoss(rule=rule)
+
+
+def test_a_rule_that_needs_groups(one_backend):
+    for rule in (weights.GroupDRO(2), partial(weights.GroupDRO(2))):
+        with pytest.raises(ValueError, match="groups: got none, but the rule .*GroupDRO.* needs them; pass groups= to"):
+            ab.ABLoss(lambda x: x, rule=rule)(torch.rand(3))
+
+
 def test_groups_for_a_rule_that_takes_none(one_backend):
     for rule in (PLAIN, partial(weights.chi2, rho=0.1), lambda losses: losses):
         with pytest.raises(ValueError, match="groups"):
