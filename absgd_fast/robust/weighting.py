@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -178,10 +179,19 @@ def flat_tilt(rule: Rule) -> float | None:
     return t if NATIVE_TILTS[0] <= abs(t) <= NATIVE_TILTS[1] else None
 
 
+def _function_of(rule: Rule) -> Callable:
+    """The rule as a function whose arguments Python knows: a module by its forward, inside a partial and if compiled too."""
+    if isinstance(rule, partial):
+        return partial(_function_of(rule.func), *rule.args, **rule.keywords)
+    if isinstance(rule, torch._dynamo.OptimizedModule):
+        return _function_of(rule._orig_mod)
+    return rule.forward if isinstance(rule, nn.Module) else rule
+
+
 def needed_by(rule: Rule) -> list[str]:
     """The arguments besides the losses that a rule cannot do without."""
     try:
-        parameters = inspect.signature(rule.forward if isinstance(rule, nn.Module) else rule).parameters
+        parameters = inspect.signature(_function_of(rule)).parameters
     except (TypeError, ValueError):  # a builtin, whose arguments Python does not know
         return []
     others = list(parameters.values())[1:]  # the first are the losses
