@@ -340,8 +340,8 @@ def test_a_rule_that_needs_more_than_the_losses(rule, words):
 
 
 def test_a_rule_that_needs_groups(one_backend):
-    for rule in (weights.GroupDRO(2), partial(weights.GroupDRO(2))):
-        with pytest.raises(ValueError, match="groups: got none, but the rule .*GroupDRO.* needs them; pass groups= to"):
+    for rule in (weights.GroupDRO(2), partial(weights.GroupDRO(2)), torch.compile(weights.GroupDRO(2), backend="eager")):
+        with pytest.raises(ValueError, match="groups: got none, but the rule .* needs them; pass groups= to"):
             ab.ABLoss(lambda x: x, rule=rule)(torch.rand(3))
 
 
