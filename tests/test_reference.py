@@ -66,6 +66,16 @@ def test_reference_weights(dtype, lam, log_s, init, rng):
     np.testing.assert_allclose(new, exact.log_s, rtol=tol)
 
 
+def test_reference_weights_are_bounded(rng):
+    """And the state does not see the bound."""
+    losses = torch.tensor(rng.exponential(1.0, 7))
+    exact = oracle.robust_weights(losses, 0.2, 0.7, max_weight=1.1)
+    weights, new = ab.reference.robust_weights(losses, 0.2, 0.7, max_weight=1.1)
+    assert (weights == 1.1).any() and (weights < 1.1).any()
+    np.testing.assert_allclose(weights, exact.weights, rtol=1e-12)
+    np.testing.assert_allclose(new, exact.log_s, rtol=1e-12)
+
+
 def test_reference_losses(dtype, case, rng):
     """(B, C, d) logits: 3 x 7 x 4 has no two equal sizes, so a wrong axis cannot pass."""
     logits = torch.tensor(rng.normal(0, 3, (3, 7, 4))).to(dtype).requires_grad_()
