@@ -41,12 +41,14 @@ format: $(VENV)/.installed
 	$(bin)/clang-format -i $(cpp)
 
 # Two processes, each with whole files: most tests use one core.
+pytest := OMP_NUM_THREADS=1 $(bin)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	OMP_NUM_THREADS=1 $(bin)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not deep and not long"
+	$(pytest) -m "not deep and not long"
 
 # The rest of the tests: tests/covering.py says of which kinds.
 test-deep: $(VENV)/.installed
-	$(bin)/pytest -m deep
+	$(pytest) -m "deep and not long"
 
 bench: $(VENV)/.installed
 	$(bin)/pytest benchmarks
