@@ -71,9 +71,10 @@ def marks(part):
 
 
 @pytest.mark.parametrize("part", [pytest.param(part, marks=marks(part)) for part in PARTS])
+@pytest.mark.timeout(1200)
 def test_kernels(running, part):
     process, output = running[part]
-    code = process.wait(timeout=280)
+    code = process.wait(timeout=1100)
     text = output.read_text()
     assert code == 0, text[-6000:]
     assert " passed" in text and "skipped" not in text, text[-6000:]
