@@ -12,8 +12,8 @@ from statistics import median
 
 from matplotlib.figure import Figure
 
-from absgd_fast.experiments.plots import over_seeds
-from absgd_fast.experiments.style import DASHED, STYLES
+from absgd_fast.experiments.plots import line_and_band
+from absgd_fast.experiments.style import DASHED, STYLES, switch_of
 from absgd_fast.experiments.summary import by_method, time_ratios
 from absgd_fast.experiments.words import plus_minus
 
@@ -32,7 +32,7 @@ def picture(results):
         line(right, runs_of["absgd"].values(), key, name, color=colour)
     right.set_title("Mean weight of a training sample under ABSGD", loc="left", fontsize=11)
     right.set_ylim(bottom=0)
-    epochs, switch = results["config"]["epochs"], round(results["config"]["warmup"] * results["config"]["epochs"])
+    epochs, switch = results["config"]["epochs"], switch_of(results["config"])
     for axes in (left, right):
         axes.set_xlabel("epoch")
         axes.set_xlim(0, epochs * 1.3)
@@ -46,10 +46,7 @@ def picture(results):
 
 def line(axes, runs, key, name, **style):
     """Draws the mean over the seeds, a band of one standard deviation, and the name at the end of the line."""
-    average, std = over_seeds(runs, key)
-    epochs = range(1, len(average) + 1)
-    axes.plot(epochs, average, linewidth=2, **style)
-    axes.fill_between(epochs, average - std, average + std, color=style["color"], alpha=0.15, linewidth=0)
+    average = line_and_band(axes, runs, key, linewidth=2, **style)
     axes.annotate(
         name,
         (len(average), average[-1]),

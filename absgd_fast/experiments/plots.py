@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -33,10 +34,19 @@ def figures(results: dict[str, Any]) -> list[Plot]:
     return [*found, _seconds(runs_of)]
 
 
-def over_seeds(runs: Iterable[Run], key: str) -> tuple[Any, Any]:
+def _over_seeds(runs: Iterable[Run], key: str) -> tuple[Any, Any]:
     """(mean, std) over the seeds of a per-epoch series, each an array (epochs,)."""
     series = torch.tensor([_numbers(run["epochs"][key]) for run in runs], dtype=torch.float64)
     return _mean_std(series)
+
+
+def line_and_band(axes: Axes, runs: Iterable[Run], key: str, *, color: str, **style: Any) -> Any:
+    """Draws the mean over the seeds of a per-epoch series and a band of one standard deviation; returns the mean, (epochs,)."""
+    average, std = _over_seeds(runs, key)
+    epochs = range(1, len(average) + 1)
+    axes.plot(epochs, average, color=color, **style)
+    axes.fill_between(epochs, average - std, average + std, color=color, alpha=0.15, linewidth=0)
+    return average
 
 
 def _mean_std(series: Tensor) -> tuple[Any, Any]:
@@ -53,10 +63,7 @@ def _numbers(values: Sequence[float | None]) -> list[float]:
 def _accuracy(results: dict[str, Any], runs_of: RunsOf) -> Plot:
     figure, axes = make_axes("epoch", "balanced accuracy on the test set, %", size=(6.4 if len(runs_of) <= FEW else 8.4, 3.8))
     for method, mine in runs_of.items():
-        average, std = over_seeds(mine.values(), "balanced_accuracy")
-        epochs = range(1, len(average) + 1)
-        axes.plot(epochs, average, label=method, linewidth=1.8, **STYLES[method])
-        axes.fill_between(epochs, average - std, average + std, color=STYLES[method]["color"], alpha=0.15, linewidth=0)
+        line_and_band(axes, mine.values(), "balanced_accuracy", label=method, linewidth=1.8, **STYLES[method])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     mark_switch(axes, results)
     legend(axes, len(runs_of))
@@ -143,7 +150,7 @@ def _clean_and_flipped(results: dict[str, Any], runs_of: RunsOf) -> Plot:
         if method == BASELINE:
             continue
         for key, label, marker in (("clean_weight", "right label", "o"), ("flipped_weight", "wrong label", "x")):
-            average, _ = over_seeds(runs_of[method].values(), key)
+            average, _ = _over_seeds(runs_of[method].values(), key)
             epochs = range(1, len(average) + 1)
             axes.plot(
                 epochs,

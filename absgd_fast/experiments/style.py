@@ -58,10 +58,15 @@ def bar(method: str) -> dict[str, Any]:
     return {"color": style["color"]} | ({"hatch": hatch, "edgecolor": "white", "linewidth": 0} if hatch else {})
 
 
+def switch_of(config: dict[str, Any]) -> int:
+    """The first epoch (counted from 0) with λ = lam, as train.Config.switch, of the saved settings of an experiment."""
+    return round(config["warmup"] * config["epochs"])
+
+
 def mark_switch(axes: Axes, results: dict[str, Any]) -> None:
     """Draws a line at the epoch in which λ, or the weighting of a method without λ, is switched on."""
     c = results["config"]
-    switch, switched = round(c["warmup"] * c["epochs"]), [m for m in c["methods"] if m in IN_STAGES]
+    switch, switched = switch_of(c), [m for m in c["methods"] if m in IN_STAGES]
     if 0 < switch < c["epochs"] and switched:
         axes.axvline(switch + 0.5, color="#444444", linewidth=1, linestyle=":")
         axes.annotate(

@@ -26,12 +26,13 @@ LEAST_SAMPLES = 256
 
 def check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """TypeError if an input is no tensor. Casting for autocast comes after this check, because it would change a module."""
-    for name, t, shape in (("hidden", hidden, "(n, d)"), ("linear_weight", weight, "(C, d)"), ("bias", bias, "(C,)")):
+    for name, t, expected in (
+        ("hidden", hidden, "(n, d)"),
+        ("linear_weight", weight, "(C, d), such as head.weight"),
+        ("bias", bias, "(C,) or None, such as head.bias"),
+    ):
         if not (isinstance(t, Tensor) or (name == "bias" and t is None)):
-            hint = (
-                "" if name == "hidden" else ", such as head.weight" if name == "linear_weight" else " or None, such as head.bias"
-            )
-            raise TypeError(f"{name}: got {type(t).__name__}, expected a tensor {shape}{hint}")
+            raise TypeError(f"{name}: got {type(t).__name__}, expected a tensor {expected}")
 
 
 def check_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

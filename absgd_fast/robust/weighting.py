@@ -135,14 +135,15 @@ def weighting_of(rule: Rule | None) -> Tilt | FromRule:
     """The weighting of an `ABLoss` with this rule; None: by lambda. TypeError if the rule needs an argument that is not bound."""
     if rule is None:
         return Tilt()
-    needed = needed_by(rule)
+    takes = _arguments_of(rule)
+    needed = [p.name for p in takes.values() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if missing := [name for name in needed if name not in OFFERED]:
         bound = ", ".join(f"{name}=..." for name in missing)
         raise TypeError(
             f"rule: {shown(rule)} needs {' and '.join(missing)}, expected a rule that needs only the losses; bind"
             f" {'it' if len(missing) == 1 else 'them'}: functools.partial(rule, {bound})"
         )
-    from_rule = FromRule(options_of(rule), "groups" in needed)
+    from_rule = FromRule(frozenset(takes.keys() & set(OFFERED)), "groups" in needed)
     return from_rule if flat_tilt(rule) is None else TermTilt(from_rule)
 
 
@@ -188,27 +189,15 @@ def _function_of(rule: Rule) -> Callable:
     return rule.forward if isinstance(rule, nn.Module) else rule
 
 
-def needed_by(rule: Rule) -> list[str]:
-    """The arguments besides the losses that a rule cannot do without."""
+def _arguments_of(rule: Rule) -> dict[str, inspect.Parameter]:
+    """The arguments besides the losses that a call of the rule may give: name -> what Python knows of it."""
+    function = _function_of(rule)
     try:
-        parameters = inspect.signature(_function_of(rule)).parameters
-    except (TypeError, ValueError):  # a builtin, whose arguments Python does not know
-        return []
-    others = list(parameters.values())[1:]  # the first are the losses
-    return [p.name for p in others if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-
-
-def options_of(rule: Rule) -> frozenset[str]:
-    """Those of groups, mask and update that a rule takes besides the losses."""
-    known = set(OFFERED)
-    while isinstance(rule, (partial, torch._dynamo.OptimizedModule)):
-        known -= rule.keywords.keys() if isinstance(rule, partial) else set()
-        rule = rule.func if isinstance(rule, partial) else rule._orig_mod
-    try:
-        parameters = inspect.signature(rule.forward if isinstance(rule, nn.Module) else rule).parameters
-    except (TypeError, ValueError):  # a builtin, whose arguments Python does not know
-        return frozenset()
-    return frozenset(known & parameters.keys())
+        _, *others = inspect.signature(function).parameters.items()  # the first are the losses
+    except (TypeError, ValueError):  # a builtin, whose arguments Python does not know, or a function without arguments
+        return {}
+    bound = function.keywords if isinstance(function, partial) else {}
+    return {name: parameter for name, parameter in others if name not in bound}
 
 
 def shown(rule: Rule) -> str:
