@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,12 +11,14 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from .. import ops
+from .._checkpointing import hooks_are_active
 from ..losses import fused_spec
 from ..robust import ABLoss
 from ..robust import options as conflicts
 from ..robust.base import LossOptions, RobustLoss
-from ..robust.normalizer import Own, Samples, Shared
+from ..robust.normalizer import InStages, Own, Samples
 from ..robust.paths import general
+from ..robust.replay import run_once_or_again
 from ..robust.weighting import Tilt
 from .chunks import Chunks, check_inputs, check_tensors
 from .gradients import LinearLossGrad, RelativeGradients
@@ -116,12 +119,10 @@ class LinearABLoss(RobustLoss):
         trains = torch.is_grad_enabled() and self.training
         normalizer, update_state = self.normalizer_for(trains), trains and update
         samples = Samples(sample_weight, mask, score)
-        if self.operators_for(hidden).has_kernels:
-            return self._in_chunks(hidden, linear_weight, target, bias, normalizer, samples, update_state)
-        logits = nnf.linear(hidden, linear_weight, bias)
-        return general(
-            self, Tilt(), normalizer, (logits, target), fused_spec(self.criterion, logits), samples, None, update_state
-        )
+        head = hidden, linear_weight, target, bias
+        if hooks_are_active():
+            return run_once_or_again(partial(_robust_loss, head=head, samples=samples), self, Tilt(), normalizer, update_state)
+        return _robust_loss(self, Tilt(), normalizer, update_state, head, samples)
 
     @torch.compiler.disable  # the chunks are a loop of Python around torch's matrix products
     def _in_chunks(
@@ -130,7 +131,7 @@ class LinearABLoss(RobustLoss):
         weight: Tensor,
         target: Tensor,
         bias: Tensor | None,
-        normalizer: Own | Shared,
+        normalizer: Own | InStages,
         samples: Samples,
         update_state: bool,
     ) -> Tensor:
@@ -170,6 +171,23 @@ class LinearABLoss(RobustLoss):
         if not any(wanted):
             return loss
         return LinearLossGrad.apply(hidden, weight, bias, (loss, grads.unfinished(sample_factor), settled))
+
+
+def _robust_loss(
+    criterion: LinearABLoss,
+    weighting: Tilt,
+    normalizer: Own | InStages,
+    update_state: bool,
+    head: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    samples: Samples,
+) -> Tensor:
+    """The robust loss of a head: hidden, weight, target and bias. Kernels make it in chunks, plain torch stores the logits."""
+    hidden, weight, target, bias = head
+    if criterion.operators_for(hidden).has_kernels:
+        return criterion._in_chunks(hidden, weight, target, bias, normalizer, samples, update_state)
+    logits = nnf.linear(hidden, weight, bias)
+    spec = fused_spec(criterion.criterion, logits)
+    return general(criterion, weighting, normalizer, (logits, target), spec, samples, None, update_state)
 
 
 ABLoss.register(LinearABLoss)  # isinstance(criterion, ABLoss) is true for both

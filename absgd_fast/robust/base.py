@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _checks, ops
+from .._checkpointing import Replays
 from ..losses import CrossEntropy
 from . import finish, options
 from .lam import RelativeLam
@@ -77,6 +78,7 @@ class RobustLoss(RobustState):
         self.criterion = CrossEntropy() if criterion is None else criterion
         self.backend = backend
         self.memo = Memo()
+        self.replays: Replays = Replays()
         self._served: tuple[torch.device, ops.Operators] | None = None  # the device of the last batch, and its operators
         reason = None if backend is None else _backend.why_not(backend)  # the module may still be moved to another device
         if reason is not None:

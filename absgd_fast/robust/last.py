@@ -9,7 +9,10 @@ from ..ops import LOG_S
 
 
 class Memo:
-    """What a robust loss remembers of its latest forward. A plain object: setting an attribute of a module costs 0.5 us more."""
+    """What a robust loss remembers of its latest forward. A plain object: setting an attribute of a module costs 0.5 us more.
+
+    Setting an attribute also keeps a forward inside a checkpoint from being compiled (weights/group_dro.py says why).
+    """
 
     def __init__(self) -> None:
         self.sample_stats: Tensor | None = None  # (3, ...): losses, weights (or z), validity

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from abc import ABCMeta
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._checkpointing import hooks_are_active
 from ..losses import fused_spec
 from . import options
 from .base import RobustLoss, Rule
 from .lam import RelativeLam
-from .normalizer import OWN, Samples
+from .normalizer import InStages, Own, Samples
 from .paths import NOTHING, fused, general
-from .weighting import flat_tilt, shown, weighting_of
+from .replay import run_once_or_again
+from .weighting import FromWeights, Tilt, flat_tilt, shown, weighting_of
 
 
 class ABLoss(RobustLoss, metaclass=ABCMeta):
@@ -217,18 +220,10 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
         normalizer = self.normalizer_for(trains)
         no_samples = sample_weight is None and mask is None and score is None
         samples = NOTHING if no_samples else Samples(sample_weight, mask, score)
-        spec = None
-        if len(args) == 2:
-            logits, target = args
-            if isinstance(logits, Tensor) and isinstance(target, Tensor):
-                spec = fused_spec(self._modules.get("criterion"), logits)
-            if spec is not None:
-                operators = self.operators_for(logits)
-                # mypy does not see that OWN is the only Own
-                at_once = normalizer is OWN or (update_state and normalizer.knows_weights(self, operators, logits))  # type: ignore[union-attr]
-                if at_once and weighting.fuses:
-                    return fused(self, operators, normalizer, logits, target, spec, samples, update_state)
-        return general(self, weighting, normalizer, args, spec, samples, groups, update_state)
+        if hooks_are_active():
+            of_batch = partial(_robust_loss, args=args, samples=samples, groups=groups)
+            return run_once_or_again(of_batch, self, weighting, normalizer, update_state)
+        return _robust_loss(self, weighting, normalizer, update_state, args, samples, groups)
 
     def set_lam(self, value: float | Tensor | RelativeLam, reset: bool = True) -> None:
         """As described in `RobustLoss.set_lam`; RuntimeError for an ABLoss with a rule, which has no lambda."""
@@ -253,6 +248,31 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
     def extra_repr(self) -> str:
         """The rule, or the numbers, for repr()."""
         return super().extra_repr() if self.rule is None else f"rule={shown(self.rule)}, mix={self.mix:g}"
+
+
+def _robust_loss(
+    criterion: RobustLoss,
+    weighting: Tilt | FromWeights,
+    normalizer: Own | InStages,
+    update_state: bool,
+    args: tuple,
+    samples: Samples,
+    groups: Tensor | None,
+) -> Tensor:
+    """The robust loss of a batch, by the faster of the two ways that can serve it. args: as `ABLoss.forward` got them."""
+    spec = None
+    if len(args) == 2:
+        logits, target = args
+        if isinstance(logits, Tensor) and isinstance(target, Tensor):
+            spec = fused_spec(criterion._modules.get("criterion"), logits)
+        if spec is not None and weighting.fuses:
+            operators = criterion.operators_for(logits)
+            if isinstance(normalizer, Own):
+                return fused(criterion, operators, normalizer, logits, target, spec, samples, update_state, None)
+            reference = normalizer.known_reference(criterion, operators, logits, update_state)
+            if reference is not None:
+                return fused(criterion, operators, normalizer, logits, target, spec, samples, update_state, reference)
+    return general(criterion, weighting, normalizer, args, spec, samples, groups, update_state)
 
 
 def DFT(criterion: Callable[..., Tensor] | None = None) -> ABLoss:

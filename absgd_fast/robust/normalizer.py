@@ -7,6 +7,7 @@
     weigh                  the robust loss of a vector of losses
 
 `Shared` and `Deferred` also say whether they take part in a forward at all (`takes_part`). If they do not, `OWN` serves.
+`Kept` stands before one of these two while activation checkpointing is active, and gives a recomputation the same answers.
 
 Four functions are called settle. `RobustLoss.settle` (base.py) ends a deferred step. reference/weights.py `settle` is the
 formula (docs/MATH.md §1.2) for partial statistics in plain torch, and the operator robust_settle is the same on every backend.
@@ -73,7 +74,52 @@ class Own:
 OWN = Own()
 
 
-class Shared:
+class InStages:
+    """A normaliser that is settled before it weighs, because more than this batch has a part in it."""
+
+    def gather(self, stats: Tensor, state: RobustState, classes: int) -> Tensor:
+        """(processes, 3 or more): the statistics of all processes (processes.py `Processes.gather`)."""
+        raise NotImplementedError
+
+    def weighing_normalizer(
+        self, state: RobustState, operators: ops.Operators, partial_stats_of: PartialStatsOf, classes: int, update_state: bool
+    ) -> tuple[Tensor, bool]:
+        """As `Own.weighing_normalizer`, for the samples of all who take part."""
+        raise NotImplementedError
+
+    def known_reference(self, state: RobustState, operators: ops.Operators, logits: Tensor, update_state: bool) -> Tensor | None:
+        """The reference point (6) that weighs the logits of this batch in one pass; None if log s' needs them first."""
+        return None
+
+    def add(self, state: RobustState, operators: ops.Operators, partial_stats: Tensor) -> None:
+        """Count a batch that was weighed by `known_reference`."""
+        raise NotImplementedError
+
+    def weigh(
+        self,
+        state: RobustState,
+        operators: ops.Operators,
+        losses: Tensor,
+        samples: Samples,
+        classes: int,
+        update_state: bool,
+        mode: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Own.weigh`, in three stages."""
+        sample_weight, mask, score = samples
+        log_s, _, lam, _, _, mix, max_weight, _ = state.operands(False, 0)
+        plain = losses.detach()
+        settled, bounded = self.weighing_normalizer(
+            state,
+            operators,
+            lambda bound: operators.robust_partial_stats(plain, score, mask, log_s, lam, bound),
+            classes,
+            update_state,
+        )
+        return operators.robust_apply(losses, score, sample_weight, mask, settled, log_s, lam, bounded, mix, max_weight, mode)
+
+
+class Shared(InStages):
     """The batches of several processes settle log s' together (docs/MATH.md §1.6).
 
     `loss_divisor`, the number by which a framework divides the loss, is undone in the same factor as the averaging of gradients.
@@ -88,18 +134,14 @@ class Shared:
         """Whether a training forward has anything to share. RuntimeError if the process group is gone."""
         return self.loss_divisor != 1 or self.processes.are_several()
 
-    def knows_weights(self, state: RobustState, operators: ops.Operators, logits: Tensor) -> bool:
-        """False: log s' needs the samples of this batch."""
-        return False
-
     def gather(self, stats: Tensor, state: RobustState, classes: int) -> Tensor:
-        """(processes, 3 or more): the statistics of all processes (processes.py `Processes.gather`)."""
+        """As `InStages.gather`."""
         return self.processes.gather(stats, state, self.deferred, self.loss_divisor, classes)
 
     def weighing_normalizer(
         self, state: RobustState, operators: ops.Operators, partial_stats_of: PartialStatsOf, classes: int, update_state: bool
     ) -> tuple[Tensor, bool]:
-        """As `Own.weighing_normalizer`, for the samples of all processes."""
+        """As `InStages.weighing_normalizer`, for the samples of all processes."""
         return self.settle_together(state, operators, partial_stats_of(None), classes, update_state), False
 
     def settle_together(
@@ -121,29 +163,6 @@ class Shared:
         return state.settle_partials(
             operators, partials, reference=reference, grad_multiplier=multiplier, update_state=update_state
         )
-
-    def weigh(
-        self,
-        state: RobustState,
-        operators: ops.Operators,
-        losses: Tensor,
-        samples: Samples,
-        classes: int,
-        update_state: bool,
-        mode: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Own.weigh`, in three stages, because other processes or micro-batches have a part in log s'."""
-        sample_weight, mask, score = samples
-        log_s, _, lam, _, _, mix, max_weight, _ = state.operands(False, 0)
-        plain = losses.detach()
-        settled, bounded = self.weighing_normalizer(
-            state,
-            operators,
-            lambda bound: operators.robust_partial_stats(plain, score, mask, log_s, lam, bound),
-            classes,
-            update_state,
-        )
-        return operators.robust_apply(losses, score, sample_weight, mask, settled, log_s, lam, bounded, mix, max_weight, mode)
 
 
 class Deferred(Shared):
@@ -184,7 +203,7 @@ class Deferred(Shared):
         return reference, bounded
 
     def add(self, state: RobustState, operators: ops.Operators, partial_stats: Tensor) -> None:
-        """Add the partial statistics of a micro-batch to those of its step."""
+        """Add the partial statistics (3) of a micro-batch to those of its step."""
         before = self.step.partial_stats
         if before is not None:
             partial_stats = state.settle_partials(operators, torch.stack([before, partial_stats]))[ops.PARTIAL_STATS]
@@ -197,14 +216,12 @@ class Deferred(Shared):
         self.step.end(event, settled)
         return settled
 
-    def knows_weights(self, state: RobustState, operators: ops.Operators, logits: Tensor) -> bool:
-        """Whether the weights of this micro-batch are known as soon as its losses are.
-
-        They are if the step has a reference point already, and the backend has a kernel that uses it (settled_logit_loss).
-        """
+    def known_reference(self, state: RobustState, operators: ops.Operators, logits: Tensor, update_state: bool) -> Tensor | None:
+        """The step's reference point, if it has one already, and the backend has a kernel that uses it (settled_logit_loss)."""
         step = self.step
-        return (
-            operators.weighs_late
+        usable = (
+            update_state
+            and operators.weighs_late
             and step.phase is OPEN
             and state.max_weight == math.inf
             and not state.lam_is_open
@@ -212,3 +229,42 @@ class Deferred(Shared):
             and not step.cannot_look(logits)
             and step.has_reference()
         )
+        return step.reference if usable else None
+
+
+class Kept(InStages):
+    """What a normaliser answered in a forward, so that activation checkpointing can run the forward again without it.
+
+    The first call of each method asks the normaliser. The next call of the same method, which the recomputation makes, gets the
+    same answer. So the recomputation exchanges nothing with other processes, and counts no micro-batch twice.
+    """
+
+    def __init__(self, normalizer: InStages):
+        self._normalizer = normalizer
+        self._settled: tuple[Tensor, bool] | None = None
+        self._reference: tuple[Tensor | None] | None = None
+        self._added = False
+
+    def gather(self, stats: Tensor, state: RobustState, classes: int) -> Tensor:
+        """As `InStages.gather`; a recomputation does not call it, because lambda is fixed by then."""
+        return self._normalizer.gather(stats, state, classes)
+
+    def weighing_normalizer(
+        self, state: RobustState, operators: ops.Operators, partial_stats_of: PartialStatsOf, classes: int, update_state: bool
+    ) -> tuple[Tensor, bool]:
+        """As `InStages.weighing_normalizer`."""
+        if self._settled is None:
+            self._settled = self._normalizer.weighing_normalizer(state, operators, partial_stats_of, classes, update_state)
+        return self._settled
+
+    def known_reference(self, state: RobustState, operators: ops.Operators, logits: Tensor, update_state: bool) -> Tensor | None:
+        """As `InStages.known_reference`."""
+        if self._reference is None:
+            self._reference = (self._normalizer.known_reference(state, operators, logits, update_state),)
+        return self._reference[0]
+
+    def add(self, state: RobustState, operators: ops.Operators, partial_stats: Tensor) -> None:
+        """As `InStages.add`."""
+        if not self._added:
+            self._normalizer.add(state, operators, partial_stats)
+            self._added = True

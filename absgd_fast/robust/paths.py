@@ -13,8 +13,8 @@ from .. import functional as F
 from ..functional import LossSpec
 from ..reference import real_dtype
 from .base import RobustLoss
-from .normalizer import OWN, Deferred, Own, Samples, Shared
-from .weighting import FromRule, Tilt
+from .normalizer import InStages, Own, Samples
+from .weighting import FromWeights, Tilt
 
 NOTHING = Samples()
 
@@ -22,14 +22,15 @@ NOTHING = Samples()
 def fused(
     criterion: RobustLoss,
     operators: ops.Operators,
-    normalizer: Own | Shared,
+    normalizer: Own | InStages,
     logits: Tensor,
     target: Tensor,
     spec: LossSpec,
     samples: Samples,
     update_state: bool,
+    reference: Tensor | None,
 ) -> Tensor:
-    """The robust loss of logits by a loss that the operators know; normalizer: `OWN`, or a `Deferred` that knows the weights.
+    """The robust loss of logits by a loss that the operators know; normalizer: `OWN`, or one that knows the reference point.
 
     It is written for few Python calls: at 128 x 10 the kernels take 3 us of the 25 that forward and backward take.
     """
@@ -49,9 +50,9 @@ def fused(
         criterion.fix_lam(losses, counts, lambda stats: normalizer.gather(stats, criterion, 0))
     given = (logits, target, weight, adjust, hyper_a, hyper_b, ignore_index, score, sample_weight, mask)
     try:
-        if normalizer is not OWN:
-            assert isinstance(normalizer, Deferred)
-            return _by_reference_point(criterion, operators, normalizer, spec, given)
+        if reference is not None:
+            assert isinstance(normalizer, InStages)
+            return _by_reference_point(criterion, operators, normalizer, reference, spec, given)
         mode = operators.backward_mode(logits) if logits.requires_grad and torch.is_grad_enabled() else 0
         weighing = operators.weighing(logits, mode) if operators.weighs_late else None
         operands = criterion.operands(update_state, mode | bits)
@@ -91,7 +92,7 @@ def _weighted_sum(losses: Tensor, factor: Tensor, sample_stats: Tensor, sample_w
 
 
 def _by_reference_point(
-    criterion: RobustLoss, operators: ops.Operators, normalizer: Deferred, spec: LossSpec, given: tuple
+    criterion: RobustLoss, operators: ops.Operators, normalizer: InStages, reference: Tensor, spec: LossSpec, given: tuple
 ) -> Tensor:
     """sum_i exp(z_i - m) L_i of a later micro-batch (MATH §5), with m the step's reference point.
 
@@ -102,7 +103,7 @@ def _by_reference_point(
     target = ops.masked_target(target, mask, spec)
     log_s, _, lam, *_, flags = criterion.operands(False, spec.bits)
     loss, sample_stats, saved, partial_stats = operators.settled_logit_loss(
-        logits, target, *loss_args, score, sample_weight, mask, normalizer.step.reference, log_s, lam, flags
+        logits, target, *loss_args, score, sample_weight, mask, reference, log_s, lam, flags
     )
     normalizer.add(criterion, operators, partial_stats)
     criterion.memo.remember(sample_stats)
@@ -115,8 +116,8 @@ def _by_reference_point(
 
 def general(
     criterion: RobustLoss,
-    weighting: Tilt | FromRule,
-    normalizer: Own | Shared,
+    weighting: Tilt | FromWeights,
+    normalizer: Own | InStages,
     args: tuple,
     spec: LossSpec | None,
     samples: Samples,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -71,6 +72,13 @@ class RobustState(ExactState):
             self.lam.copy_(value) if isinstance(value, Tensor) else self.lam.fill_(value)
         if reset:
             self.log_s.fill_(0.0 if self.normalizer == "none" else -math.inf)
+
+    def at(self, log_s: Tensor, lam: Tensor, lam_is_open: bool) -> Self:
+        """A shallow copy with another state, whose forwards do not change this one's."""
+        copied = copy.copy(self)
+        vars(copied)["_buffers"] = {**self._buffers}
+        copied.log_s, copied.lam, copied.lam_is_open = log_s, lam, lam_is_open
+        return copied
 
     def fix_lam(self, losses: Tensor, mask: Tensor | None, gather: Callable[[Tensor], Tensor]) -> None:
         """Turn an open RelativeLam into a number (MATH §1.5), unless the mean over all processes is 0 or not finite.

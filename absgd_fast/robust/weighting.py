@@ -1,6 +1,7 @@
 """What makes the weights of the losses: lambda (`Tilt`), or a rule that the user gives (`FromRule`).
 
-Both have `robust_loss`, and `with_groups`, which returns the weighting of a forward with groups=. `fuses` says whether the
+Both have `robust_loss`, and `with_groups`, which returns the weighting of a forward with groups=. `kept` returns the weighting by
+which activation checkpointing runs a forward again. `fuses` says whether the
 operators know the weighting, so that one call can make losses and weights. The rule itself belongs to the criterion, where a user
 may replace it.
 """
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from .. import _checks, ops
 from ..weights.tilted import NATIVE_TILTS, term
 from .base import RobustLoss, Rule
-from .normalizer import OWN, Own, Samples, Shared
+from .last import Memo
+from .normalizer import OWN, InStages, Own, Samples
 
 OFFERED = ("groups", "mask", "update")  # what a rule may take besides the losses
 
@@ -28,6 +30,10 @@ class Tilt:
 
     fuses = True
 
+    def kept(self, memo: Memo) -> Tilt:
+        """The weighting by which activation checkpointing runs a forward again. memo: what the forward left behind."""
+        return self
+
     def with_groups(self) -> FromRule:
         """ValueError, because only a rule uses groups."""
         raise ValueError("groups: got groups, but this criterion weighs by lam, and only a rule= uses groups; leave them out")
@@ -36,7 +42,7 @@ class Tilt:
         self,
         criterion: RobustLoss,
         operators: ops.Operators,
-        normalizer: Own | Shared,
+        normalizer: Own | InStages,
         losses: Tensor,
         samples: Samples,
         groups: Tensor | None,
@@ -71,7 +77,7 @@ class TermTilt(Tilt):
         self,
         criterion: RobustLoss,
         operators: ops.Operators,
-        normalizer: Own | Shared,
+        normalizer: Own | InStages,
         losses: Tensor,
         samples: Samples,
         groups: Tensor | None,
@@ -83,10 +89,50 @@ class TermTilt(Tilt):
         return super().robust_loss(criterion, operators, normalizer, losses, samples, groups, classes, update_state)
 
 
-class FromRule:
-    """W = rule(losses), used as the sample weights of a plain mean (docs/MATH.md §4)."""
+class FromWeights:
+    """W from anywhere, used as the sample weights of a plain mean (docs/MATH.md §4)."""
 
     fuses = False
+
+    def weights(
+        self, criterion: RobustLoss, losses: Tensor, samples: Samples, groups: Tensor | None, update_state: bool
+    ) -> Tensor:
+        """W, detached, as losses: at most max_weight, 0 for rows that do not count, and NaN for rows with a nonfinite loss."""
+        raise NotImplementedError
+
+    def kept(self, memo: Memo) -> FromWeights:
+        """As `Tilt.kept`: the weights of the forward, because a rule may have a state or draw random numbers."""
+        assert memo.sample_stats is not None  # there was a forward
+        return GivenWeights(memo.sample_stats[1])
+
+    def robust_loss(
+        self,
+        criterion: RobustLoss,
+        operators: ops.Operators,
+        normalizer: Own | InStages,
+        losses: Tensor,
+        samples: Samples,
+        groups: Tensor | None,
+        classes: int,
+        update_state: bool,
+    ) -> Tensor:
+        """As `Tilt.robust_loss`. ValueError as in `weights` and in `check_alone`."""
+        check_alone(normalizer)
+        sample_weight, mask, score = samples
+        weights = self.weights(criterion, losses.detach(), samples, groups, update_state)
+        factor = weights + criterion.mix if criterion.mix else weights
+        factor = factor if sample_weight is None else factor * sample_weight
+        log_s, nonfinite, lam, *_ = criterion.operands(False, 0)
+        mode = vector_mode(operators, losses)
+        flags = ops.flags("moving", "first") | mode | (ops.UPDATE if update_state else 0)
+        plain_mean = torch.full_like(lam, math.inf), 1.0, 1.0, 0.0, math.inf, flags
+        loss, sample_stats, slope = operators.robust_loss(losses, score, factor, mask, log_s, nonfinite, *plain_mean)
+        criterion.memo.remember(torch.stack([sample_stats[0], weights, sample_stats[2]]))
+        return attached(operators, mode, losses, loss, slope)
+
+
+class FromRule(FromWeights):
+    """W = rule(losses)."""
 
     def __init__(self, takes: frozenset[str], needs_groups: bool):
         self._takes = takes  # those of groups, mask and update that the rule takes
@@ -96,39 +142,31 @@ class FromRule:
         """Itself."""
         return self
 
-    def robust_loss(
-        self,
-        criterion: RobustLoss,
-        operators: ops.Operators,
-        normalizer: Own | Shared,
-        losses: Tensor,
-        samples: Samples,
-        groups: Tensor | None,
-        classes: int,
-        update_state: bool,
+    def weights(
+        self, criterion: RobustLoss, losses: Tensor, samples: Samples, groups: Tensor | None, update_state: bool
     ) -> Tensor:
-        """As `Tilt.robust_loss`. ValueError if the rule lacks its groups or returns no weights, or as in `check_alone`."""
-        check_alone(normalizer)
+        """As `FromWeights.weights`. ValueError if the rule lacks its groups or returns no weights."""
         rule = criterion.rule
         assert rule is not None  # `weighting_of` made this weighting from it
         if groups is None and self._needs_groups:
             raise ValueError(f"groups: got none, but the rule {shown(rule)} needs them; pass groups= to the criterion's call")
-        sample_weight, mask, score = samples
-        plain = losses.detach()
-        seen = plain if score is None else score.where(plain.isfinite(), math.nan)
-        weights = weights_of_rule(rule, self._takes, seen, mask, groups, update_state)
-        if criterion.max_weight != math.inf:
-            weights = weights.clamp(max=criterion.max_weight)
-        factor = weights + criterion.mix if criterion.mix else weights
-        factor = factor if sample_weight is None else factor * sample_weight
-        log_s, nonfinite, lam, *_ = criterion.operands(False, 0)
-        mode = vector_mode(operators, losses)
-        flags = ops.flags("moving", "first") | mode | (ops.UPDATE if update_state else 0)
-        plain_mean = torch.full_like(lam, math.inf), 1.0, 1.0, 0.0, math.inf, flags
-        loss, sample_stats, slope = operators.robust_loss(losses, score, factor, mask, log_s, nonfinite, *plain_mean)
-        sample_stats[1] = weights
-        criterion.memo.remember(sample_stats)
-        return attached(operators, mode, losses, loss, slope)
+        score = samples.score
+        seen = losses if score is None else score.where(losses.isfinite(), math.nan)
+        weights = weights_of_rule(rule, self._takes, seen, samples.mask, groups, update_state)
+        return weights if criterion.max_weight == math.inf else weights.clamp(max=criterion.max_weight)
+
+
+class GivenWeights(FromWeights):
+    """The weights of an earlier forward of the same batch."""
+
+    def __init__(self, weights: Tensor):
+        self._weights = weights
+
+    def weights(
+        self, criterion: RobustLoss, losses: Tensor, samples: Samples, groups: Tensor | None, update_state: bool
+    ) -> Tensor:
+        """As `FromWeights.weights`."""
+        return self._weights
 
 
 def weighting_of(rule: Rule | None) -> Tilt | FromRule:
@@ -147,7 +185,7 @@ def weighting_of(rule: Rule | None) -> Tilt | FromRule:
     return from_rule if flat_tilt(rule) is None else TermTilt(from_rule)
 
 
-def check_alone(normalizer: Own | Shared) -> None:
+def check_alone(normalizer: Own | InStages) -> None:
     """ValueError if other processes have a part in the normaliser, because a rule sees the losses of one process only."""
     if normalizer is not OWN:
         raise ValueError(

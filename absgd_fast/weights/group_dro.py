@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._checkpointing import Replays, hooks_are_active
 from .._exact import ExactState
 from .samples import Samples, kernels_for, prepared
 
@@ -59,6 +60,8 @@ class GroupDRO(ExactState):
         self.n_groups = n_groups
         self.eta = _checks.within(eta, "eta", 0, math.inf)
         self.register_buffer("log_q", torch.full((n_groups,), -math.log(n_groups)))
+        self._was_compiled = False
+        self._replays: Replays[list[Tensor]] = Replays()
 
     @property
     def q(self) -> Tensor:
@@ -74,6 +77,15 @@ class GroupDRO(ExactState):
             mask: as losses, bool; a sample with False is ignored.
             update: False: q does not move.
         """
+        if torch.compiler.is_compiling():
+            # Inside a checkpoint torch.compile cannot trace an attribute that is set. So it runs the checkpoint without
+            # compiling. If it compiled it, backward would recompute W from the q that has moved already (torch 2.13).
+            self._was_compiled = True
+        if hooks_are_active():
+            return self._replays.result(lambda: self._weights(losses, groups, mask, update))
+        return self._weights(losses, groups, mask, update)
+
+    def _weights(self, losses: Tensor, groups: Tensor, mask: Tensor | None, update: bool) -> Tensor:
         losses, mask = prepared(losses, mask)
         groups = _checks.groups(groups, losses)
         if losses.device != self.log_q.device:
