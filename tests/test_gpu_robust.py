@@ -8,9 +8,10 @@ from unittest import SkipTest
 import numpy as np
 import oracle
 import torch
-from gpu_cases import BEYOND, HELD, INF, NAN, ONE_LAUNCH, check_robust, close, device_tools, gpu, numpy, over, problem
+from gpu_cases import BEYOND, HELD, INF, NAN, ONE_LAUNCH, PATHS, check_robust, close, device_tools, gpu, numpy, over, problem
 from gpu_hooks import pytest_generate_tests, setup_function, teardown_function, unpoisoned  # noqa: F401
 from tensors import DTYPES, wide
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from absgd_fast import ops
 from absgd_fast.functional import logit_loss, robust_weights
@@ -156,6 +157,32 @@ def check_weights(where, count):
             exact = oracle.robust_weights(numpy(losses), log_s, lam, gamma=0.6, alpha=0.5, mask=kept)
             close(weights, exact.weights, torch.float32, "weights", ulps=512)
             close(next_log_s, exact.log_s, torch.float32, "log_s", ulps=512)
+
+
+def trained_by(where, forward, shape, deferred):
+    """The gradients of four forwards, and log s; in deferred mode they are one step."""
+    criterion = where.criterion(deferred=deferred)
+    leaves = []
+    for k in range(4):
+        draw = torch.Generator().manual_seed(k)
+        leaves.append(where.leaf(torch.randn(shape, generator=draw) * (1 + k)))
+        target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=draw).to(where.device)
+        forward(lambda x, target: criterion(x * 1, target), leaves[-1], target).backward()
+    if deferred:
+        criterion.finish_(leaves)
+    return [leaf.grad for leaf in leaves], criterion.log_s
+
+
+@over(shape=PATHS, deferred=[False, True])
+def test_activation_checkpointing(where, shape, deferred):
+    """A recomputation gives the same gradients and moves nothing; selective checkpoints leave out our operators."""
+    wanted = trained_by(where, lambda run, x, y: run(x, y), shape, deferred)
+    keep_ours = lambda ctx, op, *args, **kwargs: (  # noqa: E731
+        CheckpointPolicy.MUST_SAVE if op.namespace.startswith("absgd_fast") else CheckpointPolicy.PREFER_RECOMPUTE
+    )
+    for context in (noop_context_fn, partial(create_selective_checkpoint_contexts, keep_ours)):
+        run = partial(checkpoint, use_reentrant=False, context_fn=context)
+        torch.testing.assert_close(trained_by(where, run, shape, deferred), wanted, rtol=1e-6, atol=1e-9)
 
 
 def vjp(losses, mask, lam, log_s, gamma, alpha, d, u):

@@ -276,7 +276,7 @@ def test_the_comparison_sees_a_state_that_moves_twice(subject, monkeypatch):
     for module in (ab.robust.loss, ab.linear.loss, ab.weights.group_dro):
         monkeypatch.setattr(module, "hooks_are_active", lambda: False)
     checkpointed, plain = WAYS["late stop"]
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, torch_checkpoint.CheckpointError)):  # the latter: the second pass takes another way
         assert_same(trained(SUBJECTS[subject], checkpointed), trained(SUBJECTS[subject], plain))
 
 
@@ -417,7 +417,8 @@ def test_hooks_are_put_back_in_order():
 
 def test_a_label_out_of_range_in_a_checkpoint():
     """The forward that raised is run again in its place, so the next one finds its own record."""
-    wanted = trained(lambda: ab.ABLoss(lam=0.5), plainly)
+    make = robust(backend="reference")  # on a GPU a later call raises
+    wanted = trained(make, plainly)
 
     def patient(run, x, y):
         def call(x):
@@ -428,7 +429,7 @@ def test_a_label_out_of_range_in_a_checkpoint():
 
         return checkpoint(call, x)
 
-    assert_same(trained(lambda: ab.ABLoss(lam=0.5), patient)[:3], wanted[:3])
+    assert_same(trained(make, patient)[:3], wanted[:3])
 
 
 # ---- several processes -------------------------------------------------------------------------------------------------------

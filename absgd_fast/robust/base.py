@@ -314,6 +314,10 @@ class RobustLoss(RobustState):
             )
         return shared
 
+    def room_for_weighing(self, operators: ops.Operators, logits: Tensor, mode: int) -> Tensor | None:
+        """`Operators.weighing` for a forward; a recomputation gets what its first pass was given."""
+        return operators.weighing(logits, mode)
+
     def chosen_backend(self) -> str | None:
         """The backend that the user asked for, here or in the criterion; None: the fastest that can run."""
         return self.backend or getattr(self.criterion, "backend", None)

@@ -54,7 +54,7 @@ def fused(
             assert isinstance(normalizer, InStages)
             return _by_reference_point(criterion, operators, normalizer, reference, spec, given)
         mode = operators.backward_mode(logits) if logits.requires_grad and torch.is_grad_enabled() else 0
-        weighing = operators.weighing(logits, mode) if operators.weighs_late else None
+        weighing = criterion.room_for_weighing(operators, logits, mode) if operators.weighs_late else None
         operands = criterion.operands(update_state, mode | bits)
         loss, sample_stats, saved = operators.robust_logit_loss(*given, *operands, weighing)
     except RuntimeError as error:

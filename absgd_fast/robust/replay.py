@@ -23,6 +23,7 @@ class _Forward:
         self.weighting = weighting
         self.normalizer = normalizer if isinstance(normalizer, Own) else Kept(normalizer)
         self.log_s = criterion.log_s.clone()
+        self.weighing: Tensor | None = None
         self._take_lam(criterion)
 
     def _take_lam(self, criterion: RobustLoss) -> None:
@@ -35,11 +36,16 @@ class _Forward:
         if was_open:
             self._take_lam(criterion)
         self.weighting = self.weighting.kept(criterion.memo)
+        self.weighing = criterion.memo.weighing
         return loss
 
     def again(self, loss_of: LossOfBatch, criterion: RobustLoss) -> Tensor:
         """The loss of a recomputation, which neither moves the state nor shows in `last`."""
-        return loss_of(criterion.at(self.log_s, self.lam, self.lam_is_open), self.weighting, self.normalizer, False)
+        stand_in = criterion.at(self.log_s, self.lam, self.lam_is_open)
+        if self.weighing is not None:
+            # Selective checkpointing may leave out the operator that fills this tensor, and reuse the other results.
+            vars(stand_in)["room_for_weighing"] = lambda *args: self.weighing
+        return loss_of(stand_in, self.weighting, self.normalizer, False)
 
 
 def run_once_or_again(
