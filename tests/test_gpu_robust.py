@@ -161,7 +161,7 @@ def check_weights(where, count):
 
 def trained_by(where, forward, shape, deferred):
     """The gradients of four forwards, and log s; in deferred mode they are one step."""
-    criterion = where.criterion(deferred=deferred)
+    criterion = where.criterion(classes=shape[1], lam=0.75, deferred=deferred)
     leaves = []
     for k in range(4):
         draw = torch.Generator().manual_seed(k)
