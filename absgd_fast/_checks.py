@@ -218,10 +218,33 @@ def within(value: float, name: str, low: float, high: float, open_below: bool = 
 
 def class_counts(cls_num_list: Sequence[float] | Tensor, name: str = "cls_num_list") -> Tensor:
     """The number of samples of each class, (C) float64 on the CPU; ValueError unless all are positive."""
-    counts = torch.as_tensor(cls_num_list, dtype=torch.float64).detach().cpu()
+    if isinstance(cls_num_list, Tensor) and cls_num_list.is_meta:
+        raise ValueError(
+            f"{name}: got a tensor on the meta device, which has no values; expected a list, or a tensor with values"
+        )
+    counts = torch.as_tensor(cls_num_list, dtype=torch.float64, device="cpu").detach()
     if counts.dim() != 1 or counts.numel() == 0 or not bool(((counts > 0) & counts.isfinite()).all()):
         raise ValueError(f"{name}: got {cls_num_list!r}, expected one positive number of samples per class")
     return counts
+
+
+def device_with_values() -> torch.device:
+    """torch's default device; the CPU instead of the meta device, whose tensors have no values."""
+    default = torch.get_default_device()
+    return torch.device("cpu") if default.type == "meta" else default
+
+
+def given_class_weight(weight: Tensor | Sequence[float]) -> Tensor:
+    """The class weights that a user gave, (C) floating, as a copy without a graph.
+
+    ValueError if they are not one float per class, or have no values (on the meta device).
+    """
+    weight = (weight if isinstance(weight, Tensor) else torch.as_tensor(weight, device=device_with_values())).detach().clone()
+    if weight.dim() != 1 or not weight.is_floating_point():
+        raise ValueError(f"weight: got shape {tuple(weight.shape)} {weight.dtype}, expected one float weight per class, (C,)")
+    if weight.is_meta:
+        raise ValueError('weight: got a tensor on the meta device, which has no values; make it with device="cpu"')
+    return weight
 
 
 def class_weight(weight: Tensor | None, logits: Tensor) -> Tensor | None:

@@ -100,6 +100,6 @@ def check_agreement(rows: Tensor, names: Sequence[str], show: Callable[[str, flo
     other = int((rows[:, column].view(torch.int64) != rows[0, column].view(torch.int64)).nonzero()[0])
     values = [show(names[column], float(rows[rank, column])) for rank in (0, other)]
     raise ValueError(
-        f"ABLoss: the processes disagree on {names[column]}: rank 0 has {values[0]}, rank {other} has {values[1]}; construct and"
-        " schedule the criterion in the same way on all of them (the state is as it was)"
+        f"ABLoss: the processes disagree on {names[column]}: rank 0 has {values[0]}, rank {other} has {values[1]}; construct,"
+        " schedule and load the criterion in the same way on all of them (the state is as it was)"
     )

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from . import _checks, ops
 from . import functional as F
+from ._scheduled import Scheduled
 from .ops import LossSpec
 from .reference import real_dtype
 
 
-class LogitLoss(nn.Module):
+class LogitLoss(Scheduled):
     """Base class of the losses on logits: class weights, class vectors, ignored rows and the reduction.
 
     Every loss here has these arguments:
@@ -36,7 +38,11 @@ class LogitLoss(nn.Module):
     True
     """
 
+    COUNTS: ClassVar[tuple[str, ...]] = ("drw_count",)
+
+    # A buffer, as in torch's losses, and no state tensor: no training step moves it, and an average of two is class weights too.
     weight: Tensor | None
+    drw_count: int | None = None  # of a schedule.DRW that drives this loss
 
     def __init__(
         self,
@@ -55,17 +61,21 @@ class LogitLoss(nn.Module):
         beta: float = 1.0,
     ):
         super().__init__()
-        if weight is not None:
-            weight = torch.as_tensor(weight).detach().clone()
-            if weight.dim() != 1 or not weight.is_floating_point():
-                raise ValueError(
-                    f"weight: got shape {tuple(weight.shape)} {weight.dtype}, expected one float weight per class, (C,)"
-                )
-        self.register_buffer("weight", weight)
+        self.register_buffer("weight", None)
+        self.set_weight(None if weight is None else _checks.given_class_weight(weight))
         self._numbers = F.loss_spec(kind, None, None, label_smoothing, ignore_index, gamma, q, k, prune, alpha, beta)[2:]
         self.ignore_index = int(ignore_index)
         self.reduction = _checks.choice(reduction, "reduction", ("none", "mean", "sum"))
         self.backend = backend
+
+    def set_weight(self, weight: Tensor | None) -> None:
+        """Use these class weights from now on: (C) floating, or None for 1. `schedule.DRW` calls it."""
+        self.weight, self._given_weight = weight, None if weight is None else weight.clone()
+
+    def reset_parameters(self) -> None:
+        """Give the class weights the values that `set_weight` or the constructor got. torch calls it after `to_empty`."""
+        if self.weight is not None and self._given_weight is not None:
+            self.weight.copy_(self._given_weight)
 
     def _adjust(self, logits: Tensor) -> Tensor | None:
         """The class vectors S, D, M, (3, C) in the dtype of the losses; None if the loss has none."""
@@ -241,7 +251,7 @@ class _ClassVectorLoss(LogitLoss):
         """The class vectors S, D, M for these logits, (3, C); made once for each device and dtype."""
         key = logits.device, real_dtype(logits.dtype), self.scaled
         if key not in self._made:
-            counts = torch.tensor(self.cls_num_list, dtype=torch.float64)
+            counts = torch.tensor(self.cls_num_list, dtype=torch.float64, device="cpu")
             scale, shift, margin = self._vectors(counts)
             scale = scale if self.scaled else torch.ones_like(scale)
             self._made[key] = torch.stack([scale, shift, margin]).to(key[0], key[1])
@@ -303,6 +313,10 @@ class VS(_ClassVectorLoss):
     >>> VS([3, 1], gamma=0.0, tau=1.0)(torch.zeros(1, 2), torch.tensor([1]))  # -log(1/4)
     tensor([1.3863])
     """
+
+    COUNTS = ("drw_count", "tla_count")
+
+    tla_count: int | None = None  # of a schedule.TLA that drives this loss
 
     def __init__(
         self,
@@ -392,6 +406,10 @@ class CosineClassifier(nn.Module):
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new vectors of the classes, as torch.nn.Linear does."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def forward(self, hidden: Tensor) -> Tensor:

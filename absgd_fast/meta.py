@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
 from . import _checks, ops
+from ._exact import ExactState, state_tensors
 from .reference import real_dtype
 
 METHODS = ("jvp", "finite_difference", "unrolled", "last_layer")
@@ -180,7 +181,9 @@ class _Step:
             )
         self.norms = [m for m in self.unwrapped.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
         frozen = {id(b) for m in self.norms for b in m.buffers(recurse=False)}
-        self.buffers = {name: b.clone() for name, b in self.unwrapped.named_buffers() if id(b) not in frozen}
+        buffers = dict(self.unwrapped.named_buffers()) | state_tensors(self.unwrapped)
+        self.buffers = {name: b.clone() for name, b in buffers.items() if id(b) not in frozen}
+        self.stateful = [m for m in self.unwrapped.modules() if isinstance(m, ExactState)]
         self.random = self._random_state()
         self.calls, self.mixed = [], False
 
@@ -312,7 +315,12 @@ class _Step:
             for generator in self._generators():
                 generator.manual_seed(seed)
         buffers = {name: b.clone() for name, b in self.buffers.items()}
-        return self._per_sample(functional_call(self.unwrapped, (params or {}) | buffers, (batch[0],)), batch)
+        before = [found for m in self.stateful for found in m.also_changed()]
+        try:
+            return self._per_sample(functional_call(self.unwrapped, (params or {}) | buffers, (batch[0],)), batch)
+        finally:
+            for owner, name, value in before:
+                setattr(owner, name, value)
 
     def _per_sample(self, out: Any, batch: Batch) -> Tensor:
         """The losses of the model's output. ValueError if loss_fn does not return one loss per sample."""

@@ -1,6 +1,7 @@
 """Schedules of lambda, class weights and class vectors (docs/MATH.md §2.5).
 
-Each schedule has step(), state_dict() and load_state_dict(), as torch's learning-rate schedulers.
+Each schedule has step(), state_dict() and load_state_dict(), as torch's learning-rate schedulers. The state_dict of the criterion
+or loss that it drives has its count too. So a checkpoint of the model and its criterion resumes it, without one of the schedule.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
 from . import _checks
+from ._scheduled import Scheduled
 from .losses import VS, LogitLoss, adrw_weights
 from .robust import ABLoss, RelativeLam
 
@@ -29,13 +31,47 @@ def _check_start(start: int) -> None:
         raise ValueError(f"start: got {start!r}, expected an integer >= 0{hint}")
 
 
-class TwoStage:
+class CountedSchedule:
+    """Base class of schedules that count the calls of step() and drive one module, whose state_dict has the count too."""
+
+    COUNT: ClassVar[str]  # the name of the count in the module
+
+    def __init__(self, driven: Scheduled):
+        self._driven = driven
+        self.count = 0
+        driven.driven_by(self)
+
+    @property
+    def count(self) -> int:
+        """The number of calls of step() so far."""
+        return self._count
+
+    @count.setter
+    def count(self, value: int) -> None:
+        self._count = value
+        setattr(self._driven, self.COUNT, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, whose module does not know it yet
+        self.__dict__.update(state)
+        self._driven.driven_by(self)
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of calls so far."""
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue at the saved count, and switch to what belongs to it."""
+        raise NotImplementedError
+
+
+class TwoStage(CountedSchedule):
     """Two-stage lambda (ABSGD paper, Sec. 3.6; docs/MATH.md §2.5): learn features with the plain mean, then reweight.
 
         lambda = inf for the first `start` calls of step(), then `lam`
 
     The constructor sets lambda = inf at once. When lambda changes, log s starts anew (`ABLoss.set_lam`). To resume a training,
-    construct the criterion and the schedule and then load the state_dict of both, in any order.
+    construct the criterion and the schedule, and then load the state_dict of the criterion, which has the count too. The
+    schedule's own state_dict may be loaded before or after it.
 
     Args:
         criterion: the `ABLoss`.
@@ -56,6 +92,8 @@ class TwoStage:
     tensor(0.5000)
     """
 
+    COUNT = "two_stage_count"
+
     def __init__(self, criterion: ABLoss, lam: float | RelativeLam, start: int, unit: str = "epoch"):
         if not isinstance(criterion, ABLoss):
             raise TypeError(f"criterion: got {type(criterion).__name__}, expected an ABLoss")
@@ -64,7 +102,7 @@ class TwoStage:
             _checks.lam(lam)
         self.unit = _checks.choice(unit, "unit", ("epoch", "step"))
         self.criterion, self.lam, self.start = criterion, lam, start
-        self.count = 0
+        super().__init__(criterion)
         criterion.set_lam(lam if start == 0 else math.inf)
 
     def step(self) -> None:
@@ -73,27 +111,26 @@ class TwoStage:
             self.criterion.set_lam(self.lam)  # if this raises, the call is not counted
         self.count += 1
 
-    def state_dict(self) -> dict[str, int]:
-        """The number of calls so far."""
-        return {"count": self.count}
-
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue at the saved count.
 
         This sets lambda if the criterion is in the other stage. log s belongs to the state_dict of the criterion.
         """
         self.count = int(state["count"])
-        second, is_plain = self.count >= self.start, bool(self.criterion.lam.isinf())
-        if second == is_plain and not (second and self.criterion.lam_is_open):
-            self.criterion.set_lam(self.lam if second else math.inf, reset=False)
+        criterion, second = self.criterion, self.count >= self.start
+        is_plain = not criterion.lam.is_meta and bool(criterion.lam.isinf())
+        is_unknown = criterion.lam_is_open and criterion.relative_lam is None  # open, and loaded in the first stage
+        if second == is_plain or is_unknown:
+            criterion.set_lam(self.lam if second else math.inf, reset=False)
 
 
-class SwitchAt:
+class SwitchAt(CountedSchedule):
     """Base class of schedules that switch something on after `start` calls of step()."""
 
     def __init__(self, loss: LogitLoss, start: int):
         _check_start(start)
-        self.loss, self.start, self.count = loss, start, 0
+        self.loss, self.start = loss, start
+        super().__init__(loss)
         self._switch(start == 0)
 
     def _switch(self, on: bool) -> None:
@@ -104,10 +141,6 @@ class SwitchAt:
         """Count one epoch. The `start`-th call switches on."""
         self.count += 1
         self._switch(self.count >= self.start)
-
-    def state_dict(self) -> dict[str, int]:
-        """The number of calls so far."""
-        return {"count": self.count}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue at the saved count, and switch to what belongs to it."""
@@ -141,24 +174,24 @@ class DRW(SwitchAt):
     tensor([0.5000, 1.5000])
     """
 
+    COUNT = "drw_count"
+
     def __init__(self, loss: LogitLoss, weight: Tensor, start: int):
         if not isinstance(loss, LogitLoss):
             raise TypeError(
                 f"loss: got {type(loss).__name__}, expected one of the losses on logits; for an ABLoss, give its criterion"
             )
-        weight = torch.as_tensor(weight).detach()
-        if weight.dim() != 1 or not weight.is_floating_point():
-            raise ValueError(f"weight: got shape {tuple(weight.shape)} {weight.dtype}, expected one float weight per class, (C,)")
+        weight = _checks.given_class_weight(weight)
         if loss.weight is not None and loss.weight.shape != weight.shape:
             raise ValueError(f"weight: got {len(weight)} classes, expected {len(loss.weight)} as in the weights of the loss")
-        self.weight = weight.clone()
+        self.weight = weight
         super().__init__(loss, start)
 
     def _switch(self, on: bool) -> None:
         # a tensor in both stages: a checkpoint of one stage can then be loaded in the other
         before = self.loss.weight
-        device = self.weight.device if before is None else before.device
-        self.loss.weight = (self.weight if on else torch.ones_like(self.weight)).to(device, copy=True)
+        device = self.weight.device if before is None or before.is_meta else before.device
+        self.loss.set_weight((self.weight if on else torch.ones_like(self.weight)).to(device, copy=True))
 
 
 class TLA(SwitchAt):
@@ -183,6 +216,8 @@ class TLA(SwitchAt):
     >>> loss(x, y)  # log(1 + exp(-2))
     tensor([0.1269])
     """
+
+    COUNT = "tla_count"
 
     loss: VS
 

@@ -268,6 +268,7 @@ def test_resume(make):
 
 
 @OURS
+@pytest.mark.filterwarnings("ignore:.*the loaded state has lam")
 def test_resume_carries_the_milestone(make):
     """The stage travels too: a resumed run does not fall back to the plain mean."""
     first, second = make(0.5), ABLoss(0.5) if make is compat else ab.ABLoss(lam=math.inf)

@@ -5,6 +5,7 @@ import copy
 import math
 import os
 import re
+import warnings
 from functools import partial
 
 import oracle
@@ -491,11 +492,11 @@ def plain_training(rank, wrapper):
 
 
 def criterion_inside_ddp(rank):
-    """Its buffers are broadcast before each forward, and none of them is overwritten by another rank's; in the fourth step
-    the second rank has a bad row."""
+    """Of its state only the count is broadcast before each forward; in the fourth step the second rank has a bad row."""
     for options in ({}, {"deferred": True}):
         run = Training("DDP", "ABSGD", "robust" if options else "ours", dtype=torch.float64, inside=True, **options)
-        assert run.model.broadcast_buffers and {n for n, _ in run.model.named_buffers()} >= {"module.criterion.log_s"}
+        assert run.model.broadcast_buffers
+        assert [n for n, _ in run.model.named_buffers()] == ["module.criterion.nonfinite_batches"]
         alone = Training(None, "ABSGD", "torch", dtype=torch.float64)
         for step in range(8):
             before = run.vector()
@@ -515,6 +516,37 @@ def criterion_inside_ddp(rank):
             assert step != 3 or torch.equal(run.vector(), before)
             assert distance(run.vector(), alone.vector()) <= 1e-11
             assert_alike_state(run, alone, 1e-12)
+
+
+def state_loaded_on_one_rank(rank):
+    """DDP does not hand it on, neither when it is made nor before a forward: the exchange says which number differs."""
+    for name, value, shown in (("log_s", 0.75, ("0.75", "-inf")), ("lam", 0.25, ("0.25", "0.5"))):
+        for deferred in (False, True):
+            criterion = shared(deferred=deferred)
+            saved = criterion.state_dict() | {name: torch.tensor(value)}
+            if rank == 0:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of another lambda than the constructor's
+                    criterion.load_state_dict(saved)
+            model = DistributedDataParallel(WithLoss(network(), criterion))
+            assert_disagree(criterion, lambda m=model: m(*batch(0)), name.replace("_", " "), shown)
+            criterion.set_lam(1.0, reset=False)
+            criterion.load_state_dict(saved)  # on every rank
+            model(*batch(0)).backward()
+            assert_one_state(criterion)
+
+
+def own_states_inside_ddp(rank):
+    """With process_group=None each process keeps its own log s, though DDP broadcasts the buffers of the model."""
+    criterion = plain()
+    model = DistributedDataParallel(WithLoss(network(), criterion))
+    alone, net = plain(), copy.deepcopy(model.module.net)
+    for step in range(2):
+        x, y = batch(step)
+        model(x[ROWS[rank]], y[ROWS[rank]]).backward()
+        alone(net(x[ROWS[rank]]), y[ROWS[rank]])
+        torch.testing.assert_close(criterion.log_s, alone.log_s, rtol=1e-13, atol=0)
+    assert len(of_all_ranks(criterion.log_s).unique()) == RANKS
 
 
 def bad_steps(rank, wrapper):
@@ -713,7 +745,12 @@ def test_deferred(tmp_path):
 @pytest.mark.parametrize("wrapper", ["DDP", pytest.param("FSDP2", marks=pytest.mark.deep)])
 def test_training(tmp_path, wrapper):
     bodies = [partial(body, wrapper=wrapper) for body in (twenty_steps, plain_training, bad_steps)]
-    run(in_turn, tmp_path, *bodies, *([criterion_inside_ddp] if wrapper == "DDP" else []))
+    run(
+        in_turn,
+        tmp_path,
+        *bodies,
+        *([criterion_inside_ddp, state_loaded_on_one_rank, own_states_inside_ddp] if wrapper == "DDP" else []),
+    )
 
 
 def test_bad_input(tmp_path):

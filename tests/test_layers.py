@@ -18,6 +18,7 @@ PACKAGE, CSRC = ROOT / "absgd_fast", ROOT / "csrc"
 # lowest first: a module may import those of lower layers only; the files of one package may import each other, without a circle
 LAYERS = [
     {"_codes", "_backend", "_exact", "_checkpointing"},
+    {"_scheduled"},
     {"reference"},
     {"kernels", "_checks"},
     {"ops"},

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import absgd_fast as ab
+from absgd_fast._exact import ExactState
 from absgd_fast.meta import l2rw_loss, l2rw_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,6 +109,19 @@ class Moving(nn.Module):
             self.calls += 1
             self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
             self.largest = torch.maximum(self.largest, x.detach().abs().amax(0))
+        return x
+
+
+class Criterion(nn.Module):
+    """A criterion inside the model: its state tensors are no buffers, and it keeps more than tensors."""
+
+    def __init__(self, options):
+        super().__init__()
+        self.criterion = eval(f"ab.ABLoss({options})", {"ab": ab, "C": C})
+
+    def forward(self, x):
+        labels = x.detach().argmax(1)
+        self.criterion(x, labels, **({} if self.criterion.rule is None else {"groups": labels}))
         return x
 
 
@@ -458,6 +472,8 @@ def snapshot(model):
         "identity": {n: (id(p), p.data_ptr(), p.is_leaf, p.requires_grad) for n, p in parameters.items()},
         "gradients": {n: None if p.grad is None else p.grad.clone() for n, p in parameters.items()},
         "buffers": {n: b.clone() for n, b in model.named_buffers()},
+        "state": {n: b.nan_to_num(7e30) for n, b in model.state_dict().items()},
+        "numbers": [repr(found[1:]) for m in model.modules() if isinstance(m, ExactState) for found in m.also_changed()],
         "modes": [m.training for m in model.modules()],
         "hooks": hooks,
         "attributes": [sorted(vars(m)) for m in model.modules()],
@@ -482,7 +498,13 @@ HOOKED = {
     "spectral_norm, hooks": Net(lambda: normed(nn.utils.spectral_norm)),
     "weight_norm": Net(lambda: normed(nn.utils.parametrizations.weight_norm)),
 }
-STATEFUL = {"moving": Net(lambda: nn.Sequential(nn.Linear(6, 9), Moving(), nn.Tanh(), nn.Linear(9, C)))}
+STATEFUL = {
+    "moving": Net(lambda: nn.Sequential(nn.Linear(6, 9), Moving(), nn.Tanh(), nn.Linear(9, C))),
+    **{
+        f"criterion, {options}": Net(lambda o=options: nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, C), Criterion(o)))
+        for options in ("lam=0.5", "lam=ab.RelativeLam(0.5)", "lam=0.5, deferred=True", "rule=ab.weights.GroupDRO(C)")
+    },
+}
 LEFT = NETS | STATEFUL | HOOKED
 
 
@@ -548,7 +570,7 @@ def test_loss_is_a_plain_step_with_these_weights(net, method):
     assert loss.shape == () and loss.dtype == torch.float64
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
-    for (name, mine), theirs in zip(model.named_buffers(), plain.buffers()):
+    for (name, mine), theirs in zip(model.state_dict().items(), plain.state_dict().values()):
         assert torch.equal(mine, theirs), name
     loss.backward()
     torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=0)

@@ -51,7 +51,8 @@ def test_start(options, start):
     assert criterion.log_s.shape == criterion.lam.shape == () and float(criterion.log_s) == start
     assert float(criterion.lam) == 0.5 and int(criterion.nonfinite_batches) == 0
     buffers = dict(criterion.named_buffers())
-    assert {"log_s", "lam", "nonfinite_batches"} <= buffers.keys() and {"log_s", "lam"} <= criterion.state_dict().keys()
+    assert buffers.keys() == {"nonfinite_batches"}  # which may be averaged and broadcast
+    assert criterion.state_dict().keys() == {"log_s", "lam", "nonfinite_batches"}
     assert not criterion.nonfinite_batches.is_floating_point()
 
 
@@ -320,6 +321,7 @@ def test_state_dict_continues_identically(one_backend, entry, options, tmp_path)
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs)) and same(state(first), state(second))
 
 
+@pytest.mark.filterwarnings("ignore:.*the loaded state has lam")  # tests/test_resume.py has the warning
 def test_saved_lam_wins(one_backend):
     """A run resumed with another lam on the command line goes on as it was."""
     saved = ab.ABLoss(lam=-0.7, backend=one_backend).state_dict()

@@ -46,6 +46,7 @@ class ABLoss(nn.Module):
         super().__init__()
         criterion = nn.CrossEntropyLoss(reduction="none") if criterion is None else criterion
         self.loss = robust.ABLoss(criterion, lam=math.inf, gamma=abgamma, alpha=abalpha, init="zero", process_group=None)
+        self.loss.set_lam(math.inf)  # `updateLambda` is a schedule: loading another lambda is an ordinary resume
         self.criterion = criterion
         self.abgamma, self.abalpha = abgamma, abalpha
         self.milestone, self.mylambda, self.step = milestone, mylambda, 0

@@ -109,7 +109,8 @@ class LinearABLoss(RobustLoss):
             ValueError: shapes or devices that do not fit each other. TypeError: a criterion that has no kernel, dtypes that
                 differ, float16, an input that is no tensor (a module, for example). IndexError: a label out of range (on a GPU
                 a later call raises it, and the row is counted within its chunk).
-            RuntimeError: in backward, a second derivative (backend="reference" has it, and stores the logits).
+            RuntimeError: in backward, a second derivative (backend="reference" has it, and stores the logits); inside a
+                torch.func transform, a forward that would update the state.
         """
         check_tensors(hidden, linear_weight, bias)
         if torch.is_autocast_enabled(hidden.device.type):
@@ -183,7 +184,7 @@ def _robust_loss(
 ) -> Tensor:
     """The robust loss of a head: hidden, weight, target and bias. Kernels make it in chunks, plain torch stores the logits."""
     hidden, weight, target, bias = head
-    if criterion.operators_for(hidden).has_kernels:
+    if criterion.operators_for(hidden, update_state).has_kernels:
         return criterion._in_chunks(hidden, weight, target, bias, normalizer, samples, update_state)
     logits = nnf.linear(hidden, weight, bias)
     spec = fused_spec(criterion.criterion, logits)

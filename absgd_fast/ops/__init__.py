@@ -29,7 +29,7 @@ from .autograd import attach, attach_logit_gradient, robust_weights, weights_of
 from .backends import ANY, ONE_BLOCK, OPERATORS, REFERENCE, Kernels, Operators, lanes_of_a_row, serving
 from .in_torch import stack_sample_stats
 from .labels import bad_label, check_labels, kernels_can_report, report_of_kernels, reported_labels, translated
-from .modes import graph_is_kept, transformed
+from .modes import graph_is_kept, refuse_update, transformed
 from .schemas import RECORDS, Operator
 from .spec import LossSpec, masked_target
 
@@ -68,6 +68,7 @@ __all__ = [
     "kernels_can_report",
     "lanes_of_a_row",
     "masked_target",
+    "refuse_update",
     "report_of_kernels",
     "reported_labels",
     "robust_weights",

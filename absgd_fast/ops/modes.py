@@ -13,3 +13,15 @@ graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph"
 def transformed() -> bool:
     """Whether a torch.func transform (vmap, grad, jvp) or a level of forward-mode differentiation is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def refuse_update(name: str) -> None:
+    """RuntimeError inside a torch.func transform, which does not let a module write its state. name: of the module.
+
+    Forward-mode differentiation alone (torch.autograd.forward_ad) lets it.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{name}: got a forward inside a torch.func transform (grad, vjp, jvp, vmap, ...), which cannot update the state;"
+            " pass update=False, or call eval() before, to compute with the state as it is"
+        )

@@ -1,7 +1,7 @@
 """The robust loss `ABLoss`, and the parts that it is made of.
 
     lam.py         RelativeLam: a lambda that the first training batch fixes
-    state.py       the buffers and numbers of a robust loss, in the form in which operators take them
+    state.py       the state tensors and numbers of a robust loss, in the form in which operators take them
     step.py        the phases of a deferred step, and what happens in each (also after a NaN)
     processes.py   how many processes share a normaliser, and what they must agree on
     normalizer.py  three ways to settle log s': from this batch, with other processes, or once per optimizer step

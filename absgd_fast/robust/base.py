@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .. import _backend, _checks, ops
 from .._checkpointing import Replays
+from .._scheduled import Counted
 from ..losses import CrossEntropy
 from . import finish, options
 from .lam import RelativeLam
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
 Rule = Callable[..., Tensor]  # losses -> W; it may also take groups, mask and update
+
+
+_AVERAGED = "if the state_dicts of several steps were averaged, leave lam and log_s out of the average"
 
 
 class StateOptions(TypedDict, total=False):
@@ -170,6 +175,11 @@ class RobustLoss(RobustState):
         self._served = None
         return self
 
+    def also_changed(self) -> list[tuple[object, str, Any]]:
+        """As `ExactState.also_changed`; the deferred step and `last` too."""
+        parts = [self.memo] if self.deferred_step is None else [self.memo, self.deferred_step]
+        return super().also_changed() + [(part, name, value) for part in parts for name, value in vars(part).items()]
+
     def _own_parts(self) -> None:
         """Give a shallow copy or a replica a memo of its own, so that its forwards do not show in the original."""
         self.memo = copy.copy(self.memo)
@@ -185,11 +195,22 @@ class RobustLoss(RobustState):
         replica._own_parts()
         return replica
 
-    def _refusal(self, lam: Tensor | None) -> str | None:
-        """Why a saved lambda cannot be loaded; None if it can."""
-        if lam is not None and bool(lam.isnan()) and self.relative_lam is None:
-            return "the saved RelativeLam was not fixed yet; construct ABLoss with lam=RelativeLam(r)"
+    def _refusal(self, lam: Tensor, schedules: list[Counted]) -> str | None:
+        """Why a saved lambda cannot be loaded; None if it can. schedules: those that continue when it is loaded."""
+        relative = self.relative_lam is not None or any(isinstance(getattr(s, "lam", None), RelativeLam) for s in schedules)
+        if bool(lam.isnan()) and not relative:
+            return f"the saved RelativeLam was not fixed yet; construct ABLoss with lam=RelativeLam(r); {_AVERAGED}"
         return None
+
+    def _warn_of_another_lam(self, lam: Tensor) -> None:
+        """Say that the loaded lambda replaces the number given to the constructor, unless that was replaced before."""
+        given = self.lam_number
+        if self.lam_is_constructors and not math.isnan(given) and not self.has_lam(lam):
+            warnings.warn(
+                f"{type(self).__name__}: the loaded state has lam={float(lam):g}, but the constructor was given"
+                f" lam={given:g}; the loaded one holds. Construct the criterion with it, or call set_lam after loading",
+                stacklevel=2,
+            )
 
     def _load_from_state_dict(
         self,
@@ -201,18 +222,27 @@ class RobustLoss(RobustState):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        lam = state_dict.get(prefix + "lam")
-        refusal = self._refusal(lam)
+        saved = {name: state_dict[prefix + name] for name in self.STATE if prefix + name in state_dict}
+        known = {name: t for name, t in saved.items() if t.numel() == 1 and not t.is_meta}  # those with a value to look at
+        refusal = self._refusal(known["lam"], self.resumed_by(state_dict, prefix)) if "lam" in known else None
         if refusal is not None:
             error_msgs.append(f"{prefix}lam: {refusal}")
             return
+        if "log_s" in known and bool(known["log_s"].isnan()):
+            error_msgs.append(f"{prefix}log_s: got NaN, expected a number, or the -inf with which it starts; {_AVERAGED}")
+            return
+        if "lam" in known and self.rule is None:
+            self._warn_of_another_lam(known["lam"])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def _after_load(self) -> None:
+        self._served = None
         self._shared.processes.forget_agreement()
         step = self.deferred_step
         if step is not None:
             step.move("load")
-        if lam is not None:
-            self.lam_is_open = bool(lam.isnan())
+        if not self.lam.is_meta:
+            self.lam_is_open = bool(self.lam.isnan())
 
     # ---- the deferred step ----
 
@@ -322,9 +352,16 @@ class RobustLoss(RobustState):
         """The backend that the user asked for, here or in the criterion; None: the fastest that can run."""
         return self.backend or getattr(self.criterion, "backend", None)
 
-    def operators_for(self, x: Tensor) -> ops.Operators:
-        """The operators that serve this batch. ValueError if the state is on another device, TypeError if x is no tensor."""
+    def operators_for(self, x: Tensor, update_state: bool = False) -> ops.Operators:
+        """The operators that serve this batch, which write the state if update_state.
+
+        Raises:
+            ValueError: the state is on another device. TypeError: x is no tensor.
+            RuntimeError: update_state inside a torch.func transform.
+        """
         if ops.transformed():
+            if update_state:
+                ops.refuse_update(type(self).__name__)
             return ops.REFERENCE
         served = self._served
         device = x.device if isinstance(x, Tensor) else None
@@ -336,6 +373,8 @@ class RobustLoss(RobustState):
         if device is None:
             raise TypeError("ABLoss: got no tensor as the first argument, expected criterion(logits, target)")
         if device != self.log_s.device:
+            self.follow_buffers(device)
+        if device != self.log_s.device:
             raise ValueError(
                 f"ABLoss: got a batch on {device}, but its state is on {self.log_s.device}; use criterion.to({str(device)!r})"
             )
@@ -346,7 +385,8 @@ class RobustLoss(RobustState):
 
     def extra_repr(self) -> str:
         """The numbers, for repr()."""
-        lam = f"RelativeLam({self.relative_lam})" if self.lam_is_open else f"{float(self.lam):g}"
+        number = self.lam_number if self.lam.is_meta else float(self.lam)  # a tensor on the meta device has no value
+        lam = f"RelativeLam({self.relative_lam})" if self.lam_is_open else f"{number:g}"
         return f"lam={lam}, gamma={self.gamma:g}, alpha={self.alpha:g}, mix={self.mix:g}, normalizer={self.normalizer!r}"
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._checkpointing import hooks_are_active
+from .._scheduled import Counted
 from ..losses import fused_spec
 from . import options
 from .base import RobustLoss, Rule
@@ -79,13 +80,13 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
         changes (docs/MATH.md §1.4).
 
     Several processes (DDP, FSDP2; docs/MATH.md §1.6)
-        n and log s' are those of all rows of all R processes. Each training forward makes one all-gather of 13 float64 numbers
-        per process: three statistics (log sum exp z, n, number of nonfinite losses), and the ten settings that the processes must
-        have in common (lam, gamma and others). In deferred mode the first micro-batch of a step and its end make one each, the
-        micro-batches between them none. Each process returns its sum times R / n, so the average of the gradients that
-        DDP and FSDP make is the gradient of one big batch. Processes may have different numbers of rows. A process without rows
-        must call the criterion with an empty batch, because all take part. A nonfinite loss on one process counts on all of them.
-        In eval mode and under no_grad nothing is exchanged, and each process uses its own batch.
+        n and log s' are those of all rows of all R processes. Each training forward makes one all-gather of 14 float64 numbers
+        per process: three statistics (log sum exp z, n, number of nonfinite losses), and what the processes must have in common
+        (lam, log s, gamma and others). So load a checkpoint on every process. In deferred mode the first micro-batch of a step
+        and its end make one each, the micro-batches between them none. Each process returns its sum times R / n, so the average
+        of the gradients that DDP and FSDP make is the gradient of one big batch. Processes may have different numbers of rows.
+        A process without rows must call the criterion with an empty batch, because all take part. A nonfinite loss on one
+        process counts on all of them. In eval mode and under no_grad nothing is exchanged, and each process uses its own batch.
 
     Gradient accumulation, deferred=True (docs/MATH.md §5)
         K micro-batches give the gradient of one big batch. Each training forward returns sum_i exp(z_i - m) L_i, with one
@@ -107,8 +108,8 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
         loss_divisor or a process_group; under several processes pass process_group=None.
 
     Attributes:
-        log_s, lam: 0-d buffers, float32 (float64 after .double()), in the state_dict. Casting the module to half precision leaves
-            them float32.
+        log_s, lam: 0-d tensors, float32 (float64 after .double()), in the state_dict. They are no buffers, so that nothing
+            averages or broadcasts them. Casting the module to half precision leaves them float32.
         nonfinite_batches: 0-d int64 buffer; in deferred mode it counts steps.
         last: `LastForward`, the losses and weights of the latest forward.
         objective: lam log s, the running estimate of the DRO objective (Eq. 7); with a rule (1/n) sum_i W_i L_i of the latest
@@ -212,7 +213,8 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
                 processes that disagree on lam, gamma, the number of classes or another setting.
             TypeError: labels of a floating dtype; a criterion that returns no floating tensor. IndexError: a label out of range
                 (on a GPU it is raised by a later call).
-            RuntimeError: the process group is gone, or the exchange failed. After any error log s is as it was.
+            RuntimeError: the process group is gone, or the exchange failed; a forward inside a torch.func transform that would
+                update the state (pass update=False, or call eval()). After any error log s is as it was.
         """
         weighting = self._weighting if groups is None else self._weighting.with_groups()
         trains = self.training and torch.is_grad_enabled()
@@ -238,10 +240,10 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
             return self.last.weighted_mean_loss.to(self.log_s.dtype)
         return super().objective
 
-    def _refusal(self, lam: Tensor | None) -> str | None:
+    def _refusal(self, lam: Tensor, schedules: list[Counted]) -> str | None:
         if self.rule is None:
-            return super()._refusal(lam)
-        if lam is not None and float(lam) not in (self._given_lam, float(self.lam)):
+            return super()._refusal(lam, schedules)
+        if not self.has_lam(lam):
             return f"the saved one is of an ABLoss with another lambda or rule than {shown(self.rule)}"
         return None
 
@@ -266,7 +268,7 @@ def _robust_loss(
         if isinstance(logits, Tensor) and isinstance(target, Tensor):
             spec = fused_spec(criterion._modules.get("criterion"), logits)
         if spec is not None and weighting.fuses:
-            operators = criterion.operators_for(logits)
+            operators = criterion.operators_for(logits, update_state)
             if isinstance(normalizer, Own):
                 return fused(criterion, operators, normalizer, logits, target, spec, samples, update_state, None)
             reference = normalizer.known_reference(criterion, operators, logits, update_state)

@@ -132,7 +132,7 @@ def general(
         logits, target = args
         losses, valid = _losses_of_spec(criterion, logits, target, spec, samples.mask)
         samples, classes = checked(samples._replace(mask=valid), losses, losses.dtype), logits.shape[1]
-    operators = criterion.operators_for(losses)
+    operators = criterion.operators_for(losses, update_state)
     return weighting.robust_loss(criterion, operators, normalizer, losses, samples, groups, classes, update_state)
 
 

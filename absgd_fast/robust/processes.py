@@ -23,6 +23,7 @@ _CONFIGURATION = (
     "loss_divisor",
     "the number of classes",
     "the r of RelativeLam",
+    "log s",
 )
 
 
@@ -84,8 +85,8 @@ class Processes:
         if self._configured is None or self._configured[0] != key:
             numbers = torch.tensor([float(x) for x in fixed], dtype=torch.float64).to(stats.device, non_blocking=True)
             self._configured = (key, numbers)
-        lam = state.lam.detach().double().reshape(1)
-        of_all = distributed.exchange(torch.cat([stats, lam, self._configured[1]]), self.group, count)
+        lam, log_s = (t.detach().double().reshape(1) for t in (state.lam, state.log_s))
+        of_all = distributed.exchange(torch.cat([stats, lam, self._configured[1], log_s]), self.group, count)
         # Looking at numbers on a GPU waits for it, so there the check is made once after each change of the settings.
         if not torch.compiler.is_compiling() and (stats.device.type == "cpu" or self._agreed != key):
             distributed.check_agreement(of_all[:, 3:].cpu(), _CONFIGURATION, _shown)
@@ -97,4 +98,6 @@ def _shown(name: str, value: float) -> str:
     """A setting in words, for the error of processes that disagree on it."""
     if name == "normalizer and init":
         return f"{NORMALIZERS[int(value) & NORMALIZER]!r} and {'first' if int(value) & ops.INIT_FIRST else 'zero'!r}"
+    if name == "log s":
+        return f"{value:.9g}"
     return str(bool(value)) if name == "deferred" else f"{value:g}" if value == value else "a RelativeLam that is still open"

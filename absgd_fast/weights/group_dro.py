@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, ops
 from .._checkpointing import Replays, hooks_are_active
-from .._exact import ExactState
+from .._exact import ExactState, exact_dtype
 from .samples import Samples, kernels_for, prepared
 
 
@@ -31,12 +31,13 @@ class GroupDRO(ExactState):
         backend: as for `cvar`.
 
     Attributes:
-        log_q: (n_groups) buffer, the logarithms of q; float32 (float64 after .double()).
+        log_q: (n_groups), the logarithms of q; float32 (float64 after .double()). A state tensor, as log_s of `ABLoss`.
         q: (n_groups) the weights of the groups.
 
     Raises:
         ValueError: n_groups < 1, eta out of range, or groups of another shape.
         TypeError: groups that are not integers.
+        RuntimeError: a forward that updates q inside a torch.func transform.
         IndexError: a group out of range, on the CPU. A GPU gives the sample W = NaN instead, because the host does not wait for
             it.
 
@@ -50,7 +51,10 @@ class GroupDRO(ExactState):
     draws one group and weighs its loss by q_g. Here a batch holds several groups, and the mean loss of each is weighed by q_g.
     """
 
+    STATE = ("log_q",)
+
     log_q: Tensor
+    place: Tensor
 
     def __init__(self, n_groups: int, eta: float = 0.01, *, backend: str | None = None):
         super().__init__()
@@ -59,9 +63,16 @@ class GroupDRO(ExactState):
             raise ValueError(f"n_groups: got {n_groups!r}, expected an integer >= 1")
         self.n_groups = n_groups
         self.eta = _checks.within(eta, "eta", 0, math.inf)
-        self.register_buffer("log_q", torch.full((n_groups,), -math.log(n_groups)))
+        self.log_q = torch.empty(n_groups, dtype=exact_dtype())
+        self.register_buffer("place", torch.zeros(()), persistent=False)  # `follow_buffers` sees by it where the module is
+        self.reset_parameters()
         self._was_compiled = False
         self._replays: Replays[list[Tensor]] = Replays()
+
+    def reset_parameters(self) -> None:
+        """Start anew, with equal weights of all groups. torch calls it after `to_empty`."""
+        self.log_q.fill_(-math.log(self.n_groups))
+        self.place.zero_()
 
     @property
     def q(self) -> Tensor:
@@ -89,11 +100,15 @@ class GroupDRO(ExactState):
         losses, mask = prepared(losses, mask)
         groups = _checks.groups(groups, losses)
         if losses.device != self.log_q.device:
+            self.follow_buffers(losses.device)
+        if losses.device != self.log_q.device:
             raise ValueError(
                 f"GroupDRO: got losses on {losses.device}, expected {self.log_q.device}, the device of its state; use"
                 f" .to({str(losses.device)!r})"
             )
         update = update and self.training and torch.is_grad_enabled()
+        if update:
+            ops.refuse_update("GroupDRO")
         if (kernels := kernels_for(losses, self.backend)) is not None:
             try:
                 return kernels.group_weights(losses, mask, groups, self.log_q, self.eta, update)
@@ -102,7 +117,8 @@ class GroupDRO(ExactState):
         samples, groups = Samples(losses, mask), groups.flatten()
         inside = (groups >= 0) & (groups < self.n_groups)
         counts = samples.finite | samples.nonfinite
-        if losses.device.type == "cpu" and not torch.compiler.is_compiling() and bool((counts & ~inside).any()):
+        can_look = losses.device.type == "cpu" and not torch.compiler.is_compiling() and not ops.transformed()
+        if can_look and bool((counts & ~inside).any()):
             row = int((counts & ~inside).nonzero()[0])
             raise IndexError(
                 f"groups: got {int(groups[row])} in row {row}, expected 0 <= group < {self.n_groups}; mask rows that must not"
