@@ -47,12 +47,22 @@ def scalar(value: float | Tensor, name: str) -> None:
         raise ValueError(f"{name}: got a tensor of shape {tuple(value.shape)}, expected a number or a 0-d tensor")
 
 
+def not_learned(value: object, name: str) -> None:
+    """RuntimeError for a tensor that requires grad, by which nothing here is differentiated; in the words of torch."""
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name}: got a tensor that requires grad, but the result is not differentiable with respect to argument {name!r}."
+            f" This input cannot have requires_grad True; expected {name}.detach()"
+        )
+
+
 def lam(value: float | Tensor) -> float | Tensor:
-    """A lambda: any number except 0 and NaN, or a 0-d tensor.
+    """A lambda: any number except 0 and NaN, or a 0-d tensor; RuntimeError for a tensor that requires grad.
 
     The value of a tensor is checked on the CPU alone, because on another device the host would wait for it.
     """
     if isinstance(value, Tensor):
+        not_learned(value, "lam")
         scalar(value, "lam")
         if value.device.type != "cpu" or torch.compiler.is_compiling():
             return value
@@ -68,11 +78,11 @@ def lam(value: float | Tensor) -> float | Tensor:
 
 
 @overload
-def per_sample(value: Tensor, name: str, like: Tensor, dtype: torch.dtype) -> Tensor: ...
+def per_sample(value: Tensor, name: str, like: Tensor, dtype: torch.dtype, *, constant: bool = True) -> Tensor: ...
 @overload
-def per_sample(value: Tensor | None, name: str, like: Tensor, dtype: torch.dtype) -> Tensor | None: ...
-def per_sample(value: Tensor | None, name: str, like: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """One value per sample, contiguous, in `dtype`; None stays None.
+def per_sample(value: Tensor | None, name: str, like: Tensor, dtype: torch.dtype, *, constant: bool = True) -> Tensor | None: ...
+def per_sample(value: Tensor | None, name: str, like: Tensor, dtype: torch.dtype, *, constant: bool = True) -> Tensor | None:
+    """One value per sample, contiguous, in `dtype`; None stays None. `constant`: detached, because nothing goes through it.
 
     Raises:
         ValueError: value is no tensor, or differs from `like` in shape or device.
@@ -85,7 +95,7 @@ def per_sample(value: Tensor | None, name: str, like: Tensor, dtype: torch.dtype
         raise ValueError(f"{name}: got {got}, expected one value per sample, shape {tuple(like.shape)} on {like.device}")
     if dtype == torch.bool and value.dtype != torch.bool:
         raise TypeError(f"{name}: got {value.dtype}, expected torch.bool (True = valid)")
-    return value.detach().to(dtype).contiguous()
+    return (value.detach() if constant else value).to(dtype).contiguous()
 
 
 def losses(value: object) -> Tensor:
@@ -142,7 +152,7 @@ def target(logits: Tensor, target: Tensor, soft: bool = True) -> Tensor:
             )
         if target.device != logits.device:
             raise ValueError(f"target: got a tensor on {target.device}, expected {logits.device}, the device of the logits")
-        return target.detach().to(real_dtype(logits.dtype)).contiguous()
+        return target.to(real_dtype(logits.dtype)).contiguous()
     if target.dtype not in (torch.int64, torch.int32):
         raise TypeError(
             f"target: got {target.dtype}, expected int64 or int32 class labels (use target.long()), or probabilities of the"
@@ -176,6 +186,7 @@ def class_vectors(scale: Tensor | None, shift: Tensor | None, margin: Tensor | N
     if like is None or classes is None:
         return None
     for name, v in given.items():
+        not_learned(v, name)
         if v is not None and not (isinstance(v, Tensor) and v.shape == (classes,)):
             got = f"shape {tuple(v.shape)}" if isinstance(v, Tensor) else repr(v)
             raise ValueError(f"{name}: got {got}, expected one number per class, a tensor ({classes},)")
@@ -193,18 +204,19 @@ def adjust(vectors: Tensor | None, logits: Tensor) -> Tensor | None:
         raise ValueError(
             f"class vectors: got {vectors.shape[1]} classes (cls_num_list), expected {logits.shape[1]} as in the logits"
         )
-    return _per_class(vectors, logits)
+    return _per_class(vectors, "class vectors", logits)
 
 
-def _per_class(x: Tensor, logits: Tensor) -> Tensor:
-    """x in the dtype and on the device that the kernels read.
+def _per_class(x: Tensor, name: str, logits: Tensor) -> Tensor:
+    """x in the dtype and on the device that the kernels read; RuntimeError if it requires grad.
 
     Most often x has them already. To check this here costs 1 us less than calls of torch that change nothing.
     """
     real = real_dtype(logits.dtype)
     if x.dtype is real and not x.requires_grad and x.device == logits.device and x.is_contiguous():
         return x
-    return x.detach().to(logits.device, real).contiguous()
+    not_learned(x, name)
+    return x.to(logits.device, real).contiguous()
 
 
 def within(value: float, name: str, low: float, high: float, open_below: bool = False, open_above: bool = False) -> float:
@@ -218,6 +230,7 @@ def within(value: float, name: str, low: float, high: float, open_below: bool = 
 
 def class_counts(cls_num_list: Sequence[float] | Tensor, name: str = "cls_num_list") -> Tensor:
     """The number of samples of each class, (C) float64 on the CPU; ValueError unless all are positive."""
+    not_learned(cls_num_list, name)
     if isinstance(cls_num_list, Tensor) and cls_num_list.is_meta:
         raise ValueError(
             f"{name}: got a tensor on the meta device, which has no values; expected a list, or a tensor with values"
@@ -237,8 +250,9 @@ def device_with_values() -> torch.device:
 def given_class_weight(weight: Tensor | Sequence[float]) -> Tensor:
     """The class weights that a user gave, (C) floating, as a copy without a graph.
 
-    ValueError if they are not one float per class, or have no values (on the meta device).
+    ValueError if they are not one float per class, or have no values (on the meta device). RuntimeError if they require grad.
     """
+    not_learned(weight, "weight")
     weight = (weight if isinstance(weight, Tensor) else torch.as_tensor(weight, device=device_with_values())).detach().clone()
     if weight.dim() != 1 or not weight.is_floating_point():
         raise ValueError(f"weight: got shape {tuple(weight.shape)} {weight.dtype}, expected one float weight per class, (C,)")
@@ -253,7 +267,7 @@ def class_weight(weight: Tensor | None, logits: Tensor) -> Tensor | None:
         return None
     if weight.shape != logits.shape[1:2]:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected one weight per class, ({logits.shape[1]},)")
-    return _per_class(weight, logits)
+    return _per_class(weight, "weight", logits)
 
 
 def smoothing(label_smoothing: float) -> float:

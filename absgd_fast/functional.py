@@ -87,7 +87,7 @@ def logit_loss(
     Args:
         logits: (B, C) or (B, C, d1, ...), float32, float64, bfloat16 or float16, with any strides.
         target: (B) or (B, d1, ...), int64 or int32 labels in [0, C), or `ignore_index`. For "ce" also probabilities of the
-            shape of the logits (docs/MATH.md §2.4).
+            shape of the logits (docs/MATH.md §2.4), which get a gradient if they require grad (§7).
         kind: the loss, one of the names above.
         scale, shift, margin: (C) class vectors S, D, M; default 1, 0, 0. The losses `VS`, `LogitAdjusted`, `CDT` and `LDAM`
             make them from the numbers of samples per class.
@@ -111,6 +111,7 @@ def logit_loss(
         IndexError: a label out of range; the text names the first one and its row. A GPU ignores the row and a later call
             raises, because the host does not wait for the GPU. On Intel GPUs the kernels ignore such
             rows silently: no call raises.
+        RuntimeError: weight, scale, shift or margin requires grad, by which nothing is differentiated.
 
     >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]], requires_grad=True)
     >>> losses = logit_loss(logits, torch.tensor([0, -100]))
@@ -143,15 +144,18 @@ def losses_and_validity(logits: Tensor, target: Tensor, spec: LossSpec, backend:
     operators = ops.serving(logits.device, backend)
     mode = operators.losses_backward_mode if logits.requires_grad and torch.is_grad_enabled() else 0
     class_weight, adjust, hyper_a, hyper_b, ignore_index, bits = spec
+    learned = target.requires_grad and ops.needs_attaching(operators, target)
     try:
         losses, saved, valid = operators.logit_loss(
-            logits, target, class_weight, adjust, hyper_a, hyper_b, ignore_index, mode | bits
+            logits, target.detach() if learned else target, class_weight, adjust, hyper_a, hyper_b, ignore_index, mode | bits
         )
     except RuntimeError as error:
         raise ops.translated(error) from None
     if mode:
         recompute = lambda x: spec.recompute(x, target)  # noqa: E731
         losses = ops.attach_logit_gradient(operators, mode, logits, losses, spec, target, class_weight, adjust, saved, recompute)
+    if learned:
+        losses = ops.attach_target(losses, target, logits, spec)
     return losses, valid
 
 
@@ -172,7 +176,7 @@ def robust_weights(
         W_i    = exp(L_i / lambda - log s')
 
     These are steps 3 to 5 of Alg. 1 of the ABSGD paper in the log domain (docs/MATH.md §1.1). Both results are differentiable
-    functions of the losses (docs/MATH.md §1.3).
+    functions of the losses (docs/MATH.md §1.3). log_s is a constant for autograd.
 
     Args:
         losses: floating tensor of any shape.
@@ -191,6 +195,7 @@ def robust_weights(
 
     Raises:
         ValueError: lam is 0 or NaN, gamma or alpha lies outside (0, 1], or mask has another shape.
+        RuntimeError: lam requires grad.
 
     >>> weights, log_s = robust_weights(torch.tensor([1.0, 1000.0]), float("-inf"), 1.0)
     >>> weights, log_s  # no overflow: W <= n / (gamma alpha)
@@ -285,7 +290,7 @@ def weighted_momentum_step_(
     """One step of Algorithm 1 of the ABSGD paper from per-sample gradients g_i, in place (docs/MATH.md §3.4).
 
     The function does what `ABLoss`, backward and `ABSGD` do together. Use it when the gradients of the samples are there
-    already, from torch.func.vmap or a linear head. It reads them once and writes no mean of them.
+    already, from torch.func.vmap or a linear head. It reads them once and writes no mean of them. Nothing is differentiated.
 
         z_i    = L_i / lam
         log s' = logaddexp(log(1 - gamma) + log s, log(gamma alpha) + log mean exp(z))

@@ -25,7 +25,7 @@ class LogitLoss(Scheduled):
 
     Every loss here has these arguments:
         weight: (C) float class weights v, default all 1. They are part of the loss. Inside `ABLoss` they therefore stand in the
-            exponent, as in the ABSGD paper (Sec. 4) and the reference package.
+            exponent, as in the ABSGD paper (Sec. 4) and the reference package. RuntimeError if they require grad.
         ignore_index: rows with this label do not count.
         reduction: "none" (the default): one loss per sample, which `ABLoss` needs. "mean": the sum, divided as torch does by the
             sum of the labels' class weights over the rows that count (docs/MATH.md §2.4). "sum".
@@ -115,7 +115,8 @@ class CrossEntropy(LogitLoss):
 
         l = (1 - e) v_y (-log p_y) + (e / C) sum_k v_k (-log p_k)
 
-    target may also be probabilities t of the shape of the logits (docs/MATH.md §2.4). Then "mean" divides by the number of rows:
+    target may also be probabilities t of the shape of the logits (docs/MATH.md §2.4), which get a gradient if they require grad
+    (§7). Then "mean" divides by the number of rows:
 
         l = sum_k ((1 - e) t_k + e / C) v_k (-log p_k)
 

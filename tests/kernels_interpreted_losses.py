@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import test_inputs
 import torch
 import torch.nn.functional as F
 from tensors import LAYOUTS, class_weight, wide
@@ -414,3 +415,16 @@ def test_linear_head(dtype):
         error = (ours.grad.double() - exact.grad).norm() / exact.grad.norm()
         assert error < (1e-5 if dtype == torch.float32 else 2e-2), error
     close(one.log_s, two.log_s, 1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+# ---- inputs beside the logits -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "form, options", [("fused", "mixed"), ("fused", "plain"), ("divided", "moving"), ("rule", "rule, mixed")]
+)
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
+def test_gradients_of_inputs(form, options, soft):
+    """Sample weights and soft targets, first and second derivatives: the weights are made in backward here."""
+    test_inputs.test_gradients(form, options, soft, (5, 4), "triton")
+    test_inputs.test_masked_and_bad_rows(form, soft, "triton")

@@ -57,8 +57,11 @@ def check_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 class Chunks:
     """The checked inputs of one forward pass, and the walk over its samples.
 
-    size: samples of a chunk; None: by the device.
+    size: samples of a chunk; None: by the device. target_slopes: room for the derivatives of the losses by soft targets, (n, C),
+    which a walk that makes gradients fills; None: nobody asks for them.
     """
+
+    target_slopes: Tensor | None = None
 
     def __init__(
         self,
@@ -110,6 +113,9 @@ class Chunks:
     def _losses_of(self, logits: Tensor, part: slice, in_place: bool) -> tuple[Tensor, Tensor]:
         """Losses and validity of a chunk; in_place: the gradients of the losses overwrite the logits."""
         spec, operator = self.spec, self.operators.logit_loss_ if in_place else self.operators.logit_loss
+        slopes = self.target_slopes if in_place else None
+        if slopes is not None:
+            slopes[part] = spec.target_slope(logits, self.target[part])
         try:
             losses, *_, valid = operator(logits, self.target[part], *spec)
         except RuntimeError as error:
@@ -119,6 +125,8 @@ class Chunks:
             valid &= self.samples.mask[part]
             if in_place and spec.soft and self.target.is_floating_point():
                 logits.masked_fill_(~valid.unsqueeze(1), 0.0)
+            if slopes is not None:
+                slopes[part].masked_fill_(~valid.unsqueeze(1), 0.0)
         return losses, valid
 
 

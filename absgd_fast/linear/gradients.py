@@ -6,7 +6,7 @@ The forward pass makes each of them up to one factor, because log s' is known on
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ class Unfinished(NamedTuple):
     """The gradients as the forward pass leaves them, each without its last factor."""
 
     hidden: Tensor | None  # (n, d): G weight: the rows of dH without the weights of the samples
-    sample_factor: Tensor | None  # (n) real: d loss / d L_i, by which the rows of hidden are multiplied
+    sample_factor: Tensor | None  # (n) real: d loss / d L_i, by which the rows of hidden and target are multiplied
+    target: Tensor | None  # (n, C) real: the derivatives of the losses by soft targets, likewise without the weights
     weight: Tensor | None  # (C, d) real: dW relative to the reference point
     bias: Tensor | None  # (C) real: db, likewise
     reference: Tensor  # (6) float64, the normaliser of the chunk that gave the reference point; its scale is 1
@@ -45,14 +46,15 @@ class RelativeGradients:
     """
 
     def __init__(self, state: RobustState, operators: ops.Operators, chunks: Chunks, wanted: list[bool]):
-        """wanted: which of hidden, weight and bias need a gradient."""
+        """wanted: which of hidden, weight, bias and target need a gradient."""
         self.state, self.operators, self.chunks = state, operators, chunks
         real = real_dtype(chunks.hidden.dtype)
         self.hidden = torch.empty_like(chunks.hidden) if wanted[0] else None
         self.weight, self.bias = (
             t.new_zeros(t.shape, dtype=real) if on and t is not None else None
-            for t, on in zip((chunks.weight, chunks.bias), wanted[1:])
+            for t, on in zip((chunks.weight, chunks.bias), wanted[1:3])
         )
+        self.target = chunks.target_slopes = torch.empty_like(chunks.target) if wanted[3] else None
         self.reference = torch.zeros(6, dtype=torch.float64, device=chunks.hidden.device)
 
     def losses_and_validity(self) -> tuple[Tensor, Tensor]:
@@ -61,7 +63,7 @@ class RelativeGradients:
 
     def unfinished(self, sample_factor: Tensor) -> Unfinished:
         """The gradients so far. sample_factor: (n) d loss / d L_i, from robust_apply."""
-        return Unfinished(self.hidden, sample_factor, self.weight, self.bias, self.reference)
+        return Unfinished(self.hidden, sample_factor, self.target, self.weight, self.bias, self.reference)
 
     def _add(self, part: slice, grad: Tensor, losses: Tensor, valid: Tensor) -> None:
         """Add the gradients of a chunk to the sums: dW += G^T (diag(w) H), db += G^T w; the rows of dH are G weight."""
@@ -123,40 +125,53 @@ def adds_in_float32(device: torch.device) -> bool:
     return True
 
 
+def refuse_second_derivative() -> NoReturn:
+    """RuntimeError."""
+    raise RuntimeError(
+        "LinearABLoss: got backward with create_graph=True, which needs the logits, but they were not stored; use"
+        " backend='reference', or ABLoss on hidden @ weight.T"
+    )
+
+
 class LinearLossGrad(torch.autograd.Function):
-    """The loss as a function of hidden, weight and bias, whose gradients are known up to a factor each."""
+    """The loss as a function of hidden, weight, bias and target, whose gradients are known up to a factor each."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, made: tuple[Tensor, Unfinished, Tensor]) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        made: tuple[Tensor, Unfinished, Tensor],
+    ) -> Tensor:
         """The loss. made: the loss, its gradients, and the settled normaliser."""
         loss, ctx.grads, ctx.settled = made
-        ctx.dtype = hidden.dtype
+        ctx.dtype, ctx.target_dtype = hidden.dtype, target.dtype
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        """The gradients of hidden, weight and bias, by the factors that are known only now; in place unless the graph is kept."""
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
+        """The gradients of the inputs, by the factors that are known only now; in place unless the graph is kept."""
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "LinearABLoss: got backward with create_graph=True, which needs the logits, but they were not stored; use"
-                " backend='reference', or ABLoss on hidden @ weight.T"
-            )
+            refuse_second_derivative()
         grads, kept = ctx.grads, ops.graph_is_kept()
         if grads is None:
             raise RuntimeError("LinearABLoss: got a second backward, expected retain_graph=True in the first")
 
-        def finished(grad: Tensor | None, factor: Tensor | None) -> Tensor | None:
+        def finished(grad: Tensor | None, factor: Tensor | None, dtype: torch.dtype = ctx.dtype) -> Tensor | None:
             if grad is None or factor is None:
                 return None
             factor = factor.to(grad.dtype) if grad.dtype == torch.float64 else factor.float()
-            return (grad * factor if kept else grad.mul_(factor)).to(ctx.dtype)
+            return (grad * factor if kept else grad.mul_(factor)).to(dtype)
 
         reference, settled = grads.reference, ctx.settled
         # If no sample counts the sums are 0, or NaN because of nonfinite losses; a factor of 1 leaves them so.
         moved = torch.where(reference[COUNT] > 0, (reference[LOG_S] - settled[LOG_S]).exp(), 1.0)
         factor = upstream.double() * settled[SCALE] * moved
-        of_sample = None if grads.hidden is None else (upstream * grads.sample_factor).unsqueeze(1)
-        made = finished(grads.hidden, of_sample), finished(grads.weight, factor), finished(grads.bias, factor), None
+        of_sample = None if grads.hidden is None and grads.target is None else (upstream * grads.sample_factor).unsqueeze(1)
+        of_target = finished(grads.target, of_sample, ctx.target_dtype)
+        made = finished(grads.hidden, of_sample), finished(grads.weight, factor), finished(grads.bias, factor), of_target, None
         if not kept:
             ctx.grads = None
         return made

@@ -17,11 +17,11 @@ from ..robust import ABLoss
 from ..robust import options as conflicts
 from ..robust.base import LossOptions, RobustLoss
 from ..robust.normalizer import InStages, Own, Samples
-from ..robust.paths import general
+from ..robust.paths import general, refuse_learned
 from ..robust.replay import run_once_or_again
 from ..robust.weighting import Tilt
 from .chunks import Chunks, check_inputs, check_tensors
-from .gradients import LinearLossGrad, RelativeGradients
+from .gradients import LinearLossGrad, RelativeGradients, refuse_second_derivative
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -98,7 +98,8 @@ class LinearABLoss(RobustLoss):
         Args:
             hidden: (n, d), the inputs of the head. linear_weight: (C, d). bias: (C) or None. All float32, float64 or bfloat16,
                 and of one dtype; under autocast they are cast to its dtype.
-            target: (n) labels, int64 or int32, or (n, C) probabilities.
+            target: (n) labels, int64 or int32, or (n, C) probabilities. If these require grad, another (n, C)
+                tensor is kept for their gradient.
             sample_weight, mask, score, update: as for `ABLoss.forward`, with one value per row, (n).
 
         Returns:
@@ -137,11 +138,12 @@ class LinearABLoss(RobustLoss):
         update_state: bool,
     ) -> Tensor:
         """The loss, whose gradients are made in the same pass (unless none is wanted)."""
-        wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
         inputs, head, head_bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
         operators = self.operators_for(hidden)
         chunks = Chunks(self.criterion, operators, inputs, head, head_bias, target, samples, self.chunk)
         sample_weight, _, score = chunks.samples
+        refuse_learned(self, update_state, sample_weight=sample_weight, target=chunks.target)
+        wanted = [t is not None and ops.is_learned(t) for t in (hidden, weight, bias, chunks.target)]
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             if self.lam_is_open and update_state:
                 self.fix_lam(*chunks.losses(), lambda stats: normalizer.gather(stats, self, chunks.classes))
@@ -166,12 +168,16 @@ class LinearABLoss(RobustLoss):
                 bounded,
                 0.0,
                 self.max_weight,
-                ops.WITH_GRAD if wanted[0] else 0,
+                ops.WITH_GRAD if wanted[0] or wanted[3] else 0,
             )
         self.memo.remember(sample_stats)
-        if not any(wanted):
+        if any(wanted):
+            made = loss, grads.unfinished(sample_factor), settled
+            loss = LinearLossGrad.apply(hidden, weight, bias, chunks.target, made)
+        if sample_weight is None or not ops.is_learned(sample_weight):
             return loss
-        return LinearLossGrad.apply(hidden, weight, bias, (loss, grads.unfinished(sample_factor), settled))
+        slope = (sample_stats[0].double() * sample_stats[1] * settled[ops.SCALE]).to(loss.dtype)
+        return ops.attach_sample_weight(loss, sample_weight, slope, refuse_second_derivative if any(wanted) else None)
 
 
 def _robust_loss(

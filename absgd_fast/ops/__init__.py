@@ -7,6 +7,7 @@
     schemas.py    one record per operator: its schema, its fake, and which backends have it
     backends.py   the operators of each backend, and the choice of the one that serves a call
     autograd.py   how a value gets its gradient
+    inputs.py     how it gets those of sample weights and soft targets
 
 The native libraries (CPU, CUDA) register the kernels of the namespace `absgd_fast`, and backends.py those of `absgd_fast_triton`.
 Each file imports only from those above it.
@@ -28,10 +29,11 @@ from ..reference import COUNT, LOG_S, LOG_SUM, NONFINITE, PARTIAL_STATS, SCALE, 
 from .autograd import attach, attach_logit_gradient, robust_weights, weights_of
 from .backends import ANY, ONE_BLOCK, OPERATORS, REFERENCE, Kernels, Operators, lanes_of_a_row, serving
 from .in_torch import stack_sample_stats
+from .inputs import attach_sample_weight, attach_target, is_learned, needs_attaching
 from .labels import bad_label, check_labels, kernels_can_report, report_of_kernels, reported_labels, translated
 from .modes import graph_is_kept, refuse_update, transformed
 from .schemas import RECORDS, Operator
-from .spec import LossSpec, masked_target
+from .spec import LossSpec, masked_inputs, masked_target
 
 __all__ = [
     "ANY",
@@ -61,13 +63,18 @@ __all__ = [
     "Operators",
     "attach",
     "attach_logit_gradient",
+    "attach_sample_weight",
+    "attach_target",
     "bad_label",
     "check_labels",
     "flags",
     "graph_is_kept",
+    "is_learned",
     "kernels_can_report",
     "lanes_of_a_row",
+    "masked_inputs",
     "masked_target",
+    "needs_attaching",
     "refuse_update",
     "report_of_kernels",
     "reported_labels",

@@ -15,7 +15,7 @@ from .. import _checks, _codes, reference
 from ..reference import NONFINITE, Z_MAX
 from .labels import check_labels
 from .modes import transformed
-from .spec import LossSpec, masked_target
+from .spec import LossSpec, masked_inputs
 
 
 def stack_sample_stats(losses: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
@@ -73,7 +73,7 @@ def robust_logit_loss(
     """The losses, and then their robust loss. weighing is None, because the weights are made at once (MATH §1.1)."""
     spec = LossSpec(class_weight, adjust, hyper_a, hyper_b, ignore_index, flags)
     target = _checks.target(logits, target, soft=spec.soft)
-    losses, _, valid = logit_loss(logits, masked_target(target, mask, spec), *spec)
+    losses, _, valid = logit_loss(*masked_inputs(logits, target, mask, spec), *spec)
     valid = valid > 0 if mask is None else (valid > 0) & mask
     return robust_loss(losses, score, sample_weight, valid, log_s, nonfinite, lam, gamma, alpha, mix, max_weight, flags)
 

@@ -42,6 +42,11 @@ class LossSpec(NamedTuple):
             logits, target, kind=kind, weight=self.class_weight, ignore_index=self.ignore_index, **options
         )
 
+    def target_slope(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The derivative of each loss by its soft target, like the logits, in plain torch (docs/MATH.md §7)."""
+        vectors = {} if self.adjust is None else dict(zip(("scale", "shift"), self.adjust))
+        return reference.soft_target_slope(logits, target, weight=self.class_weight, label_smoothing=self.smoothing, **vectors)
+
     def valid(self, target: Tensor, losses: Tensor) -> Tensor:
         """Which of the losses of `recompute` count (bool)."""
         valid = torch.ones_like(losses, dtype=torch.bool) if target.is_floating_point() else target != self.ignore_index
@@ -53,3 +58,11 @@ def masked_target(target: Tensor, mask: Tensor | None, spec: LossSpec) -> Tensor
     if mask is None or target.is_floating_point():
         return target
     return target.masked_fill(~mask, spec.ignore_index)
+
+
+def masked_inputs(logits: Tensor, target: Tensor, mask: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
+    """Logits and target as `recompute` needs them, so that masked rows may hold anything and get gradients of 0."""
+    if mask is None or not target.is_floating_point():
+        return logits, masked_target(target, mask, spec)
+    ignored = ~mask.unsqueeze(1)
+    return logits.masked_fill(ignored, 0.0), target.masked_fill(ignored, 0.0)

@@ -14,7 +14,7 @@ Autograd differentiates the losses and the weights.
 
 from .._codes import KINDS, NORMALIZERS
 from .dtypes import real_dtype
-from .losses import SCE_A, logit_loss
+from .losses import SCE_A, logit_loss, soft_target_slope
 from .steps import adagrad_step_, adam_step_, momentum_step_, rmsprop_step_, weighted_momentum_step_
 from .weights import (
     COUNT,
@@ -57,5 +57,6 @@ __all__ = [
     "robust_loss",
     "robust_weights",
     "settle",
+    "soft_target_slope",
     "weighted_momentum_step_",
 ]

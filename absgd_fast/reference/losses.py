@@ -124,13 +124,50 @@ def _adjusted(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
 
 def _class_sum(weights: Tensor, terms: Tensor) -> Tensor:
     """The sum over the classes of weight times term. A class of weight 0 adds nothing, even if its term is infinite."""
-    return torch.where(weights == 0, torch.zeros_like(terms), weights * torch.where(weights == 0, 0.0, terms)).sum(-1)
+    return (weights * _finite_where_unused(weights, terms)).sum(-1)
+
+
+def _finite_where_unused(weights: Tensor, terms: Tensor) -> Tensor:
+    """The terms, with 0 for an infinite one whose weight is 0. A finite one stays: it is the derivative by its weight."""
+    return torch.where(weights == 0, terms.nan_to_num(0.0, 0.0, 0.0), terms)
 
 
 def _soft_cross_entropy(x: Tensor, t: Tensor, v: Tensor, label_smoothing: float) -> Tensor:
     """Cross-entropy with the probabilities t: sum_k ((1 - e) t_k + e / C) v_k (-log softmax(x)_k) (docs/MATH.md §2.4)."""
-    class_weights = ((1 - label_smoothing) * t + label_smoothing / x.shape[-1]) * v
-    return _class_sum(class_weights, x.logsumexp(-1, keepdim=True) - x)
+    return _class_sum(_soft_class_weights(t, v, label_smoothing), x.logsumexp(-1, keepdim=True) - x)
+
+
+def _soft_class_weights(t: Tensor, v: Tensor, label_smoothing: float) -> Tensor:
+    """The factor of each -log softmax(x)_k in cross-entropy with the probabilities t: ((1 - e) t_k + e / C) v_k."""
+    return ((1 - label_smoothing) * t + label_smoothing / t.shape[-1]) * v
+
+
+def soft_target_slope(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The derivative of cross-entropy by its probabilities: d L_i / d t_ik = -(1 - e) v_k log softmax(a_i)_k (docs/MATH.md §7).
+
+    Args:
+        logits, target: (B, C) or (B, C, d1, ...); the target are probabilities.
+        scale, shift, weight, label_smoothing: as for `logit_loss`.
+
+    Returns:
+        as logits, in `real_dtype(logits.dtype)`. It is 0 where log softmax = -inf has the weight 0 in the loss.
+
+    >>> soft_target_slope(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))
+    tensor([[0.6931, 0.6931]])
+    """
+    x = _adjusted(logits.movedim(1, -1).to(real_dtype(logits.dtype)), scale, shift)
+    v = torch.ones_like(x[..., :1]) if weight is None else weight.to(x)
+    class_weights = _soft_class_weights(target.movedim(1, -1).to(x), v, label_smoothing)
+    log_p = _finite_where_unused(class_weights, x.log_softmax(-1))
+    return ((label_smoothing - 1) * v * log_p).movedim(-1, 1)
 
 
 def _one_minus_exp(x: Tensor) -> Tensor:

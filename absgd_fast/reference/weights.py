@@ -244,7 +244,7 @@ def apply(
         W_i  = exp(z_i - LOG_S)
         loss = SCALE sum_i t_i (W_i + mix) L_i             at |lam| = inf: SCALE sum_i t_i L_i
 
-    Only the L_i are differentiated; the W_i are constants (docs/MATH.md §1.1).
+    The L_i and the t_i are differentiated; the W_i are constants (docs/MATH.md §1.1 and §7).
 
     Args:
         losses, log_s, lam, score, mask, max_weight: as for `robust_weights`.
@@ -270,12 +270,14 @@ def apply(
         lam,
         mix=mix,
         max_weight=max_weight,
-        sample_weight=sample_weight,
         score=score,
         mask=mask,
         bounded=bounded,
     )
-    return torch.where(valid, factor * losses, 0.0).sum(), weights
+    terms = factor * torch.where(valid, losses, 0.0)
+    if sample_weight is not None:
+        terms = terms * torch.where(valid, sample_weight.to(losses.dtype), 0.0)
+    return terms.sum(), weights
 
 
 @torch.no_grad()

@@ -196,12 +196,12 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
         Args:
             *args: go to the criterion; for a loss on logits they are logits (B, C) or (B, C, d1, ...) and target (B) or (B, d1,
                 ...).
-            sample_weight: shape of the losses; multiplies the whole term of each sample, outside the weight W.
+            sample_weight: shape of the losses; multiplies the whole term of each sample, outside the weight W. If it requires
+                grad it gets its gradient, and so do soft targets (docs/MATH.md §7).
             mask: bool, shape of the losses; False = ignored. The label of an ignored row must be in range too, or be
                 `ignore_index`.
-            score: shape of the losses; W comes from score / lam instead of L / lam.
+            score: shape of the losses; W comes from score / lam instead of L / lam. It is a constant for autograd, as W is.
             groups: shape of the losses, integers; for a rule that uses groups.
-            (sample_weight, mask and score are constants for autograd: docs/MATH.md §7.)
             update: False computes the loss without changing log s, `nonfinite_batches` or the state of a rule.
 
         Returns:
@@ -210,11 +210,13 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
         Raises:
             ValueError: shapes that do not fit; losses that are not per sample; a batch on another device than the state; groups
                 without a rule that uses them, or a rule that needs groups without them; a rule that returns another shape;
-                processes that disagree on lam, gamma, the number of classes or another setting.
+                processes that disagree on lam, gamma, the number of classes or another setting; in deferred mode a sample_weight
+                or soft target that requires grad.
             TypeError: labels of a floating dtype; a criterion that returns no floating tensor. IndexError: a label out of range
                 (on a GPU it is raised by a later call).
-            RuntimeError: the process group is gone, or the exchange failed; a forward inside a torch.func transform that would
-                update the state (pass update=False, or call eval()). After any error log s is as it was.
+            RuntimeError: the process group is gone, or the exchange failed; class weights that require grad; a forward inside a
+                torch.func transform that would update the state (pass update=False, or call eval()). After any error log s is as
+                it was.
         """
         weighting = self._weighting if groups is None else self._weighting.with_groups()
         trains = self.training and torch.is_grad_enabled()
@@ -267,7 +269,7 @@ def _robust_loss(
         logits, target = args
         if isinstance(logits, Tensor) and isinstance(target, Tensor):
             spec = fused_spec(criterion._modules.get("criterion"), logits)
-        if spec is not None and weighting.fuses:
+        if spec is not None and weighting.fuses and not target.requires_grad:
             operators = criterion.operators_for(logits, update_state)
             if isinstance(normalizer, Own):
                 return fused(criterion, operators, normalizer, logits, target, spec, samples, update_state, None)

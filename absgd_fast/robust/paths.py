@@ -14,7 +14,7 @@ from ..functional import LossSpec
 from ..reference import real_dtype
 from .base import RobustLoss
 from .normalizer import InStages, Own, Samples
-from .weighting import FromWeights, Tilt
+from .weighting import FromWeights, Tilt, weighted_sum
 
 NOTHING = Samples()
 
@@ -44,14 +44,17 @@ def fused(
     if samples is not NOTHING:
         samples = checked(samples, target.select(1, 0) if target.is_floating_point() else target, real_dtype(logits.dtype))
     sample_weight, mask, score = samples
+    learned = None if sample_weight is None or not ops.needs_attaching(operators, sample_weight) else sample_weight
     if criterion.lam_is_open and update_state:
         losses, valid = F.losses_and_validity(logits.detach(), target, spec, criterion.chosen_backend())
         counts = valid > 0 if mask is None else (valid > 0) & mask
         criterion.fix_lam(losses, counts, lambda stats: normalizer.gather(stats, criterion, 0))
-    given = (logits, target, weight, adjust, hyper_a, hyper_b, ignore_index, score, sample_weight, mask)
+    constant = sample_weight if learned is None else learned.detach()
+    given = (logits, target, weight, adjust, hyper_a, hyper_b, ignore_index, score, constant, mask)
     try:
         if reference is not None:
             assert isinstance(normalizer, InStages)
+            refuse_learned(criterion, update_state, sample_weight=sample_weight)
             return _by_reference_point(criterion, operators, normalizer, reference, spec, given)
         mode = operators.backward_mode(logits) if logits.requires_grad and torch.is_grad_enabled() else 0
         weighing = criterion.room_for_weighing(operators, logits, mode) if operators.weighs_late else None
@@ -61,34 +64,59 @@ def fused(
         _checks.target(logits, target, soft=spec.soft)  # says the usual mistakes in plain words
         raise ops.translated(error) from None
     criterion.memo.remember(sample_stats, weighing)
-    if not mode:
+    if mode:
+        recompute = lambda x: weighted_sum(  # noqa: E731
+            _factors(criterion, sample_stats, weighing), _losses_again(spec, x, target, mask), sample_weight
+        )
+        loss = ops.attach_logit_gradient(
+            operators, mode, logits, loss, spec, target, weight, adjust, saved, recompute, sample_stats, weighing
+        )
+    if learned is None:
         return loss
-    recompute = lambda x: _recomputed(criterion, spec, x, target, sample_stats, weighing, sample_weight)  # noqa: E731
-    return ops.attach_logit_gradient(
-        operators, mode, logits, loss, spec, target, weight, adjust, saved, recompute, sample_stats, weighing
+    return _of_sample_weight(
+        loss, learned, _factors(criterion, sample_stats, weighing), sample_stats[0], spec, logits, target, mask
     )
 
 
-def _recomputed(
-    criterion: RobustLoss,
+def _losses_again(spec: LossSpec, logits: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """The losses in plain torch; only a second derivative asks for them."""
+    return spec.recompute(*ops.masked_inputs(logits, target, mask, spec))
+
+
+@torch.no_grad()
+def _factors(criterion: RobustLoss, sample_stats: Tensor, weighing: Tensor | None) -> Tensor:
+    """(W_i + mix) / n of a forward, 0 for ignored samples (docs/MATH.md §1.1)."""
+    weights, valid = ops.weights_of(sample_stats, weighing), sample_stats[2] > 0
+    counted = (valid & ~weights.isnan()).sum().clamp(min=1)
+    lam = criterion.operands(False, 0)[2]
+    return torch.where(valid, weights + criterion.mix * (~lam.isinf()).to(weights.dtype), 0.0) / counted
+
+
+def _of_sample_weight(
+    loss: Tensor,
+    sample_weight: Tensor,
+    factors: Tensor,
+    losses: Tensor,
     spec: LossSpec,
     logits: Tensor,
     target: Tensor,
-    sample_stats: Tensor,
-    weighing: Tensor | None,
-    sample_weight: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
-    """The robust loss of a forward whose weights are known, in plain torch; only a second derivative asks for it."""
-    weights = ops.weights_of(sample_stats, weighing)
-    factor = weights + criterion.mix * (~criterion.lam.isinf()).to(sample_stats.dtype)
-    counted = ((sample_stats[2] > 0) & ~weights.isnan()).sum().clamp(min=1)
-    return _weighted_sum(spec.recompute(logits, target), factor, sample_stats, sample_weight) / counted
+    """The robust loss of the fused operator as a function of the sample weights too: sum_i t_i f_i L_i (docs/MATH.md §7)."""
+    slope = factors * losses
+    if not logits.requires_grad or torch.compiler.is_compiling():
+        return ops.attach_sample_weight(loss, sample_weight, slope)
+    version = logits._version
 
+    def slope_again() -> Tensor:
+        if logits._version != version:
+            raise RuntimeError(
+                "ABLoss: got a second derivative by sample_weight, but the logits were changed in place after the forward;"
+                " expected them unchanged: clone() them before"
+            )
+        return factors * _losses_again(spec, logits, target, mask).where(factors != 0, 0.0)
 
-def _weighted_sum(losses: Tensor, factor: Tensor, sample_stats: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """sum_i sample_weight_i factor_i L_i over the valid samples."""
-    factor = factor if sample_weight is None else factor * sample_weight
-    return (torch.where(sample_stats[2] > 0, factor, 0.0) * losses).sum()
+    return ops.attach_sample_weight(loss, sample_weight, slope, slope_again)
 
 
 def _by_reference_point(
@@ -109,7 +137,7 @@ def _by_reference_point(
     criterion.memo.remember(sample_stats)
 
     def recompute(x: Tensor) -> Tensor:  # asked only by a second derivative
-        return _weighted_sum(spec.recompute(x, target), sample_stats[1], sample_stats, sample_weight)
+        return weighted_sum(sample_stats[1], spec.recompute(x, target), sample_weight)
 
     return ops.attach(operators, logits, loss, saved, recompute)
 
@@ -130,10 +158,26 @@ def general(
         samples = checked(samples, losses, losses.dtype)
     else:
         logits, target = args
+        if target.requires_grad:
+            refuse_learned(criterion, update_state, target=target)
         losses, valid = _losses_of_spec(criterion, logits, target, spec, samples.mask)
         samples, classes = checked(samples._replace(mask=valid), losses, losses.dtype), logits.shape[1]
+    if samples.sample_weight is not None:
+        refuse_learned(criterion, update_state, sample_weight=samples.sample_weight)
     operators = criterion.operators_for(losses, update_state)
     return weighting.robust_loss(criterion, operators, normalizer, losses, samples, groups, classes, update_state)
+
+
+def refuse_learned(criterion: RobustLoss, update_state: bool, **inputs: Tensor | None) -> None:
+    """ValueError if one of `inputs` requires grad in a micro-batch of a deferred step, which only corrects the parameters'."""
+    if not (update_state and criterion.deferred):
+        return
+    for name, value in inputs.items():
+        if value is not None and ops.is_learned(value):
+            raise ValueError(
+                f"{name}: got a tensor that requires grad in deferred mode, where its gradient would be normalised by a number"
+                f" that is not known yet; expected {name}.detach(), or deferred=False"
+            )
 
 
 def _losses_of_spec(
@@ -143,7 +187,7 @@ def _losses_of_spec(
     target = _checks.target(logits, target, soft=spec.soft)
     if mask is not None:
         mask = _checks.per_sample(mask, "mask", target.select(1, 0) if target.is_floating_point() else target, torch.bool)
-    target = ops.masked_target(target, mask, spec)
+    logits, target = ops.masked_inputs(logits, target, mask, spec)
     losses, valid = F.losses_and_validity(logits, target, spec, criterion.chosen_backend())
     valid = valid > 0
     return losses.contiguous(), valid if mask is None else valid & mask
@@ -163,11 +207,11 @@ def _per_sample_losses(losses: object) -> Tensor:
 def checked(samples: Samples, like: Tensor, real: torch.dtype) -> Samples:
     """The samples as the operators read them: contiguous, sample_weight and score in the dtype `real`.
 
-    ValueError or TypeError if one does not have one value for each element of `like`.
+    ValueError or TypeError if one does not have one value for each element of `like`. Only sample_weight keeps its graph.
     """
     sample_weight, mask, score = samples
     return Samples(
-        _checks.per_sample(sample_weight, "sample_weight", like, real),
+        _checks.per_sample(sample_weight, "sample_weight", like, real, constant=False),
         _checks.per_sample(mask, "mask", like, torch.bool),
         _checks.per_sample(score, "score", like, real),
     )

@@ -57,9 +57,12 @@ class Tilt:
         """
         if criterion.lam_is_open and update_state:
             criterion.fix_lam(losses.detach(), samples.mask, lambda stats: normalizer.gather(stats, criterion, classes))
-        mode = vector_mode(operators, losses)
+        learned, samples = without_learned(operators, samples)
+        mode = vector_mode(operators, losses, learned)
         loss, sample_stats, slope = normalizer.weigh(criterion, operators, losses, samples, classes, update_state, mode)
         criterion.memo.remember(sample_stats)
+        if learned is not None:
+            return weighted_sum(slope, losses, learned)
         return attached(operators, mode, losses, loss, slope)
 
 
@@ -118,16 +121,18 @@ class FromWeights:
     ) -> Tensor:
         """As `Tilt.robust_loss`. ValueError as in `weights` and in `check_alone`."""
         check_alone(normalizer)
-        sample_weight, mask, score = samples
+        learned, (sample_weight, mask, score) = without_learned(operators, samples)
         weights = self.weights(criterion, losses.detach(), samples, groups, update_state)
         factor = weights + criterion.mix if criterion.mix else weights
         factor = factor if sample_weight is None else factor * sample_weight
         log_s, nonfinite, lam, *_ = criterion.operands(False, 0)
-        mode = vector_mode(operators, losses)
+        mode = vector_mode(operators, losses, learned)
         flags = ops.flags("moving", "first") | mode | (ops.UPDATE if update_state else 0)
         plain_mean = torch.full_like(lam, math.inf), 1.0, 1.0, 0.0, math.inf, flags
         loss, sample_stats, slope = operators.robust_loss(losses, score, factor, mask, log_s, nonfinite, *plain_mean)
         criterion.memo.remember(torch.stack([sample_stats[0], weights, sample_stats[2]]))
+        if learned is not None:
+            return weighted_sum(slope, losses, learned)
         return attached(operators, mode, losses, loss, slope)
 
 
@@ -194,14 +199,36 @@ def check_alone(normalizer: Own | InStages) -> None:
         )
 
 
-def vector_mode(operators: ops.Operators, losses: Tensor) -> int:
-    """The backward mode of an operator on a vector of losses; 0 if nobody asks for a gradient."""
-    return operators.vector_backward_mode if losses.requires_grad and torch.is_grad_enabled() else 0
+def vector_mode(operators: ops.Operators, losses: Tensor, learned: Tensor | None) -> int:
+    """The backward mode of an operator on a vector of losses; 0 if nobody asks for a gradient. learned: sample weights."""
+    wanted = learned is not None or (losses.requires_grad and torch.is_grad_enabled())
+    return operators.vector_backward_mode if wanted else 0
 
 
 def attached(operators: ops.Operators, mode: int, losses: Tensor, loss: Tensor, slope: Tensor) -> Tensor:
     """The robust loss as a function of the losses, in which it is linear: slope = d loss / d L."""
     return ops.attach(operators, losses, loss, slope, lambda x: (slope * x).sum()) if mode else loss
+
+
+# ---- sample weights that require grad ----
+#
+# The robust loss is sum_i t_i f_i L_i, and an operator that is given no sample weights t returns the factors f as its gradient.
+# So the sum in torch's own operators has all gradients, and second ones too (docs/MATH.md §7).
+
+
+def without_learned(operators: ops.Operators, samples: Samples) -> tuple[Tensor | None, Samples]:
+    """The sample weights by which kernels cannot differentiate, or None, and the samples that an operator is given."""
+    sample_weight = samples.sample_weight
+    if sample_weight is None or not ops.needs_attaching(operators, sample_weight):
+        return None, samples
+    return sample_weight, samples._replace(sample_weight=None)
+
+
+def weighted_sum(factor: Tensor, losses: Tensor, sample_weight: Tensor | None) -> Tensor:
+    """sum_i t_i f_i L_i. A sample with the factor 0 may hold any loss and sample weight."""
+    counts = factor != 0
+    terms = factor * losses.where(counts, 0.0)
+    return (terms if sample_weight is None else terms * sample_weight.where(counts, 0.0)).sum()
 
 
 # ---- rules --------------------------------------------------------------------------------------------------------------
