@@ -13,7 +13,7 @@ import absgd_fast as ab
 class Loop:
     """A training whose model has no matrix product, so that every bit of it is ours or elementwise: logits = x w + b."""
 
-    def __init__(self, where, shape, optimizer=ab.ABSGD, lr=0.1):
+    def __init__(self, where, shape, optimizer=ab.ABSGD, lr=0.1, fused=None):
         self.shape, device = shape, where.device
         generator = torch.Generator().manual_seed(0)
         draw = lambda *size: torch.randn(size, generator=generator).to(device)  # noqa: E731
@@ -22,7 +22,7 @@ class Loop:
         self.x, self.y = (t.clone() for t in self.batches[0])
         self.lr = torch.tensor(lr, device=device)
         self.criterion = where.criterion(lam=-0.75)
-        self.optimizer = optimizer([self.w, self.b], lr=self.lr, weight_decay=0.01, backend=where.backend)
+        self.optimizer = optimizer([self.w, self.b], lr=self.lr, weight_decay=0.01, backend=where.backend, fused=fused)
 
     def step(self):
         self.optimizer.zero_grad()

@@ -17,7 +17,8 @@ from absgd_fast import _backend
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-FILES = ("losses", "functional", "inputs", "rectified", "robust", "linear", "state", "recomputation", "optim_*", "ops")  # test_*.py
+# test_*.py
+FILES = ("losses", "functional", "inputs", "rectified", "robust", "linear", "state", "recomputation", "optim_*", "ops")
 
 pytestmark = pytest.mark.skipif(simt.why_not() is not None, reason=simt.why_not() or "")
 

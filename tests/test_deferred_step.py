@@ -24,6 +24,9 @@ class Training:
     def step(self):
         self.optimizer.step()
 
+    def unfinished(self):
+        self.criterion.deferred_step.move("unfinished")  # tests/test_deferred_unfinished.py has the ways to it
+
     def finish_(self):
         self.criterion.finish_(self.weight)
 
@@ -70,6 +73,7 @@ class Training:
 NOT_ALLOWED = {
     ("step", FINISHED): "step: criterion.finish_ has normalised the gradients already; expected an optimizer without robust=",
     ("step", LOST): "step: a state was loaded after the micro-batches, so their gradients can no longer be normalised;",
+    ("unfinished", OPEN): "step: got a second step of an optimizer with gradients of a deferred criterion, and nothing has",
     ("finish_", IDLE): "finish_: got no forward in training mode since the last step, expected at least one micro-batch",
     ("finish_", SETTLED): "finish_: got no forward in training mode since the last step, expected at least one micro-batch",
     (
@@ -88,6 +92,10 @@ NEXT = {
     ("step", IDLE): IDLE,
     ("step", OPEN): SETTLED,
     ("step", SETTLED): SETTLED,
+    ("unfinished", IDLE): IDLE,
+    ("unfinished", SETTLED): SETTLED,
+    ("unfinished", FINISHED): FINISHED,
+    ("unfinished", LOST): LOST,
     ("finish_", OPEN): FINISHED,
     ("set_lam", IDLE): IDLE,
     ("set_lam", SETTLED): SETTLED,

@@ -62,9 +62,12 @@ def test_streams_at_once(where, shape):
 @gpu
 @over(shape=LOOPS)
 def test_the_host_never_waits(where, shape):
-    """Forward, backward and step, with and without GradScaler; by torch's own alarm, and by what the profiler saw of ours."""
+    """Forward, backward and step, with and without GradScaler; by torch's own alarm, and by what the profiler saw of ours.
+
+    With fused=True, because in the default protocol GradScaler itself waits.
+    """
     with unpoisoned():
-        loop = Loop(where, shape)
+        loop = Loop(where, shape, fused=True)
         scaler = torch.amp.GradScaler("cuda", init_scale=4.0)
 
         def scaled():

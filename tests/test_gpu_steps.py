@@ -1,6 +1,7 @@
 """The steps of the optimizers and the weighted step, on every backend of a GPU against float64."""
 
 import copy
+import itertools
 from unittest.mock import patch
 
 import torch
@@ -240,12 +241,14 @@ def test_memory_shared_by_two_parameters(where):
     | {f"sgd, dampening {d}": (ab.ABSGD, torch.optim.SGD, dict(lr=0.1, momentum=0.9, dampening=d)) for d in (0.0, 0.5)}
 )
 def test_grad_scaler(where, rule):
-    """The first step skipped, another one later, gradients unscaled by hand in between: as torch's unfused loop."""
+    """The first step skipped, another one later, gradients unscaled by hand in between, in both protocols: as torch's unfused
+    loop."""
     make, torch_make, options = rule
-    for path in paths(where):
+    for path, fused in itertools.product(paths(where), (None, True)):
         with path():
             params, expected = (parameters(where, dtype=torch.float32) for _ in range(2))
-            ours, theirs = make(params, **options, backend=where.backend), torch_make(expected, **options, foreach=False)
+            ours = make(params, **options, backend=where.backend, fused=fused)
+            theirs = torch_make(expected, **options, foreach=False)
             scalers = [torch.amp.GradScaler(where.device.type, init_scale=4.0, growth_interval=2) for _ in range(2)]
             for step in range(8):
                 for ps, optimizer, scaler in ((params, ours, scalers[0]), (expected, theirs, scalers[1])):

@@ -1,8 +1,25 @@
 """The optimizers in mixed precision: GradScaler, and `robust=`, which scales gradients in the step."""
 
+import copy
+import inspect
+import pickle
+
 import pytest
 import torch
-from optim_cases import assert_identical, assert_same, each_optimizer, every_case, make, set_grads, single, snapshot, states
+from optim_cases import (
+    assert_identical,
+    assert_same,
+    each_of_torchs,
+    each_optimizer,
+    every_case,
+    make,
+    set_grads,
+    single,
+    snapshot,
+    states,
+    steps,
+    through_a_file,
+)
 
 import absgd_fast as ab
 
@@ -128,11 +145,153 @@ def test_grad_scale_of_other_gradients(one_way, case, kind):
         assert_identical([p.data for p in params], [p.data for p in expected])
 
 
+# ---- torch.amp.GradScaler ----------------------------------------------------------------------------------------------
+
+PROTOCOLS = {"default": dict(), "fused": dict(fused=True)}
+each_protocol = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+
+
+def is_fused(optimizer):
+    """What GradScaler asks."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
 @each_optimizer
-def test_grad_scaler(one_way, case):
+def test_the_protocol(case, one_way):
+    """torch's fused one for fused=True, for robust= and for float16 parameters, whichever group holds them and since when; else
+    that of torch's default class."""
+    takes_fused = "fused" in inspect.signature(case.torch).parameters
+    for fused in (None, False, True):
+        ours = case.own(make([(3,)]), one_way, fused=fused)
+        assert is_fused(ours) is bool(fused)
+        assert ours.param_groups[0]["fused"] is ours.defaults["fused"] is fused
+        if takes_fused:
+            theirs = case.torch(make([(3,)]), fused=fused)
+            assert is_fused(theirs) is is_fused(ours) and theirs.param_groups[0]["fused"] is fused
+    robust = ab.ABLoss(lam=0.5, deferred=True)
+    assert is_fused(case.own(make([(3,)]), one_way, robust=robust))
+    later = case.own(make([(3,)], torch.float32), one_way)
+    for value, expected in ((robust, True), (None, False)):
+        later.robust = value
+        assert is_fused(later) is expected
+    later.add_param_group({"params": make([(2,)], torch.float16)})
+    assert is_fused(later)
+    cast = torch.nn.Linear(2, 1)
+    optimizer = case.own(cast.parameters(), one_way)
+    assert [is_fused(optimizer), cast.half() and is_fused(optimizer), cast.float() and is_fused(optimizer)] == [
+        False,
+        True,
+        False,
+    ]
+
+
+@each_of_torchs
+def test_the_protocol_travels_as_torchs(case, one_way):
+    """Saved groups hold the option, and a loaded group takes it over; the protocol stays the constructor's, through copies too.
+    An optimizer that was pickled before there was the option has the default protocol."""
+    for fused in (None, True):
+        ours = case.own(make([(3,)]), one_way, fused=fused)
+        steps([*ours.param_groups[0]["params"]], ours, range(2))
+        for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            assert is_fused(copied) is bool(fused) and copied.param_groups[0]["fused"] is fused
+        state = through_a_file(ours.state_dict())
+        assert state["param_groups"][0]["fused"] is fused
+        for others in (case.torch, case.ours):
+            other = others(make([(3,)]))
+            other.load_state_dict(state)
+            assert other.param_groups[0]["fused"] is fused and not is_fused(other)
+            state = other.state_dict()
+    fixed = case.own(make([(3,)]), one_way, fused=True)
+    fixed.load_state_dict(case.torch(make([(3,)])).state_dict())
+    assert is_fused(fixed) and fixed.param_groups[0]["fused"] is None
+    old = case.own(make([(3,)]), one_way)
+    for options in (old.defaults, *old.param_groups):
+        options.pop("fused")
+    old = pickle.loads(pickle.dumps(old))
+    assert not is_fused(old) and not old.param_groups[0]["fused"]
+
+
+@each_optimizer
+@pytest.mark.parametrize("kind", ["sparse", "complex"])
+def test_the_protocol_refuses_no_tensor(one_way, case, kind):
+    """torch's own fused kernels take neither sparse gradients nor complex numbers; ours do, with fused=True as without."""
+    if kind == "sparse" and not issubclass(case.torch, torch.optim.SGD):
+        pytest.skip("takes no sparse gradients, or not with decay")
+    models = [make([(4, 3)], torch.complex64 if kind == "complex" else torch.float32) for _ in PROTOCOLS]
+    for params, protocol in zip(models, PROTOCOLS.values()):
+        optimizer = case.own(params, one_way, **protocol, weight_decay=0.0)
+        for step in range(3):
+            set_grads(params, seed=step)
+            if kind == "sparse":
+                params[0].grad = params[0].grad.to_sparse()
+            optimizer.step()
+    assert_identical(*models)
+
+
+def count_steps(optimizer):
+    """A list that grows with each call of step: how accelerate knows that GradScaler has left one out."""
+    step, calls = optimizer.step, []
+    optimizer.step = lambda *args: calls.append(True) or step(*args)
+    return calls
+
+
+@each_optimizer
+@each_protocol
+def test_an_overflow_in_the_middle(one_way, case, protocol):
+    """As torch's class in the same protocol, step by step: the calls of step that are left out, parameters, states, scale."""
+    has = protocol if not case.form and "fused" in inspect.signature(case.torch).parameters else {}
+    params, expected = make(dtype=torch.float32), make()
+    ours, theirs = case.own(params, one_way, **protocol), case.other(expected, **has)
+    calls = [count_steps(optimizer) for optimizer in (ours, theirs)]
+    scalers = [torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2) for _ in range(2)]
+    for step in range(7):
+        set_grads(params, expected, seed=step)
+        for ps, optimizer, scaler in ((params, ours, scalers[0]), (expected, theirs, scalers[1])):
+            scaler.scale(torch.ones(()))
+            for p in ps:
+                p.grad *= scaler.get_scale()
+            if step in (3, 5):
+                ps[5].grad[0, 0] = torch.inf
+            scaler.step(optimizer)
+            scaler.update()
+        assert scalers[0].get_scale() == scalers[1].get_scale()
+        assert_same(params, ours, expected, theirs, torch.float32)
+    left_out = 0 if protocol else 2
+    assert len(calls[0]) == 7 - left_out
+    assert len(calls[1]) == (7 - left_out if has == protocol else 5)
+
+
+@each_protocol
+def test_an_overflow_ends_the_deferred_step(one_way, protocol):
+    """With robust= GradScaler calls step after an overflow too, so log s has seen the micro-batches of each step once: as with
+    one big batch and a plain loss. If it left step out, they would count again in the next one."""
+    log_s = []
+    for deferred in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3)
+        criterion = ab.ABLoss(lam=0.5, gamma=0.5, deferred=deferred)
+        options = dict(robust=criterion) | protocol if deferred else dict()
+        optimizer = ab.ABSGD(model.parameters(), lr=0.1, **options, backend=one_way)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for step in range(4):
+            optimizer.zero_grad()
+            x, y = torch.randn(8, 4) * (1 + 3 * (step == 1)), torch.randint(3, (8,))
+            for rows in (slice(0, 3), slice(3, 8)) if deferred else (slice(8),):
+                scaler.scale(criterion(model(x[rows]), y[rows])).backward()
+            if step == 1:
+                model.weight.grad[0, 0] = torch.inf
+            scaler.step(optimizer)
+            scaler.update()
+            log_s.append(criterion.log_s.clone())
+    torch.testing.assert_close(log_s[:4], log_s[4:], rtol=1e-6, atol=1e-6)
+
+
+@each_optimizer
+@each_protocol
+def test_grad_scaler(one_way, case, protocol):
     """torch.amp.GradScaler, its first step skipped. (torch 2.13's fused SGD leaves the momentum uninitialised then.)"""
     params, expected = make(dtype=torch.float32), make()
-    ours, theirs = case.own(params, one_way), case.other(expected)
+    ours, theirs = case.own(params, one_way, **protocol), case.other(expected)
     scalers = [torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2) for _ in range(2)]
     for step in range(8):
         set_grads(params, expected, seed=step)

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_signatures():
     """Arguments and defaults are torch's, but for what API and docstrings name."""
-    extra = {"robust": None, "backend": None}
+    extra = {"robust": None, "backend": None, "fused": None}
     own = {"sgd": {"momentum": 0.9, "heavy_ball": False}, "adam": {"paper_form": False}, "adamw": {"paper_form": False}}
     absent = {"foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"}
     for name, (ours, theirs, _) in OPTIMIZERS.items():

@@ -23,6 +23,7 @@ from absgd_fast import _checkpointing, distributed
 
 checkpoint = partial(torch_checkpoint.checkpoint, use_reentrant=False)
 NAN = float("nan")
+pytestmark = pytest.mark.filterwarnings("ignore:.*in the middle of a deferred step")  # states are compared in every phase
 
 
 # ---- what has a state ------------------------------------------------------------------------------------------------------

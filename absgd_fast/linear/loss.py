@@ -16,7 +16,7 @@ from ..losses import fused_spec
 from ..robust import ABLoss
 from ..robust import options as conflicts
 from ..robust.base import LossOptions, RobustLoss
-from ..robust.normalizer import InStages, Own, Samples
+from ..robust.normalizer import OWN, InStages, Own, Samples
 from ..robust.paths import general, refuse_learned
 from ..robust.replay import run_once_or_again
 from ..robust.weighting import Tilt
@@ -123,8 +123,13 @@ class LinearABLoss(RobustLoss):
         samples = Samples(sample_weight, mask, score)
         head = hidden, linear_weight, target, bias
         if hooks_are_active():
-            return run_once_or_again(partial(_robust_loss, head=head, samples=samples), self, Tilt(), normalizer, update_state)
-        return _robust_loss(self, Tilt(), normalizer, update_state, head, samples)
+            of_batch = partial(_robust_loss, head=head, samples=samples)
+            loss = run_once_or_again(of_batch, self, Tilt(), normalizer, update_state)
+        else:
+            loss = _robust_loss(self, Tilt(), normalizer, update_state, head, samples)
+        if update_state and normalizer is not OWN:
+            self._watch(loss)
+        return loss
 
     @torch.compiler.disable  # the chunks are a loop of Python around torch's matrix products
     def _in_chunks(

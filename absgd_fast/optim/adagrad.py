@@ -49,6 +49,7 @@ class ABAdagrad(FusedOptimizer, torch.optim.Adagrad):
         maximize: maximize the objective instead of minimizing it.
         robust: an ABLoss or LinearABLoss with deferred=True, whose gradients this step finishes; see :class:`ABSGD`.
         backend: "cuda", "triton", "cpu" or "reference"; None takes the fastest that runs.
+        fused: the protocol of torch.amp.GradScaler; see :class:`ABSGD`.
 
     Raises:
         ValueError: a number is out of its range, the backend is unknown, or a parameter is float16 together with ``robust``.
@@ -79,8 +80,9 @@ class ABAdagrad(FusedOptimizer, torch.optim.Adagrad):
         maximize: bool = False,
         robust: RobustLoss | None = None,
         backend: str | None = None,
+        fused: bool | None = None,
     ) -> None:
-        super().__init__(params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize=maximize)
+        super().__init__(params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize=maximize, fused=fused)
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["sum"] = self._first_sum(p, group)

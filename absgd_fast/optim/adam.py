@@ -63,6 +63,7 @@ class ABAdam(FusedOptimizer, torch.optim.Adam):
         paper_form: take the step of the paper's Eq. 9.
         robust: an ABLoss or LinearABLoss with deferred=True, whose gradients this step finishes; see :class:`ABSGD`.
         backend: "cuda", "triton", "cpu" or "reference"; None takes the fastest that runs.
+        fused: the protocol of torch.amp.GradScaler; see :class:`ABSGD`.
 
     Raises:
         ValueError: a number is out of its range, options exclude each other, the backend is unknown, or a parameter is float16
@@ -94,12 +95,13 @@ class ABAdam(FusedOptimizer, torch.optim.Adam):
         paper_form: bool = False,
         robust: RobustLoss | None = None,
         backend: str | None = None,
+        fused: bool | None = None,
     ) -> None:
         if paper_form and amsgrad:
             raise ValueError(
                 "paper_form is Eq. 9 of the paper, which has no amsgrad (got True); use paper_form=False with amsgrad"
             )
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, fused=fused)
         self._set_up(robust, backend, paper_form=paper_form)
 
     def _torch_step(
@@ -142,6 +144,7 @@ class ABAdamW(ABAdam, torch.optim.AdamW):
         paper_form: bool = False,
         robust: RobustLoss | None = None,
         backend: str | None = None,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -154,4 +157,5 @@ class ABAdamW(ABAdam, torch.optim.AdamW):
             paper_form=paper_form,
             robust=robust,
             backend=backend,
+            fused=fused,
         )

@@ -13,7 +13,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from .. import _backend, ops
 from ..robust.base import RobustLoss
 from . import list_step, planned_step, torch_step
-from .checks import check_deferrable, check_robust, check_tensors
+from .checks import check_deferrable, check_robust, check_tensors, claim, warn_of_another_criterion
 from .rule import OptimizerRule
 from .scaling import Scaling, is_known_nonfinite, unscale_where_host_reads
 from .state import check_forms, fill_in_own_flags, place_states, restore_float32
@@ -32,7 +32,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     A step has three tiers, and each takes what the one before it leaves: planned_step.py, list_step.py, torch_step.py.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf instead of unscaling by itself
     _rule: OptimizerRule
     robust: RobustLoss | None
     backend: str | None
@@ -43,10 +42,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # ---- what the classes fill in ----
 
-    def _set_up(self, robust: RobustLoss | None, backend: str | None, **own_flags: bool) -> None:
+    def _set_up(self, robust: RobustLoss | None, backend: str | None, **own_flags: bool | None) -> None:
         """Does what is left to do after torch's __init__. own_flags: the options that torch's class does not have."""
         check_robust(robust)
         self.robust, self._used = robust, None
+        claim(self)
         for group in self.param_groups:
             self._check_deferrable(group)
         if backend is not None:
@@ -78,16 +78,34 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self.robust is not None:
             check_deferrable(group)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler calls `step` in any case, with its numbers in `grad_scale` and `found_inf` (torch's fused protocol).
+
+        False, as for torch's default classes: GradScaler unscales the gradients, and leaves `step` out after an overflow. True
+        with fused=True; with ``robust``, whose step must end even after an overflow, or its micro-batches would count in the
+        next one; and for float16 parameters, whose gradients GradScaler does not unscale. GradScaler reads it once a step, where
+        it goes over all parameters itself, so nothing is kept that a cast or a new group would make wrong.
+        """
+        if self.defaults.get("fused") or getattr(self, "robust", None) is not None:
+            return True
+        return any(p.dtype == torch.float16 for group in self.param_groups for p in group["params"])
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        self.defaults["fused"] = value  # torch's classes set it to True in their __init__ for fused=True
+
     # ---- state ----
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"backend": self.backend, "robust": self.robust}
+        return super().__getstate__() | {"backend": self.backend, "robust": self.robust, "_used": self._used}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         fill_in_own_flags(self._rule, self.param_groups)
         if hasattr(self, "backend"):  # not yet while torch's __init__ runs
-            self._used = None
+            self._used = state.get("_used")
+            claim(self)
             self._choose_kernels()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -115,11 +133,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         """torch's method: makes missing states, and appends the parameters that have a gradient, their gradients, states and
         counts of steps to the lists. torch.compile calls it by this name, outside the graph."""
         self._make_missing(group)
-        return super()._init_group(group, *lists)  # type: ignore[misc]  # of torch's optimizer, the other base class
+        return super()._init_group(_unfused(group), *lists)  # type: ignore[misc]  # of torch's optimizer, the other base class
 
     def _make_missing(self, group: dict) -> None:
         """Makes missing states, in float32 for half precision, and puts the counts of steps on the devices where kernels run."""
-        super()._init_group(group, *([] for _ in range(self._rule.list_count)))  # type: ignore[misc]  # as above
+        super()._init_group(_unfused(group), *([] for _ in range(self._rule.list_count)))  # type: ignore[misc]  # as above
         place_states(self._rule, group["params"], self.state, self._operators)
 
     # ---- step ----
@@ -195,6 +213,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if torch.compiler.is_compiling():
             return settled
         if settled is self._used:
+            warn_of_another_criterion(robust, self.param_groups)
             return None
         self._used = settled
         return settled
@@ -255,3 +274,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 def kernels_or_none(operators: ops.Operators) -> ops.Operators | None:
     """The operators of a device that has kernels. None: plain torch serves the device."""
     return operators if operators.has_kernels else None
+
+
+def _unfused(group: dict) -> dict:
+    """The group as torch's own code may see it: with fused=True it would refuse the tensors that torch's kernels cannot take."""
+    return {**group, "fused": False}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from ..robust import ABLoss
+from ..robust.base import RobustLoss
 from .rule import OptimizerRule
 
 
@@ -16,6 +19,31 @@ def check_robust(robust: object) -> None:
         raise TypeError(
             f"robust: got {got}, expected ABLoss(..., deferred=True), or None; the gradients of any other loss need no robust="
         )
+
+
+def claim(optimizer: torch.optim.Optimizer) -> None:
+    """Tells the criterion of robust= that this optimizer finishes its steps, so nobody has to watch over them."""
+    step = getattr(getattr(optimizer, "robust", None), "deferred_step", None)
+    if step is not None:
+        step.watch.claim(optimizer)
+
+
+def warn_of_another_criterion(robust: RobustLoss, groups: list[dict]) -> None:
+    """Warns once if there are gradients to step, but the criterion of robust= has had no micro-batch since it was made or copied.
+
+    So it is if criterion and optimizer were copied separately: the optimizer then has a criterion of its own, which nobody calls.
+    """
+    step = getattr(robust, "deferred_step", None)
+    if step is None or step.watch.met or all(p.grad is None for group in groups for p in group["params"]):
+        return
+    step.watch.met = True
+    warnings.warn(
+        "robust: got gradients to step, but this criterion has had no forward in training mode since it was made, copied or"
+        " unpickled, so the step uses them as they are. If another deferred criterion made them, nothing normalises them;"
+        " expected a pair that was copied together, copy.deepcopy((model, criterion, optimizer)), or optimizer.robust ="
+        " criterion after copying",
+        stacklevel=4,
+    )
 
 
 def check_deferrable(group: dict) -> None:

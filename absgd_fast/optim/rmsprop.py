@@ -50,6 +50,7 @@ class ABRMSprop(FusedOptimizer, torch.optim.RMSprop):
         maximize: maximize the objective instead of minimizing it.
         robust: an ABLoss or LinearABLoss with deferred=True, whose gradients this step finishes; see :class:`ABSGD`.
         backend: "cuda", "triton", "cpu" or "reference"; None takes the fastest that runs.
+        fused: the protocol of torch.amp.GradScaler; see :class:`ABSGD`. torch's class has no such argument.
 
     Raises:
         ValueError: a number is out of its range, the backend is unknown, or a parameter is float16 together with ``robust``.
@@ -80,9 +81,10 @@ class ABRMSprop(FusedOptimizer, torch.optim.RMSprop):
         maximize: bool = False,
         robust: RobustLoss | None = None,
         backend: str | None = None,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(params, lr, alpha, eps, weight_decay, momentum, centered, maximize=maximize)
-        self._set_up(robust, backend)
+        self._set_up(robust, backend, fused=fused)
 
     def _torch_step(
         self, group: dict, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor | None]], steps: list[Tensor]

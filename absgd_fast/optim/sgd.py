@@ -45,8 +45,8 @@ class ABSGD(FusedOptimizer, torch.optim.SGD):
 
     One kernel launch updates all parameters, in one pass (on CUDA up to 959 tensors a launch). They may have any shape and be
     float32, float64, bfloat16 or float16; half precision has its momentum in float32. Plain torch steps sparse gradients and
-    tensor subclasses, with the same result. On a GPU the kernel itself reads a tensor ``lr`` and the numbers of
-    torch.amp.GradScaler, so the host never waits, and a captured graph follows a schedule of ``lr``.
+    tensor subclasses, with the same result. On a GPU the kernel itself reads a tensor ``lr`` and, with ``fused=True``, the
+    numbers of torch.amp.GradScaler. So the host never waits, and a captured graph follows a schedule of ``lr``.
 
     A step is skipped if GradScaler has found a gradient that is not finite, or if ``robust`` has met a loss since the last step
     that is not finite. A skipped step changes nothing; if it would have been the first, the next one counts as first
@@ -67,8 +67,13 @@ class ABSGD(FusedOptimizer, torch.optim.SGD):
             normalised yet. The step then settles log s' for all micro-batches (of all processes) since the last step, and
             multiplies the gradients by the factor that is missing, inside its kernel; ``.grad`` stays as it is. Clipping needs
             normalised gradients: to clip, leave ``robust`` out and call ``criterion.finish_(params)`` before. Any other loss
-            needs no ``robust``.
+            needs no ``robust``. Copy the pair together, by copy.deepcopy((model, criterion, optimizer)).
         backend: "cuda", "triton", "cpu" or "reference"; None takes the fastest that runs.
+        fused: which protocol torch.amp.GradScaler uses with this optimizer. The kernels are the same. None or False: that of
+            torch's default optimizers. GradScaler unscales the gradients itself, and calls no ``step()`` after an overflow; on a
+            GPU the host waits to know. True: that of torch's fused optimizers. GradScaler always calls ``step()``, whose kernel
+            unscales the gradients and skips an overflow, so the host never waits. It is always used with ``robust``, whose step
+            must end even then, and for float16 parameters.
 
     Raises:
         ValueError: a number is out of its range, options exclude each other, the backend is unknown, or a parameter is float16
@@ -101,6 +106,7 @@ class ABSGD(FusedOptimizer, torch.optim.SGD):
         heavy_ball: bool = False,
         robust: RobustLoss | None = None,
         backend: str | None = None,
+        fused: bool | None = None,
     ) -> None:
         for name, value in (("learning rate", lr), ("momentum value", momentum), ("weight_decay value", weight_decay)):
             refuse_nan(name, value)
@@ -109,7 +115,7 @@ class ABSGD(FusedOptimizer, torch.optim.SGD):
                 f"heavy_ball is Eq. 2 of the paper, which has no nesterov (got {nesterov}) and no dampening (got {dampening});"
                 " use heavy_ball=False with these options"
             )
-        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, fused=fused)
         self._set_up(robust, backend, heavy_ball=heavy_ball)
 
     def _make_missing(self, group: dict) -> None:

@@ -57,5 +57,6 @@ def restore_float32(rule: OptimizerRule, optimizer: torch.optim.Optimizer, state
 def fill_in_own_flags(rule: OptimizerRule, groups: list[dict]) -> None:
     """Adds the options that torch's class does not have, and that are missing in its checkpoints, to the groups."""
     for group in groups:
+        group.setdefault("fused", None)  # torch's RMSprop does not have it
         for name in rule.own_flags:
             group.setdefault(name, False)

@@ -26,6 +26,11 @@ from .step import OPEN, DeferredStep
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
+_IN_THE_MIDDLE = (
+    "{}state_dict(): got a criterion in the middle of a deferred step, whose micro-batches so far are not in the checkpoint;"
+    " expected it after optimizer.step() (robust=) or finish_, or after discard()"
+)
+
 Rule = Callable[..., Tensor]  # losses -> W; it may also take groups, mask and update
 
 
@@ -244,7 +249,20 @@ class RobustLoss(RobustState):
         if not self.lam.is_meta:
             self.lam_is_open = bool(self.lam.isnan())
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        step = self.deferred_step
+        if step is not None and step.phase is OPEN and not step.watch.warned:
+            step.watch.warned = True
+            warnings.warn(_IN_THE_MIDDLE.format(prefix), stacklevel=2)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     # ---- the deferred step ----
+
+    def _watch(self, loss: Tensor) -> None:
+        """Deferred mode: see to it that somebody ends the step of this loss (unfinished.py)."""
+        step = self.deferred_step
+        if step is not None and not step.watch.quiet and step.phase is OPEN:
+            step.watch.forward(step, loss)
 
     def discard(self) -> None:
         """Deferred mode: forget the micro-batches of the step that is under way. Without deferred mode it does nothing.

@@ -17,6 +17,8 @@ After a micro-batch with a nonfinite loss (NaN, infinite, or z more than 60 abov
 
 A training loop that sees the NaN itself may also call zero_grad() and `criterion.discard()`, on all processes; then the step is
 not counted.
+
+A training loop that never ends its step gets an error (unfinished.py).
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ from enum import Enum
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 
 from ..ops import COUNT, SCALE
+from .unfinished import Watch
 
 
 class Phase(Enum):
@@ -60,6 +64,16 @@ TRANSITIONS: dict[str, dict[Phase, Phase | str]] = {
         FINISHED: "step: criterion.finish_ has normalised the gradients already; expected an optimizer without robust= together"
         " with finish_ (which clipping needs), or an optimizer with robust= and no finish_",
         LOST: "step" + _LOST,
+    },
+    # An optimizer without robust= has stepped gradients of the micro-batches so far, and not for the first time (unfinished.py).
+    "unfinished": {
+        IDLE: IDLE,
+        OPEN: "step: got a second step of an optimizer with gradients of a deferred criterion, and nothing has normalised them or"
+        " moved log s; expected criterion.finish_(params) before optimizer.step(), or an optimizer with robust=criterion, or"
+        " deferred=False; after gradients that were thrown away, criterion.discard()",
+        SETTLED: SETTLED,
+        FINISHED: FINISHED,
+        LOST: LOST,
     },
     # criterion.finish_(params)
     "finish_": {
@@ -100,6 +114,7 @@ class DeferredStep:
         self.settled: Tensor | None = None  # (6), normalises the gradients (SETTLED, FINISHED)
         # On a GPU: how many samples the first micro-batches held, as a copy on the host, and the event that says it has arrived.
         self._count: tuple[Tensor, torch.cuda.Event] | None = None
+        self.watch = Watch()
 
     def check(self, event: str) -> Phase:
         """The phase that follows the event. RuntimeError if the event is not allowed in this phase."""
@@ -113,6 +128,7 @@ class DeferredStep:
         following = self.check(event)
         if following is not OPEN:
             self.partial_stats = self.reference = self._count = None
+            self.watch.closed(self)
         if following is not SETTLED and following is not FINISHED:
             self.settled = None
         self.phase = following
@@ -121,11 +137,17 @@ class DeferredStep:
         """Count one more micro-batch. partial_stats: those of all micro-batches so far, this one included."""
         self.move("forward")
         self.partial_stats = partial_stats
+        self.watch.met = True
 
     def end(self, event: str, settled: Tensor) -> None:
         """End the step by "step" or "finish_". settled: the normaliser of all its micro-batches."""
         self.move(event)
         self.settled = settled
+
+    def stepped(self, optimizer: Optimizer) -> None:
+        """An optimizer has stepped while this step was watched. RuntimeError if nobody finishes what it steps."""
+        if self.phase is OPEN and self.watch.stepped(optimizer):
+            self.check("unfinished")
 
     # ---- the reference point ----
 
