@@ -125,16 +125,25 @@ def logit_loss(
     spec = loss_spec(kind, weight, adjust, label_smoothing, ignore_index, gamma, q, k, prune, alpha, beta)
     if margin is not None:
         spec = spec._replace(bits=spec.bits | ops.HARD)
-    return losses_of(logits, target, spec, backend)
+    return losses_and_validity(logits, target, spec, backend, scale_may_be_0=scale is not None)[0]
 
 
-def losses_of(logits: Tensor, target: Tensor, spec: LossSpec, backend: str | None) -> Tensor:
-    """The losses that `spec` describes, from the backend that serves the device."""
-    return losses_and_validity(logits, target, spec, backend)[0]
+def losses_and_validity(
+    logits: Tensor,
+    target: Tensor,
+    spec: LossSpec,
+    backend: str | None,
+    *,
+    scale_may_be_0: bool = False,
+    copy_losses: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The losses that `spec` describes, from the backend that serves the device, and which rows count.
 
-
-def losses_and_validity(logits: Tensor, target: Tensor, spec: LossSpec, backend: str | None) -> tuple[Tensor, Tensor]:
-    """The losses that `spec` describes, and which rows count.
+    Args:
+        scale_may_be_0: whether the class vector S may have a 0. Then the gradient does not show the logits, and the graph keeps
+            them.
+        copy_losses: copy the losses where this spares the graph the logits, which costs 1 us. A second derivative of a loss other
+            than cross-entropy needs either, and not the returned losses, which a caller may change.
 
     The second tensor is 0 for a row that does not count: one that is ignored, pruned, or has a label that a GPU found out of
     range. It is not 0 for every other row.
@@ -152,8 +161,15 @@ def losses_and_validity(logits: Tensor, target: Tensor, spec: LossSpec, backend:
     except RuntimeError as error:
         raise ops.translated(error) from None
     if mode:
-        recompute = lambda x: spec.recompute(x, target)  # noqa: E731
-        losses = ops.attach_logit_gradient(operators, mode, logits, losses, spec, target, class_weight, adjust, saved, recompute)
+        # asked only by a second derivative
+        recompute = lambda x: spec.unpruned().recompute(x, target).where(valid > 0, 0.0)  # noqa: E731
+        recover = None
+        if not scale_may_be_0 and (copy_losses or bits < ops.KIND):
+            values = losses.clone() if mode != ops.WITH_STATS and bits >= ops.KIND else None
+            recover = lambda _: spec.logits_of(saved, target, values)  # noqa: E731
+        losses = ops.attach_logit_gradient(
+            operators, mode, logits, losses, spec, target, class_weight, adjust, saved, recompute, recover
+        )
     if learned:
         losses = ops.attach_target(losses, target, logits, spec)
     return losses, valid

@@ -89,7 +89,7 @@ class LogitLoss(Scheduled):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The losses, (B) or (B, d1, ...) for reduction="none", else 0-d."""
         spec = self.spec(logits)
-        losses, valid = F.losses_and_validity(logits, target, spec, self.backend)
+        losses, valid = F.losses_and_validity(logits, target, spec, self.backend, copy_losses=self.reduction != "none")
         if self.reduction == "none":
             return losses
         if self.reduction == "sum":

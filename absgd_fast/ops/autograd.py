@@ -4,10 +4,12 @@ There are two ways:
 
 made in forward     The forward pass makes the gradient, because it has the exponentials at hand. Backward only multiplies it by
                     the upstream gradient, in place. So the graph keeps one buffer of the size of the logits, and not the logits
-                    themselves.
+                    themselves. A second derivative needs logits; it recovers them from the gradient (docs/MATH.md §2.6).
+                    `attach` keeps the logits where that cannot be done. Inside other people's hooks for saved tensors
+                    (activation checkpointing, save_on_cpu) it saves gradient and logits as these hooks want it.
 from statistics     The forward pass leaves four numbers per row (csrc/math/losses.h RowGradient, docs/MATH.md §8), and backward
-                    walks over the logits once more. A GPU takes this way for all but small batches: the forward pass would make
-                    the gradient before it knows the weights, and so read and write it twice.
+                    walks over the logits once more, so the graph keeps them. A GPU takes this way for all but small batches: the
+                    forward pass would make the gradient before it knows the weights, and so read and write it twice.
 """
 
 from __future__ import annotations
@@ -31,24 +33,36 @@ def _differentiable(recompute: Callable[[Tensor], Tensor], x: Tensor, upstream: 
 
 
 class _KnownGradient(torch.autograd.Function):
-    """A value whose derivative by x is known: grad has one number, or one row, per element of value. recompute(x) is the value in
-    plain torch."""
+    """A value whose derivative by x is known: grad has one number, or one row, per element of value.
+
+    A first backward reads grad alone. So it works after x was changed in place. recompute(x), the value in plain torch, serves a
+    second derivative. Only then is the saved x asked for.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, given: tuple) -> Tensor:
-        value, grad, ctx.operators, ctx.recompute = given
-        ctx.save_for_backward(grad, x)
-        ctx.to_half = x.dtype == torch.float16
+        value, grad, hooked, operators, recompute = given
+        if hooked:
+            ctx.save_for_backward(x, grad)
+            grad = None
+        else:
+            ctx.save_for_backward(x)
+        ctx.grad, ctx.known = grad, (operators, recompute, x.dtype is torch.float16)
         return value
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        grad, x = ctx.saved_tensors
+        operators, recompute, to_half = ctx.known
+        x, grad, kept = None, ctx.grad, graph_is_kept()
+        if grad is None:  # hooks have it, or an earlier backward freed it, which torch reports here
+            x, grad = ctx.saved_tensors  # once, as activation checkpointing demands
+        elif not kept:
+            ctx.grad = None
         if torch.is_grad_enabled():
-            return _differentiable(ctx.recompute, x, upstream), None
-        if ctx.to_half or graph_is_kept():
-            return ctx.operators.scale(grad, upstream, ctx.to_half), None
-        ctx.operators.scale_(grad, upstream)
+            return _differentiable(recompute, ctx.saved_tensors[0] if x is None else x, upstream), None
+        if to_half or kept:
+            return operators.scale(grad, upstream, to_half), None
+        operators.scale_(grad, upstream)
         return grad, None
 
 
@@ -104,20 +118,46 @@ class _GradientFromStatsCompiled(torch.autograd.Function):
         return grad, *[None] * 9
 
 
+# What torch.autograd.graph.saved_tensors_hooks calls; as a context manager it costs more.
+_push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
+_pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 # Function.apply is a Python wrapper (1 us) that serves setup_context and functorch. Neither is used here: inside transforms the
 # operators in plain torch serve.
 _known = super(torch.autograd.Function, _KnownGradient).apply
 _from_stats = super(torch.autograd.Function, _GradientFromStats).apply
 
 
-def attach(operators: Operators, x: Tensor, value: Tensor, grad: Tensor, recompute: Callable[[Tensor], Tensor]) -> Tensor:
+def attach(
+    operators: Operators,
+    x: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    recompute: Callable[[Tensor], Tensor],
+    recover: Callable[[object], Tensor] | None = None,
+) -> Tensor:
     """Makes value a function of x whose derivative, grad, is known: backward gives upstream * grad.
 
-    recompute(x): the value in plain torch. It is called only if backward itself is to be differentiated.
+    Args:
+        recompute: recompute(x) is the value in plain torch. It is called only if backward itself is to be differentiated.
+        recover: recover(_) makes an x for recompute from grad. None: the graph keeps x.
     """
-    if torch.compiler.is_compiling():
+    if operators.compiled is operators:  # torch.compiler.is_compiling() takes four times as long
         return _KnownGradientCompiled.apply(x, value, grad, operators.backend)
-    return _known(x, (value, grad, operators, recompute))
+    if _top_hooks(True) is not None:
+        return _known(x, (value, grad, True, operators, recompute))
+    given = value, grad, False, operators, recompute
+    if recover is None or x.is_leaf:  # the graph keeps a leaf anyway, as that in which its gradient is accumulated
+        return _known(x, given)
+    try:
+        # Of x only its place in the graph is saved: packing it leaves its type, and unpacking it makes its values anew.
+        _push_hooks(type, recover)
+    except RuntimeError:  # somebody has forbidden hooks (torch.autograd.graph.disable_saved_tensors_hooks)
+        return _known(x, given)
+    try:
+        return _known(x, given)
+    finally:
+        _pop_hooks()
 
 
 def attach_logit_gradient(
@@ -131,6 +171,7 @@ def attach_logit_gradient(
     adjust: Tensor | None,
     saved: Tensor,
     recompute: Callable[[Tensor], Tensor],
+    recover: Callable[[object], Tensor] | None = None,
     sample_stats: Tensor | None = None,
     weighing: Tensor | None = None,
 ) -> Tensor:
@@ -144,10 +185,14 @@ def attach_logit_gradient(
         spec: the loss on logits.
         saved: what the operator has saved for backward.
         recompute: recompute(logits) is the value in plain torch, for a second derivative.
+        recover: as in `attach`, if `saved` is the gradient. It is not used for bfloat16 with label smoothing or soft targets: the
+            rounding of p_k sum_j u_j - u_k hides a small p_k (docs/MATH.md §2.6), so the graph keeps these logits.
         sample_stats, weighing: of robust_logit_loss, if backward makes the weights.
     """
     if mode != WITH_STATS:
-        return attach(operators, logits, value, saved, recompute)
+        if saved.dtype is torch.bfloat16 and (spec.smoothing or target.is_floating_point()):
+            recover = None
+        return attach(operators, logits, value, saved, recompute, recover)
     loss = target, class_weight, adjust, spec.smoothing
     stats = (saved, None, None) if weighing is None else (saved, sample_stats, weighing)
     if torch.compiler.is_compiling():

@@ -32,15 +32,25 @@ class LossSpec(NamedTuple):
 
     def recompute(self, logits: Tensor, target: Tensor) -> Tensor:
         """The losses in plain torch, which can be differentiated any number of times."""
+        return reference.logit_loss(logits, target, **self._options())
+
+    def logits_of(self, grad: Tensor, target: Tensor, losses: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
+        """Logits that `recompute` cannot tell from those of this gradient, factor_i * d losses_i / d logits_i."""
+        return reference.logits_of_gradient(grad, target, losses, factor, **self._options())
+
+    def unpruned(self) -> LossSpec:
+        """The same loss without pruning, for callers that know which rows are pruned."""
+        return self._replace(bits=self.bits & ~_codes.PRUNE)
+
+    def _options(self) -> dict[str, Any]:
+        """This loss as the arguments of reference.logit_loss."""
         kind = _codes.KINDS[self.bits // _codes.KIND]
         options: dict[str, Any] = dict(zip(_codes.HYPERPARAMETERS[kind], (self.hyper_a, self.hyper_b)))
         if kind == "gce":
             options |= {"k": self.hyper_b or None, "prune": bool(self.bits & _codes.PRUNE)}
         if self.adjust is not None:
             options |= dict(zip(("scale", "shift", "margin"), self.adjust))
-        return reference.logit_loss(
-            logits, target, kind=kind, weight=self.class_weight, ignore_index=self.ignore_index, **options
-        )
+        return options | {"kind": kind, "weight": self.class_weight, "ignore_index": self.ignore_index}
 
     def target_slope(self, logits: Tensor, target: Tensor) -> Tensor:
         """The derivative of each loss by its soft target, like the logits, in plain torch (docs/MATH.md §7)."""

@@ -2,6 +2,7 @@
 
     weights.py   robust weights, the robust loss and its three stages; the weights of L2RW     docs/MATH.md §1, §5, §4.5
     losses.py    per-sample losses on logits                                                   docs/MATH.md §2
+    inverse.py   logits from the gradient of their loss                                        docs/MATH.md §2.6
     steps.py     the steps of the optimizers                                                   docs/MATH.md §3
 
 The paper is Qi et al., *Attentional-Biased Stochastic Gradient Descent* (ABSGD, TMLR 2023). Numbers of equations, steps and
@@ -14,6 +15,7 @@ Autograd differentiates the losses and the weights.
 
 from .._codes import KINDS, NORMALIZERS
 from .dtypes import real_dtype
+from .inverse import logits_of_gradient
 from .losses import SCE_A, logit_loss, soft_target_slope
 from .steps import adagrad_step_, adam_step_, momentum_step_, rmsprop_step_, weighted_momentum_step_
 from .weights import (
@@ -49,6 +51,7 @@ __all__ = [
     "adam_step_",
     "apply",
     "logit_loss",
+    "logits_of_gradient",
     "momentum_step_",
     "partial_stats",
     "real_dtype",

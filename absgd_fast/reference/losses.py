@@ -134,11 +134,11 @@ def _finite_where_unused(weights: Tensor, terms: Tensor) -> Tensor:
 
 def _soft_cross_entropy(x: Tensor, t: Tensor, v: Tensor, label_smoothing: float) -> Tensor:
     """Cross-entropy with the probabilities t: sum_k ((1 - e) t_k + e / C) v_k (-log softmax(x)_k) (docs/MATH.md §2.4)."""
-    return _class_sum(_soft_class_weights(t, v, label_smoothing), x.logsumexp(-1, keepdim=True) - x)
+    return _class_sum(class_weights(t, v, label_smoothing), x.logsumexp(-1, keepdim=True) - x)
 
 
-def _soft_class_weights(t: Tensor, v: Tensor, label_smoothing: float) -> Tensor:
-    """The factor of each -log softmax(x)_k in cross-entropy with the probabilities t: ((1 - e) t_k + e / C) v_k."""
+def class_weights(t: Tensor, v: Tensor, label_smoothing: float) -> Tensor:
+    """What each class weighs in the cross-entropy of the probabilities t: ((1 - e) t_k + e / C) v_k (docs/MATH.md §2.4)."""
     return ((1 - label_smoothing) * t + label_smoothing / t.shape[-1]) * v
 
 
@@ -165,8 +165,8 @@ def soft_target_slope(
     """
     x = _adjusted(logits.movedim(1, -1).to(real_dtype(logits.dtype)), scale, shift)
     v = torch.ones_like(x[..., :1]) if weight is None else weight.to(x)
-    class_weights = _soft_class_weights(target.movedim(1, -1).to(x), v, label_smoothing)
-    log_p = _finite_where_unused(class_weights, x.log_softmax(-1))
+    in_loss = class_weights(target.movedim(1, -1).to(x), v, label_smoothing)
+    log_p = _finite_where_unused(in_loss, x.log_softmax(-1))
     return ((label_smoothing - 1) * v * log_p).movedim(-1, 1)
 
 

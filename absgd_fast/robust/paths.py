@@ -65,11 +65,14 @@ def fused(
         raise ops.translated(error) from None
     criterion.memo.remember(sample_stats, weighing)
     if mode:
-        recompute = lambda x: weighted_sum(  # noqa: E731
-            _factors(criterion, sample_stats, weighing), _losses_again(spec, x, target, mask), sample_weight
+        factors = lambda: _factors(criterion, sample_stats, weighing)  # noqa: E731
+        # both are asked only by a second derivative
+        recompute = lambda x: weighted_sum(factors(), _losses_again(spec, x, target, mask), sample_weight)  # noqa: E731
+        recover = lambda _: spec.logits_of(  # noqa: E731
+            saved, ops.masked_target(target, mask, spec), sample_stats[0], _slopes(factors(), constant)
         )
         loss = ops.attach_logit_gradient(
-            operators, mode, logits, loss, spec, target, weight, adjust, saved, recompute, sample_stats, weighing
+            operators, mode, logits, loss, spec, target, weight, adjust, saved, recompute, recover, sample_stats, weighing
         )
     if learned is None:
         return loss
@@ -79,8 +82,8 @@ def fused(
 
 
 def _losses_again(spec: LossSpec, logits: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    """The losses in plain torch; only a second derivative asks for them."""
-    return spec.recompute(*ops.masked_inputs(logits, target, mask, spec))
+    """The losses in plain torch, for a caller that knows which rows are pruned. Only a second derivative asks for them."""
+    return spec.unpruned().recompute(*ops.masked_inputs(logits, target, mask, spec))
 
 
 @torch.no_grad()
@@ -90,6 +93,11 @@ def _factors(criterion: RobustLoss, sample_stats: Tensor, weighing: Tensor | Non
     counted = (valid & ~weights.isnan()).sum().clamp(min=1)
     lam = criterion.operands(False, 0)[2]
     return torch.where(valid, weights + criterion.mix * (~lam.isinf()).to(weights.dtype), 0.0) / counted
+
+
+def _slopes(factors: Tensor, sample_weight: Tensor | None) -> Tensor:
+    """d loss / d L_i = t_i f_i; 0 for ignored samples, whose sample weight may be anything."""
+    return factors if sample_weight is None else torch.where(factors != 0, factors * sample_weight, 0.0)
 
 
 def _of_sample_weight(
@@ -136,10 +144,14 @@ def _by_reference_point(
     normalizer.add(criterion, operators, partial_stats)
     criterion.memo.remember(sample_stats)
 
-    def recompute(x: Tensor) -> Tensor:  # asked only by a second derivative
-        return weighted_sum(sample_stats[1], spec.recompute(x, target), sample_weight)
-
-    return ops.attach(operators, logits, loss, saved, recompute)
+    factors = sample_stats[1]
+    # both are asked only by a second derivative
+    recompute = lambda x: weighted_sum(factors, _losses_again(spec, x, target, mask), sample_weight)  # noqa: E731
+    recover = lambda _: spec.logits_of(saved, target, sample_stats[0], _slopes(factors, sample_weight))  # noqa: E731
+    class_weight, adjust = loss_args[:2]
+    return ops.attach_logit_gradient(
+        operators, ops.WITH_GRAD, logits, loss, spec, target, class_weight, adjust, saved, recompute, recover
+    )
 
 
 def general(
@@ -188,7 +200,7 @@ def _losses_of_spec(
     if mask is not None:
         mask = _checks.per_sample(mask, "mask", target.select(1, 0) if target.is_floating_point() else target, torch.bool)
     logits, target = ops.masked_inputs(logits, target, mask, spec)
-    losses, valid = F.losses_and_validity(logits, target, spec, criterion.chosen_backend())
+    losses, valid = F.losses_and_validity(logits, target, spec, criterion.chosen_backend(), copy_losses=True)
     valid = valid > 0
     return losses.contiguous(), valid if mask is None else valid & mask
 

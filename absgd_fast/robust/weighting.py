@@ -207,7 +207,10 @@ def vector_mode(operators: ops.Operators, losses: Tensor, learned: Tensor | None
 
 def attached(operators: ops.Operators, mode: int, losses: Tensor, loss: Tensor, slope: Tensor) -> Tensor:
     """The robust loss as a function of the losses, in which it is linear: slope = d loss / d L."""
-    return ops.attach(operators, losses, loss, slope, lambda x: (slope * x).sum()) if mode else loss
+    if not mode:
+        return loss
+    # The derivative is the same at any losses, so any numbers serve as the losses that a second derivative asks for.
+    return ops.attach(operators, losses, loss, slope, lambda x: (slope * x).sum(), lambda _: slope)
 
 
 # ---- sample weights that require grad ----
