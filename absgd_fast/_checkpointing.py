@@ -106,7 +106,7 @@ def _passes() -> tuple[list[object], _Recomputation | None]:
     recomputation = None
     for pack in _pack_hooks():
         function = inspect.unwrap(pack)  # torch puts torch._dynamo.disable around it
-        if function.__module__ != checkpoint.__name__:
+        if getattr(function, "__module__", None) != checkpoint.__name__:
             continue
         held = [cell.cell_contents for cell in function.__closure__ or ()]
         held = [x() if isinstance(x, ref) else x for x in held]

@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.optim.optimizer import _global_optimizer_post_hooks, register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 import absgd_fast as ab
@@ -716,3 +716,49 @@ def test_two_optimizers_of_one_criterion():
             for i in which:
                 optimizers[i].step()
                 optimizers[i].zero_grad()
+
+
+# ---- ends and copies in the middle of a step ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["discard", "dropped"])
+def test_a_step_that_ends_inside_a_hook_of_an_optimizer(end):
+    """torch walks over the hooks at that time, so ours must not be removed."""
+    held = [ab.ABLoss(lam=0.5, deferred=True)]
+    layer = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+
+    def hook(*args):
+        held[0].discard() if end == "discard" else held.clear()
+        gc.collect()
+
+    handle = register_optimizer_step_post_hook(hook)
+    try:
+        held[0](layer(torch.ones(2, 3)), torch.tensor([0, 1])).backward()
+        optimizer.step()
+    finally:
+        handle.remove()
+    other = ab.ABLoss(lam=0.5, deferred=True)
+    other(layer(torch.ones(2, 3)), torch.tensor([0, 1])).backward()
+    other.finish_(layer.parameters())
+    assert not _global_optimizer_post_hooks
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
+def test_a_copy_in_the_middle_of_a_step(copied):
+    """torch copies no gradients, so it warns; after discard() the copy does not count the rows that made them."""
+    x, y = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 5
+    model, criterion = torch.nn.Linear(6, 5), ab.ABLoss(lam=0.5, deferred=True)
+    optimizer = ab.ABSGD(model.parameters(), lr=1.0, momentum=0.0, robust=criterion)
+    fresh = copied((model, criterion, optimizer))
+    criterion(model(x), y).backward()
+    with pytest.warns(UserWarning, match="in the middle of a deferred step"):
+        late = copied((model, criterion, optimizer))
+    late[1].discard()
+    steps = []
+    for copied_model, copied_criterion, copied_optimizer in (fresh, late):
+        before = copied_model.weight.detach().clone()
+        copied_criterion(copied_model(x), y).backward()
+        copied_optimizer.step()
+        steps.append(copied_model.weight.detach() - before)
+    torch.testing.assert_close(steps[1], steps[0], rtol=1e-6, atol=0)

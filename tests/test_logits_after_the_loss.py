@@ -378,3 +378,20 @@ def test_no_hook_is_left_behind():
     with pytest.raises(IndexError):
         ab.ABLoss(lam=0.7).double()(x, TARGET + 1)
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+@pytest.mark.parametrize("kind", ["ce", "focal", "weighted_focal", "gce", "sce"])
+def test_a_class_of_weight_0(kind):
+    """Its rows have the second derivative 0, though their losses do not say what p is."""
+    target, weight = torch.tensor([0, 1]), torch.tensor([1.0, 0.0, 2.0])
+
+    def second(backend):
+        z = torch.zeros(2, 3, requires_grad=True)
+        options = {"gamma": 0.5} if "focal" in kind else {}
+        losses = ab.functional.logit_loss(z * 1, target, kind=kind, weight=weight, backend=backend, **options)
+        (gradient,) = torch.autograd.grad(ab.ABLoss(lambda x: x, lam=0.7)(losses), z, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), z)[0], losses.detach()
+
+    got, wanted = second(None), second("reference")
+    assert not got[0][1].any()
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)

@@ -458,3 +458,15 @@ def test_a_recomputation_exchanges_nothing(make, options, monkeypatch):
     exchanges.clear()
     assert_same(gradients(WAYS["late stop"][0]), wanted)
     assert len(exchanges) == plain_count > 0
+
+
+@pytest.mark.parametrize("hooks", [(torch.Tensor.detach, torch.Tensor.detach), (torch.Tensor.numpy, torch.from_numpy)])
+def test_hooks_that_are_no_functions(hooks):
+    """Methods of built-in types have neither a module nor a closure."""
+    x, y = batches()[0]
+    leaf, wanted = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with saved_tensors_hooks(*hooks):
+        loss = ab.ABLoss(lam=0.5)(leaf * 1, y)
+    loss.backward()
+    ab.ABLoss(lam=0.5)(wanted * 1, y).backward()
+    torch.testing.assert_close(leaf.grad, wanted.grad, rtol=0, atol=0)

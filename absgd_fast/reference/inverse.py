@@ -119,7 +119,8 @@ def _nll(
 
     slope: c (1 - p_y), which the gradient shows (c as in docs/MATH.md §2.2). precision: eps of the losses / eps of the gradient.
     """
-    w = torch.where(w == 0, 1.0, w)  # then the gradient is 0 whatever p is
+    weightless = w == 0  # the gradient is 0 whatever p is
+    w, losses = torch.where(weightless, 1.0, w), torch.where(weightless, math.log(2), losses)
     if kind == "weighted_focal":
         return _focal_root(losses, gamma) / w
     losses, slope = losses / w, slope / w

@@ -357,8 +357,8 @@ class RobustLoss(RobustState):
             return OWN
         if ops.transformed():
             raise RuntimeError(
-                "ABLoss: deferred, loss_divisor and a process group do not go through torch.func transforms; expected a plain"
-                " forward, or ABLoss(process_group=None), or functional.robust_weights"
+                "ABLoss: deferred, loss_divisor and a process group do not go through torch.func transforms in training mode,"
+                " with update=False neither; call eval() before, or use ABLoss(process_group=None), or functional.robust_weights"
             )
         return shared
 

@@ -92,11 +92,11 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
         K micro-batches give the gradient of one big batch. Each training forward returns sum_i exp(z_i - m) L_i, with one
         reference point m for the whole optimizer step. This value is for backward only; log `last.mean_loss`. At the end of the
         step log s' is computed from all rows, and exp(m - log s') / n multiplies the gradients. `ABSGD(..., robust=criterion)`
-        does it within its step. For any other optimizer, and before any clipping, call `criterion.finish_(params)`. Without
-        both, the second step of an optimizer with gradients of this criterion raises RuntimeError. A step with a nonfinite loss
-        changes neither the parameters nor log s (docs/scale.md shows the loops). `discard()` gives a step up before its end. In
-        eval mode, under no_grad and with update=False a forward is no part of the step and returns a normalised loss. To add its
-        gradient to those of micro-batches (SAM), call `finish_` first, and use an optimizer without ``robust=``.
+        does it within its step. For any other optimizer, and before any clipping, call `criterion.finish_(params)`. With
+        neither, the second step of an optimizer with gradients of this criterion raises RuntimeError. A step with a nonfinite
+        loss changes neither the parameters nor log s (docs/scale.md shows the loops). `discard()` gives a step up before its
+        end. In eval mode, under no_grad and with update=False a forward is no part of the step and returns a normalised loss. To
+        add its gradient to those of micro-batches (SAM), call `finish_` first, and use an optimizer without ``robust=``.
 
     Rules, rule= (docs/MATH.md §4)
         W = rule(losses) is a constant for autograd; its mean over the rows that count should be 1. If the rule has arguments of

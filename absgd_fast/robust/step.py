@@ -23,7 +23,9 @@ A training loop that never ends its step gets an error (unfinished.py).
 
 from __future__ import annotations
 
+import warnings
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +50,10 @@ IDLE, OPEN, SETTLED, FINISHED, LOST = Phase
 _LOST = (
     ": a state was loaded after the micro-batches, so their gradients can no longer be normalised;"
     " expected zero_grad() and new micro-batches, or discard()"
+)
+_COPIED = (
+    "got a copy (or pickle) of a criterion in the middle of a deferred step, which counts micro-batches whose gradients torch"
+    " does not copy; expected it after optimizer.step() (robust=) or finish_, discard() of the copy, or a copy of the gradients"
 )
 _NO_FORWARD = "finish_: got no forward in training mode since the last step, expected at least one micro-batch"
 
@@ -115,6 +121,12 @@ class DeferredStep:
         # On a GPU: how many samples the first micro-batches held, as a copy on the host, and the event that says it has arrived.
         self._count: tuple[Tensor, torch.cuda.Event] | None = None
         self.watch = Watch()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy or a pickle. In the middle of a step it warns, because torch copies no gradients of parameters."""
+        if self.phase is OPEN:
+            warnings.warn(_COPIED, stacklevel=2)
+        return vars(self)
 
     def check(self, event: str) -> Phase:
         """The phase that follows the event. RuntimeError if the event is not allowed in this phase."""

@@ -20,8 +20,10 @@ Parameters that the graph does not show, as those of FSDP2 and of reentrant chec
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -93,6 +95,7 @@ class Watch:
             self.quiet = True
             if any(getattr(getattr(claim(), "robust", None), "deferred_step", None) is step for claim in self._claims):
                 return
+            self._witnesses = weakref.WeakKeyDictionary()
             _open_step(step)
             if not self._reached:
                 self._walk(node)
@@ -110,14 +113,14 @@ class Watch:
             return
         self.quiet = False
         if id(step) in _open:
-            self._witnesses.clear()
+            self._witnesses = weakref.WeakKeyDictionary()
             _close_step(id(step))
 
     def stepped(self, optimizer: Optimizer) -> bool:
         """Note the step of an optimizer. Returns whether it is another one with gradients that were to be normalised."""
-        if optimizer in self._witnesses:
-            witness = self._witnesses[optimizer]
-            return witness is not None and witness.testifies()
+        witness = self._witnesses.get(optimizer, self)  # one look, because another thread may end the step
+        if witness is not self:
+            return isinstance(witness, Witness) and witness.testifies()
         if optimizer not in self._strangers:
             param = self._reached_by(optimizer)
             self._witnesses[optimizer] = None if param is None else Witness(param, param.grad)
@@ -170,6 +173,7 @@ def leaves(node: Node) -> Iterator[Tensor]:
 
 # ---- torch's hook ------------------------------------------------------------------------------------------------------------
 
+_TORCHS_FILE = Optimizer.profile_hook_step.__code__.co_filename  # of the code that walks over the hooks
 _open: dict[int, weakref.ref[OpenStep]] = {}  # the OPEN steps that are watched, by their id
 
 
@@ -193,5 +197,15 @@ def _open_step(step: OpenStep) -> None:
 
 def _close_step(key: int) -> None:
     _open.pop(key, None)
-    if not _open:
+    if not _open and not _torch_walks_over_hooks():
         _handle.remove()
+
+
+def _torch_walks_over_hooks() -> bool:
+    """Whether this is called by a hook that runs after a step. Then our hook stays, and does nothing, until another step ends."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename == _TORCHS_FILE and "post_hook" in frame.f_locals:  # the variable of torch's loop
+            return True
+        frame = frame.f_back
+    return False
