@@ -27,7 +27,10 @@ from torch.utils import checkpoint
 _Record = TypeVar("_Record")
 _Result = TypeVar("_Result")
 
-_autograd = torch._C._autograd  # torch has no public way to see the hooks in place
+# torch's stack of hooks for saved tensors. There is no public way to see it, and the public context manager costs more.
+top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
+pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 
 
 def hooks_are_active() -> bool:
@@ -35,7 +38,7 @@ def hooks_are_active() -> bool:
 
     torch.compile takes the answer from the time of tracing.
     """
-    return _autograd._top_saved_tensors_default_hooks(True) is not None
+    return top_hooks(True) is not None
 
 
 hooks_are_active._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, which would import dynamo
@@ -128,10 +131,10 @@ def _pack_hooks() -> Iterator[Callable]:
     """The pack hooks in place, from the innermost to the outermost. torch shows the innermost only, so they are taken off."""
     taken = []
     try:
-        while (hooks := _autograd._top_saved_tensors_default_hooks(True)) is not None:
+        while (hooks := top_hooks(True)) is not None:
             taken.append(hooks)
-            _autograd._pop_saved_tensors_default_hooks()
+            pop_hooks()
     finally:
         for pack, unpack in reversed(taken):
-            _autograd._push_saved_tensors_default_hooks(pack, unpack)
+            push_hooks(pack, unpack)
     return iter([pack for pack, _ in taken])

@@ -235,6 +235,15 @@ def count_steps(optimizer):
     return calls
 
 
+def scale_grads(params, scaler, overflow):
+    """The gradients that scaler.scale(loss).backward() leaves; overflow: one of them is infinite."""
+    scaler.scale(torch.ones(()))
+    for p in params:
+        p.grad *= scaler.get_scale()
+    if overflow:
+        params[5].grad[0, 0] = torch.inf
+
+
 @each_optimizer
 @each_protocol
 def test_an_overflow_in_the_middle(one_way, case, protocol):
@@ -247,11 +256,7 @@ def test_an_overflow_in_the_middle(one_way, case, protocol):
     for step in range(7):
         set_grads(params, expected, seed=step)
         for ps, optimizer, scaler in ((params, ours, scalers[0]), (expected, theirs, scalers[1])):
-            scaler.scale(torch.ones(()))
-            for p in ps:
-                p.grad *= scaler.get_scale()
-            if step in (3, 5):
-                ps[5].grad[0, 0] = torch.inf
+            scale_grads(ps, scaler, overflow=step in (3, 5))
             scaler.step(optimizer)
             scaler.update()
         assert scalers[0].get_scale() == scalers[1].get_scale()
@@ -296,11 +301,7 @@ def test_grad_scaler(one_way, case, protocol):
     for step in range(8):
         set_grads(params, expected, seed=step)
         for ps, optimizer, scaler in ((params, ours, scalers[0]), (expected, theirs, scalers[1])):
-            scaler.scale(torch.ones(()))
-            for p in ps:
-                p.grad *= scaler.get_scale()
-            if step in (0, 4):
-                ps[5].grad[0, 0] = torch.inf
+            scale_grads(ps, scaler, overflow=step in (0, 4))
             if step == 6:
                 scaler.unscale_(optimizer)
             scaler.step(optimizer)

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._checkpointing import pop_hooks, push_hooks, top_hooks
 from .._codes import WITH_STATS
 from .backends import OPERATORS, Operators
 from .modes import graph_is_kept
@@ -118,10 +119,6 @@ class _GradientFromStatsCompiled(torch.autograd.Function):
         return grad, *[None] * 9
 
 
-# What torch.autograd.graph.saved_tensors_hooks calls; as a context manager it costs more.
-_push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
-_pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
-_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 # Function.apply is a Python wrapper (1 us) that serves setup_context and functorch. Neither is used here: inside transforms the
 # operators in plain torch serve.
 _known = super(torch.autograd.Function, _KnownGradient).apply
@@ -144,20 +141,20 @@ def attach(
     """
     if operators.compiled is operators:  # torch.compiler.is_compiling() takes four times as long
         return _KnownGradientCompiled.apply(x, value, grad, operators.backend)
-    if _top_hooks(True) is not None:
+    if top_hooks(True) is not None:
         return _known(x, (value, grad, True, operators, recompute))
     given = value, grad, False, operators, recompute
     if recover is None or x.is_leaf:  # the graph keeps a leaf anyway, as that in which its gradient is accumulated
         return _known(x, given)
     try:
         # Of x only its place in the graph is saved: packing it leaves its type, and unpacking it makes its values anew.
-        _push_hooks(type, recover)
+        push_hooks(type, recover)
     except RuntimeError:  # somebody has forbidden hooks (torch.autograd.graph.disable_saved_tensors_hooks)
         return _known(x, given)
     try:
         return _known(x, given)
     finally:
-        _pop_hooks()
+        pop_hooks()
 
 
 def attach_logit_gradient(

@@ -61,9 +61,7 @@ class Tilt:
         mode = vector_mode(operators, losses, learned)
         loss, sample_stats, slope = normalizer.weigh(criterion, operators, losses, samples, classes, update_state, mode)
         criterion.memo.remember(sample_stats)
-        if learned is not None:
-            return weighted_sum(slope, losses, learned)
-        return attached(operators, mode, losses, loss, slope)
+        return attached(operators, mode, losses, loss, slope, learned)
 
 
 class TermTilt(Tilt):
@@ -131,9 +129,7 @@ class FromWeights:
         plain_mean = torch.full_like(lam, math.inf), 1.0, 1.0, 0.0, math.inf, flags
         loss, sample_stats, slope = operators.robust_loss(losses, score, factor, mask, log_s, nonfinite, *plain_mean)
         criterion.memo.remember(torch.stack([sample_stats[0], weights, sample_stats[2]]))
-        if learned is not None:
-            return weighted_sum(slope, losses, learned)
-        return attached(operators, mode, losses, loss, slope)
+        return attached(operators, mode, losses, loss, slope, learned)
 
 
 class FromRule(FromWeights):
@@ -205,8 +201,13 @@ def vector_mode(operators: ops.Operators, losses: Tensor, learned: Tensor | None
     return operators.vector_backward_mode if wanted else 0
 
 
-def attached(operators: ops.Operators, mode: int, losses: Tensor, loss: Tensor, slope: Tensor) -> Tensor:
-    """The robust loss as a function of the losses, in which it is linear: slope = d loss / d L."""
+def attached(operators: ops.Operators, mode: int, losses: Tensor, loss: Tensor, slope: Tensor, learned: Tensor | None) -> Tensor:
+    """The robust loss as a function of the losses, in which it is linear: slope = d loss / d L.
+
+    learned: sample weights that the operator was not given, of which it becomes a function too.
+    """
+    if learned is not None:
+        return weighted_sum(slope, losses, learned)
     if not mode:
         return loss
     # The derivative is the same at any losses, so any numbers serve as the losses that a second derivative asks for.
