@@ -299,6 +299,11 @@ def rate(lr: float | Tensor) -> None:
         raise ValueError(f"lr: got a tensor of shape {tuple(lr.shape)}, expected a number or a one-element tensor")
 
 
+def tensor_rate(lr: Tensor) -> Tensor:
+    """A tensor lr as the kernels read it: float32 or float64. Other dtypes become float32, so no formula is rounded to them."""
+    return lr if lr.dtype in (torch.float32, torch.float64) else lr.to(torch.float32)
+
+
 def weighted_step(params: list[Tensor], buffers: list[Tensor] | None, grads: list[Tensor], losses: Tensor) -> None:
     """The checks of `functional.weighted_momentum_step_`: shapes, dtypes and devices, and that no written tensor shares memory.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -87,9 +88,22 @@ class ExactState(nn.Module):
         for name in self.STATE:
             destination[prefix + name] = destination[prefix + name].clone()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # torch calls the pre-hooks in the innermost `_load_from_state_dict`. But they may change everything that is loaded, so
+        # here they come before all that the classes do with the state_dict.
+        hooks = self._load_state_dict_pre_hooks
+        for hook in list(hooks.values()):
+            hook(state_dict, prefix, *args)
+        self._load_state_dict_pre_hooks = OrderedDict()
+        try:
+            self._load_what_hooks_left(state_dict, prefix, *args)
+        finally:
+            self._load_state_dict_pre_hooks = hooks
+
+    def _load_what_hooks_left(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """`_load_from_state_dict`, with the same arguments, once the pre-hooks have run."""
         with self._as_buffers():
-            super()._load_from_state_dict(state_dict, *args)
+            super()._load_from_state_dict(state_dict, prefix, *args)
         for name in self.STATE:  # load_state_dict(assign=True) takes over tensors of any dtype
             if getattr(self, name).dtype not in EXACT:
                 setattr(self, name, getattr(self, name).float())

@@ -51,10 +51,10 @@ class Scheduled(ExactState):
         """The schedules that will continue when this state_dict is loaded."""
         return [schedule for schedule in _schedules.get(self, ()) if prefix + schedule.COUNT in state_dict]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_what_hooks_left(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         schedules = self.resumed_by(state_dict, prefix)
         counts = {name: int(state_dict.pop(prefix + name)) for name in self.COUNTS if prefix + name in state_dict}
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_what_hooks_left(state_dict, prefix, *args)
         self._after_load()
         for name, count in counts.items():
             setattr(self, name, count)

@@ -382,7 +382,7 @@ def weighted_momentum_step_(
     if not isinstance(log_s, Tensor) or log_s.device != losses.device:
         log_s = _number(log_s, log_s.dtype if isinstance(log_s, Tensor) else real, losses.device)
     lam_tensor = _number(lam, real, losses.device) if isinstance(lam, Tensor) else None
-    lr_tensor = lr if isinstance(lr, Tensor) and lr.device == losses.device else None
+    lr_tensor = _checks.tensor_rate(lr) if isinstance(lr, Tensor) and lr.device == losses.device else None
     try:
         new_log_s = operators.weighted_step_(
             params, buffers or [], grads, losses if losses.is_contiguous() else losses.contiguous(), sample_weight, mask, log_s,

@@ -16,7 +16,9 @@ namespace {
 
 // A parameter and its state. With it a step looks nothing up by tensor, whose hash is Python code.
 // These pointers are only compared. A step follows a pointer only after it has found it again in the optimizer's own
-// containers. So the plan keeps nothing alive and takes no part in reference cycles.
+// containers. So the plan keeps nothing alive, takes no part in reference cycles, and a state that the user drops is
+// freed at once. References to the states would make a step 9 to 18 ns shorter for each of them, because torch goes
+// through the interpreter whenever it looks at a tensor that only Python refers to.
 struct Slot {
   PyObject *param, *state;  // state: the parameter's dict in optimizer.state, or null
 };
@@ -48,9 +50,8 @@ class StepPlan {
   //   updated  the parameters in the table
   //   grads    their gradients, which the caller keeps alive until the step is done
   //   on       a plain tensor of the table, or None if the table is empty
-  //   others   [(group, [param, ...])]: parameters that the table cannot hold (without a state yet, or of another
-  //   dtype,
-  //            device, layout or tensor type), which the caller steps otherwise
+  //   others   [(group, [param, ...])]: parameters that the table cannot hold (without a state yet, with an lr that no
+  //            kernel reads, or of another dtype, device, layout or tensor type), which the caller steps otherwise
   // grad_scale, found_inf: one-element float32 tensors on the GPU, or None. They and a tensor lr on the GPU are not
   // read
   //   here: the table has their addresses.
@@ -76,7 +77,7 @@ class StepPlan {
       const py::dict group = py::reinterpret_borrow<py::dict>(PyList_GET_ITEM(groups.ptr(), g));
       const py::list params = py::list(py::reinterpret_borrow<py::object>(item(group.ptr(), names().params)));
       groups_.push_back(names_.read(group.ptr()));
-      groups_.back().lr = learning_rate(item(group.ptr(), names().lr), &groups_.back().lr_tensor);
+      const bool readable = read_learning_rate(item(group.ptr(), names().lr), groups_.back());
       py::list left;
       for (Py_ssize_t j = 0; j < PyList_GET_SIZE(params.ptr()); ++j, ++slot) {
         PyObject* param = PyList_GET_ITEM(params.ptr(), j);
@@ -87,7 +88,7 @@ class StepPlan {
         }
         py::object grad = grad_of(param);
         if (grad.is_none()) continue;
-        if (add(param, grad.ptr(), slot, int32_t(g))) {
+        if (readable && add(param, grad.ptr(), slot, int32_t(g))) {
           updated_.push_back(py::reinterpret_borrow<py::object>(param));
           grads_.push_back(std::move(grad));
         } else {
@@ -130,8 +131,6 @@ class StepPlan {
         const auto found = state_of.find(param.ptr());
         slots_.push_back({param.ptr(), found == state_of.end() ? nullptr : found->second});
       }
-    holds_.clear();
-    holds_.resize(slots_.size());
   }
 
   // The gradient. If torch.Tensor.grad is a C function it is called directly, which takes 24 ns less than looking the
@@ -174,36 +173,44 @@ class StepPlan {
     return x.attr("mesh").equal(y.attr("mesh")) && x.attr("placements").equal(y.attr("placements"));
   }
 
-  // Describes a plain tensor of floating-point numbers. Returns false for anything else; a subclass may be anything.
-  bool read(PyObject* object, DLTensor* out) const {
+  // Describes a plain tensor. Returns false for anything else; a subclass may be anything.
+  bool describe(PyObject* object, DLTensor* out) const {
     if (!is_plain(object)) return false;
     if (api_->dltensor_from_py_object(object, out) != 0) {  // no storage: sparse, meta
       PyErr_Clear();
       return false;
     }
-    if (out->dtype.lanes != 1) return false;
-    const int bits = out->dtype.bits;
-    return out->dtype.code == kDLFloat ? bits == 16 || bits == 32 || bits == 64
-                                       : out->dtype.code == kDLBfloat && bits == 16;
+    return true;
+  }
+  // The same for a tensor of floating-point numbers.
+  bool read(PyObject* object, DLTensor* out) const { return describe(object, out) && is_floating(*out); }
+  static bool is_floating(const DLTensor& t) {
+    if (t.dtype.lanes != 1) return false;
+    const int bits = t.dtype.bits;
+    return t.dtype.code == kDLFloat ? bits == 16 || bits == 32 || bits == 64 : t.dtype.code == kDLBfloat && bits == 16;
   }
   // The same for a tensor of one float32 or float64 number.
-  bool read_number(PyObject* object, DLTensor* out) const {
-    if (!read(object, out) || out->dtype.bits < 32) return false;
-    for (int32_t d = 0; d < out->ndim; ++d)
-      if (out->shape[d] != 1) return false;
+  bool read_number(PyObject* object, DLTensor* out) const { return read(object, out) && is_number(*out); }
+  static bool is_number(const DLTensor& t) {
+    if (!is_floating(t) || t.dtype.bits < 32) return false;
+    for (int32_t d = 0; d < t.ndim; ++d)
+      if (t.shape[d] != 1) return false;
     return true;
   }
 
   static char* data(const DLTensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
 
   // lr as a number. Of a tensor on the GPU only the address is taken, because reading it would wait for the GPU.
-  double learning_rate(PyObject* lr, absgd::DeviceNumber* address) const {
+  // Returns false if it has another dtype than the kernels read (an integer, half precision).
+  bool read_learning_rate(PyObject* lr, absgd::StepGroup& group) const {
     DLTensor t;
-    if (!PyFloat_Check(lr) && read_number(lr, &t) && t.device.type != kDLCPU) {
-      *address = {data(t), t.dtype.bits == 64, t.device.id};
-      return 0;
+    if (PyFloat_Check(lr) || !describe(lr, &t) || t.device.type == kDLCPU) {
+      group.lr = as_double(lr);
+      return true;
     }
-    return as_double(lr);
+    if (!is_number(t)) return false;
+    group.lr_tensor = {data(t), t.dtype.bits == 64, t.device.id};
+    return true;
   }
 
   const float* device_float(const py::object& object) {
@@ -258,14 +265,12 @@ class StepPlan {
       PyObject* const state = PyDict_GetItemWithError(kept, names_.states[j]);
       if (state == nullptr || !read(local(state), &t) || t.dtype.bits != real_bits || !like_p(t)) return false;
       out.state[j] = data(t);
-      holds_[slot].states[j].take(api_, local(state));
     }
     if (group.counts()) {
       DLTensor t;
       PyObject* const step = PyDict_GetItemWithError(kept, names().step);
       if (step == nullptr || !read_number(step, &t) || !here(t)) return false;
       out.step = {data(t), t.dtype.bits == 64, t.device.id};
-      holds_[slot].step.take(api_, step);
     }
     out.count = layout(p).count();
     // autograd may hand out a single number whose sign is still to be flipped (the imaginary part of a conjugate). A
@@ -330,10 +335,6 @@ class StepPlan {
 
   std::vector<Slot> state_;  // in the order of optimizer.state
   std::vector<Slot> slots_;  // in the order of the parameters
-  struct Holds {
-    Hold states[absgd::kStates], step;
-  };
-  std::vector<Holds> holds_;  // in the order of the parameters
 
   std::vector<py::object> updated_, grads_;  // empty between steps
   std::vector<absgd::StepGroup> groups_;

@@ -13,6 +13,7 @@ from optim_cases import (
     assert_identical,
     assert_near,
     assert_same,
+    each_of_torchs,
     each_optimizer,
     kept,
     make,
@@ -192,6 +193,47 @@ def test_equals_torch_after(one_way, case, change, threads):
         ours.step()
         theirs.step()
         assert_near("parameters", params, expected, 1e-12)
+
+
+LRS = {
+    "float32": torch.tensor(0.02),
+    "float64": torch.tensor(0.02, dtype=torch.float64),
+    "bfloat16": torch.tensor(0.02, dtype=torch.bfloat16),
+    "float16": torch.tensor(0.02, dtype=torch.float16),
+    "int64": torch.tensor(1),
+    "int32": torch.tensor(2, dtype=torch.int32),
+    "uint8": torch.tensor(1, dtype=torch.uint8),  # -lr would be 255
+}
+
+
+@each_of_torchs
+@pytest.mark.parametrize("lr", LRS.values(), ids=LRS)
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("given", ["to the constructor", "in a group", "in a checkpoint"])
+def test_a_tensor_lr_is_its_number(one_way, case, lr, shape, given):
+    """Of any dtype, in every tier, first and later steps alike, also after it was changed in place.
+
+    torch's own classes round lr / (1 - beta_1^t) to the dtype of a half-precision lr, so a number is given to them.
+    """
+    params, expected = make(), make()
+    lr = lr.clone().reshape(shape)
+    theirs = case.other(expected, lr=lr.item())
+    ours = case.own(params, one_way, **({"lr": lr} if given == "to the constructor" else {}))
+    if given == "in a group":
+        ours.param_groups[0]["lr"] = lr
+    elif given == "in a checkpoint":
+        other = case.own(make(), lr=lr)
+        ours.load_state_dict(through_a_file(other.state_dict()))
+    for step in range(4):
+        if step == 2:
+            ours.param_groups[0]["lr"].mul_(2)
+            theirs.param_groups[0]["lr"] *= 2
+        set_grads(params, expected, seed=step)
+        ours.step()
+        theirs.step()
+        assert_same(params, ours, expected, theirs)
+    left = ours.param_groups[0]["lr"]
+    assert left.dtype == lr.dtype and left.shape == shape  # the kernels read it, and nobody converts what the user gave
 
 
 @pytest.mark.parametrize("dampening", [0.0, 0.5])

@@ -144,6 +144,76 @@ def test_state_of_another_model_is_refused(one_way, case):
         assert_identical(snapshot(params, optimizer), before)
 
 
+def swaps_two(_, checkpoint):
+    state = checkpoint["state"]
+    state[2], state[6] = state[6], state[2]
+
+
+def drops_one(_, checkpoint):
+    del checkpoint["state"][5]
+
+
+def hands_out_another(_, checkpoint):
+    return checkpoint | {
+        "state": {index: {name: 2 * t for name, t in kept.items()} for index, kept in checkpoint["state"].items()}
+    }
+
+
+def scales_loaded(optimizer):
+    for kept in optimizer.state.values():
+        for name, value in kept.items():
+            kept[name] = 3 * value
+
+
+def drops_loaded(optimizer):
+    del optimizer.state[optimizer.param_groups[0]["params"][6]]
+
+
+@each_of_torchs
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("pre", [None, swaps_two, drops_one, hands_out_another])
+@pytest.mark.parametrize("post", [None, scales_loaded, drops_loaded])
+@pytest.mark.parametrize("prepend", [False, True])
+def test_hooks_change_what_is_loaded(case, dtype, pre, post, prepend):
+    """Whatever the dtype of the parameters: the states are those that torch's class loads for float32 parameters."""
+    shapes = [(3,)] * 7
+    params = make(shapes, dtype)
+    source = case.own(params)
+    steps(params, source, range(2))
+    loaded = []
+    for optimizer in (case.own(make(shapes, dtype)), case.other(make(shapes, torch.float32))):
+        if pre is not None:
+            optimizer.register_load_state_dict_pre_hook(pre, prepend=prepend)
+        if post is not None:
+            optimizer.register_load_state_dict_post_hook(post, prepend=prepend)
+        for _ in range(2):  # the second time as the first
+            optimizer.load_state_dict(copy.deepcopy(source.state_dict()))
+        loaded.append(states(optimizer))
+    assert_identical(*loaded)
+    assert any(loaded[0])
+
+
+def test_a_hook_may_adapt_the_form():
+    """It is asked for after the hooks, and a checkpoint that is refused leaves no hook behind."""
+    params = make()
+    source = ab.ABSGD(params, lr=0.1, heavy_ball=True)
+    steps(params, source, range(2))
+    optimizer = ab.ABSGD(make(), lr=0.1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="heavy_ball"):
+            optimizer.load_state_dict(source.state_dict())
+        assert not optimizer._optimizer_load_state_dict_pre_hooks and not optimizer._optimizer_load_state_dict_post_hooks
+
+    def to_torchs_form(_, checkpoint):
+        buffers = {index: {"momentum_buffer": kept["momentum_buffer"] / -0.1} for index, kept in checkpoint["state"].items()}
+        return {"state": buffers, "param_groups": [group | {"heavy_ball": False} for group in checkpoint["param_groups"]]}
+
+    optimizer.register_load_state_dict_pre_hook(to_torchs_form)
+    optimizer.load_state_dict(source.state_dict())
+    for kept, before in zip(states(optimizer), states(source)):
+        assert torch.equal(kept["momentum_buffer"], before["momentum_buffer"] / -0.1)
+
+
 @each_optimizer
 @pytest.mark.parametrize(
     "copied",

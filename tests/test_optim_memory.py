@@ -66,6 +66,84 @@ def test_gradients_and_replaced_states_are_let_go(case, garbage):
     assert all(t() is None for t in old)
 
 
+def watched(optimizer):
+    """Puts every state, and the count of steps, into memory of NumPy's. Returns weak references to that memory."""
+    memory = []
+    for of_p in optimizer.state.values():
+        for name, value in of_p.items():
+            array = value.detach().numpy().copy()
+            of_p[name] = torch.from_numpy(array)
+            memory.append(weakref.ref(array))
+    return memory
+
+
+def replace_all(optimizer):
+    for of_p in optimizer.state.values():
+        for name in of_p:
+            of_p[name] = torch.zeros(1)
+
+
+def clear_all(optimizer):
+    optimizer.state.clear()
+
+
+def clear_each(optimizer):
+    for of_p in optimizer.state.values():
+        of_p.clear()
+
+
+def new_memory(optimizer):
+    for of_p in optimizer.state.values():
+        for value in of_p.values():
+            value.data = value.data.clone()
+
+
+def swap_all(optimizer):
+    for of_p in optimizer.state.values():
+        for value in of_p.values():
+            torch.utils.swap_tensors(value, torch.zeros_like(value))
+
+
+def load_others(optimizer):
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": {}})
+
+
+def remove_the_group(optimizer):
+    for p in optimizer.param_groups.pop()["params"]:
+        del optimizer.state[p]
+
+
+def drop_the_optimizer(optimizer):
+    optimizer.param_groups, optimizer.state = [], {}
+
+
+WAYS_TO_LET_GO = [
+    replace_all,
+    clear_all,
+    clear_each,
+    new_memory,
+    swap_all,
+    load_others,
+    remove_the_group,
+    drop_the_optimizer,
+]
+
+
+@each_optimizer
+@pytest.mark.parametrize("let_go", WAYS_TO_LET_GO)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_dropped_states_are_freed_at_once(case, let_go, dtype, one_way, garbage):
+    """Not in the next step, and without the garbage collector: people offload states to make room."""
+    params = make([(3,), (4, 2)], dtype)
+    optimizer = case.own(params, one_way)
+    steps(params, optimizer, range(1))
+    memory = watched(optimizer)
+    steps(params, optimizer, range(1, 3))  # the kernels took these very tensors
+    assert memory and all(array() is not None for array in memory)
+    let_go(optimizer)
+    assert all(array() is None for array in memory)
+
+
 @each_optimizer
 def test_the_table_is_kept_between_steps(case):
     """As long as nothing grows: a step allocates no new one."""

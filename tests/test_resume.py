@@ -169,6 +169,64 @@ def test_a_count_that_no_schedule_of_this_loss_has():
         loss.load_state_dict(loss.state_dict() | {"tla_count": torch.tensor(1)})
 
 
+def renamed(module, state_dict, prefix, *_):
+    """A pre-hook that reads checkpoints of an older model, in which every name began with old_."""
+    for name in [name for name in state_dict if name.startswith(prefix + "old_")]:
+        state_dict[prefix + name[len(prefix + "old_") :]] = state_dict.pop(name)
+
+
+def test_a_hook_changes_everything_that_is_loaded(make):
+    """As for buffers: what a pre-hook of load_state_dict leaves is what is checked and loaded, also the counts."""
+    source, schedule = make(2)
+    steps(source, schedule, 3)
+    expected, resumed = make(2), make(2)
+    expected[0].load_state_dict(source.state_dict())
+    old = {}
+    for name, value in source.state_dict().items():
+        path, _, last = name.rpartition(".")
+        old[f"{path}.old_{last}" if path else f"old_{last}"] = value
+    for module in resumed[0].modules():
+        module.register_load_state_dict_pre_hook(renamed)
+    for _ in range(2):
+        resumed[0].load_state_dict(dict(old))
+    assert steps(*resumed, 4) == steps(*expected, 4)
+    assert all(len(module._load_state_dict_pre_hooks) == 1 for module in resumed[0].modules())
+
+
+def test_a_hook_changes_a_state_that_would_be_refused():
+    criterion = ab.ABLoss(lam=0.5)
+    state = criterion.state_dict()
+    state["log_s"].fill_(math.nan)
+    with pytest.raises(RuntimeError, match="log_s: got NaN"):
+        criterion.load_state_dict(state)
+
+    def mended(module, state_dict, prefix, *_):
+        state_dict[prefix + "log_s"] = state_dict[prefix + "log_s"].nan_to_num(0.25)
+
+    handle = criterion.register_load_state_dict_pre_hook(mended)
+    criterion.load_state_dict(state)
+    assert float(criterion.log_s) == 0.25
+
+    def refuses(*_):
+        raise KeyError("not mine")
+
+    criterion.register_load_state_dict_pre_hook(refuses)
+    for _ in range(2):  # hooks are in their place after an error too
+        with pytest.raises(KeyError, match="not mine"):
+            criterion.load_state_dict(state)
+    handle.remove()
+    assert len(criterion._load_state_dict_pre_hooks) == 1
+
+
+def test_group_dro_loads_what_a_hook_leaves():
+    rule = ab.weights.GroupDRO(2)
+    state = rule.state_dict()
+    old = {"old_" + name: value + 0.5 for name, value in state.items()}
+    rule.register_load_state_dict_pre_hook(renamed)
+    rule.load_state_dict(old)
+    assert all(torch.equal(value, old["old_" + name]) for name, value in rule.state_dict().items())
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 def test_copies_of_criterion_and_schedule(make, copied):
     """Loading the copy resumes the copy's schedule, and the original's stays; also if the criterion alone was copied."""

@@ -125,9 +125,26 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: the checkpoint was made with another ``heavy_ball`` or ``paper_form``, so its states mean other things; or
                 it does not fit, for the reasons of torch's ``load_state_dict``. Nothing is loaded then.
         """
-        check_forms(self._rule, self.param_groups, state_dict["param_groups"])
-        super().load_state_dict(state_dict)
-        restore_float32(self._rule, self, state_dict)
+        given: dict[str, Any] = {}
+
+        def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            given.update(state_dict)
+            check_forms(self._rule, self.param_groups, state_dict["param_groups"])
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            restore_float32(self._rule, self, given)
+
+        # They stand next to torch's loading: after all hooks of the user that change what is loaded, and before all those that
+        # change what was loaded.
+        inner = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in inner:
+                hook.remove()
 
     def _init_group(self, group: dict, *lists: list) -> object:
         """torch's method: makes missing states, and appends the parameters that have a gradient, their gradients, states and

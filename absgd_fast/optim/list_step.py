@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._checks import tensor_rate
 from ..ops import Operators
 from ..reference import real_dtype
 from .rule import OptimizerRule, Place, read_number
@@ -99,7 +100,7 @@ def launch(
     """One step on one device. numbers: of `OptimizerRule.numbers`. lists: parameters, gradients and the states that are kept."""
     params, grads, *states = lists
     device, lr = params[0].device, group["lr"]
-    lr_tensor = lr if isinstance(lr, Tensor) and lr.device == device else None
+    lr_tensor = tensor_rate(lr) if isinstance(lr, Tensor) and lr.device == device else None
     if torch.compiler.is_compiling():
         operators = operators.compiled
         if lr_tensor is None:

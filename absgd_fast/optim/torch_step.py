@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .._checks import tensor_rate
 from .scaling import Scaling
 
 # `_torch_step` of an optimizer: of (group, parameters, gradients, states, counts of steps)
@@ -30,5 +31,5 @@ def step(
     if finished is None:
         return
     if isinstance(group["lr"], Tensor):
-        group = {**group, "lr": group["lr"].reshape(())}  # it may have one dimension more than a parameter
+        group = {**group, "lr": tensor_rate(group["lr"]).reshape(())}  # it may have one dimension more than a parameter
     rule_step(group, params, finished, states, steps)

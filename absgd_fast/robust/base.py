@@ -217,7 +217,7 @@ class RobustLoss(RobustState):
                 stacklevel=2,
             )
 
-    def _load_from_state_dict(
+    def _load_what_hooks_left(
         self,
         state_dict: dict[str, Any],
         prefix: str,
@@ -238,7 +238,7 @@ class RobustLoss(RobustState):
             return
         if "lam" in known and self.rule is None:
             self._warn_of_another_lam(known["lam"])
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_what_hooks_left(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _after_load(self) -> None:
         self._served = None

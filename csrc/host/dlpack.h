@@ -5,8 +5,6 @@
 #include <pybind11/pybind11.h>
 #include <stdint.h>
 
-#include <memory>
-
 namespace {
 
 namespace py = pybind11;
@@ -27,21 +25,13 @@ struct DLTensor {
 constexpr int32_t kDLCPU = 1, kDLCUDA = 2;
 constexpr uint8_t kDLFloat = 2, kDLBfloat = 4;
 
-struct DLManagedTensorVersioned {
-  uint32_t major, minor;
-  void* manager_ctx;
-  void (*deleter)(DLManagedTensorVersioned* self);
-  uint64_t flags;
-  DLTensor tensor;
-};
-
 struct DLPackExchangeAPI {
   struct {
     uint32_t major, minor;
     void* previous;
   } header;
   void* managed_tensor_allocator;
-  int (*managed_tensor_from_py_object)(void* py_object, DLManagedTensorVersioned** out);  // it owns a reference
+  void* managed_tensor_from_py_object;
   void* managed_tensor_to_py_object;
   int (*dltensor_from_py_object)(void* py_object, DLTensor* out);  // valid while the tensor lives: it owns none
   void* current_work_stream;
@@ -55,24 +45,5 @@ const DLPackExchangeAPI* exchange_api(const py::object& tensor_type) {
     throw py::value_error("got another version of the DLPack exchange table from this torch, expected version 1");
   return api;
 }
-
-// A reference to a state tensor, which torch counts. While Python has the only reference, torch goes through the
-// interpreter whenever it looks at the tensor: 43 ns instead of 16. The reference is given up when a step finds another
-// tensor in its place. Parameters are not held: one whose hook holds the optimizer would never be freed.
-struct Hold {
-  PyObject* held = nullptr;
-  std::unique_ptr<DLManagedTensorVersioned, void (*)(DLManagedTensorVersioned*)> owner{nullptr, release};
-
-  static void release(DLManagedTensorVersioned* tensor) {
-    if (tensor->deleter != nullptr) tensor->deleter(tensor);
-  }
-  void take(const DLPackExchangeAPI* api, PyObject* object) {
-    if (object == held) return;
-    DLManagedTensorVersioned* tensor = nullptr;
-    if (api->managed_tensor_from_py_object(object, &tensor) != 0) throw py::error_already_set();
-    owner.reset(tensor);
-    held = object;
-  }
-};
 
 }  // namespace
