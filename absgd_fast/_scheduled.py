@@ -16,7 +16,7 @@ class Counted(Protocol):
 
     COUNT: ClassVar[str]  # the name of its count, one of `Scheduled.COUNTS`
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def continue_at(self, count: int) -> None:
         """Continue at a saved count."""
 
 
@@ -59,4 +59,4 @@ class Scheduled(ExactState):
         for name, count in counts.items():
             setattr(self, name, count)
         for schedule in schedules:
-            schedule.load_state_dict({"count": counts[schedule.COUNT]})
+            schedule.continue_at(counts[schedule.COUNT])

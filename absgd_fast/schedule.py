@@ -1,7 +1,8 @@
 """Schedules of lambda, class weights and class vectors (docs/MATH.md §2.5).
 
-Each schedule has step(), state_dict() and load_state_dict(), as torch's learning-rate schedulers. The state_dict of the criterion
-or loss that it drives has its count too. So a checkpoint of the model and its criterion resumes it, without one of the schedule.
+Each schedule has the interface of torch's learning-rate schedulers, so it can stand among them in a framework's list. The
+state_dict of the criterion or loss that it drives has its count too. So a checkpoint of the model and its criterion resumes it,
+without one of the schedule.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from . import _checks
 from ._scheduled import Scheduled
@@ -31,13 +34,29 @@ def _check_start(start: int) -> None:
         raise ValueError(f"start: got {start!r}, expected an integer >= 0{hint}")
 
 
-class CountedSchedule:
+class LossSchedule(LRScheduler):
+    """Base class of schedules that change a loss, and that frameworks take for schedulers of learning rates.
+
+    Lightning and accelerate ask for torch's class, compare `optimizer` with the optimizers of the training, and read the learning
+    rates. torch's __init__ is not called: it would write into the optimizer, whose learning rates are none of our business.
+    """
+
+    optimizer: Optimizer | None = None  # type: ignore[assignment]  # torch's schedulers always have one
+    _step_count = 1  # accelerate adds to it while gradients accumulate; only torch's own schedulers read it
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        """The learning rates of the groups of `optimizer`, tensors as copies; an empty list without an optimizer."""
+        rates = [] if self.optimizer is None else [group["lr"] for group in self.optimizer.param_groups]
+        return [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
+
+
+class CountedSchedule(LossSchedule):
     """Base class of schedules that count the calls of step() and drive one module, whose state_dict has the count too."""
 
     COUNT: ClassVar[str]  # the name of the count in the module
 
-    def __init__(self, driven: Scheduled):
-        self._driven = driven
+    def __init__(self, driven: Scheduled, optimizer: Optimizer | None):
+        self._driven, self.optimizer = driven, optimizer
         self.count = 0
         driven.driven_by(self)
 
@@ -51,17 +70,36 @@ class CountedSchedule:
         self._count = value
         setattr(self._driven, self.COUNT, value)
 
+    @property
+    def last_epoch(self) -> int:  # type: ignore[override]  # an attribute of torch's schedulers
+        """The same under the name that torch's schedulers have for it."""
+        return self._count
+
     def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, whose module does not know it yet
         self.__dict__.update(state)
         self._driven.driven_by(self)
+
+    def step(self) -> None:  # type: ignore[override]  # without torch's deprecated argument, as its ChainedScheduler
+        """Count one epoch or step, and switch to what belongs to the new count."""
+        self._enter(self.count + 1)  # if this raises, the call is not counted
+        self.count += 1
+
+    def _enter(self, count: int) -> None:
+        """Switch to what belongs to this count."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, int]:
         """The number of calls so far."""
         return {"count": self.count}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continue at the saved count, and switch to what belongs to it."""
-        raise NotImplementedError
+        self.continue_at(int(state_dict["count"]))
+
+    def continue_at(self, count: int) -> None:
+        """Continue at this count, and switch to what belongs to it. The module calls it when a count is loaded into it."""
+        self._enter(count)
+        self.count = count
 
 
 class TwoStage(CountedSchedule):
@@ -71,13 +109,16 @@ class TwoStage(CountedSchedule):
 
     The constructor sets lambda = inf at once. When lambda changes, log s starts anew (`ABLoss.set_lam`). To resume a training,
     construct the criterion and the schedule, and then load the state_dict of the criterion, which has the count too. The
-    schedule's own state_dict may be loaded before or after it.
+    schedule's own state_dict may be loaded before or after it. If the criterion was loaded before the schedule was made, load the
+    schedule's too.
 
     Args:
         criterion: the `ABLoss`.
         lam: lambda of the second stage, or `RelativeLam(r)`.
         start: the number of calls of step() in the first stage; 0: `lam` from the beginning.
         unit: whether you call step() once per "epoch" or once per "step". The schedule only stores it.
+        optimizer: the optimizer of the training, or None. Frameworks ask for it (docs/losses.md), but the schedule leaves it
+            alone. It may be set later: `schedule.optimizer = optimizer`.
 
     Raises:
         TypeError: criterion is no `ABLoss`.
@@ -94,29 +135,47 @@ class TwoStage(CountedSchedule):
 
     COUNT = "two_stage_count"
 
-    def __init__(self, criterion: ABLoss, lam: float | RelativeLam, start: int, unit: str = "epoch"):
+    def __init__(
+        self,
+        criterion: ABLoss,
+        lam: float | RelativeLam,
+        start: int,
+        unit: str = "epoch",
+        *,
+        optimizer: Optimizer | None = None,
+    ):
         if not isinstance(criterion, ABLoss):
             raise TypeError(f"criterion: got {type(criterion).__name__}, expected an ABLoss")
         _check_start(start)
         if not isinstance(lam, RelativeLam):
             _checks.lam(lam)
         self.unit = _checks.choice(unit, "unit", ("epoch", "step"))
+        count = criterion.two_stage_count  # of a checkpoint that was loaded before, or of an earlier schedule
+        replaced = {name: getattr(criterion, name).clone() for name in criterion.STATE}
+        self._replaced = None if count is None else (count, replaced)
         self.criterion, self.lam, self.start = criterion, lam, start
-        super().__init__(criterion)
+        super().__init__(criterion, optimizer)
         criterion.set_lam(lam if start == 0 else math.inf)
 
-    def step(self) -> None:
-        """Count one epoch or step. The `start`-th call sets lambda."""
-        if self.count + 1 == self.start:
-            self.criterion.set_lam(self.lam)  # if this raises, the call is not counted
-        self.count += 1
+    def _enter(self, count: int) -> None:
+        self._replaced = None
+        if count == self.start:
+            self.criterion.set_lam(self.lam)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continue at the saved count.
 
-        This sets lambda if the criterion is in the other stage. log s belongs to the state_dict of the criterion.
+        This sets lambda if the criterion is in the other stage. log s belongs to the state_dict of the criterion. But if the
+        criterion had this count when the schedule was made, it gets back the lambda and log s that the constructor has replaced.
         """
-        self.count = int(state["count"])
+        replaced = self._replaced
+        super().load_state_dict(state_dict)
+        if replaced is not None and replaced[0] == self.count:
+            self.criterion.load_state_dict(replaced[1], strict=False)
+
+    def continue_at(self, count: int) -> None:
+        """As described in `CountedSchedule`, without a new start of log s."""
+        self._replaced, self.count = None, count
         criterion, second = self.criterion, self.count >= self.start
         is_plain = not criterion.lam.is_meta and bool(criterion.lam.isinf())
         is_unknown = criterion.lam_is_open and criterion.relative_lam is None  # open, and loaded in the first stage
@@ -127,25 +186,18 @@ class TwoStage(CountedSchedule):
 class SwitchAt(CountedSchedule):
     """Base class of schedules that switch something on after `start` calls of step()."""
 
-    def __init__(self, loss: LogitLoss, start: int):
+    def __init__(self, loss: LogitLoss, start: int, optimizer: Optimizer | None):
         _check_start(start)
         self.loss, self.start = loss, start
-        super().__init__(loss)
+        super().__init__(loss, optimizer)
         self._switch(start == 0)
 
     def _switch(self, on: bool) -> None:
         """Switch it on or off in the loss."""
         raise NotImplementedError
 
-    def step(self) -> None:
-        """Count one epoch. The `start`-th call switches on."""
-        self.count += 1
-        self._switch(self.count >= self.start)
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue at the saved count, and switch to what belongs to it."""
-        self.count = int(state["count"])
-        self._switch(self.count >= self.start)
+    def _enter(self, count: int) -> None:
+        self._switch(count >= self.start)
 
 
 class DRW(SwitchAt):
@@ -159,6 +211,7 @@ class DRW(SwitchAt):
         loss: one of the losses on logits. For an `ABLoss`, give its criterion.
         weight: (C) class weights, for example `class_balanced_weights(cls_num_list)`.
         start: the first epoch, counted from 0, that uses them; 0: from the beginning.
+        optimizer: as for `TwoStage`.
 
     Raises:
         TypeError: loss is none of the losses on logits.
@@ -176,7 +229,7 @@ class DRW(SwitchAt):
 
     COUNT = "drw_count"
 
-    def __init__(self, loss: LogitLoss, weight: Tensor, start: int):
+    def __init__(self, loss: LogitLoss, weight: Tensor, start: int, *, optimizer: Optimizer | None = None):
         if not isinstance(loss, LogitLoss):
             raise TypeError(
                 f"loss: got {type(loss).__name__}, expected one of the losses on logits; for an ABLoss, give its criterion"
@@ -185,7 +238,7 @@ class DRW(SwitchAt):
         if loss.weight is not None and loss.weight.shape != weight.shape:
             raise ValueError(f"weight: got {len(weight)} classes, expected {len(loss.weight)} as in the weights of the loss")
         self.weight = weight
-        super().__init__(loss, start)
+        super().__init__(loss, start, optimizer)
 
     def _switch(self, on: bool) -> None:
         # a tensor in both stages: a checkpoint of one stage can then be loaded in the other
@@ -202,6 +255,7 @@ class TLA(SwitchAt):
     Args:
         loss: a `VS` or `CDT` loss. For an `ABLoss`, give its criterion.
         start: the first epoch, counted from 0, with S_k = 1; 0: from the beginning.
+        optimizer: as for `TwoStage`.
 
     Raises:
         TypeError: loss is neither `VS` nor `CDT`.
@@ -221,47 +275,66 @@ class TLA(SwitchAt):
 
     loss: VS
 
-    def __init__(self, loss: VS, start: int):
+    def __init__(self, loss: VS, start: int, *, optimizer: Optimizer | None = None):
         if not isinstance(loss, VS):
             raise TypeError(f"loss: got {type(loss).__name__}, expected VS or CDT, which scale the logits")
-        super().__init__(loss, start)
+        super().__init__(loss, start, optimizer)
 
     def _switch(self, on: bool) -> None:
         self.loss.scaled = not on
 
 
 class Schedule(Protocol):
-    """The methods of a schedule."""
+    """The methods of a schedule. Those of this module have them, and torch's learning-rate schedulers."""
 
     def step(self) -> None:
         """Count one epoch or step."""
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The state, to be saved."""
         ...
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at a saved state."""
 
 
-class ChainedSchedules:
-    """Several schedules that are stepped, saved and loaded as one."""
+class ChainedSchedules(LossSchedule):
+    """Several schedules that are stepped, saved and loaded as one. They may be of losses and of learning rates.
 
-    def __init__(self, *parts: Schedule):
+    Args:
+        parts: the schedules, in the order in which they are stepped.
+        optimizer: as for `TwoStage`; None: that of the first part that has one.
+
+    >>> criterion = ABLoss(lam=0.5)
+    >>> optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=1.0)
+    >>> decay = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2)
+    >>> schedule = ChainedSchedules(decay, TwoStage(criterion, lam=0.5, start=2))
+    >>> schedule.last_epoch, schedule.get_last_lr(), schedule.optimizer is optimizer
+    (0, [1.0], True)
+    """
+
+    def __init__(self, *parts: Schedule, optimizer: Optimizer | None = None):
         self.parts = parts
+        known = (getattr(part, "optimizer", None) for part in parts)
+        self.optimizer = optimizer if optimizer is not None else next(filter(None, known), None)
 
-    def step(self) -> None:
+    @property
+    def last_epoch(self) -> int:  # type: ignore[override]  # as in `CountedSchedule`
+        """The number of calls of step() so far: the count of the parts."""
+        return max((getattr(part, "last_epoch", 0) for part in self.parts), default=0)
+
+    def step(self) -> None:  # type: ignore[override]  # as in `CountedSchedule`
         """Count one epoch or step in every schedule."""
         for part in self.parts:
             part.step()
 
-    def state_dict(self) -> dict[str, list[dict[str, int]]]:
+    def state_dict(self) -> dict[str, list[dict[str, Any]]]:
         """The states of the schedules."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
-    def load_state_dict(self, state: dict[str, list[dict[str, int]]]) -> None:
+    def load_state_dict(self, state_dict: dict[str, list[dict[str, Any]]]) -> None:
         """Continue every schedule at its saved state."""
-        for part, saved in zip(self.parts, state["parts"], strict=True):
+        for part, saved in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(saved)
 
 

@@ -20,7 +20,8 @@ namespace {
 // freed at once. References to the states would make a step 9 to 18 ns shorter for each of them, because torch goes
 // through the interpreter whenever it looks at a tensor that only Python refers to.
 struct Slot {
-  PyObject *param, *state;  // state: the parameter's dict in optimizer.state, or null
+  PyObject *param, *state;  // state: the parameter's dict in optimizer.state, or null; a dict of another class is left
+                            // to Python, because it may fetch its values from elsewhere
 };
 
 // Moves the objects into a list. The vector keeps its memory for the next step.
@@ -74,10 +75,11 @@ class StepPlan {
     py::list others;
     size_t slot = 0;
     for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.ptr()); ++g) {
-      const py::dict group = py::reinterpret_borrow<py::dict>(PyList_GET_ITEM(groups.ptr(), g));
-      const py::list params = py::list(py::reinterpret_borrow<py::object>(item(group.ptr(), names().params)));
-      groups_.push_back(names_.read(group.ptr()));
-      const bool readable = read_learning_rate(item(group.ptr(), names().lr), groups_.back());
+      PyObject* const group = PyList_GET_ITEM(groups.ptr(), g);
+      const py::list params = params_of(group);
+      groups_.emplace_back();
+      // A dict of another class may compute its values, which only Python would notice.
+      const bool readable = PyDict_CheckExact(group) && read_group(group, groups_.back());
       py::list left;
       for (Py_ssize_t j = 0; j < PyList_GET_SIZE(params.ptr()); ++j, ++slot) {
         PyObject* param = PyList_GET_ITEM(params.ptr(), j);
@@ -95,7 +97,7 @@ class StepPlan {
           left.append(py::handle(param));
         }
       }
-      if (PyList_GET_SIZE(left.ptr()) > 0) others.append(py::make_tuple(group, left));
+      if (PyList_GET_SIZE(left.ptr()) > 0) others.append(py::make_tuple(py::handle(group), left));
     }
     write_table();
     const auto on = py::reinterpret_borrow<py::object>(updated_.empty() ? Py_None : local(updated_[0].ptr()));
@@ -124,13 +126,19 @@ class StepPlan {
     PyObject *key, *value;
     while (PyDict_Next(state.ptr(), &position, &key, &value) != 0) {
       state_.push_back({key, value});
-      if (PyDict_Check(value)) state_of[key] = value;
+      if (PyDict_CheckExact(value)) state_of[key] = value;
     }
     for (py::handle group : groups)
-      for (py::handle param : py::list(py::reinterpret_borrow<py::object>(item(group.ptr(), names().params)))) {
+      for (py::handle param : params_of(group.ptr())) {
         const auto found = state_of.find(param.ptr());
         slots_.push_back({param.ptr(), found == state_of.end() ? nullptr : found->second});
       }
+  }
+
+  static py::list params_of(PyObject* group) {
+    const py::object params = py::reinterpret_steal<py::object>(PyObject_GetItem(group, names().params));
+    if (!params) throw py::error_already_set();
+    return py::list(params);
   }
 
   // The gradient. If torch.Tensor.grad is a C function it is called directly, which takes 24 ns less than looking the
@@ -199,6 +207,11 @@ class StepPlan {
   }
 
   static char* data(const DLTensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
+
+  bool read_group(PyObject* group, absgd::StepGroup& out) const {
+    out = names_.read(group);
+    return read_learning_rate(item(group, names().lr), out);
+  }
 
   // lr as a number. Of a tensor on the GPU only the address is taken, because reading it would wait for the GPU.
   // Returns false if it has another dtype than the kernels read (an integer, half precision).
@@ -273,9 +286,9 @@ class StepPlan {
       out.step = {data(t), t.dtype.bits == 64, t.device.id};
     }
     out.count = layout(p).count();
-    // autograd may hand out a single number whose sign is still to be flipped (the imaginary part of a conjugate). A
-    // larger gradient of this kind has stride 2, so it was refused above.
-    if (out.count == 1 && negated(local(grad))) return false;
+    // The memory of a single number may hold its opposite (the imaginary part of a conjugate, as autograd hands it
+    // out). A larger tensor of this kind has stride 2, so it was refused above.
+    if (out.count == 1 && (negated(local(param)) || negated(local(grad)) || any_negated(kept, states))) return false;
     out.param = data(p);
     out.grad = data(g);
     out.begin = elements_;
@@ -289,6 +302,12 @@ class StepPlan {
     const py::object answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, names().is_neg));
     if (!answer) throw py::error_already_set();
     return answer.ptr() == Py_True;
+  }
+
+  bool any_negated(PyObject* kept, int states) const {
+    for (int j = 0; j < absgd::kStates; ++j)
+      if ((states >> j & 1) != 0 && negated(local(PyDict_GetItemWithError(kept, names_.states[j])))) return true;
+    return false;
   }
 
   // Writes [StepTable][groups][tensors] into memory that torch owns.

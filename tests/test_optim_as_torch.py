@@ -1,4 +1,4 @@
-"""The optimizers as torch optimizers: signatures, closures, hooks, groups, schedulers, and torch.compile."""
+"""The optimizers as torch optimizers: closures, hooks, groups, schedulers, and torch.compile."""
 
 import inspect
 import warnings
@@ -7,7 +7,6 @@ import pytest
 import torch
 from optim_cases import (
     EACH,
-    OPTIMIZERS,
     SHAPES,
     assert_identical,
     assert_near,
@@ -26,18 +25,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- the optimizer as a torch optimizer ------------------------------------------------------------------------------
-
-
-def test_signatures():
-    """Arguments and defaults are torch's, but for what API and docstrings name."""
-    extra = {"robust": None, "backend": None, "fused": None}
-    own = {"sgd": {"momentum": 0.9, "heavy_ball": False}, "adam": {"paper_form": False}, "adamw": {"paper_form": False}}
-    absent = {"foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"}
-    for name, (ours, theirs, _) in OPTIMIZERS.items():
-        assert issubclass(ours, theirs)
-        defaults = {n: p.default for n, p in inspect.signature(theirs).parameters.items() if n not in absent}
-        assert {n: p.default for n, p in inspect.signature(ours).parameters.items()} == defaults | own.get(name, {}) | extra
-        assert ours(make()).defaults.items() >= theirs(make(), **{"momentum": 0.9} if name == "sgd" else {}).defaults.items()
 
 
 @each_optimizer

@@ -47,14 +47,14 @@ class ABAdagrad(FusedOptimizer, torch.optim.Adagrad):
         initial_accumulator_value: u before the first step, >= 0.
         eps: the number >= 0 that is added to the root.
         maximize: maximize the objective instead of minimizing it.
+        foreach, differentiable, fused: see :class:`ABSGD`.
         robust: an ABLoss or LinearABLoss with deferred=True, whose gradients this step finishes; see :class:`ABSGD`.
         backend: "cuda", "triton", "cpu" or "reference"; None takes the fastest that runs.
-        fused: the protocol of torch.amp.GradScaler; see :class:`ABSGD`.
 
     Raises:
         ValueError: a number is out of its range, the backend is unknown, or a parameter is float16 together with ``robust``.
-        RuntimeError: the backend cannot run here (the text says why). ``step()`` raises it for a sparse gradient together with
-            weight_decay.
+        RuntimeError: the backend cannot run here (the text says why), ``differentiable`` is True, or ``foreach`` and ``fused``
+            both are. ``step()`` raises it for a sparse gradient together with weight_decay.
         TypeError: ``robust`` is not a loss with deferred=True.
 
     Example:
@@ -76,13 +76,26 @@ class ABAdagrad(FusedOptimizer, torch.optim.Adagrad):
         weight_decay: float = 0.0,
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
+        foreach: bool | None = None,
         *,
         maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         robust: RobustLoss | None = None,
         backend: str | None = None,
-        fused: bool | None = None,
     ) -> None:
-        super().__init__(params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize=maximize, fused=fused)
+        super().__init__(
+            params,
+            lr,
+            lr_decay,
+            weight_decay,
+            initial_accumulator_value,
+            eps,
+            foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+            fused=fused,
+        )
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["sum"] = self._first_sum(p, group)

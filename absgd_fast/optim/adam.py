@@ -60,15 +60,19 @@ class ABAdam(FusedOptimizer, torch.optim.Adam):
         weight_decay: the factor >= 0 of the L2 penalty (with ``paper_form`` of the decoupled weight decay).
         amsgrad: divide by the root of the largest u so far. Not together with ``paper_form``.
         maximize: maximize the objective instead of minimizing it.
+        capturable: whether the step may be captured in a CUDA graph. On a GPU the kernels' step always may. On the CPU the value
+            changes nothing (torch's class refuses True there).
+        foreach, differentiable, fused: see :class:`ABSGD`.
+        decoupled_weight_decay: take the weight decay of :class:`ABAdamW`. ``paper_form`` always has it.
         paper_form: take the step of the paper's Eq. 9.
         robust: an ABLoss or LinearABLoss with deferred=True, whose gradients this step finishes; see :class:`ABSGD`.
         backend: "cuda", "triton", "cpu" or "reference"; None takes the fastest that runs.
-        fused: the protocol of torch.amp.GradScaler; see :class:`ABSGD`.
 
     Raises:
         ValueError: a number is out of its range, options exclude each other, the backend is unknown, or a parameter is float16
             together with ``robust``.
-        RuntimeError: the backend cannot run here (the text says why). ``step()`` raises it for a sparse gradient.
+        RuntimeError: the backend cannot run here (the text says why), ``differentiable`` is True, or ``foreach`` and ``fused``
+            both are. ``step()`` raises it for a sparse gradient.
         TypeError: ``robust`` is not a loss with deferred=True.
 
     Example:
@@ -89,19 +93,37 @@ class ABAdam(FusedOptimizer, torch.optim.Adam):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        *,
         amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
         maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
         paper_form: bool = False,
         robust: RobustLoss | None = None,
         backend: str | None = None,
-        fused: bool | None = None,
     ) -> None:
         if paper_form and amsgrad:
             raise ValueError(
                 "paper_form is Eq. 9 of the paper, which has no amsgrad (got True); use paper_form=False with amsgrad"
             )
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, fused=fused)
+        decoupled = {"decoupled_weight_decay": True} if decoupled_weight_decay else {}  # torch's AdamW has no such argument
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            **decoupled,
+        )
         self._set_up(robust, backend, paper_form=paper_form)
 
     def _torch_step(
@@ -120,7 +142,8 @@ class ABAdamW(ABAdam, torch.optim.AdamW):
 
         w = w - lr weight_decay w
 
-    Arguments, errors and limits are those of :class:`ABAdam`, except that weight_decay is 1e-2 by default.
+    Arguments, errors and limits are those of :class:`ABAdam`, except that weight_decay is 1e-2 by default, and that there is no
+    decoupled_weight_decay, which is always on.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -138,13 +161,16 @@ class ABAdamW(ABAdam, torch.optim.AdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        *,
         amsgrad: bool = False,
+        *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         paper_form: bool = False,
         robust: RobustLoss | None = None,
         backend: str | None = None,
-        fused: bool | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -152,10 +178,13 @@ class ABAdamW(ABAdam, torch.optim.AdamW):
             betas,
             eps,
             weight_decay,
-            amsgrad=amsgrad,
+            amsgrad,
             maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
             paper_form=paper_form,
             robust=robust,
             backend=backend,
-            fused=fused,
         )

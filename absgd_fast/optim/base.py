@@ -13,8 +13,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from .. import _backend, ops
 from ..robust.base import RobustLoss
 from . import list_step, planned_step, torch_step
-from .checks import check_deferrable, check_robust, check_tensors, claim, warn_of_another_criterion
-from .rule import OptimizerRule
+from .checks import check_deferrable, check_robust, check_tensors, check_torchs_options, claim, warn_of_another_criterion
+from .rule import OptimizerRule, changed
 from .scaling import Scaling, is_known_nonfinite, unscale_where_host_reads
 from .state import check_forms, fill_in_own_flags, place_states, restore_float32
 
@@ -44,6 +44,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _set_up(self, robust: RobustLoss | None, backend: str | None, **own_flags: bool | None) -> None:
         """Does what is left to do after torch's __init__. own_flags: the options that torch's class does not have."""
+        check_torchs_options(type(self), self.defaults | own_flags)
         check_robust(robust)
         self.robust, self._used = robust, None
         claim(self)
@@ -236,7 +237,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return settled
 
     def _step_groups(self, scaling: Scaling) -> None:
-        plan = None if torch.compiler.is_compiling() else self._plan
+        plan = None if torch.compiler.is_compiling() or type(self.state) not in planned_step.STATES else self._plan
         updated: list[Tensor] = []
         on: Tensor | None = None
         others: list[dict] = self.param_groups
@@ -259,7 +260,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         states: list[list[Tensor | None]] = [[] for _ in rule.states]
         self._init_group(group, params, grads, *states, *([steps] if rule.counts else []))
         lists: list[Sequence[Tensor | None]] = [params, grads, *rule.kept(group, states)]
-        views = [[list_step.kernel_view(t) for t in values] for values in lists]
+        views = [[(list_step.read_view if values is grads else list_step.written_view)(t) for t in values] for values in lists]
         on_kernels, others = list_step.divide(self._operators, group, params, views, steps)
         for device, chosen in on_kernels.items():
             # `divide` leaves devices without kernels and parameters without their states to plain torch
@@ -274,6 +275,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 [values[i] for i in others] if values else [None] * len(others) for values in states
             ]
             counts = [steps[i] for i in others] if steps else []
+            group = rule.with_numbers(group, numbers)
             torch_step.step(
                 self._torch_step, group, [params[i] for i in others], [grads[i] for i in others], kept, counts, scaling
             )
@@ -294,5 +296,5 @@ def kernels_or_none(operators: ops.Operators) -> ops.Operators | None:
 
 
 def _unfused(group: dict) -> dict:
-    """The group as torch's own code may see it: with fused=True it would refuse the tensors that torch's kernels cannot take."""
-    return {**group, "fused": False}
+    """The group as torch's own code may see it. With fused=True or foreach=True it refuses what torch's kernels cannot take."""
+    return changed(group, fused=False, foreach=False)

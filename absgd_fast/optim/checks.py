@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,22 @@ from torch import Tensor
 from ..robust import ABLoss
 from ..robust.base import RobustLoss
 from .rule import OptimizerRule
+
+
+def check_torchs_options(cls: type, options: dict[str, Any]) -> None:
+    """Raises torch's RuntimeError for what a kernel cannot do, and for options that exclude each other in torch's classes.
+
+    options: the defaults of the groups. As in torch, they alone decide whether autograd records a step: torch's step enters
+    autograd by the default of ``differentiable``, whatever the groups hold.
+    """
+    if options["differentiable"]:
+        torchs = next(base.__name__ for base in cls.__mro__ if base.__module__.startswith("torch.optim"))
+        raise RuntimeError(
+            "differentiable: got True, expected False, because autograd cannot record the step of a kernel; use"
+            f" torch.optim.{torchs}(..., differentiable=True), which has the same checkpoints and works with ABLoss too"
+        )
+    if options["fused"] and options["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")  # torch's text: its RMSprop has no fused
 
 
 def check_robust(robust: object) -> None:
@@ -60,12 +77,19 @@ def check_tensors(rule: OptimizerRule, group: dict, params: list[Tensor], states
     Raises:
         RuntimeError: a sparse gradient that the rule does not take, a gradient or state of another shape than its parameter, or
             a parameter whose elements share memory.
+        TypeError: a state that the group's options keep is None.
     """
+    kept = [name for name in rule.kept(group, list(rule.states)) if name not in rule.made_in_step]
     for p in params:
         grad = p.grad
         if grad is not None and grad.is_sparse:
             rule.check_sparse(group)
         of_p = states.get(p, {})
+        for name in kept:
+            if name in of_p and of_p[name] is None:
+                raise TypeError(
+                    f"step: got None as state {name!r} of a parameter, expected a tensor; or delete the parameter's state"
+                )
         for t in (grad, *(of_p.get(name) for name in rule.states)):
             if isinstance(t, Tensor) and t.shape != p.shape:
                 raise RuntimeError(

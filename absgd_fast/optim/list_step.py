@@ -12,16 +12,15 @@ from torch import Tensor
 from .._checks import tensor_rate
 from ..ops import Operators
 from ..reference import real_dtype
-from .rule import OptimizerRule, Place, read_number
+from .rule import LR, OptimizerRule, read_number
 from .scaling import Scaling
 from .state import HALF
 
 _DTYPES = (torch.float32, torch.float64, *HALF)
-_LR = Place("lr")
 
 
-def kernel_view(t: Tensor | None) -> Tensor | None:
-    """A tensor as the kernels see it: complex numbers are pairs of real ones."""
+def read_view(t: Tensor | None) -> Tensor | None:
+    """A tensor as the kernels read it: complex numbers are pairs of real ones."""
     if t is None:
         return None
     if t.is_complex() and t.layout == torch.strided:
@@ -29,6 +28,13 @@ def kernel_view(t: Tensor | None) -> Tensor | None:
     if t.layout == torch.strided and not torch.compiler.is_compiling() and t.is_neg():
         t = t.resolve_neg()  # an operator takes no tensor whose sign is still to be flipped in a list that it may write
     return t
+
+
+def written_view(t: Tensor | None) -> Tensor | None:
+    """A tensor as the kernels write it. None: its memory holds conjugates or opposites, which only plain torch can write."""
+    if t is None or (t.layout == torch.strided and not torch.compiler.is_compiling() and (t.is_conj() or t.is_neg())):
+        return None
+    return read_view(t)
 
 
 def divide(
@@ -44,7 +50,7 @@ def divide(
         operators: the kernels of each device, or None where plain torch serves it.
         group: the options of the step.
         params: the parameters.
-        views: parameters, gradients and the states that are kept, as `kernel_view` gives them.
+        views: parameters, gradients and the states that are kept, as `read_view` and `written_view` give them.
         steps: the counts of steps, or nothing where the rule does not count them.
 
     Returns:
@@ -114,7 +120,7 @@ def launch(
         steps,
         lr_tensor,
         *there,
-        0.0 if lr_tensor is not None else read_number(group, _LR),
+        0.0 if lr_tensor is not None else read_number(group, LR),
         *numbers,
         rule.number,
         rule.bits(group),

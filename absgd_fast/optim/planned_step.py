@@ -8,14 +8,18 @@ everything.
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .. import _backend
-from .rule import OptimizerRule
+from .rule import OptimizerRule, changed
 from .scaling import Scaling
+
+# The dicts that the plan reads. One of another class may fetch its values from elsewhere, which only Python would notice.
+STATES = (dict, defaultdict)
 
 _planned_step = torch.ops.absgd_fast.planned_step.default._op  # without the Python frame of OpOverload.__call__
 
@@ -76,7 +80,7 @@ def refresh(
     updated, grads, on, others = plan.refresh(
         groups, state, scaling.grad_scale, scaling.found_inf, _sharded_type(), scaling.settled
     )
-    return updated, grads, on, [{**group, "params": params} for group, params in others]
+    return updated, grads, on, [changed(group, params=params) for group, params in others]
 
 
 def launch(plan: Plan, updated: list[Tensor], on: Tensor) -> None:

@@ -47,14 +47,18 @@ class ABRMSprop(FusedOptimizer, torch.optim.RMSprop):
         weight_decay: the factor >= 0 of the L2 penalty.
         momentum: the factor >= 0 of the momentum buffer. With 0 there is no buffer.
         centered: divide by the standard deviation of the gradient instead of its root mean square.
+        capturable: whether the step may be captured in a CUDA graph. On a GPU the kernels' step always may. On the CPU the value
+            changes nothing (torch's class refuses True there).
         maximize: maximize the objective instead of minimizing it.
+        foreach, differentiable: see :class:`ABSGD`.
+        fused: the protocol of torch.amp.GradScaler; see :class:`ABSGD`. torch's class has no such argument.
         robust: an ABLoss or LinearABLoss with deferred=True, whose gradients this step finishes; see :class:`ABSGD`.
         backend: "cuda", "triton", "cpu" or "reference"; None takes the fastest that runs.
-        fused: the protocol of torch.amp.GradScaler; see :class:`ABSGD`. torch's class has no such argument.
 
     Raises:
         ValueError: a number is out of its range, the backend is unknown, or a parameter is float16 together with ``robust``.
-        RuntimeError: the backend cannot run here (the text says why). ``step()`` raises it for a sparse gradient.
+        RuntimeError: the backend cannot run here (the text says why), ``differentiable`` is True, or ``foreach`` and ``fused``
+            both are. ``step()`` raises it for a sparse gradient.
         TypeError: ``robust`` is not a loss with deferred=True.
 
     Example:
@@ -77,13 +81,16 @@ class ABRMSprop(FusedOptimizer, torch.optim.RMSprop):
         weight_decay: float = 0.0,
         momentum: float = 0.0,
         centered: bool = False,
-        *,
+        capturable: bool = False,
+        foreach: bool | None = None,
         maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        fused: bool | None = None,
         robust: RobustLoss | None = None,
         backend: str | None = None,
-        fused: bool | None = None,
     ) -> None:
-        super().__init__(params, lr, alpha, eps, weight_decay, momentum, centered, maximize=maximize)
+        super().__init__(params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize, differentiable)
         self._set_up(robust, backend, fused=fused)
 
     def _torch_step(

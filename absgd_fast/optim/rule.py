@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from .._codes import RULES
 
@@ -15,6 +15,9 @@ class Place(NamedTuple):
 
     key: str
     position: int = -1  # the position in the tuple that stands under `key` (betas); -1: the number itself stands there
+
+
+LR = Place("lr")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +35,7 @@ class OptimizerRule:
     weight_decay: Place = field(default=Place("weight_decay"))
     counts: bool = True  # whether the rule counts the steps of a parameter
     own_flags: tuple[str, ...] = ()  # options that torch's class does not have, and that change the meaning of the states
+    made_in_step: tuple[str, ...] = ()  # states that may be None, because the next step makes them
     refuses_sparse: str | None = None  # torch's error text; None: sparse gradients are refused only together with weight decay
 
     @property
@@ -50,8 +54,21 @@ class OptimizerRule:
 
     def numbers(self, group: dict) -> list[float]:
         """weight_decay, hyper_a, hyper_b and eps of the group. TypeError: an option is not a number."""
-        places = (self.weight_decay, self.hyper_a, self.hyper_b, self.eps)
-        return [0.0 if place is None else read_number(group, place) for place in places]
+        return [0.0 if place is None else read_number(group, place) for place in self._places]
+
+    @property
+    def _places(self) -> tuple[Place | None, ...]:
+        return self.weight_decay, self.hyper_a, self.hyper_b, self.eps
+
+    def with_numbers(self, group: dict, numbers: list[float]) -> dict:
+        """The group with these four numbers (of `numbers`) in their places, for plain torch, which would not read all of them."""
+        options = changed(group)
+        for place, value in zip(self._places, numbers):
+            if place is not None and place.position < 0:
+                options[place.key] = value
+            elif place is not None:
+                options[place.key] = tuple(value if i == place.position else old for i, old in enumerate(options[place.key]))
+        return options
 
     def bits(self, group: dict) -> int:
         """The bits of all flags that are set in the group."""
@@ -68,9 +85,18 @@ class OptimizerRule:
             raise RuntimeError("weight_decay option is not compatible with sparse gradients")
 
 
+def changed(group: dict, **options: Any) -> dict:
+    """A copy of the group with these options. It asks for each value, because a dict of another class may compute it."""
+    return {name: group[name] for name in group} | options
+
+
 def read_number(group: dict, place: Place) -> float:
-    """The number that stands at a place of the group. TypeError: it is a string."""
-    value = group[place.key] if place.position < 0 else group[place.key][place.position]
+    """The number that stands at a place of the group. TypeError: it is a string. ValueError: it is not one of a pair."""
+    value = group[place.key]
+    if place.position >= 0:
+        if len(value) != 2:
+            raise ValueError(f"{place.key}: got {value!r}, expected two numbers")
+        value = value[place.position]
     if isinstance(value, str):  # float() would read it
         raise TypeError(f"{place.key}: got {value!r}, expected a number")
     return float(value)

@@ -20,6 +20,7 @@ SGD = OptimizerRule(
     hyper_b=Place("dampening"),
     counts=False,
     own_flags=("heavy_ball",),
+    made_in_step=("momentum_buffer",),
 )
 
 
@@ -62,6 +63,14 @@ class ABSGD(FusedOptimizer, torch.optim.SGD):
         weight_decay: the factor >= 0 of the L2 penalty.
         nesterov: Nesterov momentum. It needs momentum > 0 and dampening = 0.
         maximize: maximize the objective instead of minimizing it.
+        foreach: which of its own implementations torch's class uses. The kernels replace them all, so True, False and None do
+            the same here. The value is kept in the parameter groups and in checkpoints. Not True together with fused=True.
+        differentiable: only False, because autograd cannot record the step of a kernel. torch.optim.SGD can do it.
+        fused: which protocol torch.amp.GradScaler uses with this optimizer. The kernels are the same. None or False: that of
+            torch's default optimizers. GradScaler unscales the gradients itself, and calls no ``step()`` after an overflow; on a
+            GPU the host waits to know. True: that of torch's fused optimizers. GradScaler always calls ``step()``, whose kernel
+            unscales the gradients and skips an overflow, so the host never waits. It is always used with ``robust``, whose step
+            must end even then, and for float16 parameters.
         heavy_ball: take the step of the paper's Eq. 2. It has neither nesterov nor dampening.
         robust: an ABLoss or LinearABLoss with deferred=True, or None. Such a loss leaves gradients in ``.grad`` that are not
             normalised yet. The step then settles log s' for all micro-batches (of all processes) since the last step, and
@@ -69,16 +78,12 @@ class ABSGD(FusedOptimizer, torch.optim.SGD):
             normalised gradients: to clip, leave ``robust`` out and call ``criterion.finish_(params)`` before. Any other loss
             needs no ``robust``. Copy the pair together, by copy.deepcopy((model, criterion, optimizer)).
         backend: "cuda", "triton", "cpu" or "reference"; None takes the fastest that runs.
-        fused: which protocol torch.amp.GradScaler uses with this optimizer. The kernels are the same. None or False: that of
-            torch's default optimizers. GradScaler unscales the gradients itself, and calls no ``step()`` after an overflow; on a
-            GPU the host waits to know. True: that of torch's fused optimizers. GradScaler always calls ``step()``, whose kernel
-            unscales the gradients and skips an overflow, so the host never waits. It is always used with ``robust``, whose step
-            must end even then, and for float16 parameters.
 
     Raises:
         ValueError: a number is out of its range, options exclude each other, the backend is unknown, or a parameter is float16
             together with ``robust``.
-        RuntimeError: the backend cannot run here (the text says why).
+        RuntimeError: the backend cannot run here (the text says why), ``differentiable`` is True, or ``foreach`` and ``fused``
+            both are.
         TypeError: ``robust`` is not a loss with deferred=True.
 
     Example:
@@ -103,10 +108,12 @@ class ABSGD(FusedOptimizer, torch.optim.SGD):
         nesterov: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
         heavy_ball: bool = False,
         robust: RobustLoss | None = None,
         backend: str | None = None,
-        fused: bool | None = None,
     ) -> None:
         for name, value in (("learning rate", lr), ("momentum value", momentum), ("weight_decay value", weight_decay)):
             refuse_nan(name, value)
@@ -115,7 +122,18 @@ class ABSGD(FusedOptimizer, torch.optim.SGD):
                 f"heavy_ball is Eq. 2 of the paper, which has no nesterov (got {nesterov}) and no dampening (got {dampening});"
                 " use heavy_ball=False with these options"
             )
-        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, fused=fused)
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
         self._set_up(robust, backend, heavy_ball=heavy_ball)
 
     def _make_missing(self, group: dict) -> None:

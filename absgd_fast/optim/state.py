@@ -8,6 +8,7 @@ from torch import Tensor
 from .rule import OptimizerRule
 
 HALF = (torch.bfloat16, torch.float16)
+COUNTS = (torch.float32, torch.float64)  # the dtypes in which kernels read the counts of steps
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
@@ -27,7 +28,9 @@ def place_states(rule: OptimizerRule, params: list[Tensor], states: dict, operat
             if isinstance(value, Tensor) and value.dtype in HALF:
                 of_p[name] = value.float()
         count = of_p.get("step")
-        if count is not None and operators.get(p.device) is not None and count.device != p.device:
+        if count is not None and not isinstance(count, Tensor):
+            of_p["step"] = count = torch.tensor(float(count), dtype=torch.float32, device="cpu")
+        if count is not None and operators.get(p.device) is not None and not (count.device == p.device and count.dtype in COUNTS):
             of_p["step"] = count.to(p.device, torch.float32)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .._checks import tensor_rate
+from .rule import LR, changed, read_number
 from .scaling import Scaling
 
 # `_torch_step` of an optimizer: of (group, parameters, gradients, states, counts of steps)
@@ -30,6 +31,6 @@ def step(
     finished = scaling.finished(params, grads)
     if finished is None:
         return
-    if isinstance(group["lr"], Tensor):
-        group = {**group, "lr": tensor_rate(group["lr"]).reshape(())}  # it may have one dimension more than a parameter
-    rule_step(group, params, finished, states, steps)
+    lr = group["lr"]  # it may have one dimension more than a parameter
+    lr = tensor_rate(lr).reshape(()) if isinstance(lr, Tensor) else read_number(group, LR)
+    rule_step(changed(group, lr=lr), params, finished, states, steps)

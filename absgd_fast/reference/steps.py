@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,19 +26,23 @@ def _as_real(t: Tensor) -> Tensor:
 
 
 @contextmanager
-def _real_values(param: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The parameter and its gradient as real numbers, without autograd; half precision in float32.
+def _real_values(param: Tensor, grad: Tensor, *states: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The parameter, its gradient and its states as real numbers, without autograd; a half-precision parameter in float32.
 
-    A half-precision parameter is written back at the end of the block.
+    At the end of the block those that are copies are written back: half precision, and tensors whose memory holds the conjugate.
     """
+    half = param.dtype in (torch.bfloat16, torch.float16)
     with torch.no_grad():
-        w, g = _as_real(param), _as_real(grad)
-        half = param.dtype in (torch.bfloat16, torch.float16)
+        written = [t for t in (param, *states) if t is not None]
+        values = [_as_real(t) for t in written]
+        g = _as_real(grad)
         if half:
-            w, g = w.float(), g.float()
-        yield w, g
-        if half:
-            param.copy_(w)
+            values[0], g = values[0].float(), g.float()
+        real = iter(values[1:])
+        yield (values[0], g, *(None if t is None else next(real) for t in states))
+        for t, value in zip(written, values):
+            if t.is_conj() or (t is param and half):
+                t.copy_(torch.view_as_complex(value) if t.is_complex() else value)
 
 
 def _slope(w: Tensor, grad: Tensor, weight_decay: float, maximize: bool) -> Tensor:
@@ -85,8 +89,7 @@ def momentum_step_(
     """
     out: list[Tensor | None] = []
     for w, grad, buffer in zip(params, grads, momentum_buffers):
-        with _real_values(w, grad) as (x, g):
-            b = None if buffer is None else _as_real(buffer)
+        with _real_values(w, grad, buffer) as (x, g, b):
             g = _slope(x, g, weight_decay, maximize)
             if heavy_ball:
                 b = torch.zeros_like(x) if b is None else b
@@ -218,15 +221,13 @@ def adam_step_(
     for param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step in zip(
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps
     ):
-        with _real_values(param, grad) as (w, g):
-            v, u = _as_real(exp_avg), _as_real(exp_avg_sq)
+        with _real_values(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq) as (w, g, v, u, u_max):
             step += 1
             decoupled = decoupled_weight_decay or paper_form
             g = _slope(w, g, 0.0 if decoupled else weight_decay, maximize)
             v.lerp_(g, 1 - betas[0])
             u.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-            if max_exp_avg_sq is not None:
-                u_max = _as_real(max_exp_avg_sq)
+            if u_max is not None:
                 u = u_max.copy_(torch.maximum(u_max, u))
             t = step.double().to(w.device)
             correction_v, correction_u = (1.0, 1.0) if paper_form else (1 - betas[0] ** t, 1 - betas[1] ** t)
@@ -273,17 +274,16 @@ def rmsprop_step_(
     tensor([0.9000])
     """
     for param, grad, square_avg, buffer, grad_avg, step in zip(params, grads, square_avgs, momentum_buffers, grad_avgs, steps):
-        with _real_values(param, grad) as (w, g):
-            u = _as_real(square_avg)
+        with _real_values(param, grad, square_avg, buffer, grad_avg) as (w, g, u, b, m):
             step += 1
             g = _slope(w, g, weight_decay, maximize)
             u.mul_(alpha).addcmul_(g, g, value=1 - alpha)
-            if grad_avg is not None:
-                m = _as_real(grad_avg).lerp_(g, 1 - alpha)
+            if m is not None:
+                m.lerp_(g, 1 - alpha)
                 u = u - m * m
             d = g / (u.sqrt() + eps)
-            if buffer is not None:
-                d = _as_real(buffer).mul_(momentum).add_(d)
+            if b is not None:
+                d = b.mul_(momentum).add_(d)
             w.sub_(lr * d)
 
 
@@ -317,8 +317,7 @@ def adagrad_step_(
     tensor([0.9000])
     """
     for param, grad, total, step in zip(params, grads, sums, steps):
-        with _real_values(param, grad) as (w, g):
-            u = _as_real(total)
+        with _real_values(param, grad, total) as (w, g, u):
             step += 1
             g = _slope(w, g, weight_decay, maximize)
             u.addcmul_(g, g)

@@ -98,6 +98,11 @@ struct RuleNames {
     if (number.key == nullptr) return 0;
     PyObject* object = item(group, number.key);
     if (number.index < 0) return as_double(object);
+    if (PySequence_Size(object) != 2) {
+      if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+      throw py::value_error(py::cast<std::string>(py::str(number.key)) + ": got " +
+                            py::cast<std::string>(py::repr(object)) + ", expected two numbers");
+    }
     const py::object one = py::reinterpret_steal<py::object>(PySequence_GetItem(object, number.index));
     if (!one) throw py::error_already_set();
     return as_double(one.ptr());
