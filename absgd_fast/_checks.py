@@ -4,34 +4,111 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import overload
+from decimal import Decimal
+from numbers import Integral, Real
+from operator import index
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from ._exact import exact_dtype
 from .reference import real_dtype
+
+# ---- what is a number ----
+#
+# Every number that a user gives goes through one of these functions, and is kept as Python's own float or int. So a state_dict, a
+# pickle and the cache of torch.compile hold no scalars of NumPy. NumPy registers its scalars with the classes of `numbers`.
+
+
+def real(value: object, tensors: bool = False) -> float | None:
+    """A real number as a float: of Python, NumPy, `fractions` or `decimal`; None for anything else, which a bool is too.
+
+    tensors: whether a tensor of one real number is a number.
+    """
+    if type(value) is float:
+        return value
+    if isinstance(value, Tensor):
+        return float(value) if tensors and value.numel() == 1 and value.dtype != torch.bool and not value.is_complex() else None
+    return float(value) if isinstance(value, (Real, Decimal)) and not isinstance(value, bool) else None
+
+
+def integer(value: object, tensors: bool = False) -> int | None:
+    """An integer as an int: whatever has `__index__`; None for anything else, which a bool is too.
+
+    tensors: whether a tensor of one integer is an integer.
+    """
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or (isinstance(value, Tensor) and (not tensors or value.dtype == torch.bool)):
+        return None
+    try:
+        return index(value)  # type: ignore[arg-type]  # TypeError says that it is no integer
+    except TypeError:
+        return None
+
+
+def plain(value: Any) -> Any:
+    """A number as Python's own int or float, also within a tuple or a list; anything else as it is.
+
+    It serves numbers that somebody else checks, as torch's optimizers check theirs.
+    """
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(plain, value))
+    if type(value) in (float, int, bool):
+        return value
+    number = int(value) if isinstance(value, Integral) else real(value)
+    return value if number is None else number
 
 
 def unit_interval(value: float, name: str) -> float:
     """A number in (0, 1] as a float; ValueError for anything else."""
-    if not (isinstance(value, (int, float)) and 0 < value <= 1):
+    number = real(value)
+    if number is None or not 0 < number <= 1:
         raise ValueError(f"{name}: got {value!r}, expected a number in (0, 1]")
-    return float(value)
+    return number
 
 
 def positive(value: float, name: str) -> float:
     """A finite number > 0 as a float; ValueError for anything else."""
-    if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0 < value < math.inf):
+    number = real(value)
+    if number is None or not 0 < number < math.inf:
         raise ValueError(f"{name}: got {value!r}, expected a finite number > 0")
-    return float(value)
+    return number
 
 
-def max_weight(value: float | None) -> float:
-    """An upper bound of weights as a float: infinity for None. ValueError for a number that is not positive."""
-    bound = math.inf if value is None else float(value)
-    if not bound > 0:
+def at_least(value: int, name: str, least: int, expected: str | None = None) -> int:
+    """An integer >= least as an int; ValueError for anything else. expected: what is allowed, in other words."""
+    number = integer(value)
+    if number is None or number < least:
+        close = real(value)
+        hint = f", such as int({value})" if number is None and close is not None and least <= close < math.inf else ""
+        raise ValueError(f"{name}: got {value!r}, expected {expected or f'an integer >= {least}'}{hint}")
+    return number
+
+
+def finite(value: float | Tensor, name: str) -> float:
+    """A finite number, or a tensor of one, as a float; ValueError for anything else."""
+    number = real(value, tensors=True)
+    if number is None or not math.isfinite(number):
+        raise ValueError(f"{name}: got {value!r}, expected a finite number")
+    return number
+
+
+def max_weight(value: float | Tensor | None) -> float:
+    """An upper bound of weights as a float: infinity for None. ValueError for anything but a positive number."""
+    bound = math.inf if value is None else real(value, tensors=True)
+    if bound is None or not bound > 0:
         raise ValueError(f"max_weight: got {value!r}, expected a positive number or None")
     return bound
+
+
+def ignore_index(value: int | Tensor) -> int:
+    """The label of rows that do not count, as an int; ValueError for anything but an integer."""
+    label = integer(value, tensors=True)
+    if label is None:
+        raise ValueError(f"ignore_index: got {value!r}, expected an integer: the label of rows that do not count")
+    return label
 
 
 def choice(value: str, name: str, choices: tuple[str, ...]) -> str:
@@ -41,10 +118,16 @@ def choice(value: str, name: str, choices: tuple[str, ...]) -> str:
     return value
 
 
-def scalar(value: float | Tensor, name: str) -> None:
-    """ValueError for a tensor that has dimensions."""
-    if isinstance(value, Tensor) and value.dim() != 0:
-        raise ValueError(f"{name}: got a tensor of shape {tuple(value.shape)}, expected a number or a 0-d tensor")
+def scalar(value: float | Tensor, name: str) -> float | Tensor:
+    """A 0-d tensor as it is, or a number as a float; ValueError for a tensor that has dimensions, TypeError for anything else."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name}: got a tensor of shape {tuple(value.shape)}, expected a number or a 0-d tensor")
+        return value
+    number = real(value)
+    if number is None:
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a number or a 0-d tensor")
+    return number
 
 
 def not_learned(value: object, name: str) -> None:
@@ -57,17 +140,14 @@ def not_learned(value: object, name: str) -> None:
 
 
 def lam(value: float | Tensor) -> float | Tensor:
-    """A lambda: any number except 0 and NaN, or a 0-d tensor; RuntimeError for a tensor that requires grad.
+    """A lambda: any number except 0 and NaN as a float, or a 0-d tensor; RuntimeError for a tensor that requires grad.
 
     The value of a tensor is checked on the CPU alone, because on another device the host would wait for it.
     """
-    if isinstance(value, Tensor):
-        not_learned(value, "lam")
-        scalar(value, "lam")
-        if value.device.type != "cpu" or torch.compiler.is_compiling():
-            return value
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"lam: got {type(value).__name__}, expected a number or a 0-d tensor")
+    not_learned(value, "lam")
+    value = scalar(value, "lam")
+    if isinstance(value, Tensor) and (value.device.type != "cpu" or torch.compiler.is_compiling()):
+        return value
     number = float(value)
     if abs(number) < torch.finfo(torch.float32).tiny or math.isnan(number):  # 0 in float32 too
         raise ValueError(
@@ -120,9 +200,10 @@ def groups(value: Tensor, like: Tensor) -> Tensor:
 
 def tilt(value: float, name: str) -> float:
     """A tilt as a float: any number except NaN; ValueError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    number = real(value)
+    if number is None or math.isnan(number):
         raise ValueError(f"{name}: got {value!r}, expected a number: > 0 attends to large losses, < 0 to small ones")
-    return float(value)
+    return number
 
 
 def target(logits: Tensor, target: Tensor, soft: bool = True) -> Tensor:
@@ -190,9 +271,10 @@ def class_vectors(scale: Tensor | None, shift: Tensor | None, margin: Tensor | N
         if v is not None and not (isinstance(v, Tensor) and v.shape == (classes,)):
             got = f"shape {tuple(v.shape)}" if isinstance(v, Tensor) else repr(v)
             raise ValueError(f"{name}: got {got}, expected one number per class, a tensor ({classes},)")
-    ones = like.new_ones(classes)
+    is_double = any(v is not None and v.dtype == torch.float64 for v in given.values())
+    ones = like.new_ones(classes, dtype=torch.float64 if is_double else torch.float32)
     return torch.stack(
-        [ones if scale is None else scale.to(like), *(ones * 0 if v is None else v.to(like) for v in (shift, margin))]
+        [ones if scale is None else scale.to(ones), *(ones * 0 if v is None else v.to(ones) for v in (shift, margin))]
     )
 
 
@@ -221,11 +303,13 @@ def _per_class(x: Tensor, name: str, logits: Tensor) -> Tensor:
 
 def within(value: float, name: str, low: float, high: float, open_below: bool = False, open_above: bool = False) -> float:
     """A finite number between low and high as a float; ValueError for anything else."""
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not (ok and (low < value if open_below else low <= value) and (value < high if open_above else value <= high)):
+    found = real(value)
+    number = math.nan if found is None else found
+    above, below = low < number if open_below else low <= number, number < high if open_above else number <= high
+    if not (math.isfinite(number) and above and below):
         upper = "inf)" if math.isinf(high) else f"{high}{')' if open_above else ']'}"
         raise ValueError(f"{name}: got {value!r}, expected a number in {'(' if open_below else '['}{low}, {upper}")
-    return float(value)
+    return number
 
 
 def class_counts(cls_num_list: Sequence[float] | Tensor, name: str = "cls_num_list") -> Tensor:
@@ -235,10 +319,22 @@ def class_counts(cls_num_list: Sequence[float] | Tensor, name: str = "cls_num_li
         raise ValueError(
             f"{name}: got a tensor on the meta device, which has no values; expected a list, or a tensor with values"
         )
-    counts = torch.as_tensor(cls_num_list, dtype=torch.float64, device="cpu").detach()
+    given = cls_num_list if isinstance(cls_num_list, Tensor) else _numbers(cls_num_list, name)
+    counts = torch.as_tensor(given, dtype=torch.float64, device="cpu").detach()
     if counts.dim() != 1 or counts.numel() == 0 or not bool(((counts > 0) & counts.isfinite()).all()):
         raise ValueError(f"{name}: got {cls_num_list!r}, expected one positive number of samples per class")
     return counts
+
+
+def _numbers(values: Any, name: str) -> list[float]:
+    """Numbers as a list of Python's, from any sequence or array; ValueError for anything else."""
+    try:
+        numbers = list(values.tolist() if hasattr(values, "tolist") else values)
+    except TypeError:  # no sequence
+        numbers = [None]
+    if any(real(number) is None for number in numbers):
+        raise ValueError(f"{name}: got {values!r}, expected one number per class")
+    return plain(numbers)
 
 
 def device_with_values() -> torch.device:
@@ -253,7 +349,12 @@ def given_class_weight(weight: Tensor | Sequence[float]) -> Tensor:
     ValueError if they are not one float per class, or have no values (on the meta device). RuntimeError if they require grad.
     """
     not_learned(weight, "weight")
-    weight = (weight if isinstance(weight, Tensor) else torch.as_tensor(weight, device=device_with_values())).detach().clone()
+    if isinstance(weight, Tensor):
+        weight = weight.detach().clone()
+    else:
+        given = weight if hasattr(weight, "dtype") else _numbers(weight, "weight")
+        floats = isinstance(given, list) and any(isinstance(number, float) for number in given)
+        weight = torch.tensor(given, dtype=exact_dtype() if floats else None, device=device_with_values())
     if weight.dim() != 1 or not weight.is_floating_point():
         raise ValueError(f"weight: got shape {tuple(weight.shape)} {weight.dtype}, expected one float weight per class, (C,)")
     if weight.is_meta:
@@ -272,16 +373,19 @@ def class_weight(weight: Tensor | None, logits: Tensor) -> Tensor | None:
 
 def smoothing(label_smoothing: float) -> float:
     """A label smoothing in [0, 1] as a float; ValueError for anything else."""
-    if not 0 <= label_smoothing <= 1:
+    number = real(label_smoothing, tensors=True)
+    if number is None or not 0 <= number <= 1:
         raise ValueError(f"label_smoothing: got {label_smoothing!r}, expected a number in [0, 1]")
-    return float(label_smoothing)
+    return number
 
 
-def momentum_sgd(momentum: float, dampening: float, weight_decay: float, nesterov: bool, heavy_ball: bool) -> None:
-    """ValueError for numbers of a momentum step that are out of range, and for options that exclude each other."""
-    within(momentum, "momentum", 0, math.inf)
-    within(weight_decay, "weight_decay", 0, math.inf)
-    within(dampening, "dampening", -math.inf, math.inf, open_below=True, open_above=True)
+def momentum_sgd(
+    momentum: float, dampening: float, weight_decay: float, nesterov: bool, heavy_ball: bool
+) -> tuple[float, float, float]:
+    """The three numbers of a momentum step as floats; ValueError for one out of range, or options that exclude each other."""
+    momentum = within(momentum, "momentum", 0, math.inf)
+    weight_decay = within(weight_decay, "weight_decay", 0, math.inf)
+    dampening = within(dampening, "dampening", -math.inf, math.inf, open_below=True, open_above=True)
     if nesterov and (momentum == 0 or dampening != 0):
         raise ValueError(f"nesterov: got momentum {momentum} and dampening {dampening}, expected a momentum > 0 and no dampening")
     if heavy_ball and (nesterov or dampening != 0):
@@ -289,14 +393,16 @@ def momentum_sgd(momentum: float, dampening: float, weight_decay: float, nestero
             f"heavy_ball is Eq. 2 of the paper, which has no nesterov (got {nesterov}) and no dampening (got {dampening});"
             " use heavy_ball=False with these"
         )
+    return momentum, dampening, weight_decay
 
 
-def rate(lr: float | Tensor) -> None:
-    """ValueError unless lr is a number >= 0 or a one-element tensor. The value of a tensor is not checked."""
+def rate(lr: float | Tensor) -> float | Tensor:
+    """A learning rate >= 0 as a float, or a one-element tensor, whose value is not checked. ValueError for anything else."""
     if not isinstance(lr, Tensor):
-        within(lr, "lr", 0, math.inf)
-    elif lr.numel() != 1:
+        return within(lr, "lr", 0, math.inf)
+    if lr.numel() != 1:
         raise ValueError(f"lr: got a tensor of shape {tuple(lr.shape)}, expected a number or a one-element tensor")
+    return lr
 
 
 def tensor_rate(lr: Tensor) -> Tensor:

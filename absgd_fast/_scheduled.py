@@ -45,7 +45,7 @@ class Scheduled(ExactState):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self.COUNTS:
             if getattr(self, name) is not None:
-                destination[prefix + name] = torch.tensor(getattr(self, name), device="cpu")
+                destination[prefix + name] = torch.tensor(getattr(self, name), dtype=torch.int64, device="cpu")
 
     def resumed_by(self, state_dict: dict[str, Any], prefix: str) -> list[Counted]:
         """The schedules that will continue when this state_dict is loaded."""

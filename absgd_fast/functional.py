@@ -50,7 +50,7 @@ def loss_spec(
         assert kind in ("focal", "weighted_focal"), kind
         hyper_a = _checks.within(gamma, "gamma", 0, math.inf)
     bits = KINDS.index(kind) * ops.KIND + (ops.PRUNE if prune and kind == "gce" else 0)
-    return LossSpec(weight, adjust, hyper_a, hyper_b, int(ignore_index), bits)
+    return LossSpec(weight, adjust, hyper_a, hyper_b, _checks.ignore_index(ignore_index), bits)
 
 
 def logit_loss(
@@ -211,16 +211,15 @@ def robust_weights(
 
     Raises:
         ValueError: lam is 0 or NaN, gamma or alpha lies outside (0, 1], or mask has another shape.
+        TypeError: lam or log_s is no number.
         RuntimeError: lam requires grad.
 
     >>> weights, log_s = robust_weights(torch.tensor([1.0, 1000.0]), float("-inf"), 1.0)
     >>> weights, log_s  # no overflow: W <= n / (gamma alpha)
     (tensor([0., 2.]), tensor(999.3068))
     """
-    _checks.unit_interval(gamma, "gamma")
-    _checks.unit_interval(alpha, "alpha")
-    _checks.lam(lam)
-    _checks.scalar(log_s, "log_s")
+    gamma, alpha = _checks.unit_interval(gamma, "gamma"), _checks.unit_interval(alpha, "alpha")
+    lam, log_s = _checks.lam(lam), _checks.scalar(log_s, "log_s")
     _checks.choice(init, "init", ("first", "zero"))
     real = real_dtype(losses.dtype)
     mask = _checks.per_sample(mask, "mask", losses, torch.bool)
@@ -228,10 +227,10 @@ def robust_weights(
     operators = ops.serving(losses.device, backend)
     log_s, lam = _number(log_s, state, losses.device), _number(lam, real, losses.device)
     flags = ops.flags("moving", init)
-    return ops.robust_weights(operators, losses.to(real).contiguous(), log_s, lam, mask, float(gamma), float(alpha), flags)
+    return ops.robust_weights(operators, losses.to(real).contiguous(), log_s, lam, mask, gamma, alpha, flags)
 
 
-@lru_cache(256)
+@lru_cache(256, typed=True)  # typed: True equals 1.0, but is refused
 def _weighted_options(
     gamma: float,
     alpha: float,
@@ -245,20 +244,21 @@ def _weighted_options(
     nesterov: bool,
     maximize: bool,
     heavy_ball: bool,
-) -> tuple[float, int, int]:
-    """Check the options; return max_weight as a number, the bits of the step, and the bits of the weights.
+) -> tuple[tuple[float, ...], tuple[float, ...], int, int]:
+    """Check the options; return the numbers of the weights and of the step as floats, and the bits of the step and the weights.
+
+    The numbers of the weights are gamma, alpha, mix and max_weight; those of the step weight_decay, momentum and dampening.
 
     The result is cached, because the options stay the same from step to step and the checks cost 4 us.
     """
-    _checks.unit_interval(gamma, "gamma")
-    _checks.unit_interval(alpha, "alpha")
+    gamma, alpha = _checks.unit_interval(gamma, "gamma"), _checks.unit_interval(alpha, "alpha")
     _checks.choice(init, "init", ("first", "zero"))
     _checks.choice(normalizer, "normalizer", _codes.NORMALIZERS)
-    _checks.within(mix, "mix", -math.inf, math.inf, open_below=True, open_above=True)
+    mix = _checks.within(mix, "mix", -math.inf, math.inf, open_below=True, open_above=True)
     bound = _checks.max_weight(max_weight)
-    _checks.momentum_sgd(momentum, dampening, weight_decay, nesterov, heavy_ball)
+    momentum, dampening, weight_decay = _checks.momentum_sgd(momentum, dampening, weight_decay, nesterov, heavy_ball)
     form = _codes.MAXIMIZE * bool(maximize) | _codes.NESTEROV * bool(nesterov) | _codes.HEAVY_BALL * bool(heavy_ball)
-    return bound, form, ops.flags(normalizer, init)
+    return (gamma, alpha, mix, bound), (weight_decay, momentum, dampening), form, ops.flags(normalizer, init)
 
 
 def _weighted_samples(
@@ -349,7 +349,7 @@ def weighted_momentum_step_(
     Raises:
         ValueError: shapes, devices or lengths of lists that do not fit, numbers out of range, or a written tensor that shares
             memory with another one.
-        TypeError: dtypes that do not fit.
+        TypeError: dtypes that do not fit, or a lam or log_s that is no number.
         Nothing is written in these cases.
 
     >>> w, b = torch.zeros(2), torch.zeros(2)
@@ -362,15 +362,14 @@ def weighted_momentum_step_(
     """
     # The C++ operators check the tensors. Python checks them only after such an operator raised, to give a clearer message.
     params, grads = list(params), list(per_sample_grads)
-    _checks.lam(lam)
-    _checks.scalar(log_s, "log_s")
-    _checks.rate(lr)
+    lam, log_s, lr = _checks.lam(lam), _checks.scalar(log_s, "log_s"), _checks.rate(lr)
     options = _weighted_options.__wrapped__ if torch.compiler.is_compiling() else _weighted_options
-    max_weight, form, flags = options(
+    of_weights, of_step, form, flags = options(
         gamma, alpha, init, normalizer, mix, max_weight, momentum, dampening, weight_decay, nesterov, maximize, heavy_ball
     )
     losses, mask, sample_weight, real = _weighted_samples(params, losses, mask, sample_weight)
-    buffers = None if not momentum else [] if momentum_buffers is None else list(momentum_buffers)
+    has_momentum = of_step[1] != 0
+    buffers = None if not has_momentum else [] if momentum_buffers is None else list(momentum_buffers)
     operators = ops.serving(losses.device, backend)
     if ops.transformed():
         raise RuntimeError(
@@ -386,8 +385,8 @@ def weighted_momentum_step_(
     try:
         new_log_s = operators.weighted_step_(
             params, buffers or [], grads, losses if losses.is_contiguous() else losses.contiguous(), sample_weight, mask, log_s,
-            lam_tensor, lr_tensor, 0.0 if lam_tensor is not None else lam, gamma, alpha, mix, max_weight,
-            0.0 if lr_tensor is not None else float(lr), weight_decay, momentum, dampening, form, flags,
+            lam_tensor, lr_tensor, 0.0 if lam_tensor is not None else lam, *of_weights,
+            0.0 if lr_tensor is not None else float(lr), *of_step, form, flags,
         )  # fmt: skip
     except RuntimeError:
         _checks.weighted_step(params, buffers, grads, losses)  # the clearer message, for the common mistakes

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import _checks, ops
 from . import functional as F
+from ._exact import exact_dtype
 from ._scheduled import Scheduled
 from .ops import LossSpec
 from .reference import real_dtype
@@ -64,7 +65,7 @@ class LogitLoss(Scheduled):
         self.register_buffer("weight", None)
         self.set_weight(None if weight is None else _checks.given_class_weight(weight))
         self._numbers = F.loss_spec(kind, None, None, label_smoothing, ignore_index, gamma, q, k, prune, alpha, beta)[2:]
-        self.ignore_index = int(ignore_index)
+        self.ignore_index = self._numbers[2]
         self.reduction = _checks.choice(reduction, "reduction", ("none", "mean", "sum"))
         self.backend = backend
 
@@ -246,7 +247,7 @@ class _ClassVectorLoss(LogitLoss):
 
         If they were made in the first forward, torch.compile would compile that forward twice.
         """
-        self._adjust(torch.empty(0))
+        self._adjust(torch.empty(0, dtype=exact_dtype()))
 
     def _adjust(self, logits: Tensor) -> Tensor:
         """The class vectors S, D, M for these logits, (3, C); made once for each device and dtype."""

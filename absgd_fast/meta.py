@@ -311,7 +311,7 @@ class _Step:
         """
         self._set_random_state(self.random)
         if apart:
-            seed = int(torch.randint(2**62, ()))
+            seed = int(torch.randint(2**62, (), device="cpu"))
             for generator in self._generators():
                 generator.manual_seed(seed)
         buffers = {name: b.clone() for name, b in self.buffers.items()}

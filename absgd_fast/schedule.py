@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict
 
 import torch
@@ -26,12 +25,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-def _check_start(start: int) -> None:
-    """ValueError unless start is an integer >= 0."""
-    if isinstance(start, bool) or not isinstance(start, int) or start < 0:
-        could_be = isinstance(start, Real) and not isinstance(start, bool) and 0 <= start < math.inf
-        hint = f", such as int({start})" if could_be else ""
-        raise ValueError(f"start: got {start!r}, expected an integer >= 0{hint}")
+def _check_start(start: int) -> int:
+    """An integer >= 0 as an int; ValueError for anything else."""
+    return _checks.at_least(start, "start", 0)
 
 
 class LossSchedule(LRScheduler):
@@ -146,16 +142,15 @@ class TwoStage(CountedSchedule):
     ):
         if not isinstance(criterion, ABLoss):
             raise TypeError(f"criterion: got {type(criterion).__name__}, expected an ABLoss")
-        _check_start(start)
-        if not isinstance(lam, RelativeLam):
-            _checks.lam(lam)
+        start = _check_start(start)
         self.unit = _checks.choice(unit, "unit", ("epoch", "step"))
         count = criterion.two_stage_count  # of a checkpoint that was loaded before, or of an earlier schedule
         replaced = {name: getattr(criterion, name).clone() for name in criterion.STATE}
         self._replaced = None if count is None else (count, replaced)
-        self.criterion, self.lam, self.start = criterion, lam, start
+        self.lam: float | Tensor | RelativeLam = lam if isinstance(lam, RelativeLam) else _checks.lam(lam)
+        self.criterion, self.start = criterion, start
         super().__init__(criterion, optimizer)
-        criterion.set_lam(lam if start == 0 else math.inf)
+        criterion.set_lam(self.lam if start == 0 else math.inf)
 
     def _enter(self, count: int) -> None:
         self._replaced = None
@@ -187,8 +182,7 @@ class SwitchAt(CountedSchedule):
     """Base class of schedules that switch something on after `start` calls of step()."""
 
     def __init__(self, loss: LogitLoss, start: int, optimizer: Optimizer | None):
-        _check_start(start)
-        self.loss, self.start = loss, start
+        self.loss, self.start = loss, _check_start(start)
         super().__init__(loss, optimizer)
         self._switch(start == 0)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from .. import robust
+from .. import _checks, robust
 
 
 class ABLoss(nn.Module):
@@ -48,8 +48,8 @@ class ABLoss(nn.Module):
         self.loss = robust.ABLoss(criterion, lam=math.inf, gamma=abgamma, alpha=abalpha, init="zero", process_group=None)
         self.loss.set_lam(math.inf)  # `updateLambda` is a schedule: loading another lambda is an ordinary resume
         self.criterion = criterion
-        self.abgamma, self.abalpha = abgamma, abalpha
-        self.milestone, self.mylambda, self.step = milestone, mylambda, 0
+        self.abgamma, self.abalpha = self.loss.gamma, self.loss.alpha
+        self.milestone, self.mylambda, self.step = _checks.plain(milestone), _checks.plain(mylambda), 0
 
     @property
     def ablambda(self) -> float | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from torch import Tensor
 
-from .. import robust
+from .. import _checks, robust
 from ..losses import LogitLoss
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def ABLoss(
     >>> ABLoss(200.0).lam, ABLoss(-1.0, noisy=True).mix
     (tensor(inf), 1.0)
     """
-    if lam >= PLAIN_MEAN_FROM:
-        lam = math.inf
-    return robust.ABLoss(criterion, lam=lam, mix=1.0 if noisy else 0.0, init=init, **options)
+    known = _checks.lam(lam)
+    return robust.ABLoss(
+        criterion, lam=math.inf if known >= PLAIN_MEAN_FROM else known, mix=1.0 if noisy else 0.0, init=init, **options
+    )

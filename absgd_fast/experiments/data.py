@@ -11,12 +11,14 @@ import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import _checks
 from .checkpoint import digest
 
 DATASETS = ("digits", "digits-9-4", "cifar10", "cifar100")
@@ -33,7 +35,7 @@ SPLIT, NOISE, INIT, ORDER, METHOD = range(5)
 
 def generator(seed: int, stream: int) -> torch.Generator:
     """The random generator (CPU) of a seed for one `stream`: SPLIT, NOISE, INIT, ORDER or METHOD."""
-    return torch.Generator().manual_seed(1_000_003 * seed + stream)
+    return torch.Generator("cpu").manual_seed(1_000_003 * index(seed) + stream)
 
 
 def class_counts(n_max: int, n_classes: int, kind: str = "lt", rho: float = 100.0) -> list[int]:
@@ -65,6 +67,7 @@ def class_counts(n_max: int, n_classes: int, kind: str = "lt", rho: float = 100.
 
     Source: ABSGD paper, Sec. 4.1 (LT and ST); Cui et al. 2019; Buda et al. 2018.
     """
+    n_max, n_classes, rho = map(_checks.plain, (n_max, n_classes, rho))
     if n_max < 1 or n_classes < 1:
         raise ValueError(f"class_counts: n_max and n_classes are at least 1, got {n_max} and {n_classes}")
     if kind not in IMBALANCES:
@@ -127,7 +130,8 @@ def add_noise(
     Source: ABSGD paper, Sec. 4.3 (symmetric, asymmetric); L2RW (Ren et al. 2018), Sec. 4.3 (UniformFlip,
     BackgroundFlip).
     """
-    labels = torch.as_tensor(labels)
+    labels = labels if isinstance(labels, Tensor) else torch.as_tensor(labels, device="cpu")
+    rate, n_classes, seed, background = map(_checks.plain, (rate, n_classes, seed, background))
     if kind not in NOISES:
         raise ValueError(f"add_noise: unknown kind {kind!r}; use one of {', '.join(NOISES)}")
     if not 0 <= rate < 1:  # also true of NaN
@@ -140,15 +144,15 @@ def add_noise(
         raise ValueError(f"add_noise: labels lie in [0, {n_classes}), got {int(labels.min())} to {int(labels.max())}")
 
     random, old = generator(seed, NOISE), labels.cpu().long()
-    flips = torch.rand(len(old), generator=random, dtype=torch.float64) < rate
+    flips = torch.rand(len(old), generator=random, dtype=torch.float64, device="cpu") < rate
     if kind in ("symmetric", "uniform"):
         # adding 1 … C−1 modulo C reaches every class except the sample's own
-        new = (old + torch.randint(1, n_classes, (len(old),), generator=random)) % n_classes
+        new = (old + torch.randint(1, n_classes, (len(old),), generator=random, device="cpu")) % n_classes
     elif kind == "asymmetric":
-        mapping = [(c + 1) % n_classes for c in range(n_classes)] if mapping is None else list(mapping)
+        mapping = [(c + 1) % n_classes for c in range(n_classes)] if mapping is None else list(map(_checks.plain, mapping))
         if len(mapping) != n_classes or not all(0 <= c < n_classes for c in mapping):
             raise ValueError(f"add_noise: mapping has {n_classes} classes in [0, {n_classes}), got {mapping}")
-        new = torch.tensor(mapping)[old]
+        new = torch.tensor(mapping, dtype=torch.int64, device="cpu")[old]
     else:
         if not 0 <= background < n_classes:
             raise ValueError(f"add_noise: background is a class in [0, {n_classes}), got {background}")
@@ -264,7 +268,7 @@ def draw(
     train_of, test_of = [], []
     for c, count in enumerate(keep):
         members = torch.nonzero(source.labels == c).flatten()
-        members = members[torch.randperm(len(members), generator=random)]
+        members = members[torch.randperm(len(members), generator=random, device="cpu")]
         train_of.append(members[:count])
         # the test samples begin after the place of a full class, so an imbalance does not change them
         test_of.append(members[source.n_max : source.n_max + source.n_test])
@@ -302,12 +306,13 @@ def _standardise(x: Tensor, x_test: Tensor) -> tuple[Tensor, Tensor]:
 def augment(x: Tensor, random: torch.Generator) -> Tensor:
     """Shifts each image of a batch (B, C, H, W) by up to 4 pixels and mirrors it with probability 1/2 (He et al. 2016)."""
     n, channels, height, width = x.shape
-    shift = torch.randint(0, 9, (2, n, 1), generator=random)
-    rows, columns = shift[0] + torch.arange(height), shift[1] + torch.arange(width)
-    mirrored = torch.rand(n, 1, generator=random) < 0.5
+    shift = torch.randint(0, 9, (2, n, 1), generator=random, device="cpu")
+    rows, columns = (one + torch.arange(size, device="cpu") for one, size in zip(shift, (height, width)))
+    mirrored = torch.rand(n, 1, generator=random, dtype=torch.float32, device="cpu") < 0.5
     columns = torch.where(mirrored, columns.flip(1), columns)
     padded = torch.nn.functional.pad(x, (4, 4, 4, 4))
-    image, channel = torch.arange(n).view(n, 1, 1, 1), torch.arange(channels).view(1, channels, 1, 1)
+    image, channel = (torch.arange(size, device="cpu") for size in (n, channels))
+    image, channel = image.view(n, 1, 1, 1), channel.view(1, channels, 1, 1)
     return padded[image, channel, rows.view(n, 1, height, 1), columns.view(n, 1, 1, width)]
 
 
@@ -368,7 +373,7 @@ def _read_batch(path: Path, key: bytes, classes: int) -> tuple[Tensor, Tensor]:
     try:
         with open(path, "rb") as file:
             batch = _Unpickler(file, encoding="bytes").load()
-        pixels, labels = batch[b"data"], torch.tensor([int(label) for label in batch[key]], dtype=torch.int64)
+        pixels, labels = batch[b"data"], torch.tensor([int(label) for label in batch[key]], dtype=torch.int64, device="cpu")
         if not (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape == (len(labels), 3072)):
             raise ValueError(f"{key.decode()}: {len(labels)}, but data is not a uint8 array of {len(labels)} × 3072")
         if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < classes:

@@ -252,7 +252,7 @@ def _random(parameters: Parameters, config: Config, split: data.Split, seed: int
     draws = _Draws(seed)
 
     def weighting(losses: Tensor) -> Tensor:
-        w = torch.randn(len(losses), generator=draws.generator).clamp(min=0)
+        w = torch.randn(len(losses), generator=draws.generator, dtype=torch.float32, device="cpu").clamp(min=0)
         return len(losses) * w / w.sum().clamp(min=1e-12)
 
     return _by_weighting(parameters, config, weighting, draws=draws)
@@ -261,9 +261,9 @@ def _random(parameters: Parameters, config: Config, split: data.Split, seed: int
 def _proportion(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
     """The weight of a sample is inversely proportional to the size of its class."""
     counts = torch.bincount(split.y)
-    weight = (len(split.y) / (counts.clamp(min=1) * (counts > 0).sum())).float()
+    weight = len(split.y) / (counts.clamp(min=1) * (counts > 0).sum()).float()
     plain = ab.ABLoss(LOSSES[config.loss][0](), lam=inf)
-    last = torch.empty(0)
+    last = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         nonlocal last
@@ -305,7 +305,7 @@ class _Reweighting(Method):
 
     def step(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         x, y = self.clean
-        few = torch.randperm(len(y), generator=self.draws.generator)[: 2 * len(labels)]
+        few = torch.randperm(len(y), generator=self.draws.generator, device="cpu")[: 2 * len(labels)]
         loss, weights = ab.meta.l2rw_loss(model, self.loss, (images, labels), (x[few], y[few]), self.how, return_weights=True)
         self.optimizer.zero_grad()
         loss.backward()

@@ -3,6 +3,10 @@
 All take float32 images (B, channels, height, width) and return logits (B, classes).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from operator import index
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,10 +37,11 @@ def make_model(name: str, shape: tuple[int, ...], classes: int, seed: int) -> nn
         torch.Size([5, 10])
     """
     check_model(name, shape)
+    classes = index(classes)
     channels, height, width = shape
     pixels = channels * height * width
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), _float32():
+        torch.manual_seed(index(seed))
         if name == "linear":
             return nn.Sequential(nn.Flatten(), nn.Linear(pixels, classes))
         if name == "mlp":
@@ -55,6 +60,17 @@ def make_model(name: str, shape: tuple[int, ...], classes: int, seed: int) -> nn
                 nn.Linear(32 * (height // 4) * (width // 4), classes),
             )
         return resnet(channels, classes)
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    """Make float32 torch's default dtype: the layers are made in it, and the images are float32 whatever the default is."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def check_model(name: str, shape: tuple[int, ...]) -> None:

@@ -36,7 +36,7 @@ def figures(results: dict[str, Any]) -> list[Plot]:
 
 def _over_seeds(runs: Iterable[Run], key: str) -> tuple[Any, Any]:
     """(mean, std) over the seeds of a per-epoch series, each an array (epochs,)."""
-    series = torch.tensor([_numbers(run["epochs"][key]) for run in runs], dtype=torch.float64)
+    series = torch.tensor([_numbers(run["epochs"][key]) for run in runs], dtype=torch.float64, device="cpu")
     return _mean_std(series)
 
 
@@ -89,7 +89,7 @@ def _recall(runs_of: RunsOf) -> Plot:
     figure, axes = make_axes("class, from most to fewest training images (their number below)", "recall on the test set, %", size)
     width = 0.8 / len(runs_of)
     for i, (method, mine) in enumerate(runs_of.items()):
-        recall = torch.tensor([_numbers(run["per_class_recall"]) for run in mine.values()], dtype=torch.float64)
+        recall = torch.tensor([_numbers(run["per_class_recall"]) for run in mine.values()], dtype=torch.float64, device="cpu")
         recall = torch.stack([recall[:, classes].nanmean(1) for classes, _, _ in groups], 1)
         average, std = _mean_std(recall)
         places = [place + (i - (len(runs_of) - 1) / 2) * width for place in range(len(groups))]
@@ -113,7 +113,7 @@ def _recall(runs_of: RunsOf) -> Plot:
 def _weights(results: dict[str, Any], method: str, mine: dict[int, Run]) -> Plot:
     groups = _groups(mine.values())
     series = torch.tensor(
-        [[_numbers(epoch) for epoch in run["epochs"]["class_weight"]] for run in mine.values()], dtype=torch.float64
+        [[_numbers(epoch) for epoch in run["epochs"]["class_weight"]] for run in mine.values()], dtype=torch.float64, device="cpu"
     ).nanmean(0)  # (epochs, C)
     figure, axes = make_axes("epoch", f"mean robust weight under {method}")
     colours = colormaps["viridis"].resampled(len(groups) + 1)  # the last one, light yellow, cannot be seen on white

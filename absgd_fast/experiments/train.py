@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from absgd_fast import meta
+from absgd_fast._checks import plain
 
 from . import data, methods
 from .checkpoint import digest, random_state, restore_random_state
@@ -83,6 +84,10 @@ class Config:
     batch_size: int = 64
     weight_decay: float = 1e-4
     seeds: int = 8
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():  # so that results.json can hold the scalars of NumPy too
+            object.__setattr__(self, name, plain(value))
 
     @property
     def switch(self) -> int:
@@ -290,7 +295,7 @@ class _Training:
         model, method, config, split = self.model, self.method, self.config, self.split
         while self.epoch < config.epochs:
             if self.samples is None:
-                self.samples, self.step, self.weights = torch.randperm(len(split.y), generator=self.order), 0, []
+                self.samples, self.step, self.weights = torch.randperm(len(split.y), generator=self.order, device="cpu"), 0, []
             model.train()
             for batch in self.samples.split(config.batch_size)[self.step :]:
                 batch = method.choose(batch)
@@ -301,7 +306,7 @@ class _Training:
                 method.step(model, x, y)
                 self.seconds += time.perf_counter() - begun
                 given = method.weights()
-                self.weights.append(torch.ones(len(batch)) if given is None else given)
+                self.weights.append(torch.ones(len(batch), dtype=torch.float32, device="cpu") if given is None else given)
                 self.step += 1
                 after_step()
             self.decay.step()
@@ -332,7 +337,7 @@ def _mean_weights(
     """The mean weight of each class (by the labels that training sees), of the right labels, and of the wrong ones."""
     y, wrong = split.y[samples], split.y[samples] != split.y_true[samples]
     counts = torch.bincount(y, minlength=source.classes)
-    per_class = torch.zeros(source.classes, dtype=torch.float64).index_add_(0, y, weights.double()) / counts
+    per_class = torch.zeros(source.classes, dtype=torch.float64, device="cpu").index_add_(0, y, weights.double()) / counts
     return [_number(w) for w in per_class], _number(weights[~wrong].mean()), _number(weights[wrong].mean())
 
 
@@ -340,7 +345,7 @@ def _test(model: nn.Module, split: data.Split, classes: int) -> tuple[float | No
     """Accuracy, mean recall over the classes, and the recall of each class, in percent."""
     right = _logits(model, split.x_test).argmax(1) == split.y_test
     counts = torch.bincount(split.y_test, minlength=classes)
-    recall = 100 * torch.bincount(split.y_test[right], minlength=classes) / counts
+    recall = 100 * torch.bincount(split.y_test[right], minlength=classes).float() / counts
     return _number(100 * right.double().mean()), _number(recall.nanmean()), [_number(r) for r in recall]
 
 

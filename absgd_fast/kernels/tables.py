@@ -35,7 +35,7 @@ _captured: list = []  # the tensors that captured graphs read again at every rep
 
 
 def _pinned(size: int, device: torch.device) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=device.type != "cpu")
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type != "cpu")
 
 
 class Reserve:
@@ -45,7 +45,7 @@ class Reserve:
     """
 
     def __init__(self) -> None:
-        self.memory, self.left = torch.empty(0, dtype=torch.uint8), 0
+        self.memory, self.left = torch.empty(0, dtype=torch.uint8, device="cpu"), 0
         self.sizes: OrderedDict[tuple, int] = OrderedDict()
         self.needed = 0
 
@@ -86,10 +86,10 @@ def _room(numbers: Tensor) -> int:
 def _upload(numbers: list[int], dtype: torch.dtype, device: torch.device, captures: bool) -> _Upload:
     """Copy numbers to the device, without waiting for it."""
     if captures:
-        plain = torch.tensor(numbers, dtype=dtype)
+        plain = torch.tensor(numbers, dtype=dtype, device="cpu")
         host = _reserve.take(_room(plain), device)[: plain.nbytes].view(dtype).copy_(plain)
     else:
-        host = torch.tensor(numbers, dtype=dtype, pin_memory=device.type != "cpu")
+        host = torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=device.type != "cpu")
     return _Upload(host.to(device, non_blocking=True), host)
 
 

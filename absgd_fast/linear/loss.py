@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from .. import ops
+from .. import _checks, ops
 from .._checkpointing import hooks_are_active
 from ..losses import fused_spec
 from ..robust import ABLoss
@@ -77,9 +77,7 @@ class LinearABLoss(RobustLoss):
         conflicts.check("LinearABLoss", {"rule": rule})
         super().__init__(criterion, **options)
         conflicts.check("LinearABLoss", vars(self))
-        if chunk is not None and not (isinstance(chunk, int) and not isinstance(chunk, bool) and chunk > 0):
-            raise ValueError(f"chunk: got {chunk!r}, expected a positive number of rows, or None")
-        self.chunk = chunk
+        self.chunk = None if chunk is None else _checks.at_least(chunk, "chunk", 1, "a positive number of rows, or None")
 
     def forward(
         self,

@@ -54,7 +54,7 @@ def check_labels(target: Tensor, classes: int, ignore_index: int) -> Tensor:
 
 @cache
 def _report() -> Tensor:
-    return torch.zeros(4, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+    return torch.zeros(4, dtype=torch.int64, device="cpu", pin_memory=torch.cuda.is_available())
 
 
 _seen: dict[torch.device, Tensor] = {}

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.optim.adagrad import adagrad
 from torch.optim.optimizer import ParamsT
 
-from .. import _codes, reference
+from .. import _checks, _codes, reference
+from .._exact import exact_dtype
 from ..robust.base import RobustLoss
 from .base import FusedOptimizer
 from .rule import OptimizerRule, Place
-from .state import state_dtype
+from .state import first_count, state_dtype
 
 ADAGRAD = OptimizerRule(
     "adagrad",
@@ -84,6 +85,7 @@ class ABAdagrad(FusedOptimizer, torch.optim.Adagrad):
         robust: RobustLoss | None = None,
         backend: str | None = None,
     ) -> None:
+        initial_accumulator_value = _checks.plain(initial_accumulator_value)
         super().__init__(
             params,
             lr,
@@ -98,8 +100,12 @@ class ABAdagrad(FusedOptimizer, torch.optim.Adagrad):
         )
         for group in self.param_groups:
             for p in group["params"]:
-                self.state[p]["sum"] = self._first_sum(p, group)
+                self.state[p] = self._first_state(p, group)
         self._set_up(robust, backend)
+
+    @classmethod
+    def _first_state(cls, p: Tensor, group: dict) -> dict[str, Tensor]:
+        return {"step": first_count(exact_dtype()), "sum": cls._first_sum(p, group)}
 
     @staticmethod
     def _first_sum(p: Tensor, group: dict) -> Tensor:
@@ -114,7 +120,7 @@ class ABAdagrad(FusedOptimizer, torch.optim.Adagrad):
     def _make_missing(self, group: dict) -> None:
         for p in group["params"]:  # torch makes states in __init__ only, and not for a group that is added later
             if p.grad is not None and not self.state[p]:
-                self.state[p] = {"step": torch.tensor(0.0, dtype=torch.float32), "sum": self._first_sum(p, group)}
+                self.state[p] = self._first_state(p, group)
         super()._make_missing(group)
 
     def _torch_step(

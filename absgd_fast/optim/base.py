@@ -14,7 +14,7 @@ from .. import _backend, ops
 from ..robust.base import RobustLoss
 from . import list_step, planned_step, torch_step
 from .checks import check_deferrable, check_robust, check_tensors, check_torchs_options, claim, warn_of_another_criterion
-from .rule import OptimizerRule, changed
+from .rule import OptimizerRule, changed, plain_options
 from .scaling import Scaling, is_known_nonfinite, unscale_where_host_reads
 from .state import check_forms, fill_in_own_flags, place_states, restore_float32
 
@@ -56,7 +56,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in own_flags.items():
                 group.setdefault(name, value)
-        self.defaults |= own_flags
+        self.defaults = plain_options(self.defaults) | own_flags
         self._choose_kernels()
 
     def _torch_step(
@@ -112,6 +112,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, as for every torch optimizer. ValueError: a float16 parameter together with ``robust``."""
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group |= plain_options(group)
         if hasattr(self, "backend"):
             self._check_deferrable(self.param_groups[-1])
             self._choose_kernels()

@@ -90,7 +90,7 @@ def launch(plan: Plan, updated: list[Tensor], on: Tensor) -> None:
 
 
 def _allocate_table(words: int) -> Tensor:
-    return torch.empty(words, dtype=torch.int64)
+    return torch.empty(words, dtype=torch.int64, device="cpu")
 
 
 def _sharded_type() -> type | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
+from .. import _checks
 from .._codes import RULES
 
 _T = TypeVar("_T")
@@ -88,6 +89,11 @@ class OptimizerRule:
 def changed(group: dict, **options: Any) -> dict:
     """A copy of the group with these options. It asks for each value, because a dict of another class may compute it."""
     return {name: group[name] for name in group} | options
+
+
+def plain_options(group: dict[str, Any]) -> dict[str, Any]:
+    """The options of a group, with Python's own numbers for those of NumPy, so that a state_dict is made of plain values."""
+    return {name: _checks.plain(value) for name, value in group.items() if name != "params"}
 
 
 def read_number(group: dict, place: Place) -> float:

@@ -28,10 +28,19 @@ def place_states(rule: OptimizerRule, params: list[Tensor], states: dict, operat
             if isinstance(value, Tensor) and value.dtype in HALF:
                 of_p[name] = value.float()
         count = of_p.get("step")
-        if count is not None and not isinstance(count, Tensor):
+        if count is None:
+            continue
+        if not isinstance(count, Tensor):
             of_p["step"] = count = torch.tensor(float(count), dtype=torch.float32, device="cpu")
-        if count is not None and operators.get(p.device) is not None and not (count.device == p.device and count.dtype in COUNTS):
+        if count.is_meta and not p.is_meta:
+            of_p["step"] = count = first_count(count.dtype)
+        if operators.get(p.device) is not None and not (count.device == p.device and count.dtype in COUNTS):
             of_p["step"] = count.to(p.device, torch.float32)
+
+
+def first_count(dtype: torch.dtype) -> Tensor:
+    """The count of steps of a parameter that has taken none. torch makes it on its default device, which may be meta."""
+    return torch.zeros((), dtype=dtype, device="cpu")
 
 
 def check_forms(rule: OptimizerRule, groups: list[dict], saved_groups: list[dict]) -> None:

@@ -58,7 +58,7 @@ def logits_of_gradient(
     g = grad.movedim(1, -1).to(real_dtype(grad.dtype))
     if g.numel() == 0:
         return torch.zeros_like(grad, dtype=g.dtype)
-    scale, shift = (torch.as_tensor(d) if v is None else v.to(g) for v, d in ((scale, 1.0), (shift, 0.0)))
+    scale, shift = (g.new_tensor(d) if v is None else v.to(g) for v, d in ((scale, 1.0), (shift, 0.0)))
     if (scale == 0).any():
         raise RuntimeError("second derivative: got a class vector S with a 0, expected none, or backend='reference'")
     g = g / scale

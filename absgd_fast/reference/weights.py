@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A number or a 0-d tensor as a 0-d tensor of this dtype on this device, without its history."""
-    value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
     return value.detach().to(device, dtype)
 
 
@@ -370,7 +370,7 @@ def rectified(products: Tensor) -> Tensor:
     """
     u = products.to(real_dtype(products.dtype))
     kept = u.clamp(min=0).where(u.isfinite(), 0.0)
-    kept = kept * torch.where(kept.sum().isinf(), 2.0**-64, 1.0).to(kept.dtype)
+    kept = torch.where(kept.sum().isinf(), kept * 2.0**-64, kept)
     total = kept.sum()
     weights = kept / torch.where(total == 0, 1.0, total)
     return weights.masked_fill(~u.isfinite(), math.nan).to(products.dtype)

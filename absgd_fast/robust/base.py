@@ -114,7 +114,7 @@ class RobustLoss(RobustState):
 
     @loss_divisor.setter
     def loss_divisor(self, value: float) -> None:
-        self._shared.loss_divisor = value
+        self._shared.loss_divisor = _checks.positive(value, "loss_divisor")
 
     @property
     def deferred(self) -> bool:
@@ -410,7 +410,7 @@ class RobustLoss(RobustState):
 
 def _not_a_criterion(given: object, class_name: str) -> str:
     """The error for a criterion that is not callable. The package absgd takes lambda in its place."""
-    is_lam = isinstance(given, (int, float, Tensor, RelativeLam)) and not isinstance(given, bool)
+    is_lam = isinstance(given, (Tensor, RelativeLam)) or _checks.real(given) is not None
     got = f"the {type(given).__name__} {given}" if is_lam else type(given).__name__
     hint = f"; lambda is a keyword: {class_name}(lam={given})" if is_lam else ""
     return f"criterion: got {got}, expected a callable that returns per-sample losses{hint}"

@@ -34,8 +34,8 @@ class RelativeLam:
     """
 
     def __init__(self, r: float):
-        is_number = isinstance(r, (int, float)) and not isinstance(r, bool)
-        self.r = float(r) if is_number else float(_checks.lam(r))  # which refuses what is neither a number nor a 0-d tensor
+        _checks.not_learned(r, "r")
+        self.r = float(_checks.scalar(r, "r"))
         if not torch.finfo(torch.float32).tiny <= abs(self.r) < math.inf:  # NaN too; less than tiny is 0 in float32
             raise ValueError(f"r: got {r}, expected a finite number other than 0")
 

@@ -83,7 +83,9 @@ class Processes:
         )
         key = (fixed, stats.device)
         if self._configured is None or self._configured[0] != key:
-            numbers = torch.tensor([float(x) for x in fixed], dtype=torch.float64).to(stats.device, non_blocking=True)
+            numbers = torch.tensor([float(x) for x in fixed], dtype=torch.float64, device="cpu").to(
+                stats.device, non_blocking=True
+            )
             self._configured = (key, numbers)
         lam, log_s = (t.detach().double().reshape(1) for t in (state.lam, state.log_s))
         of_all = distributed.exchange(torch.cat([stats, lam, self._configured[1], log_s]), self.group, count)

@@ -51,16 +51,14 @@ class RobustState(Scheduled):
         super().__init__()
         self.gamma = _checks.unit_interval(gamma, "gamma")
         self.alpha = _checks.unit_interval(alpha, "alpha")
-        self.mix = float(mix)
-        if not math.isfinite(self.mix):
-            raise ValueError(f"mix: got {mix!r}, expected a finite number")
+        self.mix = _checks.finite(mix, "mix")
         self.max_weight = _checks.max_weight(max_weight)
         self.init = _checks.choice(init, "init", ("first", "zero"))
         self.normalizer = _checks.choice(normalizer, "normalizer", NORMALIZERS)
         self.bits = ops.flags(self.normalizer, self.init)
         self.lam = torch.tensor(math.inf, dtype=exact_dtype())
         self.log_s = torch.tensor(-math.inf, dtype=exact_dtype())
-        self.register_buffer("nonfinite_batches", torch.tensor(0))
+        self.register_buffer("nonfinite_batches", torch.tensor(0, dtype=torch.int64))
         self._take_lam(lam, reset=True)
         self.lam_is_constructors = True  # until a schedule or set_lam replaces it
 
@@ -76,7 +74,7 @@ class RobustState(Scheduled):
             self.relative_lam, self.lam_is_open = value.r, True
             self.lam.fill_(math.nan)
         else:
-            _checks.lam(value)
+            value = _checks.lam(value)
             self.relative_lam, self.lam_is_open = None, False
             self.lam.copy_(value) if isinstance(value, Tensor) else self.lam.fill_(value)
         self._given_lam = value.detach().clone() if isinstance(value, Tensor) else value

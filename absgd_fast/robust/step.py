@@ -168,7 +168,7 @@ class DeferredStep:
         settled[SCALE] = 1.0
         self.reference, self._count = settled, None
         if settled.is_cuda and not self.cannot_look(settled):
-            host = torch.empty(1, dtype=settled.dtype, pin_memory=True)
+            host = torch.empty(1, dtype=settled.dtype, device="cpu", pin_memory=True)
             with torch.cuda.device(settled.device):  # the event belongs on this device's stream, whichever device is current
                 host.copy_(settled[COUNT : COUNT + 1], non_blocking=True)
                 event = torch.cuda.Event()

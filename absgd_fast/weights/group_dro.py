@@ -59,12 +59,12 @@ class GroupDRO(ExactState):
     def __init__(self, n_groups: int, eta: float = 0.01, *, backend: str | None = None):
         super().__init__()
         self.backend = backend
-        if isinstance(n_groups, bool) or not isinstance(n_groups, int) or n_groups < 1:
-            raise ValueError(f"n_groups: got {n_groups!r}, expected an integer >= 1")
-        self.n_groups = n_groups
+        self.n_groups = _checks.at_least(n_groups, "n_groups", 1)
         self.eta = _checks.within(eta, "eta", 0, math.inf)
-        self.log_q = torch.empty(n_groups, dtype=exact_dtype())
-        self.register_buffer("place", torch.zeros(()), persistent=False)  # `follow_buffers` sees by it where the module is
+        self.log_q = torch.empty(self.n_groups, dtype=exact_dtype())
+        self.register_buffer(
+            "place", torch.zeros((), dtype=torch.float32), persistent=False
+        )  # `follow_buffers` sees by it where the module is
         self.reset_parameters()
         self._was_compiled = False
         self._replays: Replays[list[Tensor]] = Replays()

@@ -49,8 +49,7 @@ def cvar(losses: Tensor, beta: float, reg: float = 0.0, *, mask: Tensor | None =
 
     Source: Rockafellar & Uryasev 2000; Levy et al. 2020, "Large-scale methods for distributionally robust optimization".
     """
-    _checks.within(beta, "beta", 0, 1, open_below=True)
-    _checks.within(reg, "reg", 0, math.inf)
+    beta, reg = _checks.within(beta, "beta", 0, 1, open_below=True), _checks.within(reg, "reg", 0, math.inf)
     losses, mask = prepared(losses, mask)
     if (kernels := kernels_for(losses, backend)) is not None:
         return kernels.rule_weights(losses, mask, ops.RULES_OF_LOSSES.index("cvar"), beta, reg)
@@ -107,8 +106,10 @@ def chi2(losses: Tensor, rho: float, *, mask: Tensor | None = None, backend: str
 
     Source: Namkoong & Duchi 2017, "Variance-based regularization with convex objectives"; Levy et al. 2020.
     """
-    if not (isinstance(rho, (int, float)) and not isinstance(rho, bool) and rho >= 0):
+    radius = _checks.real(rho)
+    if radius is None or not radius >= 0:
         raise ValueError(f"rho: got {rho!r}, expected a number >= 0")
+    rho = radius
     losses, mask = prepared(losses, mask)
     if (kernels := kernels_for(losses, backend)) is not None:
         return kernels.rule_weights(losses, mask, ops.RULES_OF_LOSSES.index("chi2"), rho, 0.0)

@@ -59,7 +59,7 @@ def term(
     Source: Li et al. 2021, "Tilted empirical risk minimization" (flat and hierarchical); EG: Majidi et al. 2021,
     "Exponentiated gradient reweighting for robust training under label noise and beyond".
     """
-    _checks.tilt(t, "t")
+    t = _checks.tilt(t, "t")
     if groups is None and t_group is not None:
         raise ValueError(f"t_group: got {t_group!r} without groups, expected groups=, one integer per loss")
     losses, mask = prepared(losses, mask)
