@@ -151,7 +151,7 @@ def losses_and_validity(
     target = _checks.target(logits, target, soft=spec.soft)
     spec = spec._replace(class_weight=_checks.class_weight(spec.class_weight, logits), adjust=_checks.adjust(spec.adjust, logits))
     operators = ops.serving(logits.device, backend)
-    mode = operators.losses_backward_mode if logits.requires_grad and torch.is_grad_enabled() else 0
+    mode = operators.losses_backward_mode(logits) if logits.requires_grad and torch.is_grad_enabled() else 0
     class_weight, adjust, hyper_a, hyper_b, ignore_index, bits = spec
     learned = target.requires_grad and ops.needs_attaching(operators, target)
     try:

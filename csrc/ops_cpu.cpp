@@ -24,6 +24,7 @@ std::string native_signatures();
 
 // Operators that only the CPU has.
 #define ABSGD_HERE_ALONE(OP) \
+  OP(logit_loss_backward_)   \
   OP(rule_weights)           \
   OP(group_weights)
 

@@ -274,7 +274,12 @@ def test_robust_loss_of_plain_torch_is_that_of_its_losses(kind, update):
     assert torch.equal(loss, wanted) and torch.equal(stats[1], weights) and torch.equal(stats[2] > 0, counts) and saved is None
     assert torch.equal(*(torch.autograd.grad(value, logits)[0] for value in (loss, wanted)))
     assert torch.equal(state[0], log_s if update else before[0]) and state[1] == 0
-    assert ops.REFERENCE.backward_mode(logits) == ops.REFERENCE.losses_backward_mode == ops.REFERENCE.vector_backward_mode == 0
+    assert (
+        ops.REFERENCE.backward_mode(logits)
+        == ops.REFERENCE.losses_backward_mode(logits)
+        == ops.REFERENCE.vector_backward_mode
+        == 0
+    )
 
 
 @pytest.mark.parametrize("update", [0, ops.UPDATE])

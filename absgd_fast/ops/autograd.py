@@ -10,6 +10,9 @@ made in forward     The forward pass makes the gradient, because it has the expo
 from statistics     The forward pass leaves four numbers per row (csrc/math/losses.h RowGradient, docs/MATH.md §8), and backward
                     walks over the logits once more, so the graph keeps them. A GPU takes this way for all but small batches: the
                     forward pass would make the gradient before it knows the weights, and so read and write it twice.
+                    The CPU takes it for losses of bfloat16 logits. A gradient that the forward pass makes would be rounded
+                    there, and again after the upstream gradient. The graph keeps a copy of these logits, and backward writes
+                    the gradient over it (docs/design-cpu.md, decision 6).
 """
 
 from __future__ import annotations
@@ -33,22 +36,63 @@ def _differentiable(recompute: Callable[[Tensor], Tensor], x: Tensor, upstream: 
     return torch.autograd.grad(value, x, upstream.to(value.dtype), create_graph=True)[0]
 
 
+class _OverCopy:
+    """Makes the gradient over a copy of the logits. It takes the place of the operators that scale a gradient.
+
+    The target and the class vectors are the caller's tensors. As in torch, they must stay as they are until backward.
+    """
+
+    def __init__(
+        self,
+        operators: Operators,
+        target: Tensor,
+        class_weight: Tensor | None,
+        adjust: Tensor | None,
+        smoothing: float,
+        stats: Tensor,
+    ):
+        self.write, self.given = operators.logit_loss_backward_, (target, class_weight, adjust, smoothing, stats)
+        self.versions = self._versions()
+
+    def scale_(self, copy: Tensor, upstream: Tensor) -> None:
+        """Writes the gradient, times the upstream one, over the copy."""
+        if self._versions() != self.versions:
+            raise RuntimeError(
+                "backward: got labels, class weights or class vectors that were modified by an inplace operation after the loss,"
+                " expected them unchanged; clone() them before"
+            )
+        self.write(copy, *self.given, upstream)
+
+    def scale(self, copy: Tensor, upstream: Tensor, to_half: bool) -> Tensor:
+        """The same in new memory."""
+        grad = copy.clone()
+        self.scale_(grad, upstream)
+        return grad
+
+    def _versions(self) -> list[int]:
+        """How often each of the caller's tensors was changed in place."""
+        return [t._version for t in self.given[:3] if t is not None and not t.is_inference()]
+
+
 class _KnownGradient(torch.autograd.Function):
     """A value whose derivative by x is known: grad has one number, or one row, per element of value.
 
     A first backward reads grad alone. So it works after x was changed in place. recompute(x), the value in plain torch, serves a
     second derivative. Only then is the saved x asked for.
+
+    With an `_OverCopy` as operators, grad is the copy of x.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, given: tuple) -> Tensor:
         value, grad, hooked, operators, recompute = given
+        ctx.known = operators, recompute, grad.dtype is not x.dtype
         if hooked:
             ctx.save_for_backward(x, grad)
             grad = None
         else:
             ctx.save_for_backward(x)
-        ctx.grad, ctx.known = grad, (operators, recompute, x.dtype is torch.float16)
+        ctx.grad = grad
         return value
 
     @staticmethod
@@ -114,8 +158,13 @@ class _GradientFromStatsCompiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         x, target, class_weight, adjust, *saved = ctx.saved_tensors
-        backward = OPERATORS[ctx.backend].compiled.logit_loss_backward
-        grad = backward(x, target, class_weight, adjust, ctx.smoothing, saved[0], upstream, *saved[1:])
+        operators = OPERATORS[ctx.backend].compiled
+        given = target, class_weight, adjust, ctx.smoothing, saved[0], upstream
+        if operators.writes_over_logits:
+            grad = x.clone(memory_format=torch.contiguous_format)
+            operators.logit_loss_backward_(grad, *given)
+        else:
+            grad = operators.logit_loss_backward(x, *given, *saved[1:])
         return grad, *[None] * 9
 
 
@@ -141,6 +190,18 @@ def attach(
     """
     if operators.compiled is operators:  # torch.compiler.is_compiling() takes four times as long
         return _KnownGradientCompiled.apply(x, value, grad, operators.backend)
+    return _attach_eagerly(operators, x, value, grad, recompute, recover)
+
+
+def _attach_eagerly(
+    operators: Operators | _OverCopy,
+    x: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    recompute: Callable[[Tensor], Tensor],
+    recover: Callable[[object], Tensor] | None,
+) -> Tensor:
+    """`attach` outside of torch.compile."""
     if top_hooks(True) is not None:
         return _known(x, (value, grad, True, operators, recompute))
     given = value, grad, False, operators, recompute
@@ -183,7 +244,8 @@ def attach_logit_gradient(
         saved: what the operator has saved for backward.
         recompute: recompute(logits) is the value in plain torch, for a second derivative.
         recover: as in `attach`, if `saved` is the gradient. It is not used for bfloat16 with label smoothing or soft targets: the
-            rounding of p_k sum_j u_j - u_k hides a small p_k (docs/MATH.md §2.6), so the graph keeps these logits.
+            rounding of p_k sum_j u_j - u_k hides a small p_k (docs/MATH.md §2.6), so the graph keeps these logits. A copy of
+            the logits needs no recovery.
         sample_stats, weighing: of robust_logit_loss, if backward makes the weights.
     """
     if mode != WITH_STATS:
@@ -194,6 +256,9 @@ def attach_logit_gradient(
     stats = (saved, None, None) if weighing is None else (saved, sample_stats, weighing)
     if torch.compiler.is_compiling():
         return _GradientFromStatsCompiled.apply(logits, value, *loss, *stats, operators.backend)
+    if operators.writes_over_logits:
+        copy = logits.detach().clone(memory_format=torch.contiguous_format)
+        return _attach_eagerly(_OverCopy(operators, *loss, saved), logits, value, copy, recompute, lambda _: copy.float())
     return _from_stats(logits, (value, loss, stats, operators, recompute))
 
 

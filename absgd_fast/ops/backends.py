@@ -36,7 +36,7 @@ class Operators:
         has_rules: whether rule_weights and group_weights are there.
         weighs_late: whether settled_logit_loss is there. Then the backward pass also makes the weights of the statistics that
             robust_logit_loss leaves.
-        losses_backward_mode: the backward mode of losses on logits, without weights.
+        writes_over_logits: whether backward makes the gradient from statistics over a copy of the logits (logit_loss_backward_).
         vector_backward_mode: the backward mode of the robust loss of losses that are there already.
     """
 
@@ -46,6 +46,7 @@ class Operators:
     logit_loss_: Callable[..., tuple[Tensor, Tensor]]
     robust_logit_loss: Callable[..., tuple[Tensor, Tensor, Tensor]]
     logit_loss_backward: Callable[..., Tensor]
+    logit_loss_backward_: Callable[..., None]
     settled_logit_loss: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     robust_loss: Callable[..., tuple[Tensor, Tensor, Tensor]]
     robust_partial_stats: Callable[..., Tensor]
@@ -63,11 +64,12 @@ class Operators:
     weighted_step_: Callable[..., Tensor]
 
     has_kernels = False
-    losses_backward_mode = vector_backward_mode = 0
+    vector_backward_mode = 0
 
     def __init__(self, backend: str, functions: dict[str, Callable], compiled: Operators | None = None):
         self.backend, self.compiled = backend, compiled or self
         self.has_rules, self.weighs_late = "rule_weights" in functions, "settled_logit_loss" in functions
+        self.writes_over_logits = "logit_loss_backward_" in functions
         vars(self).update(functions)
 
     def __reduce__(self):  # a module that is copied or pickled finds the same operators again
@@ -75,6 +77,10 @@ class Operators:
 
     def backward_mode(self, logits: Tensor) -> int:
         """The backward mode of the robust loss on logits."""
+        return 0
+
+    def losses_backward_mode(self, logits: Tensor) -> int:
+        """The backward mode of losses on logits, without weights."""
         return 0
 
     def weighing(self, logits: Tensor, mode: int) -> Tensor | None:
@@ -95,8 +101,6 @@ class Kernels(Operators):
     def __init__(self, backend: str, functions: dict, gradient_limit: int, compiled: Operators | None = None):
         super().__init__(backend, functions, compiled)
         self.gradient_limit = gradient_limit
-        # A gradient made from statistics takes in the upstream gradient of losses, one number per row, at no cost.
-        self.losses_backward_mode = WITH_GRAD if gradient_limit == ANY else WITH_STATS
 
     def backward_mode(self, logits: Tensor) -> int:
         """The backward mode of the robust loss on logits."""
@@ -108,6 +112,14 @@ class Kernels(Operators):
         classes = logits.shape[1]
         fits = 0 < classes <= 128 and logits.numel() <= classes * (limit // lanes_of_a_row(classes))
         return WITH_GRAD if fits else WITH_STATS
+
+    def losses_backward_mode(self, logits: Tensor) -> int:
+        """The backward mode of losses on logits, without weights.
+
+        A gradient made from statistics takes in the upstream gradient of losses, one number per row, at no cost. A gradient made
+        in the forward pass would be rounded before and after that in bfloat16.
+        """
+        return WITH_GRAD if self.gradient_limit == ANY and logits.dtype is not torch.bfloat16 else WITH_STATS
 
 
 def lanes_of_a_row(classes: int) -> int:

@@ -163,6 +163,17 @@ def _(logits, target, class_weight, adjust, smoothing, stats, upstream, sample_s
     return logits.new_empty(logits.shape)
 
 
+# The gradient of logit_loss_backward, written over the logits (contiguous, not float16).
+# upstream: one number for each row.
+@_operator(
+    "logit_loss_backward_(Tensor(a!) logits, Tensor target, Tensor? class_weight, Tensor? adjust, float smoothing, Tensor stats,"
+    " Tensor upstream) -> ()",
+    native=("cpu",),
+)
+def _(logits, target, class_weight, adjust, smoothing, stats, upstream):
+    return None
+
+
 # The robust loss of rows whose normaliser is already settled; it bounds their z. A row's weight exp(z - log s') is known as soon
 # as its loss is, so its gradient is written while the row is on the chip. Other backends call logit_loss, robust_partial_stats
 # and robust_apply instead.

@@ -18,10 +18,10 @@ constexpr int64_t kAllLabelsInRange = INT64_MAX;
 // How the class vectors S and D act on a row (LogitArgs::adjust_form). 0: there are none.
 enum AdjustForm : int { kAdjusts = 1, kScales = 2 /* S differs between classes */, kShifts = 4 /* D is not 0 */ };
 
-// The arguments of the two walks over the logits: logit_stats and logit_grads.
+// The arguments of the two walks over the logits, logit_stats and logit_grads, and of gradient_stats between them.
 struct LogitArgs : LogitInput {
   int adjust_form;
-  // One number per row, padded to whole tiles. logit_stats writes them, and logit_grads reads them.
+  // One number per row, padded to whole tiles. logit_stats writes them, and logit_grads or gradient_stats reads them.
   void* losses;             // real
   void* row_max;            // real
   void* row_sumexp_others;  // real, of math/losses.h Row
@@ -29,6 +29,11 @@ struct LogitArgs : LogitInput {
   void* coefficient;        // real, c of math/losses.h
   void* row_weight_total;   // real, sum_k weight_k of launch.h ClassWeights
   uint8_t* valid;           // 0 = ignored
+
+  // The four numbers of math/losses.h RowGradient for each row: (4, rows) real, max, scale, at_label, smoothing_coef,
+  // all 0 for an ignored row; or null. gradient_stats writes them. If they are given to logit_grads, it reads them
+  // instead of the numbers above, of which it writes `valid`.
+  void* stats;
 
   // The gradient: factor_i * d loss_i / d logits.
   void* grad;  // (batch, classes, inner) contiguous, of the logits' dtype but f32 for f16; or null
@@ -111,6 +116,8 @@ struct GroupArgs : WeightingArgs {
   /* tiles [begin, end): losses and row statistics. Returns the first row whose label is out of range, or             \
      kAllLabelsInRange. */                                                                                            \
   KERNEL(int64_t, logit_stats, (const LogitArgs&, int64_t begin, int64_t end))                                        \
+  /* tiles [begin, end): LogitArgs::stats */                                                                          \
+  KERNEL(void, gradient_stats, (const LogitArgs&, int64_t begin, int64_t end))                                        \
   /* tiles [begin, end): the gradient */                                                                              \
   KERNEL(void, logit_grads, (const LogitArgs&, int64_t begin, int64_t end))                                           \
   /* blocks [begin, end): BlockStats of each */                                                                       \

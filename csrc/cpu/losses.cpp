@@ -1,4 +1,4 @@
-// The two kernels of the losses on logits (MATH §2). Each works on tiles of kTileRows rows.
+// The kernels of the losses on logits (MATH §2). Each works on tiles of kTileRows rows.
 //
 // logit_stats, the forward pass:
 //     1. It reads the labels of the tile, and the adjusted logit of each label.
@@ -8,6 +8,8 @@
 // logit_grads, the backward pass:
 //     1. gradient_numbers makes the RowGradient of each row, with its factor.
 //     2. It walks along the classes once more and writes the gradient.
+//
+// gradient_stats stores the RowGradient of each row, for a backward pass that comes after the operator has returned.
 // This file is compiled once for each instruction set, each time into its own namespace (ABSGD_ISA_NAMESPACE).
 #include "along_classes.h"
 #include "along_rows.h"
@@ -87,17 +89,15 @@ int64_t logit_stats_typed(const LogitArgs& a, int64_t begin, int64_t end) {
 // The numbers of each row of a tile that its gradient needs (math/losses.h RowGradient):
 //     grad_k = exp(a_k - max) scale - smoothing_coef weight_k    for k != y
 //     grad_y = at_label - smoothing_coef v_y
-template <class L, class S, int kForm>
-ABSGD_FN void gradient_numbers(const TileInput<L, S, kForm>& in, typename L::Scalar smoothing_coef,
-                               GradientTile<typename L::Scalar>& out) {
+template <class L>
+ABSGD_FN void gradient_numbers(const LogitArgs& a, int64_t first, int count, GradientTile<typename L::Scalar>& out) {
   using T = typename L::Scalar;
-  const LogitArgs& a = in.a;
   const T* const factor = static_cast<const T*>(a.factor);
+  const T smoothing_coef = a.all_classes_weigh() ? ClassWeights<T>::of(a).smoothing_coef(a.soft != nullptr) : T(0);
   for (int j = 0; j < kTileRows; j += L::N) {
-    auto read = [&](const void* array) { return L::load(static_cast<const T*>(array) + in.first + j); };
+    auto read = [&](const void* array) { return L::load(static_cast<const T*>(array) + first + j); };
     T u[L::N];
-    for (int i = 0; i < L::N; ++i)
-      u[i] = j + i >= in.count ? T(0) : factor == nullptr ? T(1) : factor[in.first + j + i];
+    for (int i = 0; i < L::N; ++i) u[i] = j + i >= count ? T(0) : factor == nullptr ? T(1) : factor[first + j + i];
     const Row<L> row{L::set(0), read(a.row_sumexp_others), read(a.row_exp_target)};
     const typename L::V upstream = L::load(u);
     const auto g = RowGradient<L>::of(row, read(a.coefficient) * upstream, upstream * L::set(smoothing_coef),
@@ -109,6 +109,40 @@ ABSGD_FN void gradient_numbers(const TileInput<L, S, kForm>& in, typename L::Sca
   }
 }
 
+// Calls f(array of `out`, array of LogitArgs::stats) for each of the four numbers.
+template <class T, class F>
+ABSGD_FN void for_stats(const LogitArgs& a, GradientTile<T>& out, F f) {
+  T* const stats = static_cast<T*>(a.stats);
+  T* const of_tile[4] = {out.max, out.scale, out.at_label, out.smoothing_coef};
+  for (int n = 0; n < 4; ++n) f(of_tile[n], stats + n * a.rows());
+}
+
+template <class T>
+void gradient_stats_typed(const LogitArgs& a, int64_t begin, int64_t end) {
+  GradientTile<T> numbers;
+  for (int64_t first = begin * kTileRows; first < smaller(end * kTileRows, a.rows()); first += kTileRows) {
+    const int count = int(smaller(kTileRows, a.rows() - first));
+    gradient_numbers<Lanes<T>>(a, first, count, numbers);
+    for_stats(a, numbers, [&](const T* from, T* to) {
+      for (int j = 0; j < count; ++j) to[first + j] = a.valid[first + j] ? from[j] : T(0);
+    });
+  }
+}
+
+// The numbers of a tile from LogitArgs::stats, times the factors of its rows. A row whose numbers are 0 does not count.
+template <class T>
+ABSGD_FN void numbers_of_stats(const LogitArgs& a, int64_t first, int count, GradientTile<T>& out) {
+  const T* const factor = static_cast<const T*>(a.factor);
+  for_stats(a, out, [&](T* to, const T* from) {
+    for (int j = 0; j < kTileRows; ++j) {
+      to[j] = j < count ? from[first + j] : T(0);
+      if (j < count && factor != nullptr && to != out.max) to[j] *= factor[first + j];
+    }
+  });
+  for (int j = 0; j < kTileRows; ++j)
+    a.valid[first + j] = out.scale[j] != 0 || out.at_label[j] != 0 || out.smoothing_coef[j] != 0;
+}
+
 // S, T, G: the types that logits are stored in, that rows are computed in, and that the gradient is stored in. G is S,
 // except for f16 (LogitArgs::grad).
 template <class S, class T, class G, int kForm>
@@ -116,13 +150,15 @@ void logit_grads_typed(const LogitArgs& a, int64_t begin, int64_t end) {
   using L = Lanes<T>;
   const bool all_weigh = a.all_classes_weigh(), along_classes = a.along_classes();
   TileInput<L, S, kForm> in(a);
-  const T smoothing_coef = all_weigh ? in.weights.smoothing_coef(a.soft != nullptr) : T(0);
   Tile<L> t;
   GradientTile<T> numbers;
   for (int64_t tile = begin; tile < end; ++tile) {
     in.move_to(tile, t);
     const auto grads = row_pointers(static_cast<G*>(a.grad), a, a.classes * a.inner, a.inner, 1, in.first);
-    gradient_numbers(in, smoothing_coef, numbers);
+    if (a.stats == nullptr)
+      gradient_numbers<L>(a, in.first, in.count, numbers);
+    else
+      numbers_of_stats(a, in.first, in.count, numbers);
     if (along_classes)
       gradient_along_classes(in, t, numbers, grads);
     else
@@ -156,6 +192,10 @@ int64_t logit_stats(const LogitArgs& a, int64_t begin, int64_t end) {
                                                                                                               end);
     });
   });
+}
+void gradient_stats(const LogitArgs& a, int64_t begin, int64_t end) {
+  if (a.dtype == Dtype::f64) return gradient_stats_typed<double>(a, begin, end);
+  gradient_stats_typed<float>(a, begin, end);
 }
 void logit_grads(const LogitArgs& a, int64_t begin, int64_t end) {
   for_form(a.adjust_form, [&](auto form) {
