@@ -15,6 +15,7 @@ from a checkout that is not installed.
 from importlib import metadata as _metadata
 
 from . import functional, meta, reference, weights
+from .class_weights import adrw_weights, class_balanced_weights
 from .linear import LinearABLoss
 from .losses import (
     CDT,
@@ -26,8 +27,6 @@ from .losses import (
     CrossEntropy,
     Focal,
     LogitAdjusted,
-    adrw_weights,
-    class_balanced_weights,
 )
 from .optim import ABSGD, ABAdagrad, ABAdam, ABAdamW, ABRMSprop
 from .robust import DFT, ABLoss, RelativeLam

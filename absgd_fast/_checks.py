@@ -4,61 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from decimal import Decimal
-from numbers import Integral, Real
-from operator import index
 from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ._exact import exact_dtype
+from ._numbers import integer, plain, real
 from .reference import real_dtype
 
-# ---- what is a number ----
-#
-# Every number that a user gives goes through one of these functions, and is kept as Python's own float or int. So a state_dict, a
-# pickle and the cache of torch.compile hold no scalars of NumPy. NumPy registers its scalars with the classes of `numbers`.
+TRACED = (FakeTensor, FunctionalTensor)  # the tensors of FakeTensorMode, and those that torch.export traces with
 
 
-def real(value: object, tensors: bool = False) -> float | None:
-    """A real number as a float: of Python, NumPy, `fractions` or `decimal`; None for anything else, which a bool is too.
-
-    tensors: whether a tensor of one real number is a number.
-    """
-    if type(value) is float:
-        return value
-    if isinstance(value, Tensor):
-        return float(value) if tensors and value.numel() == 1 and value.dtype != torch.bool and not value.is_complex() else None
-    return float(value) if isinstance(value, (Real, Decimal)) and not isinstance(value, bool) else None
-
-
-def integer(value: object, tensors: bool = False) -> int | None:
-    """An integer as an int: whatever has `__index__`; None for anything else, which a bool is too.
-
-    tensors: whether a tensor of one integer is an integer.
-    """
-    if type(value) is int:
-        return value
-    if isinstance(value, bool) or (isinstance(value, Tensor) and (not tensors or value.dtype == torch.bool)):
-        return None
-    try:
-        return index(value)  # type: ignore[arg-type]  # TypeError says that it is no integer
-    except TypeError:
-        return None
-
-
-def plain(value: Any) -> Any:
-    """A number as Python's own int or float, also within a tuple or a list; anything else as it is.
-
-    It serves numbers that somebody else checks, as torch's optimizers check theirs.
-    """
-    if isinstance(value, (tuple, list)):
-        return type(value)(map(plain, value))
-    if type(value) in (float, int, bool):
-        return value
-    number = int(value) if isinstance(value, Integral) else real(value)
-    return value if number is None else number
+def has_values(x: Tensor) -> bool:
+    """Whether x has numbers to look at: not on the meta device, in FakeTensorMode, and while torch.export traces."""
+    return not x.is_meta and not isinstance(x, TRACED)
 
 
 def unit_interval(value: float, name: str) -> float:
@@ -178,11 +140,17 @@ def per_sample(value: Tensor | None, name: str, like: Tensor, dtype: torch.dtype
     return (value.detach() if constant else value).to(dtype).contiguous()
 
 
-def losses(value: object) -> Tensor:
-    """Per-sample losses: a floating tensor with at least one dimension; TypeError or ValueError for anything else."""
+def floating(value: object, name: str, meaning: str) -> Tensor:
+    """A floating tensor; TypeError for anything else. Integers are refused, because they are most often labels."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"losses: got {got}, expected a floating tensor of per-sample losses")
+        raise TypeError(f"{name}: got {got}, expected a floating tensor of {meaning}; convert integers with .float()")
+    return value
+
+
+def losses(value: object) -> Tensor:
+    """Per-sample losses: a floating tensor with at least one dimension; TypeError or ValueError for anything else."""
+    value = floating(value, "losses", "per-sample losses")
     if value.dim() == 0:
         raise ValueError('losses: got shape (), expected (B,) per-sample losses; use reduction="none"')
     return value
@@ -206,14 +174,28 @@ def tilt(value: float, name: str) -> float:
     return number
 
 
-def target(logits: Tensor, target: Tensor, soft: bool = True) -> Tensor:
-    """The target, once logits and target fit together in shape, dtype and device.
+def batched(logits: Tensor) -> None:
+    """ValueError for logits that are not (B, C, ...)."""
+    if logits.dim() < 2:
+        raise ValueError(
+            f"logits: got shape {tuple(logits.shape)}, expected (B, C) or (B, C, d1, ...): one logit per class; use"
+            " logits.unsqueeze(0) and target.unsqueeze(0) for a batch of one sample"
+        )
+
+
+LABELS = (torch.int64, torch.int32)  # the dtypes of labels that operators read
+
+
+def target(logits: Tensor, target: Tensor, soft: bool = True, one_sample: bool = False) -> Tensor:
+    """The target as operators read it, once logits and target fit together in shape, dtype and device.
 
     Args:
         logits: (B, C, ...), floating.
-        target: (B, ...) integer labels, which are returned as they are, or probabilities of the shape of the logits, which are
-            returned contiguous in the dtype of the losses.
+        target: (B, ...) integer labels, or probabilities of the shape of the logits. Labels in one of `LABELS` are returned as
+            they are, uint8 ones as int64, and probabilities contiguous in the dtype of the losses. As in torch, labels may be
+            uint8 if they have at most one dimension.
         soft: whether the loss takes probabilities.
+        one_sample: whether the logits may be those of one sample, (C), with a label (), or (C) probabilities.
 
     Raises:
         TypeError: logits that are not floating, a target of another dtype, or no tensors.
@@ -224,8 +206,8 @@ def target(logits: Tensor, target: Tensor, soft: bool = True) -> Tensor:
     if not logits.dtype.is_floating_point:
         swapped = " (are logits and target swapped?)" if target.is_floating_point() else ""
         raise TypeError(f"logits: got {logits.dtype}, expected float32, float64, bfloat16 or float16{swapped}")
-    if logits.dim() < 2:
-        raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected (B, C) or (B, C, d1, ...): one logit per class")
+    if not (one_sample and logits.dim() == 1):
+        batched(logits)
     if target.is_floating_point() and target.shape == logits.shape:
         if not soft:
             raise ValueError(
@@ -234,23 +216,25 @@ def target(logits: Tensor, target: Tensor, soft: bool = True) -> Tensor:
         if target.device != logits.device:
             raise ValueError(f"target: got a tensor on {target.device}, expected {logits.device}, the device of the logits")
         return target.to(real_dtype(logits.dtype)).contiguous()
-    if target.dtype not in (torch.int64, torch.int32):
+    if target.dtype not in LABELS and not (target.dtype is torch.uint8 and target.dim() <= 1):
         raise TypeError(
-            f"target: got {target.dtype}, expected int64 or int32 class labels (use target.long()), or probabilities of the"
-            f" shape of the logits, {tuple(logits.shape)}"
+            f"target: got {target.dtype}, expected class labels in int64 or int32, for one-dimensional labels also in uint8 (use"
+            f" target.long()), or probabilities of the shape of the logits, {tuple(logits.shape)}"
         )
-    if target.shape != logits.shape[:1] + logits.shape[2:]:
+    if target.shape != logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else target.dim():
         raise ValueError(
             f"target: got shape {tuple(target.shape)} for logits of shape {tuple(logits.shape)}, "
             f"expected logits (B, C) or (B, C, d1, ...) and target (B) or (B, d1, ...){_shape_hint(logits, target)}"
         )
     if target.device != logits.device:
         raise ValueError(f"target: got a tensor on {target.device}, expected {logits.device}, the device of the logits")
-    return target
+    return target if target.dtype in LABELS else target.long()
 
 
 def _shape_hint(logits: Tensor, target: Tensor) -> str:
     """What may be wrong with labels whose shape does not fit the logits; empty if it is none of the usual mistakes."""
+    if logits.dim() == 1:
+        return "; the logits are those of one sample, whose target is one label of shape ()"
     if target.dim() == logits.dim() and target.squeeze(1).shape == logits.shape[:1] + logits.shape[2:]:
         return "; use target.squeeze(1)"
     if target.shape == logits.shape:
@@ -260,19 +244,22 @@ def _shape_hint(logits: Tensor, target: Tensor) -> str:
     return ""
 
 
-def class_vectors(scale: Tensor | None, shift: Tensor | None, margin: Tensor | None, classes: int | None) -> Tensor | None:
-    """The class vectors S, D, M as one tensor (3, C), with 1, 0, 0 for those not given; None if none is given."""
+def class_vectors(scale: Tensor | None, shift: Tensor | None, margin: Tensor | None, logits: Tensor) -> Tensor | None:
+    """The class vectors S, D, M as one tensor (3, C) in the dtype of the losses, with 1, 0, 0 for those not given.
+
+    None if none is given, or for logits that `target` refuses. The values are not checked, because on a GPU the host would wait.
+    """
     given = {"scale": scale, "shift": shift, "margin": margin}
     like = next((v for v in given.values() if v is not None), None)
-    if like is None or classes is None:
+    if like is None or not isinstance(logits, Tensor) or logits.dim() == 0:
         return None
+    classes = logits.shape[0 if logits.dim() == 1 else 1]
     for name, v in given.items():
         not_learned(v, name)
         if v is not None and not (isinstance(v, Tensor) and v.shape == (classes,)):
             got = f"shape {tuple(v.shape)}" if isinstance(v, Tensor) else repr(v)
             raise ValueError(f"{name}: got {got}, expected one number per class, a tensor ({classes},)")
-    is_double = any(v is not None and v.dtype == torch.float64 for v in given.values())
-    ones = like.new_ones(classes, dtype=torch.float64 if is_double else torch.float32)
+    ones = like.new_ones(classes, dtype=real_dtype(logits.dtype))
     return torch.stack(
         [ones if scale is None else scale.to(ones), *(ones * 0 if v is None else v.to(ones) for v in (shift, margin))]
     )
@@ -283,6 +270,7 @@ def adjust(vectors: Tensor | None, logits: Tensor) -> Tensor | None:
     if vectors is None:
         return None
     if vectors.shape[1:] != logits.shape[1:2]:
+        batched(logits)
         raise ValueError(
             f"class vectors: got {vectors.shape[1]} classes (cls_num_list), expected {logits.shape[1]} as in the logits"
         )
@@ -312,16 +300,16 @@ def within(value: float, name: str, low: float, high: float, open_below: bool = 
     return number
 
 
-def class_counts(cls_num_list: Sequence[float] | Tensor, name: str = "cls_num_list") -> Tensor:
-    """The number of samples of each class, (C) float64 on the CPU; ValueError unless all are positive."""
+def class_counts(cls_num_list: Sequence[float] | Tensor, name: str = "cls_num_list") -> list[float]:
+    """The number of samples of each class; ValueError unless all are positive and finite."""
     not_learned(cls_num_list, name)
-    if isinstance(cls_num_list, Tensor) and cls_num_list.is_meta:
+    if isinstance(cls_num_list, Tensor) and not has_values(cls_num_list):
         raise ValueError(
-            f"{name}: got a tensor on the meta device, which has no values; expected a list, or a tensor with values"
+            f"{name}: got a tensor on the meta device or of FakeTensorMode, which has no values; expected a list, or a tensor"
+            " with values"
         )
-    given = cls_num_list if isinstance(cls_num_list, Tensor) else _numbers(cls_num_list, name)
-    counts = torch.as_tensor(given, dtype=torch.float64, device="cpu").detach()
-    if counts.dim() != 1 or counts.numel() == 0 or not bool(((counts > 0) & counts.isfinite()).all()):
+    counts = _numbers(cls_num_list, name)
+    if not counts or not all(0 < count < math.inf for count in counts):
         raise ValueError(f"{name}: got {cls_num_list!r}, expected one positive number of samples per class")
     return counts
 
@@ -346,7 +334,8 @@ def device_with_values() -> torch.device:
 def given_class_weight(weight: Tensor | Sequence[float]) -> Tensor:
     """The class weights that a user gave, (C) floating, as a copy without a graph.
 
-    ValueError if they are not one float per class, or have no values (on the meta device). RuntimeError if they require grad.
+    ValueError if they are not one finite float per class, or have no values (on the meta device). RuntimeError if they require
+    grad.
     """
     not_learned(weight, "weight")
     if isinstance(weight, Tensor):
@@ -359,7 +348,18 @@ def given_class_weight(weight: Tensor | Sequence[float]) -> Tensor:
         raise ValueError(f"weight: got shape {tuple(weight.shape)} {weight.dtype}, expected one float weight per class, (C,)")
     if weight.is_meta:
         raise ValueError('weight: got a tensor on the meta device, which has no values; make it with device="cpu"')
-    return weight
+    return per_class_finite(weight, "weight")
+
+
+def per_class_finite(x: Tensor, name: str) -> Tensor:
+    """x (C); ValueError if a number is NaN or infinite. On a GPU the host waits, so only constructors and setters call it.
+
+    Tensors without values pass.
+    """
+    if has_values(x) and not bool(x.isfinite().all()):
+        k = int(x.isfinite().logical_not().nonzero()[0])
+        raise ValueError(f"{name}: got {float(x[k])} for class {k}, expected a finite number for each class")
+    return x
 
 
 def class_weight(weight: Tensor | None, logits: Tensor) -> Tensor | None:
@@ -367,6 +367,7 @@ def class_weight(weight: Tensor | None, logits: Tensor) -> Tensor | None:
     if weight is None:
         return None
     if weight.shape != logits.shape[1:2]:
+        batched(logits)
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected one weight per class, ({logits.shape[1]},)")
     return _per_class(weight, "weight", logits)
 

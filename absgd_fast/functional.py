@@ -85,13 +85,15 @@ def logit_loss(
     nll is computed as log1p(sum_{j != y} exp(a_j - a_y)). So the gradient at the label keeps its digits as p -> 1.
 
     Args:
-        logits: (B, C) or (B, C, d1, ...), float32, float64, bfloat16 or float16, with any strides.
-        target: (B) or (B, d1, ...), int64 or int32 labels in [0, C), or `ignore_index`. For "ce" also probabilities of the
-            shape of the logits (docs/MATH.md §2.4), which get a gradient if they require grad (§7).
+        logits: (B, C) or (B, C, d1, ...), float32, float64, bfloat16 or float16, with any strides; (C) for one sample.
+        target: (B) or (B, d1, ...), int64 or int32 labels in [0, C), or `ignore_index`; () for one sample. Labels (B) and () may
+            be uint8 too, as in torch. For "ce" also probabilities of the shape of the logits (docs/MATH.md §2.4), which get a
+            gradient if they require grad (§7).
         kind: the loss, one of the names above.
         scale, shift, margin: (C) class vectors S, D, M; default 1, 0, 0. The losses `VS`, `LogitAdjusted`, `CDT` and `LDAM`
-            make them from the numbers of samples per class.
-        weight: (C) class weights v; default all 1.
+            make them from the numbers of samples per class. A shift of -inf removes a class, as a logit of -inf does.
+        weight: (C) class weights v; default all 1. The values of these four tensors are not checked, because on a GPU the host
+            would wait; the losses as modules check theirs once.
         label_smoothing: e in [0, 1], for "ce" only.
         ignore_index: rows with this label have loss 0 and gradient 0.
         gamma: >= 0, of "focal" and "weighted_focal".
@@ -102,11 +104,11 @@ def logit_loss(
         backend: None (the fastest that can run on the device), "cuda", "triton", "cpu" or "reference".
 
     Returns:
-        (B) or (B, d1, ...) losses: float64 for float64 logits, else float32, because a bfloat16 loss is too coarse to be
+        (B), (B, d1, ...) or () losses: float64 for float64 logits, else float32, because a bfloat16 loss is too coarse to be
         exponentiated. The gradient has the dtype of the logits.
 
     Raises:
-        TypeError: labels that are not integers.
+        TypeError: labels of another dtype. IndexError: a label out of range (on a GPU it is raised by a later call).
         ValueError: shapes that do not fit, numbers out of range, or an unknown kind.
         IndexError: a label out of range; the text names the first one and its row. A GPU ignores the row and a later call
             raises, because the host does not wait for the GPU. On Intel GPUs the kernels ignore such
@@ -120,12 +122,11 @@ def logit_loss(
     >>> logit_loss(logits, torch.tensor([0, 1]), kind="gce", q=1.0).detach()  # 1 - p
     tensor([0.1192, 0.5000])
     """
-    classes = logits.shape[1] if isinstance(logits, Tensor) and logits.dim() > 1 else None
-    adjust = _checks.class_vectors(scale, shift, margin, classes)
+    adjust = _checks.class_vectors(scale, shift, margin, logits)
     spec = loss_spec(kind, weight, adjust, label_smoothing, ignore_index, gamma, q, k, prune, alpha, beta)
     if margin is not None:
         spec = spec._replace(bits=spec.bits | ops.HARD)
-    return losses_and_validity(logits, target, spec, backend, scale_may_be_0=scale is not None)[0]
+    return losses_and_validity(logits, target, spec, backend, one_sample=True, scale_may_be_0=scale is not None)[0]
 
 
 def losses_and_validity(
@@ -134,12 +135,14 @@ def losses_and_validity(
     spec: LossSpec,
     backend: str | None,
     *,
+    one_sample: bool = False,
     scale_may_be_0: bool = False,
     copy_losses: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The losses that `spec` describes, from the backend that serves the device, and which rows count.
 
     Args:
+        one_sample: whether logits (C) with a label (), or with (C) probabilities, are taken too. Their loss is 0-d.
         scale_may_be_0: whether the class vector S may have a 0. Then the gradient does not show the logits, and the graph keeps
             them.
         copy_losses: copy the losses where this spares the graph the logits, which costs 1 us. A second derivative of a loss other
@@ -148,7 +151,11 @@ def losses_and_validity(
     The second tensor is 0 for a row that does not count: one that is ignored, pruned, or has a label that a GPU found out of
     range. It is not 0 for every other row.
     """
-    target = _checks.target(logits, target, soft=spec.soft)
+    target = _checks.target(logits, target, soft=spec.soft, one_sample=one_sample)
+    if logits.dim() == 1:
+        options: dict[str, bool] = {"scale_may_be_0": scale_may_be_0, "copy_losses": copy_losses}
+        losses, valid = losses_and_validity(logits.unsqueeze(0), target.unsqueeze(0), spec, backend, **options)
+        return losses.squeeze(0), valid.squeeze(0)
     spec = spec._replace(class_weight=_checks.class_weight(spec.class_weight, logits), adjust=_checks.adjust(spec.adjust, logits))
     operators = ops.serving(logits.device, backend)
     mode = operators.losses_backward_mode(logits) if logits.requires_grad and torch.is_grad_enabled() else 0
@@ -206,12 +213,12 @@ def robust_weights(
 
     Returns:
         weights (as losses; float64 for float64 losses, else float32) and the new log s (0-d; of the dtype of log_s if that is a
-        tensor). A sample with a NaN or infinite loss has W = NaN and does not affect the other weights. A batch with such a
-        sample leaves log s as it was (docs/MATH.md §1.4).
+        float32 or float64 tensor, else of the weights). A sample with a NaN or infinite loss has W = NaN and does not affect the
+        other weights. A batch with such a sample leaves log s as it was (docs/MATH.md §1.4).
 
     Raises:
         ValueError: lam is 0 or NaN, gamma or alpha lies outside (0, 1], or mask has another shape.
-        TypeError: lam or log_s is no number.
+        TypeError: losses that are not floating, or lam or log_s is no number.
         RuntimeError: lam requires grad.
 
     >>> weights, log_s = robust_weights(torch.tensor([1.0, 1000.0]), float("-inf"), 1.0)
@@ -221,11 +228,10 @@ def robust_weights(
     gamma, alpha = _checks.unit_interval(gamma, "gamma"), _checks.unit_interval(alpha, "alpha")
     lam, log_s = _checks.lam(lam), _checks.scalar(log_s, "log_s")
     _checks.choice(init, "init", ("first", "zero"))
-    real = real_dtype(losses.dtype)
+    real = real_dtype(_checks.floating(losses, "losses", "per-sample losses").dtype)
     mask = _checks.per_sample(mask, "mask", losses, torch.bool)
-    state = log_s.dtype if isinstance(log_s, Tensor) else real
     operators = ops.serving(losses.device, backend)
-    log_s, lam = _number(log_s, state, losses.device), _number(lam, real, losses.device)
+    log_s, lam = _state(log_s, real, losses.device), _number(lam, real, losses.device)
     flags = ops.flags("moving", init)
     return ops.robust_weights(operators, losses.to(real).contiguous(), log_s, lam, mask, gamma, alpha, flags)
 
@@ -265,9 +271,7 @@ def _weighted_samples(
     params: list[Tensor], losses: Tensor, mask: Tensor | None, sample_weight: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, torch.dtype]:
     """Losses, mask and sample weights as the operators read them, and the dtype in which the step is computed."""
-    if not isinstance(losses, Tensor) or not losses.is_floating_point():
-        got = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
-        raise TypeError(f"losses: got {got}, expected a floating tensor (B,), one loss per sample")
+    losses = _checks.floating(losses, "losses", "shape (B,), one loss per sample")
     real = real_dtype(getattr(params[0], "dtype", torch.float32) if params else losses.dtype)
     if losses.dtype.itemsize == 2:
         losses = losses.to(real)
@@ -339,7 +343,7 @@ def weighted_momentum_step_(
         backend: None (the fastest that can run on the device), "cuda", "triton", "cpu" or "reference".
 
     Returns:
-        The new log s: a new 0-d tensor, of the dtype of log_s if that is a tensor, else of the losses.
+        The new log s: a new 0-d tensor, of the dtype of log_s if that is a float32 or float64 tensor, else of the losses.
 
         If an unmasked sample has a NaN or infinite loss, nothing is written and log s stays, so one bad batch does not spoil
         the state. If no sample is valid, G = 0: momentum and decay go on, and log s stays. A sample of weight 0 (masked, or
@@ -378,8 +382,7 @@ def weighted_momentum_step_(
         )
     if operators.backend in ("triton", "reference"):  # these two do not check
         _checks.weighted_step(params, buffers, grads, losses)
-    if not isinstance(log_s, Tensor) or log_s.device != losses.device:
-        log_s = _number(log_s, log_s.dtype if isinstance(log_s, Tensor) else real, losses.device)
+    log_s = _state(log_s, real, losses.device)
     lam_tensor = _number(lam, real, losses.device) if isinstance(lam, Tensor) else None
     lr_tensor = _checks.tensor_rate(lr) if isinstance(lr, Tensor) and lr.device == losses.device else None
     try:
@@ -394,6 +397,13 @@ def weighted_momentum_step_(
     if operators.has_kernels and not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(params if buffers is None else params + buffers)
     return new_log_s
+
+
+def _state(log_s: float | Tensor, real: torch.dtype, device: torch.device) -> Tensor:
+    """log s as a 0-d tensor on the device: float32 or float64 if it is such a tensor already, else in the dtype of the losses."""
+    if isinstance(log_s, Tensor) and log_s.dtype in (torch.float32, torch.float64):
+        real = log_s.dtype
+    return _number(log_s, real, device)
 
 
 def _number(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

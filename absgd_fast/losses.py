@@ -1,4 +1,4 @@
-"""Per-sample losses on logits as modules, class weights, and a classifier.
+"""Per-sample losses on logits as modules, and a classifier.
 
 Inside `ABLoss` a loss and the robust weights are computed in one fused pass. The formulas are in `functional.logit_loss`, in
 reference/losses.py and in docs/MATH.md §2.
@@ -26,14 +26,16 @@ class LogitLoss(Scheduled):
 
     Every loss here has these arguments:
         weight: (C) float class weights v, default all 1. They are part of the loss. Inside `ABLoss` they therefore stand in the
-            exponent, as in the ABSGD paper (Sec. 4) and the reference package. RuntimeError if they require grad.
+            exponent, as in the ABSGD paper (Sec. 4) and the reference package. ValueError if one is NaN or infinite, RuntimeError
+            if they require grad. A negative weight turns the loss of its class around, as in torch.
         ignore_index: rows with this label do not count.
         reduction: "none" (the default): one loss per sample, which `ABLoss` needs. "mean": the sum, divided as torch does by the
             sum of the labels' class weights over the rows that count (docs/MATH.md §2.4). "sum".
         backend: None (the fastest that can run on the device), "cuda", "triton", "cpu" or "reference".
 
     forward(logits, target) takes logits (B, C) or (B, C, d1, ...), float32, float64, bfloat16 or float16, and target (B) or
-    (B, d1, ...), int64 or int32. The losses are float32 (float64 for float64 logits). It raises as `functional.logit_loss`.
+    (B, d1, ...), int64 or int32; for one sample also logits (C) and a label (). The losses are float32 (float64 for float64
+    logits). It takes other targets and raises errors as `functional.logit_loss`.
 
     >>> isinstance(CrossEntropy(), LogitLoss)
     True
@@ -63,14 +65,18 @@ class LogitLoss(Scheduled):
     ):
         super().__init__()
         self.register_buffer("weight", None)
-        self.set_weight(None if weight is None else _checks.given_class_weight(weight))
+        self.set_weight(weight)
         self._numbers = F.loss_spec(kind, None, None, label_smoothing, ignore_index, gamma, q, k, prune, alpha, beta)[2:]
         self.ignore_index = self._numbers[2]
         self.reduction = _checks.choice(reduction, "reduction", ("none", "mean", "sum"))
         self.backend = backend
 
     def set_weight(self, weight: Tensor | None) -> None:
-        """Use these class weights from now on: (C) floating, or None for 1. `schedule.DRW` calls it."""
+        """Use these class weights from now on: (C) floating and finite, or None for 1. Errors as those of the constructor."""
+        self._use_weight(None if weight is None else _checks.given_class_weight(weight))
+
+    def _use_weight(self, weight: Tensor | None) -> None:
+        """`set_weight` for checked class weights."""
         self.weight, self._given_weight = weight, None if weight is None else weight.clone()
 
     def reset_parameters(self) -> None:
@@ -88,9 +94,11 @@ class LogitLoss(Scheduled):
         return LossSpec(self._buffers["weight"], self._adjust(logits), *self._numbers)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The losses, (B) or (B, d1, ...) for reduction="none", else 0-d."""
-        spec = self.spec(logits)
-        losses, valid = F.losses_and_validity(logits, target, spec, self.backend, copy_losses=self.reduction != "none")
+        """The losses, (B) or (B, d1, ...) for reduction="none", else 0-d; 0-d for one sample."""
+        copies = self.reduction != "none"
+        losses, valid = F.losses_and_validity(
+            logits, target, self.spec(logits), self.backend, one_sample=True, copy_losses=copies
+        )
         if self.reduction == "none":
             return losses
         if self.reduction == "sum":
@@ -102,7 +110,8 @@ class LogitLoss(Scheduled):
         if self.weight is None:
             return losses.sum() / valid.sum()
         weight = self.weight.to(losses.device, real_dtype(logits.dtype))
-        return losses.sum() / (weight[torch.where(valid, target, 0).long()] * valid).sum()
+        of_rows = weight[torch.where(valid, target, 0).long().flatten()]  # flat: one sample's label would be read as a number
+        return losses.sum() / (of_rows * valid.flatten()).sum()
 
     def extra_repr(self) -> str:
         """The numbers of the loss, for repr()."""
@@ -234,7 +243,7 @@ class _ClassVectorLoss(LogitLoss):
         self, cls_num_list: Sequence[int], weight: Tensor | None, ignore_index: int, reduction: str, backend: str | None
     ):
         super().__init__("ce", weight, ignore_index, reduction, backend)
-        self.cls_num_list = _checks.class_counts(cls_num_list).tolist()
+        self.cls_num_list = _checks.class_counts(cls_num_list)
         self.scaled: bool = True  # False: S = 1, which schedule.TLA sets
         self._made: dict[tuple[torch.device, torch.dtype, bool], Tensor] = {}  # (device, dtype, scaled) -> S, D, M
 
@@ -242,21 +251,29 @@ class _ClassVectorLoss(LogitLoss):
         """S, D, M (C) float64 from the numbers of samples per class."""
         raise NotImplementedError
 
+    def _counts(self) -> Tensor:
+        """The number of samples of each class, (C) float64 on the CPU."""
+        return torch.tensor(self.cls_num_list, dtype=torch.float64, device="cpu")
+
     def _keep_vectors(self) -> None:
-        """Make the class vectors for float32 logits on the default device now.
+        """Make the class vectors for float32 logits on the default device now; ValueError if a number is out of their range.
 
         If they were made in the first forward, torch.compile would compile that forward twice.
         """
+        for x in self._vectors(self._counts()):
+            _checks.per_class_finite(x.float(), f"{type(self).__name__}: class vector")
         self._adjust(torch.empty(0, dtype=exact_dtype()))
 
     def _adjust(self, logits: Tensor) -> Tensor:
         """The class vectors S, D, M for these logits, (3, C); made once for each device and dtype."""
         key = logits.device, real_dtype(logits.dtype), self.scaled
         if key not in self._made:
-            counts = torch.tensor(self.cls_num_list, dtype=torch.float64, device="cpu")
-            scale, shift, margin = self._vectors(counts)
+            scale, shift, margin = self._vectors(self._counts())
             scale = scale if self.scaled else torch.ones_like(scale)
-            self._made[key] = torch.stack([scale, shift, margin]).to(key[0], key[1])
+            made = torch.stack([scale, shift, margin]).to(key[0], key[1])
+            if isinstance(made, _checks.TRACED):
+                return made  # of a trace, whose tensors serve no other forward
+            self._made[key] = made
         return self._made[key]
 
     def __getstate__(self) -> dict[str, object]:
@@ -423,59 +440,6 @@ class CosineClassifier(nn.Module):
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
 
 
-# ---- class weights ---------------------------------------------------------------------------------------------------
-
-
-def class_balanced_weights(cls_num_list: Sequence[int], beta: float = 0.9999) -> Tensor:
-    """Class-balanced weights (Cui et al. 2019, Eq. 12; docs/MATH.md §2.3).
-
-        w_j proportional to (1 - beta) / (1 - beta^N_j),    sum_j w_j = C
-
-    Args:
-        cls_num_list: number of samples N of each class, positive.
-        beta: in [0, 1); 0 gives equal weights.
-
-    Returns:
-        (C) float32 class weights, for the argument `weight` of the losses and for `DRW`.
-
-    Raises:
-        ValueError: a number of samples that is not positive, or beta outside [0, 1).
-
-    >>> class_balanced_weights([1000, 10], beta=0.9)
-    tensor([0.7888, 1.2112])
-    """
-    counts = _checks.class_counts(cls_num_list)
-    beta = _checks.within(beta, "beta", 0, 1, open_above=True)
-    return _normalised((1 - beta) / -torch.expm1(counts * math.log(beta)) if beta else torch.ones_like(counts))
-
-
-def adrw_weights(cls_num_list: Sequence[int], nu: float) -> Tensor:
-    """The class weights of aligned deferred re-weighting, ADRW (Wang et al. 2023, Sec. 3.3; docs/MATH.md §2.3).
-
-        w_j proportional to pi_j^(-nu),    sum_j w_j = C,    pi_j = N_j / sum_k N_k
-
-    Args:
-        cls_num_list: number of samples N of each class, positive.
-        nu: >= 0; 0 gives equal weights.
-
-    Returns:
-        (C) float32 class weights, for `DRW`.
-
-    Raises:
-        ValueError: a number of samples that is not positive, or a negative nu.
-
-    >>> adrw_weights([3, 1], nu=1.0)
-    tensor([0.5000, 1.5000])
-    """
-    counts = _checks.class_counts(cls_num_list)
-    return _normalised((counts / counts.sum()) ** -_checks.within(nu, "nu", 0, math.inf))
-
-
-def _normalised(weights: Tensor) -> Tensor:
-    """Weights that sum to their number, float32."""
-    return (weights * (len(weights) / weights.sum())).float()
-
-
 # ---- which losses the fused operators know ---------------------------------------------------------------------------
 
 
@@ -491,7 +455,9 @@ def fused_spec(criterion: object, logits: Tensor) -> LossSpec | None:
         known = type(criterion).forward is LogitLoss.forward  # a subclass with a forward of its own is another loss
         return criterion.spec(logits) if known and criterion.reduction == "none" else None
     if type(criterion) is nn.CrossEntropyLoss and criterion.reduction == "none" and not _has_hooks(criterion):
-        return LossSpec(criterion._buffers["weight"], None, criterion.label_smoothing, 0.0, criterion.ignore_index, 0)
+        smoothing = criterion.label_smoothing
+        if 0 <= smoothing <= 1:  # any other is refused by torch's own forward
+            return LossSpec(criterion._buffers["weight"], None, smoothing, 0.0, criterion.ignore_index, 0)
     return None
 
 

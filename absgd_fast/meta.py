@@ -138,7 +138,7 @@ def rectified(products: Tensor) -> Tensor:
 
     The weights are detached.
     """
-    u = products.detach().to(real_dtype(products.dtype)).contiguous()
+    u = _checks.floating(products, "products", "one product per sample").detach().to(real_dtype(products.dtype)).contiguous()
     return ops.serving(products.device, None).rectified(u).to(products.dtype)
 
 

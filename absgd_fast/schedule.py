@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from . import _checks
 from ._scheduled import Scheduled
-from .losses import VS, LogitLoss, adrw_weights
+from .class_weights import adrw_weights
+from .losses import VS, LogitLoss
 from .robust import ABLoss, RelativeLam
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ class DRW(SwitchAt):
 
     Raises:
         TypeError: loss is none of the losses on logits.
-        ValueError: weight is not one float per class, or start is negative.
+        ValueError: weight is not one finite float per class, or start is negative.
 
     >>> from absgd_fast import CrossEntropy
     >>> loss = CrossEntropy()
@@ -238,7 +239,7 @@ class DRW(SwitchAt):
         # a tensor in both stages: a checkpoint of one stage can then be loaded in the other
         before = self.loss.weight
         device = self.weight.device if before is None or before.is_meta else before.device
-        self.loss.set_weight((self.weight if on else torch.ones_like(self.weight)).to(device, copy=True))
+        self.loss._use_weight((self.weight if on else torch.ones_like(self.weight)).to(device, copy=True))
 
 
 class TLA(SwitchAt):

@@ -102,6 +102,17 @@ def test_shares_at_the_first_step(backend, batch, lam):
         assert float(weights.mean()) == pytest.approx(1 / share, rel=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8])
+def test_numbers_in_tensors(backend, dtype):
+    """log s and lambda as 0-d tensors of any dtype are their numbers. The new log s has a dtype that keeps small changes."""
+    losses = torch.tensor([1.0, 50.0, 3.0])
+    lam, log_s = (0.75, 0.25) if dtype.is_floating_point else (2, 1)
+    expected = robust_weights(losses, log_s, lam, backend=backend)
+    weights, new = robust_weights(losses, torch.tensor(log_s, dtype=dtype), torch.tensor(lam, dtype=dtype), backend=backend)
+    torch.testing.assert_close((weights, new.float()), expected)
+    assert new.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
 @pytest.mark.parametrize("lam", [INF, -INF])
 @pytest.mark.parametrize("log_s", [-INF, 0.7])
 def test_infinite_lam_is_the_plain_mean(backend, lam, log_s):
@@ -430,7 +441,7 @@ def test_weight_errors(one_backend, change, error, words):
         ({"target": torch.zeros(3, 1, dtype=torch.int64)}, ValueError, r"target.*3, 1.*use target\.squeeze\(1\)"),
         ({"target": torch.zeros(3, 5, dtype=torch.int64)}, ValueError, r"target.*3, 5.*target\.float\(\) .*probabilities"),
         ({"target": torch.zeros((), dtype=torch.int64)}, ValueError, r"target: got shape \(\).*\(B, d1, \.\.\.\)$"),
-        ({"logits": torch.zeros(3)}, ValueError, r"^logits: got shape \(3,\), expected \(B, C\)"),
+        ({"logits": torch.zeros(3)}, ValueError, r"^target: got shape \(3,\) for logits of shape \(3,\).*one sample.*shape \(\)"),
         ({"logits": torch.tensor([0, 1, 2]), "target": torch.zeros(3, 5)}, TypeError, "logits.*int64.*target swapped"),
         ({"logits": torch.zeros(3, 5, dtype=torch.int64)}, TypeError, "logits.*int64.*float16$"),
         ({"target": torch.tensor([0, 7, 9])}, IndexError, r"\b7\b.*\b1\b|\b1\b.*\b7\b"),

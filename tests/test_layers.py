@@ -17,13 +17,13 @@ PACKAGE, CSRC = ROOT / "absgd_fast", ROOT / "csrc"
 
 # lowest first: a module may import those of lower layers only; the files of one package may import each other, without a circle
 LAYERS = [
-    {"_codes", "_backend", "_exact", "_checkpointing"},
+    {"_codes", "_backend", "_exact", "_numbers", "_checkpointing"},
     {"_scheduled"},
     {"reference"},
     {"kernels", "_checks"},
     {"ops"},
     {"functional"},
-    {"losses", "weights", "distributed"},
+    {"class_weights", "losses", "weights", "distributed"},
     {"robust"},
     {"optim", "schedule", "meta", "linear"},
 ]

@@ -394,25 +394,29 @@ def test_dtype_of_the_state(backend, dtype, state):
     assert new.dtype == (given_dtype or wide(dtype))
 
 
-@pytest.mark.parametrize(
-    "lr_dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8]
-)
+NUMBER_DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8]
+
+
+@pytest.mark.parametrize("dtype", NUMBER_DTYPES)
 @pytest.mark.parametrize("shape", [(), (1,)], ids=str)
-def test_numbers_in_tensors(backend, lr_dtype, shape):
+def test_numbers_in_tensors(backend, dtype, shape):
     """lam, lr and log s as numbers and as tensors: the same step; lr of one dimension also of a parameter of none."""
     one, other = Problem([(5,), ()], 4), Problem([(5,), ()], 4)
-    batch, lr = one.next(), 0.125 if lr_dtype.is_floating_point else 1
-    weighted_momentum_step_(one.params, one.buffers, *batch, 0.25, lam=-0.75, lr=lr, backend=backend)
-    weighted_momentum_step_(
+    lam, lr, log_s = (0.75, 0.125, 0.25) if dtype.is_floating_point else (2, 1, 1)
+    batch = one.next()
+    wanted = weighted_momentum_step_(one.params, one.buffers, *batch, log_s, lam=lam, lr=lr, backend=backend)
+    new = weighted_momentum_step_(
         other.params,
         other.buffers,
         *batch,
-        torch.tensor(0.25),
-        lam=torch.tensor(-0.75, dtype=torch.float64),
-        lr=torch.full(shape, lr, dtype=lr_dtype),
+        torch.tensor(log_s, dtype=dtype),
+        lam=torch.tensor(lam, dtype=dtype),
+        lr=torch.full(shape, lr, dtype=dtype),
         backend=backend,
     )
     torch.testing.assert_close(one.params + one.buffers, other.params + other.buffers, rtol=1e-6, atol=1e-7)
+    assert new.dtype == (torch.float64 if dtype == torch.float64 else wanted.dtype)  # a state that keeps small changes
+    assert float(new) == pytest.approx(float(wanted), rel=1e-6)
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from .. import _checks, robust
+from .. import _numbers, robust
 
 
 class ABLoss(nn.Module):
@@ -49,7 +49,7 @@ class ABLoss(nn.Module):
         self.loss.set_lam(math.inf)  # `updateLambda` is a schedule: loading another lambda is an ordinary resume
         self.criterion = criterion
         self.abgamma, self.abalpha = self.loss.gamma, self.loss.alpha
-        self.milestone, self.mylambda, self.step = _checks.plain(milestone), _checks.plain(mylambda), 0
+        self.milestone, self.mylambda, self.step = _numbers.plain(milestone), _numbers.plain(mylambda), 0
 
     @property
     def ablambda(self) -> float | None:

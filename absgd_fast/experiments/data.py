@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _numbers
 from .checkpoint import digest
 
 DATASETS = ("digits", "digits-9-4", "cifar10", "cifar100")
@@ -67,7 +67,7 @@ def class_counts(n_max: int, n_classes: int, kind: str = "lt", rho: float = 100.
 
     Source: ABSGD paper, Sec. 4.1 (LT and ST); Cui et al. 2019; Buda et al. 2018.
     """
-    n_max, n_classes, rho = map(_checks.plain, (n_max, n_classes, rho))
+    n_max, n_classes, rho = map(_numbers.plain, (n_max, n_classes, rho))
     if n_max < 1 or n_classes < 1:
         raise ValueError(f"class_counts: n_max and n_classes are at least 1, got {n_max} and {n_classes}")
     if kind not in IMBALANCES:
@@ -131,7 +131,7 @@ def add_noise(
     BackgroundFlip).
     """
     labels = labels if isinstance(labels, Tensor) else torch.as_tensor(labels, device="cpu")
-    rate, n_classes, seed, background = map(_checks.plain, (rate, n_classes, seed, background))
+    rate, n_classes, seed, background = map(_numbers.plain, (rate, n_classes, seed, background))
     if kind not in NOISES:
         raise ValueError(f"add_noise: unknown kind {kind!r}; use one of {', '.join(NOISES)}")
     if not 0 <= rate < 1:  # also true of NaN
@@ -149,7 +149,7 @@ def add_noise(
         # adding 1 … C−1 modulo C reaches every class except the sample's own
         new = (old + torch.randint(1, n_classes, (len(old),), generator=random, device="cpu")) % n_classes
     elif kind == "asymmetric":
-        mapping = [(c + 1) % n_classes for c in range(n_classes)] if mapping is None else list(map(_checks.plain, mapping))
+        mapping = [(c + 1) % n_classes for c in range(n_classes)] if mapping is None else list(map(_numbers.plain, mapping))
         if len(mapping) != n_classes or not all(0 <= c < n_classes for c in mapping):
             raise ValueError(f"add_noise: mapping has {n_classes} classes in [0, {n_classes}), got {mapping}")
         new = torch.tensor(mapping, dtype=torch.int64, device="cpu")[old]

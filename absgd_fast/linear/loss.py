@@ -112,7 +112,7 @@ class LinearABLoss(RobustLoss):
                 torch.func transform, a forward that would update the state.
         """
         check_tensors(hidden, linear_weight, bias)
-        if torch.is_autocast_enabled(hidden.device.type):
+        if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):  # torch knows no autocast of meta tensors
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, linear_weight, bias = hidden.to(dtype), linear_weight.to(dtype), None if bias is None else bias.to(dtype)
         check_inputs(hidden, linear_weight, bias)

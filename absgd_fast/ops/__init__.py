@@ -1,7 +1,7 @@
 """The operators: the functions by which the rest of the package calls the kernels of every backend.
 
     spec.py       the loss on logits that an operator is asked for
-    modes.py      whether torch.func transforms are active, and whether a graph is kept
+    modes.py      whether torch.func transforms or torch.export are active, and whether a graph is kept
     labels.py     errors about labels out of range
     in_torch.py   operators in plain torch
     schemas.py    one record per operator: its schema, its fake, and which backends have it
@@ -31,7 +31,7 @@ from .backends import ANY, ONE_BLOCK, OPERATORS, REFERENCE, Kernels, Operators, 
 from .in_torch import stack_sample_stats
 from .inputs import attach_sample_weight, attach_target, is_learned, needs_attaching
 from .labels import bad_label, check_labels, kernels_can_report, report_of_kernels, reported_labels, translated
-from .modes import graph_is_kept, refuse_update, transformed
+from .modes import graph_is_kept, refuse_export, refuse_update, transformed
 from .schemas import RECORDS, Operator
 from .spec import LossSpec, masked_inputs, masked_target
 
@@ -75,6 +75,7 @@ __all__ = [
     "masked_inputs",
     "masked_target",
     "needs_attaching",
+    "refuse_export",
     "refuse_update",
     "report_of_kernels",
     "reported_labels",

@@ -107,7 +107,7 @@ class Kernels(Operators):
         limit = self.gradient_limit
         if limit == ANY:
             return WITH_GRAD
-        if not limit or logits.dtype == torch.float64:
+        if not limit or logits.dtype == torch.float64 or logits.dim() < 2:  # the operator refuses the last
             return WITH_STATS
         classes = logits.shape[1]
         fits = 0 < classes <= 128 and logits.numel() <= classes * (limit // lanes_of_a_row(classes))

@@ -8,6 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .. import _checks
+
 _BAD_LABEL = re.compile(r"absgd_fast label out of range: label=(-?\d+) row=(\d+) classes=(\d+)( in an earlier call)?;")
 
 
@@ -34,8 +36,10 @@ def check_labels(target: Tensor, classes: int, ignore_index: int) -> Tensor:
     """Labels that are safe to index with, for backends whose kernels cannot raise.
 
     On the CPU the first label out of range raises IndexError. On a GPU its row is ignored and a later call raises, because the
-    host does not wait for the GPU. (Indexing with the label would destroy the CUDA context.)
+    host does not wait for the GPU. (Indexing with the label would destroy the CUDA context.) Labels without values pass.
     """
+    if not _checks.has_values(target):
+        return target
     bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if target.device.type == "cpu":
         if bad.any():

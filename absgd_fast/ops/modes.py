@@ -1,4 +1,4 @@
-"""Whether torch.func transforms are active, and whether the graph of a backward is kept."""
+"""Whether torch.func transforms or torch.export are active, and whether the graph of a backward is kept."""
 
 from __future__ import annotations
 
@@ -24,4 +24,13 @@ def refuse_update(name: str) -> None:
         raise RuntimeError(
             f"{name}: got a forward inside a torch.func transform (grad, vjp, jvp, vmap, ...), which cannot update the state;"
             " pass update=False, or call eval() before, to compute with the state as it is"
+        )
+
+
+def refuse_export(name: str) -> None:
+    """RuntimeError while torch.export traces, whose programs have no state. name: of the module."""
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            f"{name}: got a forward that updates the state while torch.export traces it, but an exported program cannot keep this"
+            " state; pass update=False, or call eval() before, to export the loss by the state as it is"
         )

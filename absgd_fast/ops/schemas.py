@@ -381,12 +381,26 @@ TOOLS = (
 NATIVE, TRITON = (torch.library.Library(name, "DEF") for name in ("absgd_fast", "absgd_fast_triton"))
 
 
+def _on_one_device(operator: Operator) -> Callable:
+    """The fake, which refuses some tensors on "meta" among others. One such tensor sends a call to the fake, whose results have
+    no values."""
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        given = [t for arg in (*args, *kwargs.values()) for t in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+        on_meta = [t.is_meta for t in given if isinstance(t, Tensor)]
+        if any(on_meta) and not all(on_meta):
+            raise RuntimeError(f"{operator.name}: got some tensors on meta, expected all tensors on one device")
+        return operator.fake(*args, **kwargs)
+
+    return fake
+
+
 def _register(lib: torch.library.Library, operator: Operator) -> None:
     lib.define(operator.schema)
     # autograd.py attaches the gradients, so the dispatch keys of autograd have nothing to do (that saves 0.5 us a call)
     for key in ("Autograd", "ADInplaceOrView"):
         lib.impl(operator.name, torch.library.fallthrough_kernel, key)
-    torch.library.register_fake(f"{lib.ns}::{operator.name}", operator.fake, lib=lib)
+    torch.library.register_fake(f"{lib.ns}::{operator.name}", _on_one_device(operator), lib=lib)
 
 
 for _record in RECORDS.values():

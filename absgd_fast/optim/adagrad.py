@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.adagrad import adagrad
 from torch.optim.optimizer import ParamsT
 
-from .. import _checks, _codes, reference
+from .. import _codes, _numbers, reference
 from .._exact import exact_dtype
 from ..robust.base import RobustLoss
 from .base import FusedOptimizer
@@ -85,7 +85,7 @@ class ABAdagrad(FusedOptimizer, torch.optim.Adagrad):
         robust: RobustLoss | None = None,
         backend: str | None = None,
     ) -> None:
-        initial_accumulator_value = _checks.plain(initial_accumulator_value)
+        initial_accumulator_value = _numbers.plain(initial_accumulator_value)
         super().__init__(
             params,
             lr,

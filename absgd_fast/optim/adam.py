@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .. import _checks, _codes, reference
+from .. import _codes, _numbers, reference
 from ..robust.base import RobustLoss
 from .base import FusedOptimizer
 from .rule import OptimizerRule, Place
@@ -113,7 +113,7 @@ class ABAdam(FusedOptimizer, torch.optim.Adam):
         super().__init__(
             params,
             lr,
-            _checks.plain(betas),
+            _numbers.plain(betas),
             eps,
             weight_decay,
             amsgrad,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-from .. import _checks
+from .. import _numbers
 from .._codes import RULES
 
 _T = TypeVar("_T")
@@ -93,7 +93,7 @@ def changed(group: dict, **options: Any) -> dict:
 
 def plain_options(group: dict[str, Any]) -> dict[str, Any]:
     """The options of a group, with Python's own numbers for those of NumPy, so that a state_dict is made of plain values."""
-    return {name: _checks.plain(value) for name, value in group.items() if name != "params"}
+    return {name: _numbers.plain(value) for name, value in group.items() if name != "params"}
 
 
 def read_number(group: dict, place: Place) -> float:

@@ -69,8 +69,9 @@ def logit_loss(
     v = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device) if weight is None else weight.to(x)
     if target.is_floating_point():
         return _soft_cross_entropy(_adjusted(x, scale, shift), target.movedim(1, -1).to(x), v, label_smoothing)
+    target = target.long()  # a narrow dtype has no -100
     valid = target != ignore_index
-    y = torch.where(valid, target, 0).long().unsqueeze(-1)
+    y = torch.where(valid, target, 0).unsqueeze(-1)
     x = torch.where(valid.unsqueeze(-1), x, torch.zeros_like(x))  # an ignored row may hold NaN
     is_label = torch.zeros_like(x, dtype=torch.bool).scatter(-1, y, True)
     x = _adjusted(x, scale, shift)

@@ -25,6 +25,11 @@ def _as_real(t: Tensor) -> Tensor:
     return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
+def _is_conjugated(t: Tensor) -> bool:
+    """Whether the memory holds the conjugate. torch.compile cannot know it, so there every complex tensor may be one."""
+    return t.is_complex() and (torch.compiler.is_compiling() or t.is_conj())
+
+
 @contextmanager
 def _real_values(param: Tensor, grad: Tensor, *states: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """The parameter, its gradient and its states as real numbers, without autograd; a half-precision parameter in float32.
@@ -41,7 +46,7 @@ def _real_values(param: Tensor, grad: Tensor, *states: Tensor | None) -> Iterato
         real = iter(values[1:])
         yield (values[0], g, *(None if t is None else next(real) for t in states))
         for t, value in zip(written, values):
-            if t.is_conj() or (t is param and half):
+            if _is_conjugated(t) or (t is param and half):
                 t.copy_(torch.view_as_complex(value) if t.is_complex() else value)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
-from .. import _backend, _checks, ops
+from .. import _backend, _checks, _numbers, ops
 from .._checkpointing import Replays
 from .._scheduled import Counted
 from ..losses import CrossEntropy
@@ -375,7 +375,7 @@ class RobustLoss(RobustState):
 
         Raises:
             ValueError: the state is on another device. TypeError: x is no tensor.
-            RuntimeError: update_state inside a torch.func transform.
+            RuntimeError: update_state inside a torch.func transform, or while torch.export traces.
         """
         if ops.transformed():
             if update_state:
@@ -384,7 +384,11 @@ class RobustLoss(RobustState):
         served = self._served
         device = x.device if isinstance(x, Tensor) else None
         operators = served[1] if served is not None and served[0] == device else self._serve(device)
-        return operators.compiled if torch.compiler.is_compiling() else operators
+        if not torch.compiler.is_compiling():
+            return operators
+        if update_state:
+            ops.refuse_export(type(self).__name__)
+        return operators.compiled
 
     def _serve(self, device: torch.device | None) -> ops.Operators:
         """Choose the operators for a device, and remember them; None: the batch was no tensor."""
@@ -410,7 +414,7 @@ class RobustLoss(RobustState):
 
 def _not_a_criterion(given: object, class_name: str) -> str:
     """The error for a criterion that is not callable. The package absgd takes lambda in its place."""
-    is_lam = isinstance(given, (Tensor, RelativeLam)) or _checks.real(given) is not None
+    is_lam = isinstance(given, (Tensor, RelativeLam)) or _numbers.real(given) is not None
     got = f"the {type(given).__name__} {given}" if is_lam else type(given).__name__
     hint = f"; lambda is a keyword: {class_name}(lam={given})" if is_lam else ""
     return f"criterion: got {got}, expected a callable that returns per-sample losses{hint}"

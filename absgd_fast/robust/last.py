@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import ops
+from .. import _checks, ops
 from ..ops import LOG_S
 
 
@@ -20,7 +20,9 @@ class Memo:
         self.moved: tuple[Tensor, Tensor] | None = None  # the reference point of a deferred step, and what settled the step
 
     def remember(self, sample_stats: Tensor, weighing: Tensor | None = None) -> None:
-        """Replace what the forward before left."""
+        """Replace what the forward before left. A forward that torch.export or FakeTensorMode traces leaves nothing."""
+        if type(sample_stats) in _checks.TRACED:
+            return
         self.sample_stats, self.weighing, self.moved = sample_stats, weighing, None
 
 

@@ -198,8 +198,8 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
                 ...).
             sample_weight: shape of the losses; multiplies the whole term of each sample, outside the weight W. If it requires
                 grad it gets its gradient, and so do soft targets (docs/MATH.md §7).
-            mask: bool, shape of the losses; False = ignored. The label of an ignored row must be in range too, or be
-                `ignore_index`.
+            mask: bool, shape of the losses; False = ignored. For losses of this package and torch.nn.CrossEntropyLoss an ignored
+                row may hold any label and any logits.
             score: shape of the losses; W comes from score / lam instead of L / lam. It is a constant for autograd, as W is.
             groups: shape of the losses, integers; for a rule that uses groups.
             update: False computes the loss without changing log s, `nonfinite_batches` or the state of a rule.
@@ -212,11 +212,11 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
                 without a rule that uses them, or a rule that needs groups without them; a rule that returns another shape;
                 processes that disagree on lam, gamma, the number of classes or another setting; in deferred mode a sample_weight
                 or soft target that requires grad.
-            TypeError: labels of a floating dtype; a criterion that returns no floating tensor. IndexError: a label out of range
-                (on a GPU it is raised by a later call).
+            TypeError: labels of a dtype that the loss does not take; a score that is not floating; a criterion that returns no
+                floating tensor. IndexError: a label out of range (on a GPU it is raised by a later call).
             RuntimeError: the process group is gone, or the exchange failed; class weights that require grad; a forward inside a
-                torch.func transform that would update the state (pass update=False, or call eval()). After any error log s is as
-                it was.
+                torch.func transform or under torch.export that would update the state (pass update=False, or call eval()). After
+                any error log s is as it was.
         """
         weighting = self._weighting if groups is None else self._weighting.with_groups()
         trains = self.training and torch.is_grad_enabled()

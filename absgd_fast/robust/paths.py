@@ -39,11 +39,13 @@ def fused(
         weight = _checks.class_weight(weight, logits)
     if adjust is not None:
         adjust = _checks.adjust(adjust, logits)
-    if target.is_floating_point():
+    if target.dtype not in _checks.LABELS:
         target = _checks.target(logits, target, soft=spec.soft)
     if samples is not NOTHING:
         samples = checked(samples, target.select(1, 0) if target.is_floating_point() else target, real_dtype(logits.dtype))
     sample_weight, mask, score = samples
+    if mask is not None:
+        target = ops.masked_target(target, mask, spec)
     learned = None if sample_weight is None or not ops.needs_attaching(operators, sample_weight) else sample_weight
     if criterion.lam_is_open and update_state:
         losses, valid = F.losses_and_validity(logits.detach(), target, spec, criterion.chosen_backend())
@@ -69,7 +71,7 @@ def fused(
         # both are asked only by a second derivative
         recompute = lambda x: weighted_sum(factors(), _losses_again(spec, x, target, mask), sample_weight)  # noqa: E731
         recover = lambda _: spec.logits_of(  # noqa: E731
-            saved, ops.masked_target(target, mask, spec), sample_stats[0], _slopes(factors(), constant)
+            saved, target, sample_stats[0], _slopes(factors(), constant)
         )
         loss = ops.attach_logit_gradient(
             operators, mode, logits, loss, spec, target, weight, adjust, saved, recompute, recover, sample_stats, weighing
@@ -136,7 +138,6 @@ def _by_reference_point(
     given: the arguments of the operator settled_logit_loss up to the mask.
     """
     logits, target, *loss_args, score, sample_weight, mask = given
-    target = ops.masked_target(target, mask, spec)
     log_s, _, lam, *_, flags = criterion.operands(False, spec.bits)
     loss, sample_stats, saved, partial_stats = operators.settled_logit_loss(
         logits, target, *loss_args, score, sample_weight, mask, reference, log_s, lam, flags
@@ -219,11 +220,12 @@ def _per_sample_losses(losses: object) -> Tensor:
 def checked(samples: Samples, like: Tensor, real: torch.dtype) -> Samples:
     """The samples as the operators read them: contiguous, sample_weight and score in the dtype `real`.
 
-    ValueError or TypeError if one does not have one value for each element of `like`. Only sample_weight keeps its graph.
+    ValueError or TypeError if one does not have one value for each element of `like`, or the score is not floating. Only
+    sample_weight keeps its graph.
     """
     sample_weight, mask, score = samples
     return Samples(
         _checks.per_sample(sample_weight, "sample_weight", like, real, constant=False),
         _checks.per_sample(mask, "mask", like, torch.bool),
-        _checks.per_sample(score, "score", like, real),
+        None if score is None else _checks.per_sample(_checks.floating(score, "score", "scores"), "score", like, real),
     )

@@ -138,7 +138,11 @@ class RobustState(Scheduled):
         lam = torch.full_like(self.lam, math.inf) if self.lam_is_open else self.lam
         nonfinite: Tensor = self._buffers["nonfinite_batches"]  # type: ignore[assignment]  # torch allows None there
         flags = self.bits + (ops.UPDATE if update_state else 0) + more_bits
-        return self.log_s, nonfinite, lam, self.gamma, self.alpha, self.mix, self.max_weight, flags
+        log_s = self.log_s
+        if not update_state and torch.compiler.is_exporting():
+            # The schemas say that operators write these two, and torch.export refuses constants that are written.
+            log_s, nonfinite = log_s.clone(), nonfinite.clone()
+        return log_s, nonfinite, lam, self.gamma, self.alpha, self.mix, self.max_weight, flags
 
     def settle_partials(
         self,

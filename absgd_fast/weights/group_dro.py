@@ -109,6 +109,7 @@ class GroupDRO(ExactState):
         update = update and self.training and torch.is_grad_enabled()
         if update:
             ops.refuse_update("GroupDRO")
+            ops.refuse_export("GroupDRO")
         if (kernels := kernels_for(losses, self.backend)) is not None:
             try:
                 return kernels.group_weights(losses, mask, groups, self.log_q, self.eta, update)
@@ -117,7 +118,8 @@ class GroupDRO(ExactState):
         samples, groups = Samples(losses, mask), groups.flatten()
         inside = (groups >= 0) & (groups < self.n_groups)
         counts = samples.finite | samples.nonfinite
-        can_look = losses.device.type == "cpu" and not torch.compiler.is_compiling() and not ops.transformed()
+        can_look = losses.device.type == "cpu" and _checks.has_values(losses) and not torch.compiler.is_compiling()
+        can_look = can_look and not ops.transformed()
         if can_look and bool((counts & ~inside).any()):
             row = int((counts & ~inside).nonzero()[0])
             raise IndexError(

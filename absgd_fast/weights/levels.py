@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _checks, ops
+from .. import _checks, _numbers, ops
 from .samples import VANISHED, Samples, kernels_for, prepared
 
 
@@ -106,7 +106,7 @@ def chi2(losses: Tensor, rho: float, *, mask: Tensor | None = None, backend: str
 
     Source: Namkoong & Duchi 2017, "Variance-based regularization with convex objectives"; Levy et al. 2020.
     """
-    radius = _checks.real(rho)
+    radius = _numbers.real(rho)
     if radius is None or not radius >= 0:
         raise ValueError(f"rho: got {rho!r}, expected a number >= 0")
     rho = radius

@@ -1,0 +1,55 @@
+"""What is a number.
+
+Every number that a user gives goes through one of these functions, and is kept as Python's own float or int. So a state_dict, a
+pickle and the cache of torch.compile hold no scalars of NumPy. NumPy registers its scalars with the classes of `numbers`.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from numbers import Integral, Real
+from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def real(value: object, tensors: bool = False) -> float | None:
+    """A real number as a float: of Python, NumPy, `fractions` or `decimal`; None for anything else, which a bool is too.
+
+    tensors: whether a tensor of one real number is a number.
+    """
+    if type(value) is float:
+        return value
+    if isinstance(value, Tensor):
+        return float(value) if tensors and value.numel() == 1 and value.dtype != torch.bool and not value.is_complex() else None
+    return float(value) if isinstance(value, (Real, Decimal)) and not isinstance(value, bool) else None
+
+
+def integer(value: object, tensors: bool = False) -> int | None:
+    """An integer as an int: whatever has `__index__`; None for anything else, which a bool is too.
+
+    tensors: whether a tensor of one integer is an integer.
+    """
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or (isinstance(value, Tensor) and (not tensors or value.dtype == torch.bool)):
+        return None
+    try:
+        return index(value)  # type: ignore[arg-type]  # TypeError says that it is no integer
+    except TypeError:
+        return None
+
+
+def plain(value: Any) -> Any:
+    """A number as Python's own int or float, also within a tuple or a list; anything else as it is.
+
+    It serves numbers that somebody else checks, as torch's optimizers check theirs.
+    """
+    if type(value) in (tuple, list):
+        return type(value)(map(plain, value))
+    if type(value) in (float, int, bool):
+        return value
+    number = int(value) if isinstance(value, Integral) else real(value)
+    return value if number is None else number
