@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, overload
 
 import torch
@@ -12,10 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ._exact import exact_dtype
-from ._numbers import integer, plain, real
+from ._numbers import integer, is_real, listed, real
 from .reference import real_dtype
 
 TRACED = (FakeTensor, FunctionalTensor)  # the tensors of FakeTensorMode, and those that torch.export traces with
+_FLOATS = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}  # the names of NumPy's dtypes
 
 
 def has_values(x: Tensor) -> bool:
@@ -66,10 +67,10 @@ def max_weight(value: float | Tensor | None) -> float:
 
 
 def ignore_index(value: int | Tensor) -> int:
-    """The label of rows that do not count, as an int; ValueError for anything but an integer."""
+    """The label of rows that do not count, as an int; ValueError for anything but an integer of 64 bits."""
     label = integer(value, tensors=True)
-    if label is None:
-        raise ValueError(f"ignore_index: got {value!r}, expected an integer: the label of rows that do not count")
+    if label is None or not -(2**63) <= label < 2**63:
+        raise ValueError(f"ignore_index: got {value!r}, expected an integer (int64): the label of rows that do not count")
     return label
 
 
@@ -81,15 +82,24 @@ def choice(value: str, name: str, choices: tuple[str, ...]) -> str:
 
 
 def scalar(value: float | Tensor, name: str) -> float | Tensor:
-    """A 0-d tensor as it is, or a number as a float; ValueError for a tensor that has dimensions, TypeError for anything else."""
+    """A real 0-d tensor as it is, or a number as a float; ValueError for a wrong shape or size, TypeError for the rest."""
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name}: got a tensor of shape {tuple(value.shape)}, expected a number or a 0-d tensor")
-        return value
+        return _real_tensor(value, name)
     number = real(value)
     if number is None:
+        if is_real(value):
+            raise ValueError(f"{name}: got {value!r}, expected a number that a float can hold")
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number or a 0-d tensor")
     return number
+
+
+def _real_tensor(value: Tensor, name: str) -> Tensor:
+    """TypeError for a tensor of bools or of complex numbers. Its value is not looked at."""
+    if value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"{name}: got a tensor of {value.dtype}, expected a real number")
+    return value
 
 
 def not_learned(value: object, name: str) -> None:
@@ -302,48 +312,48 @@ def within(value: float, name: str, low: float, high: float, open_below: bool = 
 
 def class_counts(cls_num_list: Sequence[float] | Tensor, name: str = "cls_num_list") -> list[float]:
     """The number of samples of each class; ValueError unless all are positive and finite."""
-    not_learned(cls_num_list, name)
-    if isinstance(cls_num_list, Tensor) and not has_values(cls_num_list):
-        raise ValueError(
-            f"{name}: got a tensor on the meta device or of FakeTensorMode, which has no values; expected a list, or a tensor"
-            " with values"
-        )
     counts = _numbers(cls_num_list, name)
-    if not counts or not all(0 < count < math.inf for count in counts):
+    if not all(0 < count < math.inf for count in counts):
         raise ValueError(f"{name}: got {cls_num_list!r}, expected one positive number of samples per class")
     return counts
 
 
 def _numbers(values: Any, name: str) -> list[float]:
-    """Numbers as a list of Python's, from any sequence or array; ValueError for anything else."""
-    try:
-        numbers = list(values.tolist() if hasattr(values, "tolist") else values)
-    except TypeError:  # no sequence
-        numbers = [None]
-    if any(real(number) is None for number in numbers):
+    """The numbers of a sequence (0-d tensors are numbers), an array or a tensor; an error by name for anything else."""
+    if isinstance(values, (Mapping, Set)):  # of a mapping only the keys would be read
+        hint = "list(d.values())" if isinstance(values, Mapping) else "a list"
+        raise ValueError(f"{name}: got a {type(values).__name__}, expected one number per class in their order, such as {hint}")
+    for x in filter(lambda x: isinstance(x, Tensor), values if isinstance(values, (list, tuple)) else [values]):
+        strided(x, name)
+        not_learned(x, name)
+        if not has_values(x):
+            where = "on the meta device or of FakeTensorMode"
+            raise ValueError(f"{name}: got a tensor {where}, which has no values; expected a list, or a tensor with values")
+    if not (numbers := listed(values)):
         raise ValueError(f"{name}: got {values!r}, expected one number per class")
-    return plain(numbers)
+    return numbers
 
 
-def device_with_values() -> torch.device:
-    """torch's default device; the CPU instead of the meta device, whose tensors have no values."""
-    default = torch.get_default_device()
-    return torch.device("cpu") if default.type == "meta" else default
+def strided(x: Tensor, name: str) -> None:
+    """TypeError for a sparse tensor, or one of another layout than torch's usual one."""
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: got a tensor of layout {x.layout}, expected {torch.strided}; a sparse one has to_dense()")
 
 
 def given_class_weight(weight: Tensor | Sequence[float]) -> Tensor:
     """The class weights that a user gave, (C) floating, as a copy without a graph.
 
-    ValueError if they are not one finite float per class, or have no values (on the meta device). RuntimeError if they require
-    grad.
+    A tensor and a floating array keep their dtype; other numbers become floats of `exact_dtype`. ValueError if they are not one
+    finite float per class, or have no values (on the meta device). RuntimeError if they require grad. TypeError for sparse ones.
     """
     not_learned(weight, "weight")
     if isinstance(weight, Tensor):
+        strided(weight, "weight")
         weight = weight.detach().clone()
     else:
-        given = weight if hasattr(weight, "dtype") else _numbers(weight, "weight")
-        floats = isinstance(given, list) and any(isinstance(number, float) for number in given)
-        weight = torch.tensor(given, dtype=exact_dtype() if floats else None, device=device_with_values())
+        dtype, device = _FLOATS.get(str(getattr(weight, "dtype", None)), exact_dtype()), torch.get_default_device()
+        numbers = list(map(float, _numbers(weight, "weight")))
+        weight = torch.tensor(numbers, dtype=dtype, device="cpu" if device.type == "meta" else device)  # one that has values
     if weight.dim() != 1 or not weight.is_floating_point():
         raise ValueError(f"weight: got shape {tuple(weight.shape)} {weight.dtype}, expected one float weight per class, (C,)")
     if weight.is_meta:
@@ -354,10 +364,13 @@ def given_class_weight(weight: Tensor | Sequence[float]) -> Tensor:
 def per_class_finite(x: Tensor, name: str) -> Tensor:
     """x (C); ValueError if a number is NaN or infinite. On a GPU the host waits, so only constructors and setters call it.
 
-    Tensors without values pass.
+    Tensors without values pass, as all do while torch.compile traces.
     """
-    if has_values(x) and not bool(x.isfinite().all()):
-        k = int(x.isfinite().logical_not().nonzero()[0])
+    if torch.compiler.is_compiling() or not has_values(x):
+        return x
+    found = x.to(real_dtype(x.dtype)).isfinite()  # torch has no isfinite for float8
+    if not bool(found.all()):
+        k = int(found.logical_not().nonzero()[0])
         raise ValueError(f"{name}: got {float(x[k])} for class {k}, expected a finite number for each class")
     return x
 
@@ -398,12 +411,12 @@ def momentum_sgd(
 
 
 def rate(lr: float | Tensor) -> float | Tensor:
-    """A learning rate >= 0 as a float, or a one-element tensor, whose value is not checked. ValueError for anything else."""
+    """A learning rate >= 0 as a float, or a real one-element tensor, whose value is not checked; ValueError or TypeError else."""
     if not isinstance(lr, Tensor):
         return within(lr, "lr", 0, math.inf)
     if lr.numel() != 1:
         raise ValueError(f"lr: got a tensor of shape {tuple(lr.shape)}, expected a number or a one-element tensor")
-    return lr
+    return _real_tensor(lr, "lr")
 
 
 def tensor_rate(lr: Tensor) -> Tensor:
@@ -427,8 +440,7 @@ def weighted_step(params: list[Tensor], buffers: list[Tensor] | None, grads: lis
         for i, t in enumerate(tensors):
             if not isinstance(t, Tensor):
                 raise TypeError(f"{name}[{i}]: got {type(t).__name__}, expected a tensor")
-            if t.layout != torch.strided:
-                raise TypeError(f"{name}[{i}]: got a tensor of layout {t.layout}, expected {torch.strided}")
+            strided(t, f"{name}[{i}]")
     buffers = buffers or []
     if losses.dim() != 1:
         raise ValueError(f"losses: got shape {tuple(losses.shape)}, expected (B,), one loss per sample")

@@ -108,11 +108,10 @@ def logit_loss(
         exponentiated. The gradient has the dtype of the logits.
 
     Raises:
-        TypeError: labels of another dtype. IndexError: a label out of range (on a GPU it is raised by a later call).
+        TypeError: logits that are not floating, or a target of another dtype than those named above.
         ValueError: shapes that do not fit, numbers out of range, or an unknown kind.
         IndexError: a label out of range; the text names the first one and its row. A GPU ignores the row and a later call
-            raises, because the host does not wait for the GPU. On Intel GPUs the kernels ignore such
-            rows silently: no call raises.
+            raises, because the host does not wait for the GPU. On Intel GPUs no call raises: the kernels ignore such rows.
         RuntimeError: weight, scale, shift or margin requires grad, by which nothing is differentiated.
 
     >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]], requires_grad=True)
@@ -368,9 +367,11 @@ def weighted_momentum_step_(
     params, grads = list(params), list(per_sample_grads)
     lam, log_s, lr = _checks.lam(lam), _checks.scalar(log_s, "log_s"), _checks.rate(lr)
     options = _weighted_options.__wrapped__ if torch.compiler.is_compiling() else _weighted_options
-    of_weights, of_step, form, flags = options(
-        gamma, alpha, init, normalizer, mix, max_weight, momentum, dampening, weight_decay, nesterov, maximize, heavy_ball
-    )
+    given = gamma, alpha, init, normalizer, mix, max_weight, momentum, dampening, weight_decay, nesterov, maximize, heavy_ball
+    try:
+        of_weights, of_step, form, flags = options(*given)
+    except TypeError:  # one of them has no hash, and the checks refuse it by name
+        of_weights, of_step, form, flags = _weighted_options.__wrapped__(*given)
     losses, mask, sample_weight, real = _weighted_samples(params, losses, mask, sample_weight)
     has_momentum = of_step[1] != 0
     buffers = None if not has_momentum else [] if momentum_buffers is None else list(momentum_buffers)

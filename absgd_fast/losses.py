@@ -25,9 +25,9 @@ class LogitLoss(Scheduled):
     """Base class of the losses on logits: class weights, class vectors, ignored rows and the reduction.
 
     Every loss here has these arguments:
-        weight: (C) float class weights v, default all 1. They are part of the loss. Inside `ABLoss` they therefore stand in the
-            exponent, as in the ABSGD paper (Sec. 4) and the reference package. ValueError if one is NaN or infinite, RuntimeError
-            if they require grad. A negative weight turns the loss of its class around, as in torch.
+        weight: (C) class weights v, default all 1: what `set_weight` takes. They are part of the loss. Inside `ABLoss` they
+            therefore stand in the exponent, as in the ABSGD paper (Sec. 4) and the reference package. ValueError if one is NaN or
+            infinite, RuntimeError if they require grad. A negative weight turns the loss of its class around, as in torch.
         ignore_index: rows with this label do not count.
         reduction: "none" (the default): one loss per sample, which `ABLoss` needs. "mean": the sum, divided as torch does by the
             sum of the labels' class weights over the rows that count (docs/MATH.md §2.4). "sum".
@@ -71,13 +71,14 @@ class LogitLoss(Scheduled):
         self.reduction = _checks.choice(reduction, "reduction", ("none", "mean", "sum"))
         self.backend = backend
 
-    def set_weight(self, weight: Tensor | None) -> None:
-        """Use these class weights from now on: (C) floating and finite, or None for 1. Errors as those of the constructor."""
-        self._use_weight(None if weight is None else _checks.given_class_weight(weight))
+    def set_weight(self, weight: Tensor | Sequence[float] | None) -> None:
+        """Use these class weights from now on; None for 1. The constructor takes the same, and raises the same errors.
 
-    def _use_weight(self, weight: Tensor | None) -> None:
-        """`set_weight` for checked class weights."""
-        self.weight, self._given_weight = weight, None if weight is None else weight.clone()
+        weight: (C) finite numbers: a floating tensor, an array, a list of numbers, or one of 0-d tensors. A tensor or a floating
+            array keeps its dtype. Other numbers become float32, or float64 if that is torch's default dtype.
+        """
+        self.weight = None if weight is None else _checks.given_class_weight(weight)
+        self._given_weight = None if self.weight is None else self.weight.clone()
 
     def reset_parameters(self) -> None:
         """Give the class weights the values that `set_weight` or the constructor got. torch calls it after `to_empty`."""
@@ -110,7 +111,7 @@ class LogitLoss(Scheduled):
         if self.weight is None:
             return losses.sum() / valid.sum()
         weight = self.weight.to(losses.device, real_dtype(logits.dtype))
-        of_rows = weight[torch.where(valid, target, 0).long().flatten()]  # flat: one sample's label would be read as a number
+        of_rows = weight[torch.where(valid, target, 0).long().flatten()]  # flat: torch reads a 0-d index on the host
         return losses.sum() / (of_rows * valid.flatten()).sum()
 
     def extra_repr(self) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from . import _checks
 from ._scheduled import Scheduled
@@ -40,6 +40,23 @@ class LossSchedule(LRScheduler):
 
     optimizer: Optimizer | None = None  # type: ignore[assignment]  # torch's schedulers always have one
     _step_count = 1  # accelerate adds to it while gradients accumulate; only torch's own schedulers read it
+
+    @property
+    def last_epoch(self) -> int:  # an attribute of torch's schedulers
+        """The number of calls of step() so far, under the name that torch's schedulers have for it."""
+        return self._calls()
+
+    @last_epoch.setter
+    def last_epoch(self, value: int) -> None:
+        raise AttributeError(
+            f"last_epoch: got {value!r}, but {type(self).__name__} counts the calls of step() itself;"
+            " to continue at a count, use load_state_dict(...). torch's SequentialLR sets last_epoch, so it cannot hold this"
+            " schedule: step it beside that one"
+        )
+
+    def _calls(self) -> int:
+        """The number of calls of step() so far."""
+        raise NotImplementedError
 
     def get_last_lr(self) -> list[float | Tensor]:
         """The learning rates of the groups of `optimizer`, tensors as copies; an empty list without an optimizer."""
@@ -67,9 +84,7 @@ class CountedSchedule(LossSchedule):
         self._count = value
         setattr(self._driven, self.COUNT, value)
 
-    @property
-    def last_epoch(self) -> int:  # type: ignore[override]  # an attribute of torch's schedulers
-        """The same under the name that torch's schedulers have for it."""
+    def _calls(self) -> int:
         return self._count
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, whose module does not know it yet
@@ -147,7 +162,7 @@ class TwoStage(CountedSchedule):
         self.unit = _checks.choice(unit, "unit", ("epoch", "step"))
         count = criterion.two_stage_count  # of a checkpoint that was loaded before, or of an earlier schedule
         replaced = {name: getattr(criterion, name).clone() for name in criterion.STATE}
-        self._replaced = None if count is None else (count, replaced)
+        self._replaced = None if count is None or criterion.lam.is_meta else (count, replaced)
         self.lam: float | Tensor | RelativeLam = lam if isinstance(lam, RelativeLam) else _checks.lam(lam)
         self.criterion, self.start = criterion, start
         super().__init__(criterion, optimizer)
@@ -164,10 +179,9 @@ class TwoStage(CountedSchedule):
         This sets lambda if the criterion is in the other stage. log s belongs to the state_dict of the criterion. But if the
         criterion had this count when the schedule was made, it gets back the lambda and log s that the constructor has replaced.
         """
-        replaced = self._replaced
+        if self._replaced is not None and self._replaced[0] == int(state_dict["count"]):
+            self.criterion.put_back(self._replaced[1])
         super().load_state_dict(state_dict)
-        if replaced is not None and replaced[0] == self.count:
-            self.criterion.load_state_dict(replaced[1], strict=False)
 
     def continue_at(self, count: int) -> None:
         """As described in `CountedSchedule`, without a new start of log s."""
@@ -185,7 +199,7 @@ class SwitchAt(CountedSchedule):
     def __init__(self, loss: LogitLoss, start: int, optimizer: Optimizer | None):
         self.loss, self.start = loss, _check_start(start)
         super().__init__(loss, optimizer)
-        self._switch(start == 0)
+        self._switch(self.start == 0)
 
     def _switch(self, on: bool) -> None:
         """Switch it on or off in the loss."""
@@ -204,7 +218,7 @@ class DRW(SwitchAt):
 
     Args:
         loss: one of the losses on logits. For an `ABLoss`, give its criterion.
-        weight: (C) class weights, for example `class_balanced_weights(cls_num_list)`.
+        weight: (C) class weights, a tensor, an array or a list, for example `class_balanced_weights(cls_num_list)`.
         start: the first epoch, counted from 0, that uses them; 0: from the beginning.
         optimizer: as for `TwoStage`.
 
@@ -224,7 +238,9 @@ class DRW(SwitchAt):
 
     COUNT = "drw_count"
 
-    def __init__(self, loss: LogitLoss, weight: Tensor, start: int, *, optimizer: Optimizer | None = None):
+    _on: bool | None = None  # the stage that it has switched the loss to
+
+    def __init__(self, loss: LogitLoss, weight: Tensor | Sequence[float], start: int, *, optimizer: Optimizer | None = None):
         if not isinstance(loss, LogitLoss):
             raise TypeError(
                 f"loss: got {type(loss).__name__}, expected one of the losses on logits; for an ABLoss, give its criterion"
@@ -239,7 +255,17 @@ class DRW(SwitchAt):
         # a tensor in both stages: a checkpoint of one stage can then be loaded in the other
         before = self.loss.weight
         device = self.weight.device if before is None or before.is_meta else before.device
-        self.loss._use_weight((self.weight if on else torch.ones_like(self.weight)).to(device, copy=True))
+        wanted = (self.weight if on else torch.ones_like(self.weight)).to(device)
+        if self._on is not on or before is None or not _same(before, wanted):
+            self.loss.set_weight(wanted)
+        self._on = on
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two vectors have the same dtype, device and numbers. Tensors without values are not the same."""
+    if a.dtype != b.dtype or a.device != b.device or a.shape != b.shape or not (_checks.has_values(a) and _checks.has_values(b)):
+        return False
+    return torch.equal(a.double(), b.double())  # torch has no equal for float8
 
 
 class TLA(SwitchAt):
@@ -297,8 +323,12 @@ class ChainedSchedules(LossSchedule):
     """Several schedules that are stepped, saved and loaded as one. They may be of losses and of learning rates.
 
     Args:
-        parts: the schedules, in the order in which they are stepped.
-        optimizer: as for `TwoStage`; None: that of the first part that has one.
+        parts: the schedules, in the order in which they are stepped. torch's ReduceLROnPlateau cannot be one, because its step()
+            needs a metric.
+        optimizer: as for `TwoStage`; None: that of the first part that has one, at any time.
+
+    Raises:
+        TypeError: a part is a ReduceLROnPlateau.
 
     >>> criterion = ABLoss(lam=0.5)
     >>> optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=1.0)
@@ -309,13 +339,27 @@ class ChainedSchedules(LossSchedule):
     """
 
     def __init__(self, *parts: Schedule, optimizer: Optimizer | None = None):
+        for part in parts:
+            if isinstance(part, ReduceLROnPlateau):
+                raise TypeError(
+                    f"parts: got a {type(part).__name__}, expected schedules whose step() takes no argument;"
+                    " ReduceLROnPlateau needs a metric, so step it beside the ChainedSchedules"
+                )
         self.parts = parts
-        known = (getattr(part, "optimizer", None) for part in parts)
-        self.optimizer = optimizer if optimizer is not None else next(filter(None, known), None)
+        self._given_optimizer = optimizer
 
-    @property
-    def last_epoch(self) -> int:  # type: ignore[override]  # as in `CountedSchedule`
-        """The number of calls of step() so far: the count of the parts."""
+    @property  # type: ignore[override]  # torch's schedulers always have one
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer that was given or set; without one, that of the first part that has one."""
+        if self._given_optimizer is not None:
+            return self._given_optimizer
+        return next((o for o in (getattr(part, "optimizer", None) for part in self.parts) if o is not None), None)
+
+    @optimizer.setter
+    def optimizer(self, value: Optimizer | None) -> None:
+        self._given_optimizer = value
+
+    def _calls(self) -> int:
         return max((getattr(part, "last_epoch", 0) for part in self.parts), default=0)
 
     def step(self) -> None:  # type: ignore[override]  # as in `CountedSchedule`

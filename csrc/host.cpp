@@ -24,11 +24,10 @@ struct Slot {
                             // to Python, because it may fetch its values from elsewhere
 };
 
-// Moves the objects into a list. The vector keeps its memory for the next step.
+// Moves the objects into a list.
 py::list handed_over(std::vector<py::object>& objects) {
   py::list out(objects.size());
   for (size_t j = 0; j < objects.size(); ++j) PyList_SET_ITEM(out.ptr(), Py_ssize_t(j), objects[j].release().ptr());
-  objects.clear();
   return out;
 }
 
@@ -47,9 +46,11 @@ class StepPlan {
         grad_(getter(tensor_type)) {}
 
   // Reads every tensor afresh, and writes the table for one step over all parameters that have a gradient.
-  // Returns (updated, grads, on, others):
+  // Returns (updated, held, on, others):
   //   updated  the parameters in the table
-  //   grads    their gradients, which the caller keeps alive until the step is done
+  //   held     their gradients, states and counts of steps, which the caller keeps alive until the step is done:
+  //   another
+  //            thread may drop a state while the kernel writes it
   //   on       a plain tensor of the table, or None if the table is empty
   //   others   [(group, [param, ...])]: parameters that the table cannot hold (without a state yet, with an lr that no
   //            kernel reads, or of another dtype, device, layout or tensor type), which the caller steps otherwise
@@ -60,54 +61,78 @@ class StepPlan {
   // robust: math/weights.h Normalizer as six float64 numbers on the device of the tensors, or None.
   py::tuple refresh(py::list groups, py::dict state, py::object grad_scale, py::object found_inf, py::object sharded,
                     py::object robust) {
-    if (!same_state(state)) remember(groups, state);
+    // Options may be objects whose __float__ runs any code, another step too. So they are read before all else.
+    std::vector<Options> options;
+    for (py::handle group : groups) options.push_back(read_options(group.ptr()));
+    if (!same_state(state)) remember(options, state);
     groups_.clear();
     std::swap(tensors_, before_);
     tensors_.clear();
     elements_ = 0;
-    updated_.clear();
-    grads_.clear();
     device_ = {0, 0};
     sharded_ = sharded.is_none() ? nullptr : sharded.ptr();
     found_inf_ = device_float(found_inf);
     grad_scale_ = device_float(grad_scale);
     read_robust(robust);
+    std::vector<py::object> updated, held;
+    updated.reserve(slots_.size());
+    held.reserve((2 + absgd::kStates) * slots_.size());
     py::list others;
     size_t slot = 0;
-    for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.ptr()); ++g) {
-      PyObject* const group = PyList_GET_ITEM(groups.ptr(), g);
-      const py::list params = params_of(group);
-      groups_.emplace_back();
-      // A dict of another class may compute its values, which only Python would notice.
-      const bool readable = PyDict_CheckExact(group) && read_group(group, groups_.back());
+    for (const Options& of_group : options) {
+      groups_.push_back(of_group.numbers);
+      const py::list& params = of_group.params;
       py::list left;
       for (Py_ssize_t j = 0; j < PyList_GET_SIZE(params.ptr()); ++j, ++slot) {
         PyObject* param = PyList_GET_ITEM(params.ptr(), j);
         if (slot >= slots_.size() || slots_[slot].param != param) {
-          remember(groups, state);  // afterwards the slot has this parameter
+          remember(options, state);  // afterwards the slot has this parameter
           if (slot >= slots_.size() || slots_[slot].param != param)
             throw py::value_error("param_groups changed during a step, expected the same parameters throughout");
         }
+        if (!is_plain(param) && !is_shard(param)) {  // its attributes may be computed by any code
+          left.append(py::handle(param));
+          continue;
+        }
         py::object grad = grad_of(param);
         if (grad.is_none()) continue;
-        if (readable && add(param, grad.ptr(), slot, int32_t(g))) {
-          updated_.push_back(py::reinterpret_borrow<py::object>(param));
-          grads_.push_back(std::move(grad));
+        if (of_group.readable && add(param, grad.ptr(), slot, int32_t(groups_.size() - 1), held)) {
+          updated.push_back(py::reinterpret_borrow<py::object>(param));
+          held.push_back(std::move(grad));
         } else {
           left.append(py::handle(param));
         }
       }
-      if (PyList_GET_SIZE(left.ptr()) > 0) others.append(py::make_tuple(py::handle(group), left));
+      if (PyList_GET_SIZE(left.ptr()) > 0) others.append(py::make_tuple(of_group.group, left));
     }
     write_table();
-    const auto on = py::reinterpret_borrow<py::object>(updated_.empty() ? Py_None : local(updated_[0].ptr()));
-    return py::make_tuple(handed_over(updated_), handed_over(grads_), on, others);
+    const auto on = py::reinterpret_borrow<py::object>(updated.empty() ? Py_None : local(updated[0].ptr()));
+    return py::make_tuple(handed_over(updated), handed_over(held), on, others);
   }
 
   // An int64 tensor on the CPU, which holds a StepTable and what that points to, until the next refresh.
   py::object table() const { return table_; }
 
  private:
+  // What a step has read of a group.
+  struct Options {
+    py::object group;
+    py::list params;
+    absgd::StepGroup numbers;
+    bool readable;  // whether the table can hold parameters of the group
+  };
+  Options read_options(PyObject* group) const {
+    const py::object params = py::reinterpret_steal<py::object>(PyObject_GetItem(group, names().params));
+    if (!params) throw py::error_already_set();
+    Options out{py::reinterpret_borrow<py::object>(group), py::list(params), {}, false};
+    // A dict of another class may compute its values, which only Python would notice.
+    if (PyDict_CheckExact(group)) {
+      out.numbers = names_.read(group);
+      out.readable = read_learning_rate(item(group, names().lr), out.numbers);
+    }
+    return out;
+  }
+
   // Whether the optimizer's state holds the same dicts in the same order as when it was remembered.
   bool same_state(const py::dict& state) const {
     if (size_t(PyDict_Size(state.ptr())) != state_.size()) return false;
@@ -118,7 +143,7 @@ class StepPlan {
     return true;
   }
 
-  void remember(const py::list& groups, const py::dict& state) {
+  void remember(const std::vector<Options>& groups, const py::dict& state) {
     state_.clear();
     slots_.clear();
     std::unordered_map<PyObject*, PyObject*> state_of;
@@ -128,17 +153,11 @@ class StepPlan {
       state_.push_back({key, value});
       if (PyDict_CheckExact(value)) state_of[key] = value;
     }
-    for (py::handle group : groups)
-      for (py::handle param : params_of(group.ptr())) {
+    for (const Options& group : groups)
+      for (py::handle param : group.params) {
         const auto found = state_of.find(param.ptr());
         slots_.push_back({param.ptr(), found == state_of.end() ? nullptr : found->second});
       }
-  }
-
-  static py::list params_of(PyObject* group) {
-    const py::object params = py::reinterpret_steal<py::object>(PyObject_GetItem(group, names().params));
-    if (!params) throw py::error_already_set();
-    return py::list(params);
   }
 
   // The gradient. If torch.Tensor.grad is a C function it is called directly, which takes 24 ns less than looking the
@@ -208,17 +227,12 @@ class StepPlan {
 
   static char* data(const DLTensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
 
-  bool read_group(PyObject* group, absgd::StepGroup& out) const {
-    out = names_.read(group);
-    return read_learning_rate(item(group, names().lr), out);
-  }
-
   // lr as a number. Of a tensor on the GPU only the address is taken, because reading it would wait for the GPU.
   // Returns false if it has another dtype than the kernels read (an integer, half precision).
   bool read_learning_rate(PyObject* lr, absgd::StepGroup& group) const {
     DLTensor t;
     if (PyFloat_Check(lr) || !describe(lr, &t) || t.device.type == kDLCPU) {
-      group.lr = as_double(lr);
+      group.lr = as_double(lr, names().lr);
       return true;
     }
     if (!is_number(t)) return false;
@@ -246,7 +260,8 @@ class StepPlan {
   }
 
   // Adds a parameter to the table, and returns whether it could. All tensors of a table are on the device of its first.
-  bool add(PyObject* param, PyObject* grad, size_t slot, int32_t group_index) {
+  // held: takes references to the states.
+  bool add(PyObject* param, PyObject* grad, size_t slot, int32_t group_index, std::vector<py::object>& held) {
     const absgd::StepGroup& group = groups_[size_t(group_index)];
     DLTensor p, g;
     if (!read(local(param), &p) || !read(local(grad), &g) || !same_shard(param, grad)) return false;
@@ -278,12 +293,14 @@ class StepPlan {
       PyObject* const state = PyDict_GetItemWithError(kept, names_.states[j]);
       if (state == nullptr || !read(local(state), &t) || t.dtype.bits != real_bits || !like_p(t)) return false;
       out.state[j] = data(t);
+      held.push_back(py::reinterpret_borrow<py::object>(state));
     }
     if (group.counts()) {
       DLTensor t;
       PyObject* const step = PyDict_GetItemWithError(kept, names().step);
       if (step == nullptr || !read_number(step, &t) || !here(t)) return false;
       out.step = {data(t), t.dtype.bits == 64, t.device.id};
+      held.push_back(py::reinterpret_borrow<py::object>(step));
     }
     out.count = layout(p).count();
     // The memory of a single number may hold its opposite (the imaginary part of a conjugate, as autograd hands it
@@ -355,7 +372,6 @@ class StepPlan {
   std::vector<Slot> state_;  // in the order of optimizer.state
   std::vector<Slot> slots_;  // in the order of the parameters
 
-  std::vector<py::object> updated_, grads_;  // empty between steps
   std::vector<absgd::StepGroup> groups_;
   std::vector<absgd::StepTensor> tensors_, before_;  // of this step and of the last
   int64_t elements_ = 0;

@@ -80,6 +80,27 @@ def scheduler_of_a_tensor_lr(world, lr):
     return attempt(train) or look(optimizer)
 
 
+@situation({"bf16": torch.bfloat16, "fp16": torch.float16, "float64": torch.float64}, only=("adam", "adamw"))
+def decay_by_a_tensor_lr(world, dtype):
+    """Decoupled, with gradients of zero, so that nothing else moves the parameters. 0.125 is exact in every dtype."""
+    params = world.params([(3,), (20,)])
+    decoupled = world.known(decoupled_weight_decay=True)
+    optimizer = world(params, lr=torch.tensor(0.125, dtype=dtype), weight_decay=0.01, **decoupled)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    world.step(optimizer)
+    return [p.detach() for p in params]
+
+
+@situation({"foreach=True": True, "foreach=False": False}, only=("adam", "adamw"))
+def tensor_lr_and_an_option_of_the_group(world, foreach):
+    """The constructor does not see the option, so torch looks at it in the first step."""
+    params = world.params([(3,), (20,)])
+    optimizer = world([{"params": params, "foreach": foreach}], lr=torch.tensor(0.02, dtype=torch.float64))
+    error = attempt(lambda: world.train(optimizer, [0]))
+    return error or {name: value for name, value in look(optimizer).items() if name != "options"}
+
+
 NUMBERS = {
     "int": 1,
     "bool": True,

@@ -52,6 +52,8 @@ COUNT = (
     "A count of another kind becomes the float32 tensor that kernels read. torch takes some kinds, in checkpoints or in steps."
 )
 NONE = "A missing state is a TypeError by name. In torch it is an AttributeError of None, or a TypeError."
+FOREACH = "foreach chooses among torch's own implementations, which the kernels replace. torch's refuses a tensor lr."
+DECAY = "torch rounds 1 - lr wd to the dtype of a tensor lr. Here a tensor lr gives the decay of the same number in float64."
 COUNTING = ("adam", "adamw", "rmsprop", "adagrad")
 COUPLED = ("sgd", "adam", "rmsprop", "adagrad")
 DIFFERENCES = [
@@ -66,6 +68,9 @@ DIFFERENCES = [
     Difference("option is a tensor (alpha, one element)", ("rmsprop",), ("one element", "float64"), FLOATS),
     Difference("option is a tensor (lr_decay, one element)", ("adagrad",), ("one element", "float64"), FLOATS),
     Difference("option is a tensor (dampening, one element)", ("sgd",), ("one element", "float64"), FLOATS),
+    Difference("decay by a tensor lr (bf16)", ("adam", "adamw"), ("bf16", "float64"), DECAY),
+    Difference("decay by a tensor lr (fp16)", ("adam", "adamw"), ("fp16", "float64"), DECAY),
+    Difference("tensor lr and an option of the group (foreach=True)", ("adam", "adamw"), ("True", "False"), FOREACH),
     Difference(
         "mistakes (lr is nan, which only some refuse)",
         ("sgd",),

@@ -465,7 +465,9 @@ def test_what_requires_grad(name, number):
     answer, shape, calls = TABLE[name]
     value, f = plain(*shape).requires_grad_(), calls[number]
     if answer == "refused":
-        with pytest.raises(RuntimeError, match=f"not differentiable with respect to argument '{name}'.*requires_grad.*detach"):
+        with pytest.raises(
+            RuntimeError, match=f"not differentiable with respect to argument '({name}|r)'.*requires_grad.*detach"
+        ):
             f(value)
         with torch.no_grad():
             f(value)

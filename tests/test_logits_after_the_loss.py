@@ -284,31 +284,81 @@ def test_changed_bfloat16_logits(case, form):
     close(first.float(), open_.float(), rtol=2**-7, atol=1e-6)
 
 
-@pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("changed", ["nothing", "target", "weight"])
-def test_changed_labels_and_class_weights(changed, soft):
-    """Backward needs them for bfloat16 logits. Their change is noticed, as torch notices it."""
-    x = logits_of(torch.bfloat16).requires_grad_()
-    given = {"target": x.detach().flip(0).float().softmax(1) if soft else TARGET.clone(), "weight": torch.rand(CLASSES) + 0.5}
-    loss = logit_loss(x, label_smoothing=0.1, **given)
-    if changed == "nothing":
-        loss.sum().backward()
-        return
-    given[changed].zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.sum().backward()
+HOMES = {"ordinary": torch.no_grad, "inference": torch.inference_mode}
 
 
-def test_labels_of_inference_mode():
-    """They have no count of changes."""
-    with torch.inference_mode():
-        target = TARGET.clone()
-    grads = []
-    for labels in (TARGET, target):
-        x = logits_of(torch.bfloat16).requires_grad_()
-        ab.CrossEntropy()(x, labels).sum().backward()
-        grads.append(x.grad)
+@pytest.mark.parametrize("home", HOMES)
+@pytest.mark.parametrize("changed", ["target", "weight", "shift"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.covering(3)  # what happens to a tensor depends on all three
+def test_changed_labels_and_class_weights(dtype, changed, home):
+    """They are not read again, whatever the dtype, and whether or not torch counts their changes."""
+    x, upstream, grads = logits_of(dtype).requires_grad_(), torch.linspace(1, 2, ROWS), []
+    for change in (False, True):
+        with HOMES[home]():
+            given = {
+                "target": TARGET.clone(),
+                "weight": torch.linspace(0.5, 1.5, CLASSES),
+                "shift": torch.linspace(0, 1, CLASSES),
+            }
+        loss = logit_loss(x, label_smoothing=0.1, **given)  # so that backward needs the class weights
+        if change:
+            with HOMES[home]():
+                given[changed].zero_()
+        grads.append(torch.autograd.grad(loss, x, upstream)[0])
+    assert torch.equal(*grads) and grads[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_class_weights_loaded_before_backward(dtype):
+    """load_state_dict and DDP's broadcast of buffers write class weights in place."""
+    x, grads = logits_of(dtype).requires_grad_(), []
+    for change in (False, True):
+        criterion = ab.CrossEntropy(torch.linspace(0.5, 1.5, CLASSES), label_smoothing=0.1)
+        loss = criterion(x, TARGET)
+        if change:
+            criterion.load_state_dict({"weight": torch.ones(CLASSES)})
+            criterion.weight.zero_()
+        grads.append(torch.autograd.grad(loss.sum(), x)[0])
     assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_label_buffer_of_two_micro_batches(dtype):
+    """The same memory holds the labels of both."""
+    x, other = logits_of(dtype).requires_grad_(), TARGET.flip(0)
+    wanted = torch.autograd.grad((logit_loss(x, TARGET) + logit_loss(x, other)).sum(), x)[0]
+    buffer = TARGET.clone()
+    first = logit_loss(x, buffer)
+    second = logit_loss(x, buffer.copy_(other))
+    assert torch.equal(torch.autograd.grad((first + second).sum(), x)[0], wanted)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_changed_soft_targets(create_graph):
+    """The graph keeps no copy of them, because they are large. Every backward notices their change, as in torch."""
+    x = logits_of(torch.bfloat16).requires_grad_()
+    target = x.detach().flip(0).float().softmax(1)
+    loss = logit_loss(x, target, label_smoothing=0.1).sum()
+    torch.autograd.grad(loss, x, retain_graph=True)
+    target.zero_()
+    for retain in (True, False, False):
+        with pytest.raises(RuntimeError, match="^target: got soft targets that were modified by an inplace operation"):
+            torch.autograd.grad(loss, x, retain_graph=retain, create_graph=create_graph)
+
+
+def test_soft_targets_of_inference_mode():
+    """torch does not count their changes, so the graph keeps a copy."""
+    x, grads = logits_of(torch.bfloat16).requires_grad_(), []
+    for change in (False, True):
+        with torch.inference_mode():
+            target = x.detach().flip(0).float().softmax(1)
+        loss = logit_loss(x, target)
+        if change:
+            with torch.inference_mode():
+                target.zero_()
+        grads.append(torch.autograd.grad(loss.sum(), x)[0])
+    assert torch.equal(*grads) and grads[0].any()
 
 
 @pytest.mark.parametrize("transposed", [False, True])

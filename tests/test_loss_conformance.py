@@ -368,7 +368,7 @@ def test_situations(form, situation):
 
 # ---- protocols --------------------------------------------------------------------------------------------------------------
 #
-# Each calls a criterion as criterion(logits, target), and returns what comes out as a list.
+# Each calls a criterion as criterion(logits, target), with Y or parts of it, and returns what comes out as a list.
 
 
 class Head(nn.Module):
@@ -380,7 +380,7 @@ class Head(nn.Module):
         self.register_buffer("weight", torch.eye(5))
 
     def forward(self, x, y):
-        return self.criterion(x, self.weight, y)
+        return self.criterion(x, self.weight.to(x.dtype), y)
 
 
 class FunctionalMean(nn.Module):
@@ -406,175 +406,195 @@ CRITERIA = {
 }
 
 
-def torchs_criterion(name):
-    return nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.1) if name == "module-weight" else nn.CrossEntropyLoss()
+def torchs_criterion(name, dtype):
+    return (nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.1) if name == "module-weight" else nn.CrossEntropyLoss()).to(dtype)
 
 
 class WithLoss(nn.Module):
     """A model that contains its criterion."""
 
-    def __init__(self, criterion):
+    def __init__(self, criterion, dtype=torch.float32):
         super().__init__()
         torch.manual_seed(0)
-        self.linear, self.criterion = nn.Linear(5, 5), criterion
+        self.linear, self.criterion = nn.Linear(5, 5).bfloat16().to(dtype), criterion  # the same numbers in every dtype
 
     def forward(self, x, y):
         return self.criterion(self.linear(x), y)
 
 
-def leaf():
-    return X.clone().requires_grad_()
+def leaf(logits=X):
+    return logits.clone().requires_grad_()
 
 
-def gradient(criterion):
-    x = leaf()
+def gradient(criterion, logits):
+    x = leaf(logits)
     return torch.autograd.grad(criterion(x, Y), x)[0]
 
 
-def retained(criterion):
-    x = leaf()
+def retained(criterion, logits):
+    x = leaf(logits)
     loss = criterion(x, Y)
     return [torch.autograd.grad(loss, x, retain_graph=keep)[0] for keep in (True, True, False)]
 
 
-def backward_again(criterion):
-    loss = criterion(leaf(), Y)
+def backward_again(criterion, logits):
+    loss = criterion(leaf(logits), Y)
     loss.backward()
     loss.backward()
 
 
-def changed_in_place(criterion):
-    x = leaf()
-    logits = x * 1
-    loss = criterion(logits, Y)
-    logits.zero_()
+def changed_in_place(criterion, logits):
+    x = leaf(logits)
+    z = x * 1
+    loss = criterion(z, Y)
+    z.zero_()
     return [torch.autograd.grad(loss, x)[0]]
 
 
-def twice_differentiated(criterion):
-    x = leaf()
+def labels_changed(criterion, logits):
+    """torch's own refuses the change."""
+    x, labels = leaf(logits), Y.clone()
+    loss = criterion(x, labels)
+    if type(criterion) is not nn.CrossEntropyLoss:
+        labels.zero_()
+    return [torch.autograd.grad(loss, x)[0]]
+
+
+def labels_buffer_reused(criterion, logits):
+    """One buffer for the labels of two micro-batches with a common backward, which torch's own refuses."""
+    x, buffer, losses = leaf(logits), torch.empty_like(Y[:3]), []
+    for part in (slice(0, 3), slice(3, 6)):
+        buffer.copy_(Y[part])
+        losses.append(criterion(x[part], Y[part] if type(criterion) is nn.CrossEntropyLoss else buffer) / 2)
+    return [torch.autograd.grad(sum(losses), x)[0]]
+
+
+def twice_differentiated(criterion, logits):
+    x = leaf(logits)
     (grad,) = torch.autograd.grad(criterion(x, Y), x, create_graph=True)
     return [grad.detach(), *torch.autograd.grad(grad.square().sum(), x)]
 
 
-def accumulated(criterion):
-    x = leaf()
+def accumulated(criterion, logits):
+    x = leaf(logits)
     for part in (slice(0, 3), slice(3, 6)):
         (criterion(x[part], Y[part]) / 2).backward()
     return [x.grad]
 
 
-def checkpointed(criterion, use_reentrant):
-    x = leaf()
+def checkpointed(criterion, logits, use_reentrant):
+    x = leaf(logits)
     loss = checkpoint(lambda x: criterion(2 * x, Y), x, use_reentrant=use_reentrant)
     loss.backward()
     return [loss.detach(), x.grad]
 
 
-def without_grad(criterion, mode):
+def without_grad(criterion, logits, mode):
     with mode():
-        loss = criterion(leaf(), Y)
+        loss = criterion(leaf(logits), Y)
     return [loss, torch.tensor([loss.requires_grad, loss.is_inference()])]
 
 
-def constant_logits(criterion):
-    loss = criterion(X, Y)
+def constant_logits(criterion, logits):
+    loss = criterion(logits, Y)
     return [loss, torch.tensor(loss.requires_grad)]
 
 
-def copies(criterion):
-    criterion(X, Y)
+def copies(criterion, logits):
+    criterion(logits, Y)
     file = io.BytesIO()
     torch.save(criterion, file)
     file.seek(0)
     made = copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion)), torch.load(file, weights_only=False)
-    return [result for c in made for result in (c(X, Y), gradient(c))]
+    return [result for c in made for result in (c(logits, Y), gradient(c, logits))]
 
 
-def averaged(criterion):
-    model = WithLoss(criterion)
+def averaged(criterion, logits):
+    model = WithLoss(criterion, logits.dtype)
     averages, optimizer = AveragedModel(model, use_buffers=True), torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(3):
-        model(X, Y).backward()
+        model(logits, Y).backward()
         optimizer.step()
         optimizer.zero_grad()
         averages.update_parameters(model)
-    return [averages.eval()(X, Y).detach(), *(p.detach() for p in averages.module.linear.parameters())]
+    return [averages.eval()(logits, Y).detach(), *(p.detach() for p in averages.module.linear.parameters())]
 
 
-def vmapped(criterion):
+def vmapped(criterion, logits):
     """torch's own is called in a loop, because it does not go through vmap with class weights."""
-    batches = X.reshape(2, 3, 5), Y.reshape(2, 3)
+    batches = logits.reshape(2, 3, 5), Y.reshape(2, 3)
     if type(criterion) is nn.CrossEntropyLoss:
         return [torch.stack([criterion(x, y) for x, y in zip(*batches)])]
     return [torch.vmap(criterion.eval())(*batches)]
 
 
-def grad_of_func(criterion):
-    return [torch.func.grad(criterion.eval())(X, Y)]
+def grad_of_func(criterion, logits):
+    return [torch.func.grad(criterion.eval())(logits, Y)]
 
 
-def grads_of_samples(criterion):
-    return [torch.vmap(torch.func.grad(criterion.eval()))(X, Y)]
+def grads_of_samples(criterion, logits):
+    return [torch.vmap(torch.func.grad(criterion.eval()))(logits, Y)]
 
 
-def pushed_forward(criterion):
-    return list(torch.func.jvp(lambda x: criterion.eval()(x, Y), (X,), (X.flip(0),)))
+def pushed_forward(criterion, logits):
+    return list(torch.func.jvp(lambda x: criterion.eval()(x, Y), (logits,), (logits.flip(0),)))
 
 
-def hessian(criterion):
-    return [torch.func.hessian(lambda x: criterion.eval()(x, Y[:2]))(X[:2])]
+def hessian(criterion, logits):
+    return [torch.func.hessian(lambda x: criterion.eval()(x, Y[:2]))(logits[:2])]
 
 
-def autocast(criterion):
+def autocast(criterion, logits):
     """The logits come from a product in bfloat16."""
-    x = leaf()
+    x = leaf(logits)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = criterion(x @ torch.eye(5), Y)
+        loss = criterion(x @ torch.eye(5).to(x), Y)
     return [loss.detach(), torch.autograd.grad(loss, x)[0].bfloat16()]
 
 
-def on_meta(criterion):
-    x = X.to("meta").requires_grad_()
+def on_meta(criterion, logits):
+    x = logits.to("meta").requires_grad_()
     loss = criterion.to("meta")(x, Y.to("meta"))
     loss.backward()
     return [torch.tensor(t.shape) for t in (loss, x.grad)]
 
 
-def in_fake_mode(criterion):
+def in_fake_mode(criterion, logits):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        x = mode.from_tensor(X).requires_grad_()
+        x = mode.from_tensor(logits).requires_grad_()
         loss = criterion(x, mode.from_tensor(Y))
         loss.backward()
         shapes = [list(t.shape) for t in (loss, x.grad)]
-    return [*map(torch.tensor, shapes), copy.deepcopy(criterion)(X, Y)]  # the mode leaves no trace
+    return [*map(torch.tensor, shapes), copy.deepcopy(criterion)(logits, Y)]  # the mode leaves no trace
 
 
-def target_elsewhere(criterion):
-    return [criterion(leaf(), Y.to("meta"))]
+def target_elsewhere(criterion, logits):
+    return [criterion(leaf(logits), Y.to("meta"))]
 
 
-def logits_elsewhere(criterion):
-    return [criterion(X.to("meta").requires_grad_(), Y)]
+def logits_elsewhere(criterion, logits):
+    return [criterion(logits.to("meta").requires_grad_(), Y)]
 
 
-def compiled(criterion):
+def compiled(criterion, logits):
     model = torch.compile(criterion)
-    return [model(X, Y), gradient(model)]
+    return [model(logits, Y), gradient(model, logits)]
 
 
-def exported(criterion, strict, trains=False):
-    model = WithLoss(criterion).train(trains)
-    program = torch.export.export(model, (X, Y), strict=strict)
+def exported(criterion, logits, strict, trains=False):
+    model = WithLoss(criterion, logits.dtype).train(trains)
+    program = torch.export.export(model, (logits, Y), strict=strict)
     again = copy.deepcopy(model)  # the trace leaves no tensor without values in the model
-    return [m(2 * X, Y).detach() for m in (program.module(), program.run_decompositions().module(), model, again)]
+    return [m(2 * logits, Y).detach() for m in (program.module(), program.run_decompositions().module(), model, again)]
 
 
 PROTOCOLS = {
-    "gradient": lambda criterion: [gradient(criterion)],
+    "gradient": lambda criterion, logits: [gradient(criterion, logits)],
     "retained": retained,
     "backward-again": backward_again,
     "changed-in-place": changed_in_place,
+    "labels-changed": labels_changed,
+    "labels-buffer-reused": labels_buffer_reused,
     "twice-differentiated": twice_differentiated,
     "accumulated": accumulated,
     "checkpointed": partial(checkpointed, use_reentrant=False),
@@ -615,6 +635,7 @@ class Refusal(NamedTuple):
 
 
 REFUSED = [
+    Refusal("labels-*", "robust-of-callable", RuntimeError, "inplace operation", "torch's own keeps the labels"),
     Refusal("twice-differentiated", "linear", RuntimeError, "create_graph", "the logits are not stored (MATH 6)"),
     Refusal("grads-of-samples", "robust* linear", ValueError, "batch of one|per-sample|hidden", "a robust loss takes a batch"),
     Refusal("target-elsewhere", f"module* functional {FUSED}", ValueError, "^target", "ours is a ValueError that names it"),
@@ -625,47 +646,79 @@ REFUSED = [
 ]
 
 
-def results_of(protocol, criterion):
+# What is rounded in the protocols with bfloat16 logits, besides the gradient once: numbers between the loss and the results.
+ROUNDED_AGAIN = "twice-differentiated averaged grad* pushed-forward hessian exported* compiled"
+
+
+def results_of(protocol, criterion, logits):
     try:
-        return protocol(criterion)
+        return protocol(criterion, logits)
     except Exception as error:
         return error
 
 
-def check_protocol(protocol, criterion):
-    run = (PROTOCOLS | LONG_PROTOCOLS)[protocol]
+def check_protocol(protocol, criterion, dtype=torch.float32):
+    """float32 is judged by torch in float32, bfloat16 by torch in float64 on the same numbers."""
+    run, logits = (PROTOCOLS | LONG_PROTOCOLS)[protocol], X.to(dtype)
     for refused in REFUSED:
         if named(protocol, refused.protocols) and named(criterion, refused.criteria):
             with pytest.raises(refused.error, match=refused.words):
-                run(CRITERIA[criterion]())
+                run(CRITERIA[criterion](), logits)
             return
-    torchs, ours = results_of(run, torchs_criterion(criterion)), results_of(run, CRITERIA[criterion]())
+    exact = dtype if dtype == torch.float32 else torch.float64
+    torchs = results_of(run, torchs_criterion(criterion, exact), logits.to(exact))
+    ours = results_of(run, CRITERIA[criterion](), logits)
     if isinstance(torchs, Exception):
         assert type(ours) is type(torchs), (ours, torchs)
         return
     if isinstance(ours, Exception):
         raise ours
     for got, expected in zip(ours, torchs, strict=True):
-        torch.testing.assert_close(got, expected)
+        if dtype == torch.float32:
+            torch.testing.assert_close(got, expected)
+            continue
+        more = named(protocol, ROUNDED_AGAIN) or named(criterion, "linear robust-of-callable")  # products and losses in bfloat16
+        assert_rounded(got, expected.double(), more)
+
+
+def assert_rounded(got, exact, more):
+    """The number in float64, rounded once to the dtype of `got`. more: rounded several times, against the largest number."""
+    assert got.shape == exact.shape
+    if not got.numel():
+        return
+    eps, largest = torch.finfo(got.dtype if got.is_floating_point() else torch.float32).eps, exact.abs().max()
+    rounding = (4 * torch.finfo(torch.bfloat16).eps * largest) if more else eps / 2 * exact.abs()
+    off = (got.double() - exact).abs() - rounding
+    assert (off <= 32 * torch.finfo(torch.float32).eps * largest).all(), f"got {got}, expected {exact}"
 
 
 @pytest.mark.filterwarnings("ignore:.*isn't a leaf.*")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_protocols(criterion, protocol):
-    check_protocol(protocol, criterion)
+def test_protocols(criterion, protocol, dtype):
+    check_protocol(protocol, criterion, dtype)
 
 
 @pytest.mark.deep
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("protocol", LONG_PROTOCOLS)
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_long_protocols(criterion, protocol):
-    check_protocol(protocol, criterion)
+def test_long_protocols(criterion, protocol, dtype):
+    check_protocol(protocol, criterion, dtype)
 
 
 def test_export():
     """A row of the long protocols that is not left to the long sweeps."""
     check_protocol("exported", "robust")
+
+
+def test_class_vectors_of_fake_mode():
+    """Class vectors that are made there, for a dtype that the loss has not met before, serve no other forward."""
+    loss, x = ab.VS([5, 4, 3, 2, 1]), X.double()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        loss(mode.from_tensor(x), mode.from_tensor(Y))
+    torch.testing.assert_close(loss(x, Y), ab.VS([5, 4, 3, 2, 1])(x, Y))
 
 
 # ---- what is refused, and what a masked row may hold -----------------------------------------------------------------------
@@ -688,6 +741,28 @@ def test_class_weights_are_finite(make, weight):
     with pytest.raises(ValueError, match="^weight: got .* for class 1, expected a finite number"):
         make(weight)
     make(torch.tensor([1.0, -0.5, 0.0]))  # as in torch
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_class_weights_of_8_bits(make, dtype):
+    make(torch.tensor([1.0, -0.5, 0.0]).to(dtype))
+    with pytest.raises(ValueError, match="^weight: got nan for class 1"):
+        make(torch.tensor([1.0, math.nan, 1.0]).to(dtype))
+
+
+def test_float8_class_weights_switch_on():
+    loss = ab.CrossEntropy()
+    schedule = ab.DRW(loss, torch.tensor([1.0, 2.0, 0.5, 4.0, 1.0]).to(torch.float8_e4m3fn), start=1)
+    schedule.step(), schedule.step()
+    torch.testing.assert_close(loss(X, Y), F.cross_entropy(X, Y, torch.tensor([1.0, 2.0, 0.5, 4.0, 1.0]), reduction="none"))
+
+
+def test_set_weight_inside_torch_compile():
+    """The values are not checked there, because a graph cannot look at them."""
+    loss, weight = ab.CrossEntropy(), torch.tensor([1.0, 2.0, 0.5, 4.0, 1.0])
+    compiled = torch.compile(lambda x, w: (loss.set_weight(w), loss(x, Y))[1], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(X, weight), F.cross_entropy(X, Y, weight, reduction="none"))
 
 
 @pytest.mark.parametrize(
@@ -756,6 +831,29 @@ def test_masked_rows_hold_anything(form, options, dtype, lam):
         outcomes.append([x.grad, criterion.last.losses, criterion.last.weights, criterion.log_s])
     for got, expected in zip(*outcomes):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("ignore_index", [torch.iinfo(torch.int64).min, 2**40, 2**31, -(2**31), 2**31 - 1], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+@pytest.mark.parametrize("form", ["fused", "reference", "general", "torchs", "head"])
+def test_masked_rows_with_an_ignore_index_of_64_bits(form, dtype, ignore_index):
+    """int32 labels cannot hold it."""
+    loss = ab.CrossEntropy(ignore_index=ignore_index)
+    make = {
+        "fused": lambda: ab.ABLoss(loss, lam=0.5),
+        "reference": lambda: ab.ABLoss(loss, lam=0.5, backend="reference"),
+        "general": lambda: ab.ABLoss(loss, rule=torch.ones_like),
+        "torchs": lambda: ab.ABLoss(nn.CrossEntropyLoss(reduction="none", ignore_index=ignore_index), lam=0.5),
+        "head": lambda: ab.LinearABLoss(loss, lam=0.5),
+    }
+    mask = torch.tensor([True, False, True, True, False, True])
+    head = (torch.eye(5),) if form == "head" else ()
+    x, wanted = leaf(), leaf()
+    criterion, usual = make[form](), ab.ABLoss(rule=torch.ones_like) if form == "general" else ab.ABLoss(lam=0.5)
+    criterion(x, *head, Y.to(dtype), mask=mask).backward()
+    usual(wanted, Y.masked_fill(~mask, -100)).backward()
+    torch.testing.assert_close(x.grad, wanted.grad)
+    torch.testing.assert_close(criterion.last.losses, usual.last.losses)
 
 
 def test_class_vectors_of_different_dtypes():

@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 import re
+from collections import Counter
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
@@ -23,7 +24,8 @@ from absgd_fast.experiments import data, models, train
 
 INTEGERS = (np.int8, np.int32, np.int64, np.uint8)
 FLOATS = (np.float16, np.float32, np.float64, np.longdouble, Fraction, Decimal)
-REFUSED = (True, np.bool_(True), np.str_("1"), "1", 1j, np.complex64(1), object())
+REFUSED = (True, np.bool_(True), np.str_("1"), "1", 1j, np.complex64(1), object(), torch.tensor(True), torch.tensor(0.5 + 9j))
+NO_FLOATS = (10**400, -(10**400), Fraction(10**400), Decimal("sNaN"))  # numbers that a float cannot hold
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(8) % 4
@@ -341,6 +343,22 @@ def test_what_is_no_number_is_refused_by_name(key):
             CHECKED[key].computes(CHECKED[key].make(value))
 
 
+@pytest.mark.parametrize("key", [key for key, row in CHECKED.items() if not row.whole], ids=": ".join)
+def test_numbers_that_no_float_holds_are_refused_by_name(key):
+    for value in NO_FLOATS:
+        with pytest.raises(ValueError, match=f"^{SHOWN.get(key[1], key[1])}: got "):
+            CHECKED[key].computes(CHECKED[key].make(value))
+
+
+@pytest.mark.parametrize("key", [key for key in CHECKED if key[1] == "ignore_index"], ids=": ".join)
+def test_ignore_index_is_a_label(key):
+    for value in (2**63, -(2**63) - 1, 10**400, np.uint64(2**63)):
+        with pytest.raises(ValueError, match="^ignore_index: got "):
+            CHECKED[key].make(value)
+    for value in (2**63 - 1, -(2**63)):
+        CHECKED[key].computes(CHECKED[key].make(value))
+
+
 @pytest.mark.parametrize("key", [key for key, row in CHECKED.items() if row.whole], ids=": ".join)
 def test_integers_are_not_rounded_from_floats(key):
     for value in (2.5, 2.0, np.float32(2), Fraction(2), Decimal(2)):
@@ -360,18 +378,66 @@ def test_nan_of_any_type_is_refused_with_its_value(key):
 @pytest.mark.parametrize("of", [np.int32, np.int64, np.float16, np.float32, np.float64], ids=lambda t: t.__name__)
 @pytest.mark.filterwarnings("error")
 def test_arrays_of_numbers(of):
-    """They may be read-only, as those of a memory map are. Class weights keep the dtype of an array, as that of a tensor."""
+    """They may be read-only, as those of a memory map are. Class weights keep the dtype of a floating array."""
     counts, class_weight = np.array(COUNTS, dtype=of), np.array([0.5, 1.5, 1.0, 1.0], dtype=of)
     for array in (counts, class_weight):
         array.flags.writeable = False
     assert ab.VS(counts).cls_num_list == COUNTS and torch.equal(ab.adrw_weights(counts, 1.0), ab.adrw_weights(COUNTS, 1.0))
-    if np.issubdtype(of, np.integer):
-        with pytest.raises(ValueError, match="weight.*int"):
-            ab.CrossEntropy(class_weight)
-        return
     loss = ab.CrossEntropy(class_weight)
-    assert loss.weight.dtype == torch.from_numpy(class_weight.copy()).dtype
-    the_same([loss(X, Y)], [ab.CrossEntropy([0.5, 1.5, 1.0, 1.0])(X, Y)])
+    assert loss.weight.dtype == (torch.float32 if np.issubdtype(of, np.integer) else torch.from_numpy(class_weight.copy()).dtype)
+    the_same([loss(X, Y)], [ab.CrossEntropy(class_weight.tolist())(X, Y)])
+
+
+SEQUENCES = {
+    "tuple": tuple,
+    "integers": lambda numbers: list(map(int, numbers)),
+    "0-d tensors": lambda numbers: [torch.tensor(number) for number in numbers],
+    "0-d integer tensors": lambda numbers: [torch.tensor(int(number)) for number in numbers],
+    "0-d arrays": lambda numbers: [np.array(number) for number in numbers],
+    "reversed array": lambda numbers: np.array(numbers[::-1], dtype=np.float32)[::-1],
+    "long doubles": lambda numbers: np.array(numbers, dtype=np.longdouble),
+    "objects": lambda numbers: np.array([Fraction(number) for number in numbers], dtype=object),
+    "big endian": lambda numbers: np.array(numbers, dtype=">f4"),
+    "values of a dict": lambda numbers: dict(enumerate(numbers)).values(),
+}
+NO_SEQUENCES = {
+    "dict": lambda numbers: dict(enumerate(numbers, 1)),
+    "Counter": lambda numbers: Counter([1, 1, 2]),
+    "set": set,
+    "keys": lambda numbers: dict.fromkeys(numbers).keys(),
+    "none": lambda numbers: [],
+    "one": lambda numbers: 3.0,
+    "0-d": lambda numbers: np.array(3.0),
+    "two dimensions": lambda numbers: np.array([numbers]),
+    "bools": lambda numbers: np.array(numbers) > 1,
+    "strings": lambda numbers: "1234",
+    "sparse": lambda numbers: torch.tensor(numbers).to_sparse(),
+    "without values": lambda numbers: [torch.tensor(number, device="meta") for number in numbers],
+}
+TAKE_SEQUENCES = {
+    "cls_num_list": lambda numbers: ab.VS(numbers)._counts(),
+    "weight": lambda numbers: ab.CrossEntropy(numbers).weight,
+}
+
+
+@pytest.mark.parametrize("name", TAKE_SEQUENCES)
+@pytest.mark.parametrize("form", SEQUENCES)
+def test_sequences_of_numbers(form, name):
+    numbers = [5.0, 3.0, 1.0, 2.0]
+    the_same([TAKE_SEQUENCES[name](SEQUENCES[form](numbers))], [TAKE_SEQUENCES[name](numbers)])
+
+
+@pytest.mark.parametrize("name", TAKE_SEQUENCES)
+@pytest.mark.parametrize("form", NO_SEQUENCES)
+def test_what_is_no_sequence_is_refused_by_name(form, name):
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: got .*{'list.d.values' if form in ('dict', 'Counter') else ''}"):
+        TAKE_SEQUENCES[name](NO_SEQUENCES[form]([5.0, 3.0, 1.0, 2.0]))
+
+
+def test_a_sequence_that_requires_grad_is_refused():
+    for make in TAKE_SEQUENCES.values():
+        with pytest.raises(RuntimeError, match="requires grad"):
+            make([torch.tensor(2.0), torch.tensor(1.0, requires_grad=True)])
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])

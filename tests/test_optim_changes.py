@@ -195,6 +195,55 @@ def test_equals_torch_after(one_way, case, change, threads):
         assert_near("parameters", params, expected, 1e-12)
 
 
+class Surprising(float):
+    """A number that runs code when it is read."""
+
+    def __new__(cls, number, code):
+        self = super().__new__(cls, number)
+        self.code = code
+        return self
+
+    def __float__(self):
+        self.code()
+        return super().__float__()
+
+    def __bool__(self):
+        self.code()
+        return super().__bool__()
+
+
+@each_optimizer
+@pytest.mark.parametrize("happens", ["a step", "states are dropped", "states are replaced"])
+def test_an_option_runs_code(case, happens):
+    """The plan reads options before it looks at anything else, so what their code does comes first."""
+    params, expected = make(), make()
+    ours, other = case.own(params), case.own(expected, "reference")
+    if ours._plan is None:
+        pytest.skip("no host module, or no kernels")
+    set_grads(params, expected, seed=0)
+    for optimizer in (ours, other):
+        optimizer.step()
+
+    def code(optimizer):
+        if happens == "a step":
+            optimizer.param_groups[0]["maximize"] = maximize
+            optimizer.step()
+        elif happens == "states are dropped":
+            optimizer.state.clear()
+        else:
+            for state, name in kept(optimizer):
+                state[name] = torch.zeros_like(state[name])
+
+    maximize = ours.param_groups[0]["maximize"]
+    set_grads(params, expected, seed=1)
+    pending = [1]
+    ours.param_groups[0]["maximize"] = Surprising(maximize, lambda: pending.pop() and code(ours) if pending else None)
+    ours.step()
+    code(other)
+    other.step()
+    assert_near("parameters", params, expected, 1e-12)
+
+
 LRS = {
     "float32": torch.tensor(0.02),
     "float64": torch.tensor(0.02, dtype=torch.float64),

@@ -193,6 +193,35 @@ def test_hooks_change_what_is_loaded(case, dtype, pre, post, prepend):
     assert any(loaded[0])
 
 
+@each_of_torchs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("when", ["pre", "post"])
+def test_a_hook_loads_by_itself(case, dtype, when):
+    """Another checkpoint, inside a hook, beside a second hook: as in torch, the outer one is loaded last before post-hooks."""
+    shapes = [(3,)] * 4
+    params = make(shapes, dtype)
+    source = case.own(params)
+    steps(params, source, range(3))
+    outer = source.state_dict()
+    inner = copy.deepcopy(outer)
+    for kept in inner["state"].values():
+        kept.update({name: value + 1 for name, value in kept.items() if name != "step"})
+    loaded = []
+    for optimizer in (case.own(make(shapes, dtype)), case.other(make(shapes, torch.float32))):
+        calls = []
+
+        def loads(optimizer, *_, calls=calls):
+            calls.append(1)
+            if len(calls) == 1:
+                optimizer.load_state_dict(copy.deepcopy(inner))
+
+        getattr(optimizer, f"register_load_state_dict_{when}_hook")(loads)
+        getattr(optimizer, f"register_load_state_dict_{when}_hook")(lambda *_, calls=calls: calls.append(2))
+        optimizer.load_state_dict(copy.deepcopy(outer))
+        loaded.append((states(optimizer), calls))
+    assert_identical(*loaded)
+
+
 def test_a_hook_may_adapt_the_form():
     """It is asked for after the hooks, and a checkpoint that is refused leaves no hook behind."""
     params = make()

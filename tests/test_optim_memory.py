@@ -8,6 +8,8 @@ import pytest
 import torch
 from optim_cases import EACH, each_optimizer, kept, make, set_grads, steps
 
+from absgd_fast.optim import planned_step
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -142,6 +144,46 @@ def test_dropped_states_are_freed_at_once(case, let_go, dtype, one_way, garbage)
     assert memory and all(array() is not None for array in memory)
     let_go(optimizer)
     assert all(array() is None for array in memory)
+
+
+@each_optimizer
+def test_states_live_as_long_as_the_kernel_runs(case, monkeypatch, garbage):
+    """Another thread may drop them meanwhile."""
+    params = make([(3,), (4, 2)], torch.float32)
+    optimizer = case.own(params)
+    if optimizer._plan is None:
+        pytest.skip("no host module, or no kernels")
+    steps(params, optimizer, range(1))
+    memory = watched(optimizer)
+    launch, alive = planned_step.launch, []
+
+    def launch_without_states(*args):
+        optimizer.state.clear()
+        alive.extend(array() is not None for array in memory)
+        launch(*args)
+
+    monkeypatch.setattr(planned_step, "launch", launch_without_states)
+    set_grads(params, seed=1)
+    optimizer.step()
+    assert alive and all(alive)
+    assert all(array() is None for array in memory)
+
+
+@each_optimizer
+@pytest.mark.parametrize("bad", [None, "0.1", torch.tensor([0.1, 0.2])], ids=["None", "str", "two"])
+def test_an_option_that_is_no_number(case, bad, one_way, garbage):
+    """The error names it, and the step that failed keeps no gradient alive."""
+    params = make([(3,), (4, 2)], torch.float32)
+    optimizer = case.own([{"params": params[:1]}, {"params": params[1:]}], one_way)
+    steps(params, optimizer, range(2))
+    name = "eps" if "eps" in optimizer.param_groups[1] else "weight_decay"
+    optimizer.param_groups[1][name] = bad
+    set_grads(params, seed=2)
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=f"{name}: got .*expected a number"):
+        optimizer.step()
+    grads = [weakref.ref(p.grad) for p in params]
+    optimizer.zero_grad()
+    assert all(grad() is None for grad in grads)
 
 
 @each_optimizer

@@ -185,6 +185,30 @@ def test_drw_does_not_alias_the_given_weight():
     assert torch.equal(loss.weight, WEIGHT)
 
 
+def test_drw_calls_set_weight_when_something_changes():
+    """A subclass may have its own, which hears of each stage once, and again if somebody else has set other weights."""
+    heard = []
+
+    class Own(ab.CrossEntropy):
+        def set_weight(self, weight):
+            heard.append(None if weight is None else weight.tolist())
+            super().set_weight(weight)
+
+    loss, ones, given = Own(), [1.0] * len(WEIGHT), WEIGHT.tolist()
+    schedule = ab.DRW(loss, WEIGHT, start=2)
+    for _ in range(4):
+        schedule.step()
+    assert heard == [None, ones, given]
+    loss.weight.fill_(3.0)
+    schedule.step()
+    assert heard == [None, ones, given, given] and torch.equal(loss.weight, WEIGHT)
+    fresh = Own()
+    again = ab.DRW(fresh, WEIGHT, start=2)
+    fresh.load_state_dict(loss.state_dict())
+    fresh.reset_parameters()  # as after to_empty
+    assert again.count == 5 and torch.equal(fresh.weight, WEIGHT)
+
+
 def test_recipe_options_reach_the_loss(one_backend):
     loss, _ = ab.vs_tla_adrw(COUNTS, start=0, gamma=0.2, tau=0.5, nu=1.5, reduction="mean", ignore_index=1, backend=one_backend)
     weight = oracle.adrw_weights(COUNTS, 1.5)
@@ -202,7 +226,7 @@ def test_recipe_options_reach_the_loss(one_backend):
         (lambda: ab.TwoStage(ab.ABLoss(lam=0.5), 0.5, float("nan")), ValueError, "start: got nan, expected an integer >= 0$"),
         (lambda: ab.TwoStage(ab.ABLoss(lam=0.5), 0.5, -1.5), ValueError, r"start: got -1\.5, expected an integer >= 0$"),
         (lambda: ab.DRW(ab.CrossEntropy(), torch.ones(3, 1), 1), ValueError, r"weight.*\(3, 1\)"),
-        (lambda: ab.DRW(ab.CrossEntropy(), [1, 2, 3], 1), (TypeError, ValueError), "weight.*int"),
+        (lambda: ab.DRW(ab.CrossEntropy(), torch.tensor([1, 2, 3]), 1), ValueError, "weight.*int"),
         (lambda: ab.DRW(torch.nn.CrossEntropyLoss(), WEIGHT, 1), TypeError, "loss.*CrossEntropyLoss"),
         (lambda: ab.TLA(ab.CDT(COUNTS), -1), ValueError, "start.*-1.*0"),
         (lambda: ab.TLA(ab.CrossEntropy(), 1), TypeError, "loss.*CrossEntropy.*VS"),

@@ -86,8 +86,9 @@ def test_last_epoch_counts_the_calls_of_step(make):
         assert schedule.last_epoch == theirs.last_epoch
         training.optimizer.step()
         schedule.step(), theirs.step()
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match=rf"last_epoch: got 7, but {type(schedule).__name__} .* use load_state_dict\("):
         schedule.last_epoch = 7
+    assert schedule.last_epoch == 4
 
 
 @each_schedule
@@ -156,6 +157,46 @@ def test_chained_with_learning_rates():
         training.train()
         schedule.step()
     assert ChainedSchedules().last_epoch == 0 and ChainedSchedules().optimizer is None
+
+
+def test_chained_follows_the_optimizers_of_its_parts():
+    """Also if a part gets its optimizer later. One that is given to the whole, at any time, comes first."""
+    training, other = Training(), Training(lr=0.5)
+    part = ab.TwoStage(training.criterion, 0.5, 2)
+    inner = ChainedSchedules(ab.TLA(training.criterion.criterion, 1), part)
+    schedule = ChainedSchedules(inner)
+    assert schedule.optimizer is None and schedule.get_last_lr() == []
+    for optimizer in (training.optimizer, other.optimizer):
+        part.optimizer = optimizer
+        assert schedule.optimizer is optimizer and schedule.get_last_lr() == [optimizer.param_groups[0]["lr"]]
+    inner.optimizer = training.optimizer
+    assert schedule.optimizer is training.optimizer and part.optimizer is other.optimizer
+    schedule.optimizer = other.optimizer
+    assert schedule.get_last_lr() == [0.5]
+    schedule.optimizer = None
+    assert schedule.get_last_lr() == [0.25]
+    assert ChainedSchedules(part, optimizer=training.optimizer).optimizer is training.optimizer
+
+
+def test_chained_refuses_a_schedule_that_needs_a_metric():
+    """Before a step in which the parts in front of it would already have counted."""
+    training = Training()
+    plateau = lr_scheduler.ReduceLROnPlateau(training.optimizer)
+    with pytest.raises(TypeError, match="parts: got a ReduceLROnPlateau, .*metric, so step it beside"):
+        ChainedSchedules(ab.TwoStage(training.criterion, 0.5, 2), plateau)
+
+
+@each_schedule
+def test_torchs_sequence_is_refused_with_the_reason(make):
+    """It takes back the first step of every scheduler by setting last_epoch."""
+    training = Training()
+    schedules = [lr_scheduler.StepLR(training.optimizer, 1), make(training.criterion, training.optimizer)]
+    with pytest.raises(AttributeError, match="torch's SequentialLR sets last_epoch, so it cannot hold this schedule"):
+        lr_scheduler.SequentialLR(training.optimizer, schedules, [2])
+    rates = [lr_scheduler.ConstantLR(training.optimizer, 0.5), lr_scheduler.ConstantLR(training.optimizer, 1.0)]
+    chained = ChainedSchedules(lr_scheduler.SequentialLR(training.optimizer, rates, [1]), schedules[1])
+    training.optimizer.step(), chained.step()
+    assert chained.last_epoch == schedules[1].last_epoch == 1 and chained.optimizer is training.optimizer
 
 
 def test_in_torchs_chain():
@@ -284,6 +325,55 @@ def test_what_a_late_schedule_gives_back():
     criterion.load_state_dict(other)
     schedule.load_state_dict({"count": 3})
     assert float(criterion.log_s) == 0.125
+
+
+def raise_log_s(seen):
+    """A pre-hook of load_state_dict that changes log s; it needs log s and the count, as in every checkpoint of the criterion."""
+
+    def hook(module, state_dict, prefix, *_):
+        seen.append(int(state_dict[prefix + "two_stage_count"]))
+        state_dict[prefix + "log_s"] = state_dict[prefix + "log_s"] + 1
+
+    return hook
+
+
+@pytest.mark.parametrize("moved", [lambda c: c, lambda c: c.double()], ids=["as it is", "float64"])
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("saved_at", [1, 3])
+def test_hooks_of_the_criterion_run_once(moved, relative, saved_at):
+    """What a late schedule gives back has been through them already, when the criterion was loaded."""
+    lam = ab.RelativeLam(0.5) if relative else 0.5
+    saved, schedule = resumed_training(PLACES[0], lambda criterion, o: ab.TwoStage(criterion, lam, 2), lam=lam)
+    for _ in range(saved_at):
+        saved.train(), schedule.step()
+    saved.train()
+    criterion, before, after = Training(lam=lam).criterion, [], []
+    criterion.register_load_state_dict_pre_hook(raise_log_s(before))
+    criterion.register_load_state_dict_post_hook(lambda *_: after.append(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lam=inf of the first stage
+        criterion.load_state_dict(saved.criterion.state_dict())
+    late = ab.TwoStage(criterion, lam, 2)
+    moved(criterion)
+    late.load_state_dict(schedule.state_dict())
+    assert before == [saved_at] and after == [1]
+    dtype = criterion.log_s.dtype
+    assert torch.equal(criterion.log_s, (saved.criterion.log_s + 1).to(dtype))
+    assert torch.equal(criterion.lam, saved.criterion.lam.to(dtype)) and not criterion.lam_is_open
+    assert late.count == criterion.two_stage_count == saved_at
+
+
+@pytest.mark.parametrize("start", [2, 5])
+def test_a_late_schedule_decides_anew(start):
+    """An open RelativeLam that was loaded becomes what this schedule has at its count, as if it had been made before."""
+    source = ab.ABLoss(lam=ab.RelativeLam(0.5))
+    schedule = ab.TwoStage(source, ab.RelativeLam(0.5), 3)
+    schedule.load_state_dict({"count": 3})
+    criterion = ab.ABLoss(lam=ab.RelativeLam(0.5))
+    criterion.load_state_dict(source.state_dict())
+    late = ab.TwoStage(criterion, 0.5, start)
+    late.load_state_dict({"count": 3})
+    assert float(criterion.lam) == (0.5 if start == 2 else float("inf")) and not criterion.lam_is_open
 
 
 # ---- the frameworks themselves, where they are installed -------------------------------------------------------------

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from absgd_fast import meta
-from absgd_fast._checks import plain
+from absgd_fast._numbers import plain
 
 from . import data, methods
 from .checkpoint import digest, random_state, restore_random_state

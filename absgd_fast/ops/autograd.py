@@ -39,7 +39,10 @@ def _differentiable(recompute: Callable[[Tensor], Tensor], x: Tensor, upstream: 
 class _OverCopy:
     """Makes the gradient over a copy of the logits. It takes the place of the operators that scale a gradient.
 
-    The target and the class vectors are the caller's tensors. As in torch, they must stay as they are until backward.
+    The caller may change labels, class weights and class vectors after the loss, as with the other dtypes. Labels and class
+    weights are copied, because they are small. Soft targets are as large as the logits, so they are not copied and must stay as
+    they are until backward, as in torch. Only soft targets of inference mode are copied, because torch does not count their
+    changes.
     """
 
     def __init__(
@@ -51,16 +54,23 @@ class _OverCopy:
         smoothing: float,
         stats: Tensor,
     ):
-        self.write, self.given = operators.logit_loss_backward_, (target, class_weight, adjust, smoothing, stats)
-        self.versions = self._versions()
+        self.write = operators.logit_loss_backward_
+        self.watched = target.is_floating_point() and not target.is_inference()
+        self.version = target._version if self.watched else 0
+        target = target if self.watched else target.clone()
+        class_weight = None if class_weight is None else class_weight.clone()
+        self.given = target, class_weight, adjust, smoothing, stats  # adjust is no tensor of the caller's
+
+    def check(self) -> None:
+        """Raises if soft targets were changed in place."""
+        if self.watched and self.given[0]._version != self.version:
+            raise RuntimeError(
+                "target: got soft targets that were modified by an inplace operation between the loss and backward,"
+                " expected them unchanged; give the loss target.clone()"
+            )
 
     def scale_(self, copy: Tensor, upstream: Tensor) -> None:
         """Writes the gradient, times the upstream one, over the copy."""
-        if self._versions() != self.versions:
-            raise RuntimeError(
-                "backward: got labels, class weights or class vectors that were modified by an inplace operation after the loss,"
-                " expected them unchanged; clone() them before"
-            )
         self.write(copy, *self.given, upstream)
 
     def scale(self, copy: Tensor, upstream: Tensor, to_half: bool) -> Tensor:
@@ -68,10 +78,6 @@ class _OverCopy:
         grad = copy.clone()
         self.scale_(grad, upstream)
         return grad
-
-    def _versions(self) -> list[int]:
-        """How often each of the caller's tensors was changed in place."""
-        return [t._version for t in self.given[:3] if t is not None and not t.is_inference()]
 
 
 class _KnownGradient(torch.autograd.Function):
@@ -99,6 +105,8 @@ class _KnownGradient(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         operators, recompute, to_half = ctx.known
         x, grad, kept = None, ctx.grad, graph_is_kept()
+        if type(operators) is _OverCopy:
+            operators.check()  # before the copy is let go, so that another backward raises the same error
         if grad is None:  # hooks have it, or an earlier backward freed it, which torch reports here
             x, grad = ctx.saved_tensors  # once, as activation checkpointing demands
         elif not kept:

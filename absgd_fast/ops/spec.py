@@ -67,6 +67,8 @@ def masked_target(target: Tensor, mask: Tensor | None, spec: LossSpec) -> Tensor
     """The target with `ignore_index` as the label of masked rows, which may hold any label. Probabilities stay as they are."""
     if mask is None or target.is_floating_point():
         return target
+    if target.dtype == torch.int32 and not -(2**31) <= spec.ignore_index < 2**31:
+        target = target.long()  # int32 cannot hold ignore_index
     return target.masked_fill(~mask, spec.ignore_index)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar, cast, overload
@@ -128,26 +129,23 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: the checkpoint was made with another ``heavy_ball`` or ``paper_form``, so its states mean other things; or
                 it does not fit, for the reasons of torch's ``load_state_dict``. Nothing is loaded then.
         """
-        given: dict[str, Any] = {}
-
-        def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-            given.update(state_dict)
-            check_forms(self._rule, self.param_groups, state_dict["param_groups"])
-
-        def restore(_: torch.optim.Optimizer) -> None:
-            restore_float32(self._rule, self, given)
-
-        # They stand next to torch's loading: after all hooks of the user that change what is loaded, and before all those that
-        # change what was loaded.
-        inner = [
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        ]
+        # torch's loading stands between the hooks of the user. So the checks see what the pre-hooks have left, and the post-hooks
+        # find float32 states.
+        pre_hooks, post_hooks = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
+        state_dict = state_dict.copy()
+        for pre_hook in list(pre_hooks.values()):
+            changed_by_hook = pre_hook(self, state_dict)
+            state_dict = state_dict if changed_by_hook is None else changed_by_hook
+        check_forms(self._rule, self.param_groups, state_dict["param_groups"])
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
         try:
             super().load_state_dict(state_dict)
         finally:
-            for hook in inner:
-                hook.remove()
+            self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = pre_hooks, post_hooks
+        restore_float32(self._rule, self, state_dict)
+        for post_hook in list(post_hooks.values()):
+            post_hook(self)
 
     def _init_group(self, group: dict, *lists: list) -> object:
         """torch's method: makes missing states, and appends the parameters that have a gradient, their gradients, states and
@@ -244,8 +242,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         on: Tensor | None = None
         others: list[dict] = self.param_groups
         if plan is not None:
-            # `_grads` keeps the gradients alive until the kernel is done
-            updated, _grads, on, others = planned_step.refresh(plan, self.param_groups, self.state, scaling)
+            # `_held` keeps gradients and states alive until the kernel is done
+            updated, _held, on, others = planned_step.refresh(plan, self.param_groups, self.state, scaling)
         numbers = [self._checked_numbers(group) for group in others]  # errors are raised before anything is written
         if plan is not None and on is not None:
             planned_step.launch(plan, updated, on)

@@ -95,8 +95,9 @@ def check_tensors(rule: OptimizerRule, group: dict, params: list[Tensor], states
                 raise RuntimeError(
                     f"step: got a gradient or state of shape {tuple(t.shape)}, expected that of its parameter, {tuple(p.shape)}"
                 )
-        if p.layout == torch.strided and torch._debug_has_internal_overlap(p) == 1:
-            raise RuntimeError(
-                "unsupported operation: more than one element of the written-to tensor refers to a single memory location."
-                " Please clone() the tensor before performing the operation."
-            )
+        for t in (p, *(of_p.get(name) for name in rule.states)):
+            if isinstance(t, Tensor) and t.layout == torch.strided and torch._debug_has_internal_overlap(t) == 1:
+                raise RuntimeError(
+                    "unsupported operation: more than one element of the written-to tensor refers to a single memory location."
+                    " Please clone() the tensor before performing the operation."
+                )

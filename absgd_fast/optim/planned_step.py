@@ -74,13 +74,13 @@ def refresh(
     """Writes the table of this step.
 
     Returns:
-        the parameters in the table; their gradients, which the caller keeps alive until the step is done; one plain tensor of the
-        table, or None if the table is empty; and groups of the parameters that the table cannot hold.
+        the parameters in the table; their gradients and states, which the caller keeps alive until the step is done; one plain
+        tensor of the table, or None if the table is empty; and groups of the parameters that the table cannot hold.
     """
-    updated, grads, on, others = plan.refresh(
+    updated, held, on, others = plan.refresh(
         groups, state, scaling.grad_scale, scaling.found_inf, _sharded_type(), scaling.settled
     )
-    return updated, grads, on, [changed(group, params=params) for group, params in others]
+    return updated, held, on, [changed(group, params=params) for group, params in others]
 
 
 def launch(plan: Plan, updated: list[Tensor], on: Tensor) -> None:

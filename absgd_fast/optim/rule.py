@@ -105,4 +105,7 @@ def read_number(group: dict, place: Place) -> float:
         value = value[place.position]
     if isinstance(value, str):  # float() would read it
         raise TypeError(f"{place.key}: got {value!r}, expected a number")
-    return float(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise type(error)(f"{place.key}: got {value!r}, expected a number") from error

@@ -128,6 +128,12 @@ class RobustState(Scheduled):
         """As `ExactState.also_changed`."""
         return [(self, "lam_is_open", self.lam_is_open)]
 
+    def put_back(self, state: dict[str, Tensor]) -> None:
+        """Give the state tensors earlier values, as `load_state_dict` does, but without hooks, which have seen them before."""
+        for name in self.STATE:
+            getattr(self, name).copy_(state[name])
+        self._after_load()
+
     # ---- what an operator is given ----
 
     def operands(self, update_state: bool, more_bits: int) -> tuple[Tensor, Tensor, Tensor, float, float, float, float, int]:

@@ -35,10 +35,17 @@ PyObject* item(PyObject* dict, PyObject* key) {
   }
   return out;
 }
-double as_double(PyObject* object) {
-  const double out = PyFloat_AsDouble(object);  // it also takes a tensor, which has __float__
-  if (out == -1.0 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-  return out;
+// The number that stands under a key of a group. It may be a tensor, which has __float__. An error names the key.
+double as_double(PyObject* object, PyObject* key) {
+  const double out = PyFloat_AsDouble(object);
+  if (out != -1.0 || PyErr_Occurred() == nullptr) return out;
+  PyObject *type, *value, *trace;
+  PyErr_Fetch(&type, &value, &trace);
+  PyErr_Format(type, "%U: got %R, expected a number (%S)", key, object, value == nullptr ? Py_None : value);
+  Py_XDECREF(type);
+  Py_XDECREF(value);
+  Py_XDECREF(trace);
+  throw py::error_already_set();
 }
 bool truth(PyObject* dict, PyObject* key) {
   const int out = PyObject_IsTrue(item(dict, key));
@@ -97,7 +104,7 @@ struct RuleNames {
   static double value(PyObject* group, const Number& number) {
     if (number.key == nullptr) return 0;
     PyObject* object = item(group, number.key);
-    if (number.index < 0) return as_double(object);
+    if (number.index < 0) return as_double(object, number.key);
     if (PySequence_Size(object) != 2) {
       if (PyErr_Occurred() != nullptr) throw py::error_already_set();
       throw py::value_error(py::cast<std::string>(py::str(number.key)) + ": got " +
@@ -105,7 +112,7 @@ struct RuleNames {
     }
     const py::object one = py::reinterpret_steal<py::object>(PySequence_GetItem(object, number.index));
     if (!one) throw py::error_already_set();
-    return as_double(one.ptr());
+    return as_double(one.ptr(), number.key);
   }
 };
 
