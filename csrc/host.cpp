@@ -217,7 +217,7 @@ class StepPlan {
     return t.dtype.code == kDLFloat ? bits == 16 || bits == 32 || bits == 64 : t.dtype.code == kDLBfloat && bits == 16;
   }
   // The same for a tensor of one float32 or float64 number.
-  bool read_number(PyObject* object, DLTensor* out) const { return read(object, out) && is_number(*out); }
+  bool read_number(PyObject* object, DLTensor* out) const { return describe(object, out) && is_number(*out); }
   static bool is_number(const DLTensor& t) {
     if (!is_floating(t) || t.dtype.bits < 32) return false;
     for (int32_t d = 0; d < t.ndim; ++d)

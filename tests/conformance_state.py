@@ -100,6 +100,17 @@ def states_by_number(optimizer):
     return Numbered({i: optimizer.state[p] for i, p in enumerate(params) if p in optimizer.state})
 
 
+def edited_copy(edit):
+    """A hook of a checkpoint that hands out another one."""
+
+    def hook(o, state_dict):
+        state_dict = copy.deepcopy(state_dict)
+        edit(state_dict["state"])
+        return state_dict
+
+    return hook
+
+
 @situation(EDITS, dtypes=FLOATS)
 def hook_before_loading(world, edit):
     """It edits the dict that it is given."""
@@ -118,13 +129,7 @@ def hook_before_loading(world, edit):
 @situation(EDITS, dtypes=FLOATS)
 def hook_before_loading_that_returns_another_dict(world, edit):
     _, optimizer = world.started([(4,), (4,)])
-
-    def hook(o, state_dict):
-        state_dict = copy.deepcopy(state_dict)
-        edit(state_dict["state"])
-        return state_dict
-
-    optimizer.register_load_state_dict_pre_hook(hook)
+    optimizer.register_load_state_dict_pre_hook(edited_copy(edit))
     optimizer.load_state_dict(checkpoint(world))
     return look(optimizer), attempt(lambda: world.train(optimizer)) or look(optimizer)
 
@@ -146,13 +151,7 @@ def hook_after_loading(world, edit):
 @situation(EDITS, dtypes=FLOATS)
 def hook_after_saving(world, edit):
     params, optimizer = world.started([(4,), (4,)])
-
-    def hook(o, state_dict):
-        state_dict = copy.deepcopy(state_dict)
-        edit(state_dict["state"])
-        return state_dict
-
-    handle = optimizer.register_state_dict_post_hook(hook)
+    handle = optimizer.register_state_dict_post_hook(edited_copy(edit))
     saved = optimizer.state_dict()
     handle.remove()
     seen = copy.deepcopy(saved["state"])

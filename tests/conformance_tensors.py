@@ -695,24 +695,11 @@ def parameters_of_inference_mode(world):
     return error or attempt(optimizer.step)
 
 
-@situation()
-def another_default_dtype(world):
-    """Counts of steps are float64 then."""
+@situation({"float64": torch.float64, "bfloat16": torch.bfloat16})
+def another_default_dtype(world, default):
+    """Counts of steps are float64 where that is the default."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        _, optimizer = world.started()
-        seen = look(optimizer)
-    finally:
-        torch.set_default_dtype(before)
-    world.train(optimizer)
-    return seen, look(optimizer)
-
-
-@situation()
-def another_default_dtype_bf16(world):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(default)
     try:
         _, optimizer = world.started()
         seen = look(optimizer)
