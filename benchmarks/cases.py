@@ -274,6 +274,25 @@ class Tensors:
         return _way_off(self.start, params, self._exact)
 
 
+class Clipped(Tensors):
+    """The same, for steps that clip the gradients to half of their norm."""
+
+    def __init__(self, shapes, device="cpu", rule="SGD"):
+        super().__init__(shapes, device, rule)
+        self.max_norm = math.sqrt(math.fsum(float(g.double().square().sum()) for g in self.grads)) / 2
+        self.moved += self.bytes  # the gradient is read once more
+        self.plain = Tensors(shapes, device, rule)
+
+    @cached_property
+    def _exact(self):
+        return [self.rule.stepped(w.double(), grad.double() / 2) for w, grad in zip(self.start, self.grads)]
+
+    def forget(self):
+        """As in `Tensors`."""
+        super().forget()
+        self.plain.forget()
+
+
 class Samples:
     """Parameters of given shapes, each with the gradients of `rows` samples, and their losses. All are the same in every step."""
 
@@ -478,6 +497,10 @@ def _step(name, shapes, fused, default):
     return Case("step", name, partial(Tensors, shapes), {"SGD fused": fused, "SGD default": default})
 
 
+def _clip(name, shapes, **more):
+    return Case("clip", name, partial(Clipped, shapes), {"clip_grad_norm_, SGD fused": 1.0} | more)
+
+
 def _rule(rule, name, shapes, target):
     return Case("rules", f"{rule}, {name}", partial(Tensors, shapes, rule=rule), {"torch's fastest": target})
 
@@ -497,6 +520,8 @@ CASES = [
     _step("ResNet-32, 94 tensors", resnet32(), 0.3, 0.15),
     _step("ResNet-50, 161 tensors", resnet50(), 1.0, 0.5),
     _step("161 tensors of 4", [(4,)] * 161, 0.2, 0.1),
+    _clip("ResNet-32, 94 tensors", resnet32()),
+    _clip("ResNet-50, 161 tensors", resnet50(), **{"our step without clipping": 1.5}),
     *(
         _rule(rule, *case)
         for case in (("ResNet-32", resnet32(), 0.3), ("ResNet-50", resnet50(), 1.0), ("161 tensors of 4", [(4,)] * 161, 0.2))

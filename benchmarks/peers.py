@@ -223,6 +223,25 @@ def _step(data, optimizer=None, **options):
     return Peer(run, lambda _: data.error(params), parts={"step": lambda: run})
 
 
+def _clipped(data):
+    return _step(data, max_norm=data.max_norm)
+
+
+def _clip_and_step(data):
+    """torch's two calls, of which the first writes the gradients. They are copies, which all steps share."""
+    params = data.parameters()
+    step = torch.optim.SGD(params, **SGD, fused=True).step
+
+    def run():
+        # From the second step on the gradients have the norm that clipping gave them. Clipping takes as long then.
+        torch.nn.utils.clip_grad_norm_(params, data.max_norm)
+        step()
+
+    for p in params:
+        p.grad = p.grad.clone()
+    return Peer(run, lambda _: data.error(params), parts={"step": lambda: run})
+
+
 def _torch_step(data):
     return _step(data, data.rule.theirs, **data.rule.fastest(data.device))
 
@@ -529,6 +548,11 @@ PEERS = {
         "SGD fused": partial(_step, optimizer=torch.optim.SGD, fused=True),
         "SGD foreach": partial(_step, optimizer=torch.optim.SGD, foreach=True),
         "SGD default": partial(_step, optimizer=torch.optim.SGD),
+    },
+    "clip": {
+        OURS: _clipped,
+        "clip_grad_norm_, SGD fused": _clip_and_step,
+        "our step without clipping": lambda data: _step(data.plain),
     },
     "rules": {OURS: _step, "torch's fastest": _torch_step},
     "weighted": {OURS: _weighted, "torch": _weighted_torch, COPY: _copy},

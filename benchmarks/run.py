@@ -66,11 +66,11 @@ from .timing import host_us, interleave, quartiles, ratios
 
 SUITES = {
     "loss": ("loss", "memory"),
-    "step": ("step", "rules"),
+    "step": ("step", "clip", "rules"),
     "train": ("train",),
     "family": ("family",),
     "weighted": ("weighted",),
-    "all": ("loss", "family", "memory", "step", "rules", "weighted", "train"),
+    "all": ("loss", "family", "memory", "step", "clip", "rules", "weighted", "train"),
 }
 GPU_SUITES = {"gpu": lambda cases: cases, "gpu-probe": gpu_probe}
 CPU = torch.device("cpu")

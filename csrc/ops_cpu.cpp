@@ -26,7 +26,8 @@ std::string native_signatures();
 #define ABSGD_HERE_ALONE(OP) \
   OP(logit_loss_backward_)   \
   OP(rule_weights)           \
-  OP(group_weights)
+  OP(group_weights)          \
+  OP(planned_squares)
 
 std::string native_signatures() {
   std::string out;

@@ -94,7 +94,7 @@ class Run:
         if self.how == "torch":
             self.optimizer = theirs(self.net.parameters(), **given)
         else:
-            robust = {"robust": self.criterion} if self.how == "robust" else {}
+            robust = {"robust": self.criterion, "max_norm": clip} if self.how == "robust" else {}
             self.optimizer = ours(self.net.parameters(), **given, **robust, backend=backend)
         self.norms = []
 
@@ -111,7 +111,7 @@ class Run:
     def settle(self):
         """What stands between the last backward and the step."""
         counts = self.criterion.finish_(self.net.parameters()) if self.deferred and self.how != "robust" else None
-        if self.clip is not None:
+        if self.clip is not None and self.how != "robust":
             self.norms.append(float(nn.utils.clip_grad_norm_(self.net.parameters(), self.clip)))
         return counts
 
@@ -121,6 +121,8 @@ class Run:
         self.accumulate(x, y)
         counts = self.settle()
         self.optimizer.step()
+        if self.clip is not None and self.how == "robust":
+            self.norms.append(float(self.optimizer.last_grad_norm))
         return counts
 
 

@@ -200,8 +200,8 @@ def test_the_report(tiny, tmp_path, capsys):
     assert " ".join(report) == "date hardware versions compiler threads load_at_start seconds_per_case results"
     assert report["hardware"].keys() == {"cpu", "cores", "backend", "instruction_set"} and report["threads"] == 1
     assert report["versions"].keys() == {"python", "torch", "absgd_fast", "absgd"}
-    loss, family, memory, step, rules, weighted, train = report["results"]
-    for result in (loss, family, step, rules, weighted, train):
+    loss, family, memory, step, clip, rules, weighted, train = report["results"]
+    for result in (loss, family, step, clip, rules, weighted, train):
         assert result.keys() == {"suite", "case", "rounds", "tolerance", "peers", "absent"}
         assert result["rounds"] == 3 and result["absent"] == {}
         assert result["peers"].keys() == peers.PEERS[result["suite"]].keys()

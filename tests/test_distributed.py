@@ -8,6 +8,7 @@ import re
 import warnings
 from functools import partial
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -410,7 +411,7 @@ class Training:
                 fully_shard(layer)
         ours, theirs, given = PAIRS[name]
         if how == "robust":
-            self.optimizer = ours(self.net.parameters(), **given, robust=self.criterion)
+            self.optimizer = ours(self.net.parameters(), **given, robust=self.criterion, max_norm=clip)
         else:
             self.optimizer = (theirs if how == "torch" else ours)(self.net.parameters(), **given)
         self.loss = self.model if inside else lambda x, y: self.criterion(self.model(x), y)
@@ -430,7 +431,7 @@ class Training:
 
     def settle(self):
         counts = self.criterion.finish_(self.net.parameters()) if self.criterion.deferred and self.how != "robust" else None
-        if self.clip is not None and (counts is None or counts):
+        if self.clip is not None and self.how != "robust" and (counts is None or counts):
             norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.clip)
             self.norms.append(float(getattr(norm, "full_tensor", lambda: norm)()))
         return counts
@@ -441,6 +442,8 @@ class Training:
         self.accumulate(x, y, parts, **more)
         counts = self.settle()
         self.optimizer.step()
+        if self.clip is not None and self.how == "robust":
+            self.norms.append(float(self.optimizer.last_grad_norm))
         return counts
 
 
@@ -459,7 +462,10 @@ ALL = [slice(None)]
 def twenty_steps(rank, wrapper):
     """The figure: 4 uneven micro-batches on 2 ranks, fp32, against one process with one big batch and torch's optimizer."""
     cases = [("ABSGD", "torch", None), ("ABSGD", "ours", 1.0), ("ABAdam", "ours", None), ("ABAdam", "torch", 1.0)]
-    for name, how, clip in [*cases, *((name, "robust", None) for name in (PAIRS if wrapper == "DDP" else ("ABSGD", "ABAdam")))]:
+    of_the_step = [
+        (name, "robust", clip) for name in (PAIRS if wrapper == "DDP" else ("ABSGD", "ABAdam")) for clip in (None, 1.0)
+    ]
+    for name, how, clip in [*cases, *of_the_step]:
         run = Training(wrapper, name, how, clip=clip, deferred=True)
         alone = Training(None, name, "torch", clip=clip)
         for step in range(20):
@@ -469,6 +475,7 @@ def twenty_steps(rank, wrapper):
         assert_alike_state(run, alone, 2e-6)
         if clip is not None:
             assert min(run.norms) < clip < max(run.norms)
+            np.testing.assert_allclose(run.norms, alone.norms, rtol=1e-5)
 
 
 def assert_alike_state(run, alone, rtol):

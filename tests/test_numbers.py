@@ -182,7 +182,7 @@ def rows():
 
     for backend in (None, "reference"):
         of = lambda name, backend=backend: f"{name}, {backend}"  # noqa: E731
-        common = dict(lr=(0.3, 1), weight_decay=(0.3, 1))
+        common = dict(lr=(0.3, 1), weight_decay=(0.3, 1), max_norm=(0.3, 1))
         step = lambda cls, backend=backend, **fixed: one(partial(optimizer, cls, backend), **fixed)  # noqa: E731
         add(of("ABSGD"), two_steps, step(ab.ABSGD), momentum=(0.3, 1), dampening=(0.3, 1), **common)
         for cls in (ab.ABAdam, ab.ABAdamW):

@@ -17,8 +17,8 @@ from absgd_fast import _backend, ops, reference
 from absgd_fast.functional import logit_loss, loss_spec, robust_weights, weighted_momentum_step_
 from absgd_fast.meta import rectified
 
-# the planned step reads a table of addresses, which cannot be copied, faked or traced: its tests are those of the optimizer
-ADDRESSES = {"planned_step"}
+# These read a table of addresses, which cannot be copied, faked or traced. Their tests are those of the optimizer.
+ADDRESSES = {"planned_step", "planned_squares"}
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 native = pytest.mark.skipif(not _backend.available("cpu"), reason="the native library is not built here")
 
@@ -177,7 +177,7 @@ def use_everything():
     for make, options in (
         (ab.ABSGD, {}),
         (ab.ABSGD, {"nesterov": True, "weight_decay": 0.1}),
-        (ab.ABSGD, {"heavy_ball": True}),
+        (ab.ABSGD, {"heavy_ball": True, "max_norm": 1.0}),
         (ab.ABAdamW, {"amsgrad": True}),
         (ab.ABRMSprop, {"momentum": 0.9, "centered": True}),
         (ab.ABAdagrad, {}),

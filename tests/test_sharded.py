@@ -150,10 +150,61 @@ def unequal_shares(rank, name):
     torch.testing.assert_close(p.full_tensor(), alone)
 
 
+MESHES = {"sharded": ((2,), None), "replicated": ((2, 1), ("copies", "shards")), "in one copy": ((1, 2), ("copies", "shards"))}
+
+
+def clipped(rank, name):
+    """max_norm= against one process that clips: sums go over the shards of a gradient, and not over its copies. A plain tensor,
+    whose gradient every rank has, counts once, and a parameter without a gradient does not stop the others."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    ours, _, options = PAIRS[name]
+    for shape, names in MESHES.values():
+        network, alone = _sharded(init_device_mesh("cpu", shape, mesh_dim_names=names)), _network()
+        plain, plain_alone, unused = (nn.Parameter(torch.ones(3)) for _ in range(3))
+        first = ours([*network.parameters(), plain, unused], max_norm=1.0, **options)
+        second = ours([*alone.parameters(), plain_alone], **options)
+        for step in range(5):
+            x, y = (torch.cat(part) for part in zip(*[_batch(r, step) for r in range(RANKS)]))
+            mine = slice(4 * rank, 4 * rank + 4)
+            for net, own, optimizer, part in ((network, plain, first, mine), (alone, plain_alone, second, slice(None))):
+                optimizer.zero_grad()
+                (net(x[part]) - y[part]).square().mean().mul(1 + step).backward()
+                own.grad = torch.linspace(-1, 1, 3) * step
+            norm = nn.utils.clip_grad_norm_([*alone.parameters(), plain_alone], 1.0)
+            first.step()
+            second.step()
+            torch.testing.assert_close(first.last_grad_norm.float(), norm, rtol=1e-5, atol=0)
+        assert norm > 1
+        torch.testing.assert_close(plain, plain_alone, rtol=1e-4, atol=1e-6)
+        for p, q in zip(network.parameters(), alone.parameters()):
+            torch.testing.assert_close(p.full_tensor(), q, rtol=1e-4, atol=1e-6)
+
+
+def clipped_sums(rank, name):
+    """A gradient whose parts are still to be summed up has the norm of the sum."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+
+    ours, _, options = PAIRS[name]
+    mesh = init_device_mesh("cpu", (RANKS,))
+    p = nn.Parameter(distribute_tensor(torch.arange(8.0), mesh, [Replicate()]))
+    alone = nn.Parameter(torch.arange(8.0))
+    first, second = ours([p], max_norm=0.5, **options), ours([alone], **options)
+    for _ in range(2):
+        alone.grad = torch.linspace(-1, 1, 8)
+        p.grad = DTensor.from_local(alone.grad * (1.5 if rank == 0 else -0.5), mesh, [Partial()])
+        norm = nn.utils.clip_grad_norm_([alone], 0.5)
+        first.step()
+        second.step()
+        torch.testing.assert_close(first.last_grad_norm.float(), norm)
+    torch.testing.assert_close(p.full_tensor(), alone)
+
+
 # ---- tests -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("body", [like_torch, like_one_process, checkpoint, unequal_shares])
+@pytest.mark.parametrize("body", [like_torch, like_one_process, checkpoint, unequal_shares, clipped, clipped_sums])
 def test_two_processes(tmp_path, body):
     run(_for_each, tmp_path, body)  # all in one pair of processes: these take 4 s to start
 

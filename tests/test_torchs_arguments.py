@@ -63,7 +63,7 @@ def test_signature(name):
     assert issubclass(ours, theirs)
     expected = [(n, kind, OTHER_DEFAULT.get((name, n), default)) for n, kind, default in arguments(theirs)]
     assert [a for a in arguments(ours) if is_positional(a[1])] == [a for a in expected if is_positional(a[1])]
-    extra = EXTRA[name] | {"robust": None, "backend": None}
+    extra = EXTRA[name] | {"robust": None, "max_norm": None, "backend": None}
     expected += [(n, inspect.Parameter.KEYWORD_ONLY, default) for n, default in extra.items()]
     assert sorted(arguments(ours)) == sorted(expected)
 

@@ -34,6 +34,7 @@ class Operators:
         compiled: the same operators for torch.compile.
         has_kernels: whether kernels serve, those of a C++ library or of Triton.
         has_rules: whether rule_weights and group_weights are there.
+        has_squares: whether planned_squares is there.
         weighs_late: whether settled_logit_loss is there. Then the backward pass also makes the weights of the statistics that
             robust_logit_loss leaves.
         writes_over_logits: whether backward makes the gradient from statistics over a copy of the logits (logit_loss_backward_).
@@ -61,6 +62,7 @@ class Operators:
     scale_: Callable[..., None]
     step_: Callable[..., None]
     planned_step: Callable[..., None]
+    planned_squares: Callable[..., Tensor]
     weighted_step_: Callable[..., Tensor]
 
     has_kernels = False
@@ -69,6 +71,7 @@ class Operators:
     def __init__(self, backend: str, functions: dict[str, Callable], compiled: Operators | None = None):
         self.backend, self.compiled = backend, compiled or self
         self.has_rules, self.weighs_late = "rule_weights" in functions, "settled_logit_loss" in functions
+        self.has_squares = "planned_squares" in functions
         self.writes_over_logits = "logit_loss_backward_" in functions
         vars(self).update(functions)
 

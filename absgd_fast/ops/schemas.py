@@ -326,6 +326,13 @@ def _(table, on):
     return None
 
 
+# The sum of the squares of each gradient in such a table, (tensors) float64. On other devices torch's own operators serve
+# (optim/clipping.py).
+@_operator("planned_squares(Tensor table, Tensor on) -> Tensor", native=("cpu",))
+def _(table, on):
+    raise NotImplementedError("planned_squares: the number of tensors stands in the table; torch.compile uses no plan")
+
+
 # The robust weights of the losses (B), the mean of each gradient (B, *shape of the parameter) with these weights, and one step of
 # sgd with that mean; the new log s is returned. If a loss is nonfinite, nothing is written (docs/MATH.md §3.4).
 # buffers: empty without momentum. lam_tensor, lr_tensor: used instead of lam and lr if given. form: the flags of a step.

@@ -8,6 +8,7 @@ reference/steps.py (plain torch) and csrc/math/step.h (kernels); docs/MATH.md §
     list_step.py       the operator on lists of tensors
     torch_step.py      plain torch
     scaling.py         what a step still has to do to the gradients for GradScaler and for a deferred ABLoss
+    clipping.py        max_norm: the global norm, and the clip factor
     state.py           float32 states of half-precision parameters, checkpoints
     checks.py          errors beyond those of torch's classes
 """

@@ -50,6 +50,7 @@ class ABAdagrad(FusedOptimizer, torch.optim.Adagrad):
         maximize: maximize the objective instead of minimizing it.
         foreach, differentiable, fused: see :class:`ABSGD`.
         robust: an ABLoss or LinearABLoss with deferred=True, whose gradients this step finishes; see :class:`ABSGD`.
+        max_norm: clip the gradients to this norm within the step; see :class:`ABSGD`.
         backend: "cuda", "triton", "cpu" or "reference"; None takes the fastest that runs.
 
     Raises:
@@ -83,6 +84,7 @@ class ABAdagrad(FusedOptimizer, torch.optim.Adagrad):
         differentiable: bool = False,
         fused: bool | None = None,
         robust: RobustLoss | None = None,
+        max_norm: float | None = None,
         backend: str | None = None,
     ) -> None:
         initial_accumulator_value = _numbers.plain(initial_accumulator_value)
@@ -101,7 +103,7 @@ class ABAdagrad(FusedOptimizer, torch.optim.Adagrad):
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p] = self._first_state(p, group)
-        self._set_up(robust, backend)
+        self._set_up(robust, max_norm, backend)
 
     @classmethod
     def _first_state(cls, p: Tensor, group: dict) -> dict[str, Tensor]:

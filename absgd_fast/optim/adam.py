@@ -66,6 +66,7 @@ class ABAdam(FusedOptimizer, torch.optim.Adam):
         decoupled_weight_decay: take the weight decay of :class:`ABAdamW`. ``paper_form`` always has it.
         paper_form: take the step of the paper's Eq. 9.
         robust: an ABLoss or LinearABLoss with deferred=True, whose gradients this step finishes; see :class:`ABSGD`.
+        max_norm: clip the gradients to this norm within the step; see :class:`ABSGD`.
         backend: "cuda", "triton", "cpu" or "reference"; None takes the fastest that runs.
 
     Raises:
@@ -103,6 +104,7 @@ class ABAdam(FusedOptimizer, torch.optim.Adam):
         decoupled_weight_decay: bool = False,
         paper_form: bool = False,
         robust: RobustLoss | None = None,
+        max_norm: float | None = None,
         backend: str | None = None,
     ) -> None:
         if paper_form and amsgrad:
@@ -124,7 +126,7 @@ class ABAdam(FusedOptimizer, torch.optim.Adam):
             fused=fused,
             **decoupled,
         )
-        self._set_up(robust, backend, paper_form=paper_form)
+        self._set_up(robust, max_norm, backend, paper_form=paper_form)
 
     def _torch_step(
         self, group: dict, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor | None]], steps: list[Tensor]
@@ -170,6 +172,7 @@ class ABAdamW(ABAdam, torch.optim.AdamW):
         fused: bool | None = None,
         paper_form: bool = False,
         robust: RobustLoss | None = None,
+        max_norm: float | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__(
@@ -186,5 +189,6 @@ class ABAdamW(ABAdam, torch.optim.AdamW):
             fused=fused,
             paper_form=paper_form,
             robust=robust,
+            max_norm=max_norm,
             backend=backend,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -13,7 +14,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from .. import _backend, ops
 from ..robust.base import RobustLoss
-from . import list_step, planned_step, torch_step
+from . import clipping, list_step, planned_step, torch_step
 from .checks import check_deferrable, check_robust, check_tensors, check_torchs_options, claim, warn_of_another_criterion
 from .rule import OptimizerRule, changed, plain_options
 from .scaling import Scaling, is_known_nonfinite, unscale_where_host_reads
@@ -40,14 +41,17 @@ class FusedOptimizer(torch.optim.Optimizer):
     _operators: dict[torch.device, ops.Operators | None]  # None: plain torch serves the device
     _on_gpu: bool  # whether kernels read GradScaler's numbers
     _plan: planned_step.Plan | None
+    _max_norm: float | None = None
+    _grad_norm: Tensor | None = None  # of `last_grad_norm`; written in place, because torch.compile drops a new one
 
     # ---- what the classes fill in ----
 
-    def _set_up(self, robust: RobustLoss | None, backend: str | None, **own_flags: bool | None) -> None:
+    def _set_up(self, robust: RobustLoss | None, max_norm: float | None, backend: str | None, **own_flags: bool | None) -> None:
         """Does what is left to do after torch's __init__. own_flags: the options that torch's class does not have."""
         check_torchs_options(type(self), self.defaults | own_flags)
         check_robust(robust)
         self.robust, self._used = robust, None
+        self.max_norm = max_norm
         claim(self)
         for group in self.param_groups:
             self._check_deferrable(group)
@@ -59,6 +63,25 @@ class FusedOptimizer(torch.optim.Optimizer):
                 group.setdefault(name, value)
         self.defaults = plain_options(self.defaults) | own_flags
         self._choose_kernels()
+
+    @property
+    def max_norm(self) -> float | None:
+        """The global norm to which a step clips the gradients, as given to the constructor; it may be replaced."""
+        return self._max_norm
+
+    @max_norm.setter
+    def max_norm(self, value: float | None) -> None:
+        self._max_norm = clipping.check_max_norm(value, self.param_groups)
+        self._grad_norm = None if value is None else clipping.unknown(self.param_groups)
+
+    @property
+    def last_grad_norm(self) -> Tensor | None:
+        """The norm of the gradients of the latest step before clipping, 0-d float64 (docs/MATH.md §3.6); None without max_norm.
+
+        It is that of the finished gradients, over all parameters and all shards. NaN before the first step and after a skipped
+        one.
+        """
+        return None if self._grad_norm is None else self._grad_norm.clone()
 
     def _torch_step(
         self, group: dict, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor | None]], steps: list[Tensor]
@@ -100,7 +123,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     # ---- state ----
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"backend": self.backend, "robust": self.robust, "_used": self._used}
+        own = ("backend", "robust", "_used", "_max_norm", "_grad_norm")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -117,6 +141,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         group |= plain_options(group)
         if hasattr(self, "backend"):
             self._check_deferrable(self.param_groups[-1])
+            clipping.check_max_norm(self._max_norm, self.param_groups[-1:])
             self._choose_kernels()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -207,18 +232,27 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        scaling = self._scaling()
+        if scaling is None:
+            if self._grad_norm is not None:
+                self._grad_norm.fill_(math.nan)
+            return loss
+        self._step_groups(scaling)
+        return loss
+
+    def _scaling(self) -> Scaling | None:
+        """What this step still has to do to the gradients. None: the host knows that the step is skipped."""
         settled = None
         if self.robust is not None:
             settled = self._take_settled(self.robust)
             if is_known_nonfinite(settled):
-                return loss
+                return None
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and not (self._on_gpu and found_inf.device.type != "cpu"):
             if not unscale_where_host_reads(grad_scale, found_inf, self.param_groups):
-                return loss
+                return None
             grad_scale = found_inf = None
-        self._step_groups(Scaling(grad_scale, found_inf, settled))
-        return loss
+        return Scaling(grad_scale, found_inf, settled)
 
     def _take_settled(self, robust: RobustLoss) -> Tensor | None:
         """What finishes the gradients of this step. None: they are normalised already.
@@ -241,14 +275,43 @@ class FusedOptimizer(torch.optim.Optimizer):
         updated: list[Tensor] = []
         on: Tensor | None = None
         others: list[dict] = self.param_groups
+        if self._max_norm is not None:
+            scaling = clipping.prepared(scaling, self.param_groups)
         if plan is not None:
             # `_held` keeps gradients and states alive until the kernel is done
             updated, _held, on, others = planned_step.refresh(plan, self.param_groups, self.state, scaling)
         numbers = [self._checked_numbers(group) for group in others]  # errors are raised before anything is written
+        if self._max_norm is not None:
+            self._clip(self._max_norm, plan, updated, on, others, scaling)
         if plan is not None and on is not None:
             planned_step.launch(plan, updated, on)
         for group, values in zip(others, numbers):
             self._step_group(group, values, scaling)
+
+    def _clip(
+        self,
+        max_norm: float,
+        plan: planned_step.Plan | None,
+        updated: list[Tensor],
+        on: Tensor | None,
+        others: list[dict],
+        scaling: Scaling,
+    ) -> None:
+        """Brings the clip factor into the SCALE of this step, and keeps the norm. plan, ..., others: as in `_step_groups`."""
+        parts: list[tuple[list[Tensor], Tensor]] = []
+        if plan is not None and on is not None:
+            kernels = self._operators[on.device]
+            has_squares = kernels is not None and kernels.has_squares
+            of_plan = planned_step.sums_of_squares(plan, on) if has_squares else clipping.sums_of_squares(updated)
+            parts.append((updated, of_plan))
+        rest = [p for group in others for p in group["params"] if p.grad is not None]
+        if rest:
+            parts.append((rest, clipping.sums_of_squares(rest)))
+        total = clipping.clip_(scaling, max_norm, parts, self.param_groups)
+        if self._grad_norm is None or self._grad_norm.device != total.device:  # the parameters were moved
+            self._grad_norm = total
+        else:
+            self._grad_norm.copy_(total)
 
     @torch.no_grad()
     def _step_group(self, group: dict, numbers: list[float], scaling: Scaling) -> None:

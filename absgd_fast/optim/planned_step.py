@@ -21,7 +21,9 @@ from .scaling import Scaling
 # The dicts that the plan reads. One of another class may fetch its values from elsewhere, which only Python would notice.
 STATES = (dict, defaultdict)
 
-_planned_step = torch.ops.absgd_fast.planned_step.default._op  # without the Python frame of OpOverload.__call__
+# without the Python frame of OpOverload.__call__
+_planned_step = torch.ops.absgd_fast.planned_step.default._op
+_planned_squares = torch.ops.absgd_fast.planned_squares.default._op
 
 
 class Plan(Protocol):
@@ -78,7 +80,7 @@ def refresh(
         tensor of the table, or None if the table is empty; and groups of the parameters that the table cannot hold.
     """
     updated, held, on, others = plan.refresh(
-        groups, state, scaling.grad_scale, scaling.found_inf, _sharded_type(), scaling.settled
+        groups, state, scaling.grad_scale, scaling.found_inf, sharded_type(), scaling.settled
     )
     return updated, held, on, [changed(group, params=params) for group, params in others]
 
@@ -89,11 +91,16 @@ def launch(plan: Plan, updated: list[Tensor], on: Tensor) -> None:
     torch.autograd.graph.increment_version(updated)
 
 
+def sums_of_squares(plan: Plan, on: Tensor) -> Tensor:
+    """The sum of the squares of each gradient in the table, (tensors) float64. on: of `refresh`, on the CPU."""
+    return _planned_squares(plan.table, on)
+
+
 def _allocate_table(words: int) -> Tensor:
     return torch.empty(words, dtype=torch.int64, device="cpu")
 
 
-def _sharded_type() -> type | None:
+def sharded_type() -> type | None:
     """torch's DTensor, if anybody has imported it."""
     module = sys.modules.get("torch.distributed.tensor")
     return None if module is None else getattr(module, "DTensor", None)

@@ -53,6 +53,7 @@ class ABRMSprop(FusedOptimizer, torch.optim.RMSprop):
         foreach, differentiable: see :class:`ABSGD`.
         fused: the protocol of torch.amp.GradScaler; see :class:`ABSGD`. torch's class has no such argument.
         robust: an ABLoss or LinearABLoss with deferred=True, whose gradients this step finishes; see :class:`ABSGD`.
+        max_norm: clip the gradients to this norm within the step; see :class:`ABSGD`.
         backend: "cuda", "triton", "cpu" or "reference"; None takes the fastest that runs.
 
     Raises:
@@ -88,10 +89,11 @@ class ABRMSprop(FusedOptimizer, torch.optim.RMSprop):
         *,
         fused: bool | None = None,
         robust: RobustLoss | None = None,
+        max_norm: float | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__(params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize, differentiable)
-        self._set_up(robust, backend, fused=fused)
+        self._set_up(robust, max_norm, backend, fused=fused)
 
     def _torch_step(
         self, group: dict, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor | None]], steps: list[Tensor]

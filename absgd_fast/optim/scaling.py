@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..reference import NONFINITE, SCALE, real_dtype
+from .state import HALF
 
 
 class Scaling(NamedTuple):
@@ -30,7 +31,10 @@ class Scaling(NamedTuple):
             return grads
         if self.settled[NONFINITE] > 0:
             return None
-        return [g * self.settled[SCALE].to(g.device, real_dtype(g.dtype)) for g in grads]
+        scale = self.settled[SCALE]
+        # Half precision would round the product, so it is made in the dtype of the states.
+        real = [g.float() if g.dtype in HALF else g for g in grads]
+        return [g * scale.to(g.device, real_dtype(g.dtype)) for g in real]
 
 
 # ---- GradScaler ----------------------------------------------------------------------------------------------------------

@@ -74,14 +74,19 @@ class ABSGD(FusedOptimizer, torch.optim.SGD):
         heavy_ball: take the step of the paper's Eq. 2. It has neither nesterov nor dampening.
         robust: an ABLoss or LinearABLoss with deferred=True, or None. Such a loss leaves gradients in ``.grad`` that are not
             normalised yet. The step then settles log s' for all micro-batches (of all processes) since the last step, and
-            multiplies the gradients by the factor that is missing, inside its kernel; ``.grad`` stays as it is. Clipping needs
-            normalised gradients: to clip, leave ``robust`` out and call ``criterion.finish_(params)`` before. Any other loss
-            needs no ``robust``. Copy the pair together, by copy.deepcopy((model, criterion, optimizer)).
+            multiplies the gradients by the factor that is missing, inside its kernel; ``.grad`` stays as it is. Any other loss
+            needs no ``robust``. Copy the pair together, by copy.deepcopy((model, criterion, optimizer)). Do not clip gradients
+            before such a step, because they are not normalised yet: give it ``max_norm``.
+        max_norm: clip the gradients to this norm > 0 within the step, with or without ``robust``; None: do not clip. With G the
+            finished gradients (normalised, divided by GradScaler's scale) of all parameters, shards of other processes included,
+            the step uses min(1, max_norm / (||G|| + 1e-6)) G, as torch.nn.utils.clip_grad_norm_ would leave them; ``.grad`` stays
+            as it is (docs/MATH.md §3.6). ``last_grad_norm`` is ||G||, 0-d float64, NaN after a skipped step. ``max_norm`` is an
+            attribute like ``robust``, which may be replaced, and part of no checkpoint.
         backend: "cuda", "triton", "cpu" or "reference"; None takes the fastest that runs.
 
     Raises:
-        ValueError: a number is out of its range, options exclude each other, the backend is unknown, or a parameter is float16
-            together with ``robust``.
+        ValueError: a number is out of its range, options exclude each other, the backend is unknown, a parameter is float16
+            together with ``robust``, or one belongs to FullyShardedDataParallel together with ``max_norm``.
         RuntimeError: the backend cannot run here (the text says why), ``differentiable`` is True, or ``foreach`` and ``fused``
             both are.
         TypeError: ``robust`` is not a loss with deferred=True.
@@ -113,6 +118,7 @@ class ABSGD(FusedOptimizer, torch.optim.SGD):
         fused: bool | None = None,
         heavy_ball: bool = False,
         robust: RobustLoss | None = None,
+        max_norm: float | None = None,
         backend: str | None = None,
     ) -> None:
         for name, value in (("learning rate", lr), ("momentum value", momentum), ("weight_decay value", weight_decay)):
@@ -134,7 +140,7 @@ class ABSGD(FusedOptimizer, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._set_up(robust, backend, heavy_ball=heavy_ball)
+        self._set_up(robust, max_norm, backend, heavy_ball=heavy_ball)
 
     def _make_missing(self, group: dict) -> None:
         super()._make_missing(group)

@@ -17,7 +17,7 @@ from .._codes import KINDS, NORMALIZERS
 from .dtypes import real_dtype
 from .inverse import logits_of_gradient
 from .losses import SCE_A, logit_loss, soft_target_slope
-from .steps import adagrad_step_, adam_step_, momentum_step_, rmsprop_step_, weighted_momentum_step_
+from .steps import adagrad_step_, adam_step_, clip_factor, momentum_step_, rmsprop_step_, weighted_momentum_step_
 from .weights import (
     COUNT,
     LOG_S,
@@ -50,6 +50,7 @@ __all__ = [
     "adagrad_step_",
     "adam_step_",
     "apply",
+    "clip_factor",
     "logit_loss",
     "logits_of_gradient",
     "momentum_step_",

@@ -328,3 +328,20 @@ def adagrad_step_(
             u.addcmul_(g, g)
             rate = lr / (1 + (step.double().to(w.device) - 1) * lr_decay)
             w.sub_(rate * (g / (u.sqrt() + eps)))
+
+
+def clip_factor(total: Tensor, max_norm: float) -> Tensor:
+    """The number by which clipping multiplies the gradients (Pascanu et al. 2013, Alg. 1; docs/MATH.md §3.6).
+
+        total = ||G||_2 over all parameters,    c = min(1, max_norm / (total + 1e-6))
+
+    G is the finished gradient: that of a deferred step after its scale. The 1e-6 is that of torch.nn.utils.clip_grad_norm_.
+
+    Args:
+        total: 0-d.
+        max_norm: the largest norm that a step uses, > 0.
+
+    >>> clip_factor(torch.tensor(4.0), 1.0)
+    tensor(0.2500)
+    """
+    return (max_norm / (total + 1e-6)).clamp(max=1.0)

@@ -110,6 +110,15 @@ struct GroupArgs : WeightingArgs {
 
 // ---- the table -----------------------------------------------------------------------------------------------------
 
+// ---- squares.cpp ---------------------------------------------------------------------------------------------------
+
+constexpr int64_t kSquaresBlock = 16384;  // most numbers of a block. It is fixed, so sums do not depend on the threads.
+struct SquaresBlock {
+  const void* data;  // (count) dense
+  int64_t count;
+  Dtype dtype;
+};
+
 // The only list of the CPU's kernels: KERNEL(result, name, arguments). "tiles [begin, end)" and the like is the range
 // that one call works on.
 #define ABSGD_CPU_KERNELS(KERNEL)                                                                                     \
@@ -144,7 +153,9 @@ struct GroupArgs : WeightingArgs {
   /* elements [begin, end) of the flat index. The counts of steps already include this step. */                       \
   KERNEL(void, step, (const StepTable&, int64_t begin, int64_t end))                                                  \
   /* elements [begin, end) of the flat index */                                                                       \
-  KERNEL(void, weighted_step, (const WeightedTable&, int64_t begin, int64_t end))
+  KERNEL(void, weighted_step, (const WeightedTable&, int64_t begin, int64_t end))                                     \
+  /* blocks [begin, end): sums[block] = sum of the squares of its numbers */                                          \
+  KERNEL(void, squares, (const SquaresBlock* blocks, double* sums, int64_t begin, int64_t end))
 
 struct CpuKernels {
   const char* isa;

@@ -21,6 +21,7 @@ _cuda = ops.OPERATORS["cuda"]
 _cuda.gradient_limit = int(os.environ["SIMT_LIMIT"])
 for _operators, _of_cuda in ((ops.OPERATORS["cpu"], _cuda), (ops.OPERATORS["cpu"].compiled, _cuda.compiled)):
     _operators.has_rules, _operators.weighs_late, _operators.writes_over_logits = False, True, False
+    _operators.has_squares = False
     _operators.backward_mode, _operators.losses_backward_mode = _cuda.backward_mode, _cuda.losses_backward_mode
     for _name in ("settled_logit_loss", "logit_loss_backward"):
         setattr(_operators, _name, getattr(_of_cuda, _name))

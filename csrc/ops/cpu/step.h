@@ -33,6 +33,32 @@ void run_step(StepTable& table) {
 // dispatcher where the parameters are.
 void planned_step(const Tensor& table, const Tensor&) { run_step(planned_table(table)); }
 
+// The sum of squares of each gradient in a planned table: (tensors) float64. A gradient is cut into blocks, whose sums
+// are added in their order.
+Tensor planned_squares(const Tensor& table_tensor, const Tensor&) {
+  const StepTable& table = planned_table(table_tensor);
+  const StepTensor* const end = table.tensors + table.tensor_count;
+  std::vector<SquaresBlock> blocks;
+  for (const StepTensor* t = table.tensors; t != end; ++t)
+    for (int64_t from = 0; from < t->count; from += kSquaresBlock) {
+      const char* data = static_cast<const char*>(t->grad) + size_t(from) * size_of(t->dtype);
+      blocks.push_back({data, std::min(kSquaresBlock, t->count - from), t->dtype});
+    }
+  const auto count = int64_t(blocks.size());
+  std::vector<double> sums(blocks.size());
+  parallel(count, count > 0 ? table.elements / count : 0,
+           [&](int64_t from, int64_t to) { cpu_kernels().squares(blocks.data(), sums.data(), from, to); });
+  Tensor out = empty_on(kHere, &table.tensor_count, 1, Dtype::f64);
+  double* total = static_cast<double*>(out.data_ptr());
+  const double* sum = sums.data();
+  for (const StepTensor* t = table.tensors; t != end; ++t) {
+    *total = 0;
+    for (int64_t from = 0; from < t->count; from += kSquaresBlock) *total += *sum++;
+    ++total;
+  }
+  return out;
+}
+
 void step_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& states,
            const std::vector<Tensor>& steps, const std::optional<Tensor>& lr_tensor,
            const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
