@@ -478,6 +478,21 @@ def twenty_steps(rank, wrapper):
             np.testing.assert_allclose(run.norms, alone.norms, rtol=1e-5)
 
 
+def written_gradients(rank, wrapper):
+    """The averages that DDP and FSDP2 write after backward are no clipping, and clipping is found beside them."""
+    for clips in (False, True):
+        run = Training(wrapper, "ABSGD", "robust", deferred=True)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            for step in range(3):
+                run.accumulate(*batch(step, torch.float32), PARTS[rank])
+                if clips:
+                    nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)
+                run.optimizer.step()
+        assert [w for w in found if "changed in place after backward" in str(w.message)][1:] == []
+        assert any("changed in place after backward" in str(w.message) for w in found) == clips
+
+
 def assert_alike_state(run, alone, rtol):
     assert float(run.criterion.log_s) == pytest.approx(float(alone.criterion.log_s), rel=rtol)
     assert run.criterion.nonfinite_batches == alone.criterion.nonfinite_batches
@@ -751,7 +766,7 @@ def test_deferred(tmp_path):
 
 @pytest.mark.parametrize("wrapper", ["DDP", pytest.param("FSDP2", marks=pytest.mark.deep)])
 def test_training(tmp_path, wrapper):
-    bodies = [partial(body, wrapper=wrapper) for body in (twenty_steps, plain_training, bad_steps)]
+    bodies = [partial(body, wrapper=wrapper) for body in (twenty_steps, plain_training, bad_steps, written_gradients)]
     run(
         in_turn,
         tmp_path,

@@ -15,7 +15,15 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from .. import _backend, ops
 from ..robust.base import RobustLoss
 from . import clipping, list_step, planned_step, torch_step
-from .checks import check_deferrable, check_robust, check_tensors, check_torchs_options, claim, warn_of_another_criterion
+from .checks import (
+    check_deferrable,
+    check_robust,
+    check_tensors,
+    check_torchs_options,
+    claim,
+    warn_of_another_criterion,
+    warn_of_written_gradients,
+)
 from .rule import OptimizerRule, changed, plain_options
 from .scaling import Scaling, is_known_nonfinite, unscale_where_host_reads
 from .state import check_forms, fill_in_own_flags, place_states, restore_float32
@@ -261,8 +269,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         for group in self.param_groups:
             check_deferrable(group)
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            warn_of_written_gradients(self, robust)
         settled = robust.settle()
-        if torch.compiler.is_compiling():
+        if compiling:
             return settled
         if settled is self._used:
             warn_of_another_criterion(robust, self.param_groups)

@@ -63,6 +63,20 @@ def warn_of_another_criterion(robust: RobustLoss, groups: list[dict]) -> None:
     )
 
 
+def warn_of_written_gradients(optimizer: torch.optim.Optimizer, robust: RobustLoss) -> None:
+    """Warns if somebody has written the gradients of a deferred step that is not finished yet, as clipping does (touched.py)."""
+    step = getattr(robust, "deferred_step", None)
+    if step is None or getattr(optimizer, "found_inf", None) is not None or not step.watch.touched.by_hand(optimizer):
+        return
+    warnings.warn(
+        "robust: got gradients that were changed in place after backward, before this step has normalised them. Clipping sees"
+        " sums there, and makes the step far too small; expected"
+        f" {type(optimizer).__name__}(..., robust=criterion, max_norm=1.0) instead of clip_grad_norm_, or an optimizer without"
+        " robust= and criterion.finish_(params) before clipping",
+        stacklevel=4,
+    )
+
+
 def check_deferrable(group: dict) -> None:
     """Raises ValueError if a gradient of the group is float16: sums that are not normalised yet leave its range."""
     if any(p.dtype == torch.float16 for p in group["params"]):

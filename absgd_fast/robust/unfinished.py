@@ -31,6 +31,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, register_optimizer_step_post_hook
 
+from .touched import Touched
+
 
 class OpenStep(Protocol):
     """What is told of the steps of optimizers: a `DeferredStep`."""
@@ -72,6 +74,7 @@ class Watch:
         self.quiet = False  # whether a forward has nothing to do here
         self.met = False  # whether there was a micro-batch since the criterion was made, copied or unpickled
         self.warned = False  # whether state_dict() has warned
+        self.touched = Touched()
         self._claims: list[weakref.ref[Optimizer]] = []
         self._reached: dict[int, weakref.ref[Tensor]] = {}  # id of a parameter -> the parameter
         self._witnesses: weakref.WeakKeyDictionary[Optimizer, Witness | None] = weakref.WeakKeyDictionary()
@@ -92,8 +95,11 @@ class Watch:
         if node is None:
             return
         if id(step) not in _open:
-            self.quiet = True
-            if any(getattr(getattr(claim(), "robust", None), "deferred_step", None) is step for claim in self._claims):
+            finishing = [o for claim in self._claims if (o := claim()) is not None and _robust_step(o) is step]
+            self.quiet = not finishing or self.touched.left == 0
+            if not self.quiet:
+                self.touched.forward(loss, finishing)
+            if finishing:
                 return
             self._witnesses = weakref.WeakKeyDictionary()
             _open_step(step)
@@ -156,6 +162,11 @@ class Watch:
                 witness.note(then)
 
         torch.autograd.Variable._execution_engine.queue_callback(backward_has_ended)
+
+
+def _robust_step(optimizer: Optimizer) -> object:
+    """The deferred step that this optimizer finishes, if any."""
+    return getattr(getattr(optimizer, "robust", None), "deferred_step", None)
 
 
 def leaves(node: Node) -> Iterator[Tensor]:
