@@ -76,7 +76,7 @@ class _Note:
             return False
         param, grad, version, numbers = self._noted
         noted = grad()
-        if noted is None or getattr(param(), "grad", None) is not noted:
+        if noted is None or id(getattr(param(), "grad", None)) != id(noted):
             return False
         part = _part(noted)
         return part._version != version or (numbers is not None and not _same(part, numbers))
