@@ -16,7 +16,8 @@ from importlib import metadata as _metadata
 
 from . import functional, meta, reference, weights
 from .class_weights import adrw_weights, class_balanced_weights
-from .linear import LinearABLoss
+from .language_models import DFT, causal_lm_loss
+from .linear import LinearABLoss, linear_robust_loss
 from .losses import (
     CDT,
     GCE,
@@ -29,7 +30,7 @@ from .losses import (
     LogitAdjusted,
 )
 from .optim import ABSGD, ABAdagrad, ABAdam, ABAdamW, ABRMSprop
-from .robust import DFT, ABLoss, RelativeLam
+from .robust import ABLoss, RelativeLam
 from .schedule import DRW, TLA, TwoStage, vs_tla_adrw
 
 try:
@@ -60,8 +61,10 @@ __all__ = [
     "RelativeLam",
     "TwoStage",
     "adrw_weights",
+    "causal_lm_loss",
     "class_balanced_weights",
     "functional",
+    "linear_robust_loss",
     "meta",
     "reference",
     "vs_tla_adrw",

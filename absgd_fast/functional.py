@@ -230,7 +230,7 @@ def robust_weights(
     real = real_dtype(_checks.floating(losses, "losses", "per-sample losses").dtype)
     mask = _checks.per_sample(mask, "mask", losses, torch.bool)
     operators = ops.serving(losses.device, backend)
-    log_s, lam = _state(log_s, real, losses.device), _number(lam, real, losses.device)
+    log_s, lam = state_of(log_s, real, losses.device), _number(lam, real, losses.device)
     flags = ops.flags("moving", init)
     return ops.robust_weights(operators, losses.to(real).contiguous(), log_s, lam, mask, gamma, alpha, flags)
 
@@ -383,7 +383,7 @@ def weighted_momentum_step_(
         )
     if operators.backend in ("triton", "reference"):  # these two do not check
         _checks.weighted_step(params, buffers, grads, losses)
-    log_s = _state(log_s, real, losses.device)
+    log_s = state_of(log_s, real, losses.device)
     lam_tensor = _number(lam, real, losses.device) if isinstance(lam, Tensor) else None
     lr_tensor = _checks.tensor_rate(lr) if isinstance(lr, Tensor) and lr.device == losses.device else None
     try:
@@ -400,7 +400,7 @@ def weighted_momentum_step_(
     return new_log_s
 
 
-def _state(log_s: float | Tensor, real: torch.dtype, device: torch.device) -> Tensor:
+def state_of(log_s: float | Tensor, real: torch.dtype, device: torch.device) -> Tensor:
     """log s as a 0-d tensor on the device: float32 or float64 if it is such a tensor already, else in the dtype of the losses."""
     if isinstance(log_s, Tensor) and log_s.dtype in (torch.float32, torch.float64):
         real = log_s.dtype

@@ -147,6 +147,12 @@ def robust_weights(backend):
     return [*gradients(made * LOSSES, losses), log_s.detach()]
 
 
+def pure_head(backend):
+    x = X.clone().requires_grad_()
+    loss, log_s = ab.linear_robust_loss(x, torch.eye(X.shape[1], **here), Y, -math.inf, 0.7, backend=backend)
+    return [*gradients(loss, x), log_s]
+
+
 def logit_loss(backend):
     x, vector = X.clone().requires_grad_(), torch.tensor(WEIGHT, **here)
     call = partial(functional.logit_loss, x, Y, scale=vector, shift=vector, margin=vector, weight=vector, backend=backend)
@@ -238,6 +244,7 @@ def table():
         add(f"ABAdam, amsgrad{of}", partial(optimizer, ab.ABAdam, backend, amsgrad=True), three_steps)
         add(f"ABRMSprop, centered{of}", partial(optimizer, ab.ABRMSprop, backend, centered=True, momentum=0.9), three_steps)
         add(f"robust_weights{of}", nothing, lambda _, b=backend: robust_weights(b))
+        add(f"linear_robust_loss{of}", nothing, lambda _, b=backend: pure_head(b))
         add(f"logit_loss{of}", nothing, lambda _, b=backend: logit_loss(b))
         add(f"weighted_momentum_step_{of}", nothing, lambda _, b=backend: weighted_step(b))
     add("DFT", ab.DFT, of_robust, True)

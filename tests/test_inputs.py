@@ -81,9 +81,11 @@ def learned(*inputs):
 
 
 def call(form, criterion, x, t, **rows):
-    """The loss of logits x; a linear head has the identity as its weight."""
-    given = (x, torch.eye(x.shape[1], dtype=x.dtype), t) if form == "linear" else (x, t)
-    return criterion(*given, **rows)
+    """The loss of logits x; a linear head has the identity as its weight, and the classes last."""
+    if form == "linear":
+        x, t = x.movedim(1, -1), t.movedim(1, -1) if t.is_floating_point() else t
+        return criterion(x, torch.eye(x.shape[-1], dtype=x.dtype), t, **rows)
+    return criterion(x, t, **rows)
 
 
 def truth(form, options, x, t, s, keep=None):
@@ -108,8 +110,6 @@ def truth(form, options, x, t, s, keep=None):
 @pytest.mark.parametrize("form, options", CASES)
 def test_gradients(form, options, soft, shape, one_backend):
     """First derivatives by logits, soft targets and sample weights, and second ones where there are some."""
-    if form == "linear" and len(shape) > 2:
-        pytest.skip("a linear head has one row per sample")
     options = (NUMBERS | BY_RULE)[options]
     x, t, s = tensors(soft, shape)
     inputs = learned(x, t, s)
@@ -394,6 +394,13 @@ def plain(*shape):
 
 LOGITS, LABELS = plain(2, 3).log(), torch.tensor([0, 2])
 LINEAR = torch.eye(3)
+
+
+def pure(**given):
+    """linear_robust_loss with one argument that requires grad."""
+    return ab.linear_robust_loss(**dict(input=LOGITS, linear_weight=LINEAR, target=LABELS, log_s=-1.0, lam=0.5) | given)[0]
+
+
 # name in the table -> its answer, the shape of the argument, and calls that are given it
 TABLE = {
     "logits": ("gradient", (2, 3), [
@@ -405,6 +412,7 @@ TABLE = {
         lambda v: ab.CrossEntropy(reduction="mean")(LOGITS, v),
         lambda v: ab.ABLoss(lam=0.5)(LOGITS, v),
         lambda v: ab.LinearABLoss(lam=0.5)(LOGITS, LINEAR, v),
+        lambda v: pure(target=v),
     ]),
     "sample_weight": ("gradient", (2,), [
         lambda v: ab.ABLoss(lam=0.5)(LOGITS, LABELS, sample_weight=v),
@@ -417,15 +425,24 @@ TABLE = {
         lambda v: functional.robust_weights(v, -1.0, 0.5)[0][0],
         lambda v: functional.robust_weights(v, -1.0, 0.5)[1],
     ]),
-    "hidden": ("gradient", (2, 3), [lambda v: ab.LinearABLoss(lam=0.5)(v, LINEAR, LABELS)]),
-    "linear_weight": ("gradient", (3, 3), [lambda v: ab.LinearABLoss(lam=0.5)(LOGITS, v, LABELS)]),
-    "bias": ("gradient", (3,), [lambda v: ab.LinearABLoss(lam=0.5)(LOGITS, LINEAR, LABELS, v)]),
+    "hidden": ("gradient", (2, 3), [lambda v: ab.LinearABLoss(lam=0.5)(v, LINEAR, LABELS), lambda v: pure(input=v)]),
+    "linear_weight": ("gradient", (3, 3), [
+        lambda v: ab.LinearABLoss(lam=0.5)(LOGITS, v, LABELS),
+        lambda v: pure(linear_weight=v),
+    ]),
+    "bias": ("gradient", (3,), [
+        lambda v: ab.LinearABLoss(lam=0.5)(LOGITS, LINEAR, LABELS, v),
+        lambda v: pure(linear_bias=v),
+    ]),
     "score": ("constant", (2,), [
         lambda v: ab.ABLoss(lam=0.5)(LOGITS, LABELS, score=v),
         lambda v: ab.LinearABLoss(lam=0.5)(LOGITS, LINEAR, LABELS, score=v),
         lambda v: ab.ABLoss(rule=proportional)(LOGITS, LABELS, score=v),
     ]),
-    "log_s": ("constant", (), [lambda v: functional.robust_weights(plain(2), v, 0.5)[0].sum()]),
+    "log_s": ("constant", (), [
+        lambda v: functional.robust_weights(plain(2), v, 0.5)[0].sum(),
+        lambda v: pure(log_s=v),
+    ]),
     "losses of a rule": ("constant", (4,), [
         lambda v: weights.cvar(v, beta=0.5),
         lambda v: weights.chi2(v, rho=0.5),
@@ -440,6 +457,7 @@ TABLE = {
         lambda v: ab.DRW(ab.CrossEntropy(), v, start=1),
         lambda v: ab.ABLoss(nn.CrossEntropyLoss(v, reduction="none"), lam=0.5)(LOGITS, LABELS),
         lambda v: ab.LinearABLoss(nn.CrossEntropyLoss(v, reduction="none"), lam=0.5)(LOGITS, LINEAR, LABELS),
+        lambda v: pure(weight=v),
     ]),
     "scale": ("refused", (3,), [lambda v: functional.logit_loss(LOGITS, LABELS, scale=v)]),
     "shift": ("refused", (3,), [lambda v: functional.logit_loss(LOGITS, LABELS, shift=v)]),
@@ -453,6 +471,7 @@ TABLE = {
         lambda v: ab.ABLoss(lam=v),
         lambda v: ab.ABLoss(lam=0.5).set_lam(v),
         lambda v: functional.robust_weights(plain(2), -1.0, v),
+        lambda v: pure(lam=v),
         lambda v: ab.RelativeLam(v),
         lambda v: functional.weighted_momentum_step_([], None, [], plain(2), -1.0, lam=v, lr=0.1),
     ]),

@@ -26,6 +26,7 @@ LAYERS = [
     {"class_weights", "losses", "weights", "distributed"},
     {"robust"},
     {"optim", "schedule", "meta", "linear"},
+    {"language_models"},
 ]
 PACKAGES = {"kernels", "optim"}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -334,7 +334,7 @@ BAD = {
         TypeError,
         r"linear_weight: got Linear, expected a tensor \(C, d\), such as head\.weight",
     ),
-    "numbers": (dict(hidden=[1.0]), TypeError, r"hidden: got list, expected a tensor \(n, d\)$"),
+    "numbers": (dict(hidden=[1.0]), TypeError, r"hidden: got list, expected a tensor \(n, d\) or \(\.\.\., d\)$"),
     "flag": (dict(bias=True), TypeError, r"bias: got bool, expected a tensor \(C,\) or None"),
     "half": (dict(hidden=torch.ones(3, 4).half(), linear_weight=torch.ones(10, 4).half()), TypeError, "float16"),
     "target": (dict(target=torch.tensor([0, 1])), ValueError, "target"),

@@ -65,6 +65,10 @@ def itself(value):
     return [value]
 
 
+def of_pure_head(log_s=-math.inf, lam=0.7, **given):
+    return torch.stack(ab.linear_robust_loss(X, torch.eye(4), Y, log_s, lam, **given))
+
+
 def of_head(criterion):
     return [criterion(X, torch.eye(4), Y)]
 
@@ -125,6 +129,9 @@ def rows():
     linear = {name: values for name, values in robust.items() if name not in ("mix", "max_weight")}
     add("LinearABLoss", of_head, one(ab.LinearABLoss, lam=0.7), lam=(-0.3, 2), chunk=3, **linear)
     add("LinearABLoss", of_head, one(ab.LinearABLoss, lam=0.7, normalizer="none"), max_weight=(1.1, 2))
+
+    numbers = dict(log_s=(0.3, 1), lam=(-0.3, 2), gamma=(0.3, 1), alpha=(0.7, 1))
+    add("linear_robust_loss", itself, one(of_pure_head), **numbers, label_smoothing=(0.3, 1), ignore_index=2)
 
     call = lambda loss: [loss(X, Y)]  # noqa: E731
     add("CrossEntropy", call, one(ab.CrossEntropy), label_smoothing=(0.3, 1), ignore_index=2)

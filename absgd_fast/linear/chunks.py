@@ -25,21 +25,30 @@ LEAST_SAMPLES = 256
 
 
 def check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """TypeError if an input is no tensor. Casting for autocast comes after this check, because it would change a module."""
+    """TypeError if an input is no tensor that this process has whole.
+
+    Casting for autocast comes after this check, because it would change a module.
+    """
     for name, t, expected in (
-        ("hidden", hidden, "(n, d)"),
+        ("hidden", hidden, "(n, d) or (..., d)"),
         ("linear_weight", weight, "(C, d), such as head.weight"),
         ("bias", bias, "(C,) or None, such as head.bias"),
     ):
         if not (isinstance(t, Tensor) or (name == "bias" and t is None)):
             raise TypeError(f"{name}: got {type(t).__name__}, expected a tensor {expected}")
+        if hasattr(t, "_local_tensor"):
+            raise TypeError(
+                f"{name}: got a DTensor, of which this process has a part, expected a whole tensor: in the forward of a module"
+                " that FSDP2 shards its weight is whole, and causal_lm_loss makes the loss there; elsewhere use .full_tensor()"
+            )
 
 
 def check_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """ValueError or TypeError if shapes, dtypes or devices of the inputs do not fit each other."""
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+    if hidden.dim() < 2 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"LinearABLoss: got hidden {tuple(hidden.shape)} and linear_weight {tuple(weight.shape)}, expected (n, d) and (C, d)"
+            f"LinearABLoss: got hidden {tuple(hidden.shape)} and linear_weight {tuple(weight.shape)}, expected (n, d)"
+            " or (..., d), such as (B, T, d), and (C, d)"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}, one number per class")
@@ -52,6 +61,27 @@ def check_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise TypeError(
             f"hidden: got {hidden.dtype}, expected float32, float64 or bfloat16, whose range holds sums without a loss scale"
         )
+
+
+def in_rows(hidden: Tensor, target: Tensor, samples: Samples, classes: int) -> tuple[Tensor, Tensor, Samples]:
+    """hidden (..., d), target and samples with one row per sample, (n, d) and so on; views of them where torch has such views.
+
+    ValueError or TypeError if they do not fit each other.
+    """
+    shape, like = hidden.shape[:-1], hidden.new_empty(())
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: got {type(target).__name__}, expected a tensor")
+    if target.shape not in (shape, (*shape, classes)):
+        raise ValueError(
+            f"target: got shape {tuple(target.shape)} with hidden {tuple(hidden.shape)} and {classes} classes, expected labels"
+            f" {tuple(shape)}, or probabilities {(*shape, classes)}"
+        )
+    if target.shape == shape:
+        _checks.target(like.expand(shape[0], classes, *shape[1:]), target)  # its dtype
+    samples = checked(samples, like.expand(shape), real_dtype(hidden.dtype))
+    n = shape.numel()
+    rows = Samples(*(None if t is None else t.reshape(n) for t in samples))
+    return hidden.reshape(n, hidden.shape[-1]), target.reshape(n, *target.shape[len(shape) :]), rows
 
 
 class Chunks:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as nnf
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _checks, ops
 from .._checkpointing import hooks_are_active
@@ -20,7 +20,7 @@ from ..robust.normalizer import OWN, InStages, Own, Samples
 from ..robust.paths import general, refuse_learned
 from ..robust.replay import run_once_or_again
 from ..robust.weighting import Tilt
-from .chunks import Chunks, check_inputs, check_tensors
+from .chunks import Chunks, check_inputs, check_tensors, in_rows
 from .gradients import LinearLossGrad, RelativeGradients, refuse_second_derivative
 
 if TYPE_CHECKING:
@@ -31,8 +31,9 @@ class LinearABLoss(RobustLoss):
     """The robust loss of a linear head, logits = hidden weight^T + bias, without storing the logits.
 
     Call it as criterion(hidden, head.weight, target, head.bias), with hidden (n, d), head.weight (C, d), target (n) labels or
-    (n, C) probabilities, and head.bias (C) or None. It replaces a last torch.nn.Linear(d, C) and `ABLoss`. Use it if the head has
-    very many classes, as in a language model. The loss and the gradients are those of `ABLoss` on the logits:
+    (n, C) probabilities, and head.bias (C) or None. The samples may have any shape instead of (n), such as (B, T) for the tokens
+    of a language model. It replaces a last torch.nn.Linear(d, C) and `ABLoss`. Use it if the head has very many classes. The loss
+    and the gradients are those of `ABLoss` on the logits:
 
         logits = hidden weight^T + bias,    L_i = loss of row i,    loss = (1/n) sum_i sample_weight_i W_i L_i
 
@@ -75,6 +76,12 @@ class LinearABLoss(RobustLoss):
         **options: Unpack[LossOptions],
     ):
         conflicts.check("LinearABLoss", {"rule": rule})
+        if isinstance(criterion, getattr(nn, "LinearCrossEntropyLoss", ())):  # torch 2.13 and later have it
+            raise TypeError(
+                "criterion: got torch.nn.LinearCrossEntropyLoss, which has a head of its own; expected the loss alone:"
+                " LinearABLoss(CrossEntropy(weight, label_smoothing, ignore_index), lam=...), called as criterion(hidden,"
+                " head.linear.weight, target, head.linear.bias) if head is torch's"
+            )
         super().__init__(criterion, **options)
         conflicts.check("LinearABLoss", vars(self))
         self.chunk = None if chunk is None else _checks.at_least(chunk, "chunk", 1, "a positive number of rows, or None")
@@ -94,11 +101,12 @@ class LinearABLoss(RobustLoss):
         """The robust loss of the head's logits.
 
         Args:
-            hidden: (n, d), the inputs of the head. linear_weight: (C, d). bias: (C) or None. All float32, float64 or bfloat16,
-                and of one dtype; under autocast they are cast to its dtype.
-            target: (n) labels, int64 or int32, or (n, C) probabilities. If these require grad, another (n, C)
+            hidden: (n, d) or (..., d), the inputs of the head, with any strides. linear_weight: (C, d). bias: (C) or None. All
+                float32, float64 or bfloat16, and of one dtype; under autocast they are cast to its dtype.
+            target: (...) labels, int64 or int32, or (..., C) probabilities. If these require grad, another (n, C)
                 tensor is kept for their gradient.
-            sample_weight, mask, score, update: as for `ABLoss.forward`, with one value per row, (n).
+            sample_weight, mask, score, update: as for `ABLoss.forward`, with one value per sample, (...). `last.losses` and
+                `last.weights` have this shape too.
 
         Returns:
             0-d loss, float64 for float64 inputs, else float32. For bfloat16 inputs the gradient of the weight is summed in
@@ -116,15 +124,20 @@ class LinearABLoss(RobustLoss):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, linear_weight, bias = hidden.to(dtype), linear_weight.to(dtype), None if bias is None else bias.to(dtype)
         check_inputs(hidden, linear_weight, bias)
-        trains = torch.is_grad_enabled() and self.training
-        normalizer, update_state = self.normalizer_for(trains), trains and update
+        shape = hidden.shape[:-1]
         samples = Samples(sample_weight, mask, score)
+        if len(shape) > 1:
+            hidden, target, samples = in_rows(hidden, target, samples, len(linear_weight))
+        trains, before = torch.is_grad_enabled() and self.training, self.memo.sample_stats
+        normalizer, update_state = self.normalizer_for(trains), trains and update
         head = hidden, linear_weight, target, bias
         if hooks_are_active():
             of_batch = partial(_robust_loss, head=head, samples=samples)
             loss = run_once_or_again(of_batch, self, Tilt(), normalizer, update_state)
         else:
             loss = _robust_loss(self, Tilt(), normalizer, update_state, head, samples)
+        if len(shape) > 1:
+            self.memo.reshape(shape, before)
         if update_state and normalizer is not OWN:
             self._watch(loss)
         return loss

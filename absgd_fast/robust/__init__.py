@@ -18,6 +18,6 @@ Each file imports only from files above it.
 
 from .lam import RelativeLam
 from .last import LastForward
-from .loss import DFT, ABLoss
+from .loss import ABLoss
 
-__all__ = ["DFT", "ABLoss", "LastForward", "RelativeLam"]
+__all__ = ["ABLoss", "LastForward", "RelativeLam"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import _checks, ops
@@ -24,6 +25,12 @@ class Memo:
         if type(sample_stats) in _checks.TRACED:
             return
         self.sample_stats, self.weighing, self.moved = sample_stats, weighing, None
+
+    def reshape(self, shape: torch.Size, before: Tensor | None) -> None:
+        """Give the samples of the latest forward this shape. before: the sample stats before it, which it may have left here."""
+        stats = self.sample_stats
+        if stats is not None and stats is not before:
+            self.sample_stats = stats.view(len(stats), *shape)
 
 
 class LastForward:

@@ -1,4 +1,4 @@
-"""ABLoss: any per-sample loss, weighted by Algorithm 1 of the ABSGD paper; and DFT, one of its settings."""
+"""ABLoss: any per-sample loss, weighted by Algorithm 1 of the ABSGD paper."""
 
 from __future__ import annotations
 
@@ -281,23 +281,3 @@ def _robust_loss(
             if reference is not None:
                 return fused(criterion, operators, normalizer, logits, target, spec, samples, update_state, reference)
     return general(criterion, weighting, normalizer, args, spec, samples, groups, update_state)
-
-
-def DFT(criterion: Callable[..., Tensor] | None = None) -> ABLoss:
-    """Dynamic fine-tuning (DFT): an `ABLoss` with W = exp(-L), which for cross-entropy is p(label).
-
-    A token counts by how probable the model already finds it. It is ABLoss(criterion, lam=-1, normalizer="none"): log s' = 0
-    always (docs/MATH.md §1.2).
-
-    Args:
-        criterion: as for `ABLoss`; None: `CrossEntropy()`.
-
-    Returns:
-        An `ABLoss`.
-
-    >>> criterion = DFT()
-    >>> _ = criterion(torch.zeros(1, 4, requires_grad=True), torch.tensor([2]))
-    >>> criterion.last.weights
-    tensor([0.2500])
-    """
-    return ABLoss(criterion, lam=-1.0, normalizer="none")
