@@ -86,8 +86,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def last_grad_norm(self) -> Tensor | None:
         """The norm of the gradients of the latest step before clipping, 0-d float64 (docs/MATH.md §3.6); None without max_norm.
 
-        It is that of the finished gradients, over all parameters and all shards. NaN before the first step and after a skipped
-        one.
+        It is that of the finished gradients, over all parameters and all shards. NaN before the first step, and NaN or infinite
+        after a skipped one.
         """
         return None if self._grad_norm is None else self._grad_norm.clone()
 

@@ -80,8 +80,8 @@ class ABSGD(FusedOptimizer, torch.optim.SGD):
         max_norm: clip the gradients to this norm > 0 within the step, with or without ``robust``; None: do not clip. With G the
             finished gradients (normalised, divided by GradScaler's scale) of all parameters, shards of other processes included,
             the step uses min(1, max_norm / (||G|| + 1e-6)) G, as torch.nn.utils.clip_grad_norm_ would leave them; ``.grad`` stays
-            as it is (docs/MATH.md §3.6). ``last_grad_norm`` is ||G||, 0-d float64, NaN after a skipped step. ``max_norm`` is an
-            attribute like ``robust``, which may be replaced, and part of no checkpoint.
+            as it is (docs/MATH.md §3.6). ``last_grad_norm`` is ||G||, 0-d float64, not finite after a skipped step. ``max_norm``
+            is an attribute like ``robust``, which may be replaced, and part of no checkpoint.
         backend: "cuda", "triton", "cpu" or "reference"; None takes the fastest that runs.
 
     Raises:
