@@ -45,7 +45,9 @@ class ABLoss(nn.Module):
     ):
         super().__init__()
         criterion = nn.CrossEntropyLoss(reduction="none") if criterion is None else criterion
-        self.loss = robust.ABLoss(criterion, lam=math.inf, gamma=abgamma, alpha=abalpha, init="zero", process_group=None)
+        self.loss = robust.ABLoss(
+            criterion, lam=math.inf, gamma=abgamma, alpha=abalpha, init="zero", process_group=None, warn_of_collapse=False
+        )
         self.loss.set_lam(math.inf)  # `updateLambda` is a schedule: loading another lambda is an ordinary resume
         self.criterion = criterion
         self.abgamma, self.abalpha = self.loss.gamma, self.loss.alpha

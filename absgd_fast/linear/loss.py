@@ -16,6 +16,8 @@ from ..losses import fused_spec
 from ..robust import ABLoss
 from ..robust import options as conflicts
 from ..robust.base import LossOptions, RobustLoss
+from ..robust.conclude import conclude
+from ..robust.last import Weighed
 from ..robust.normalizer import OWN, InStages, Own, Samples
 from ..robust.paths import general, refuse_learned
 from ..robust.replay import run_once_or_again
@@ -152,7 +154,7 @@ class LinearABLoss(RobustLoss):
         normalizer: Own | InStages,
         samples: Samples,
         update_state: bool,
-    ) -> Tensor:
+    ) -> Weighed:
         """The loss, whose gradients are made in the same pass (unless none is wanted)."""
         inputs, head, head_bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
         operators = self.operators_for(hidden)
@@ -186,14 +188,14 @@ class LinearABLoss(RobustLoss):
                 self.max_weight,
                 ops.WITH_GRAD if wanted[0] or wanted[3] else 0,
             )
-        self.memo.remember(sample_stats)
         if any(wanted):
             made = loss, grads.unfinished(sample_factor), settled
             loss = LinearLossGrad.apply(hidden, weight, bias, chunks.target, made)
         if sample_weight is None or not ops.is_learned(sample_weight):
-            return loss
+            return loss, sample_stats, None
         slope = (sample_stats[0].double() * sample_stats[1] * settled[ops.SCALE]).to(loss.dtype)
-        return ops.attach_sample_weight(loss, sample_weight, slope, refuse_second_derivative if any(wanted) else None)
+        loss = ops.attach_sample_weight(loss, sample_weight, slope, refuse_second_derivative if any(wanted) else None)
+        return loss, sample_stats, None
 
 
 def _robust_loss(
@@ -207,10 +209,12 @@ def _robust_loss(
     """The robust loss of a head: hidden, weight, target and bias. Kernels make it in chunks, plain torch stores the logits."""
     hidden, weight, target, bias = head
     if criterion.operators_for(hidden, update_state).has_kernels:
-        return criterion._in_chunks(hidden, weight, target, bias, normalizer, samples, update_state)
+        weighed = criterion._in_chunks(hidden, weight, target, bias, normalizer, samples, update_state)
+        return conclude(criterion, normalizer, weighed, update_state)
     logits = nnf.linear(hidden, weight, bias)
     spec = fused_spec(criterion.criterion, logits)
-    return general(criterion, weighting, normalizer, (logits, target), spec, samples, None, update_state)
+    weighed = general(criterion, weighting, normalizer, (logits, target), spec, samples, None, update_state)
+    return conclude(criterion, normalizer, weighed, update_state)
 
 
 ABLoss.register(LinearABLoss)  # isinstance(criterion, ABLoss) is true for both

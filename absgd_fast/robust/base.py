@@ -16,6 +16,7 @@ from .._checkpointing import Replays
 from .._scheduled import Counted
 from ..losses import CrossEntropy
 from . import finish, options
+from .collapse import Collapse
 from .lam import RelativeLam
 from .last import LastForward, Memo
 from .normalizer import OWN, Deferred, Own, Shared
@@ -55,6 +56,8 @@ class LossOptions(StateOptions, total=False):
     process_group: torch.distributed.ProcessGroup | str | None
     deferred: bool
     loss_divisor: float
+    report: str
+    warn_of_collapse: bool
     backend: str | None
 
 
@@ -63,6 +66,7 @@ class RobustLoss(RobustState):
 
     criterion: Callable[..., Tensor]
     rule: Rule | None  # what makes the weights instead of lambda
+    ignore_index: int | None = None  # the label of rows that do not count, if the criterion is a user's
     memo: Memo
 
     def __init__(
@@ -73,6 +77,8 @@ class RobustLoss(RobustState):
         process_group: torch.distributed.ProcessGroup | str | None = "auto",
         deferred: bool = False,
         loss_divisor: float = 1,
+        report: str = "robust",
+        warn_of_collapse: bool = True,
         backend: str | None = None,
         **numbers: Unpack[StateOptions],
     ):
@@ -87,7 +93,8 @@ class RobustLoss(RobustState):
             options.check("deferred=True", vars(self))
         self.criterion = CrossEntropy() if criterion is None else criterion
         self.backend = backend
-        self.memo = Memo()
+        self.memo = Memo(Collapse(bool(warn_of_collapse)))
+        self.report = report
         self.replays: Replays = Replays()
         self._served: tuple[torch.device, ops.Operators] | None = None  # the device of the last batch, and its operators
         reason = None if backend is None else _backend.why_not(backend)  # the module may still be moved to another device
@@ -109,12 +116,35 @@ class RobustLoss(RobustState):
 
     @property
     def loss_divisor(self) -> float:
-        """The number by which a framework divides the loss before backward; it may be replaced."""
+        """The number by which a framework divides the loss of a forward before its backward.
+
+        It may be replaced between two forwards, and on several processes alike. Each forward has its own, so a deferred step may
+        hold micro-batches with several: those of a last short group, for example.
+        """
         return self._shared.loss_divisor
 
     @loss_divisor.setter
     def loss_divisor(self, value: float) -> None:
         self._shared.loss_divisor = _checks.positive(value, "loss_divisor")
+
+    @property
+    def report(self) -> str:
+        """What the value of a forward is, "robust" or "mean"; it may be replaced, on all processes alike."""
+        return "mean" if self.reports_mean else "robust"
+
+    @report.setter
+    def report(self, value: str) -> None:
+        self.reports_mean = _checks.choice(value, "report", ("robust", "mean")) == "mean"
+        self.memo.reports_mean = self.reports_mean
+
+    @property
+    def warn_of_collapse(self) -> bool:
+        """Whether weights that have collapsed are looked for; it may be replaced."""
+        return self.memo.collapse.watched
+
+    @warn_of_collapse.setter
+    def warn_of_collapse(self, value: bool) -> None:
+        self.memo.collapse = Collapse(bool(value))
 
     @property
     def deferred(self) -> bool:
@@ -158,7 +188,13 @@ class RobustLoss(RobustState):
         if step is not None:
             step.check("set_lam")
         self._take_lam(value, reset)
+        self.memo.collapse.restart()
         self._shared.processes.forget_agreement()
+
+    def reset_parameters(self) -> None:
+        """As `RobustState.reset_parameters`."""
+        super().reset_parameters()
+        self.memo.collapse.restart()
 
     @property
     def objective(self) -> Tensor:
@@ -182,12 +218,15 @@ class RobustLoss(RobustState):
 
     def also_changed(self) -> list[tuple[object, str, Any]]:
         """As `ExactState.also_changed`; the deferred step and `last` too."""
-        parts = [self.memo] if self.deferred_step is None else [self.memo, self.deferred_step]
+        parts: list[object] = [self.memo, self.memo.collapse]
+        if self.deferred_step is not None:
+            parts.append(self.deferred_step)
         return super().also_changed() + [(part, name, value) for part in parts for name, value in vars(part).items()]
 
     def _own_parts(self) -> None:
         """Give a shallow copy or a replica a memo of its own, so that its forwards do not show in the original."""
         self.memo = copy.copy(self.memo)
+        self.memo.collapse = copy.copy(self.memo.collapse)
 
     def __copy__(self) -> Self:
         copied = type(self).__new__(type(self))
@@ -242,6 +281,7 @@ class RobustLoss(RobustState):
 
     def _after_load(self) -> None:
         self._served = None
+        self.memo.collapse.restart()
         self._shared.processes.forget_agreement()
         step = self.deferred_step
         if step is not None:
@@ -404,6 +444,10 @@ class RobustLoss(RobustState):
         if not torch.compiler.is_compiling():
             self._served = device, operators
         return operators
+
+    def weighting_in_words(self) -> str:
+        """What makes the weights, for a warning. On a GPU it waits."""
+        return f"lam={float(self.lam):g}"
 
     def extra_repr(self) -> str:
         """The numbers, for repr()."""

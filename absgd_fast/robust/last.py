@@ -7,15 +7,23 @@ from torch import Tensor
 
 from .. import _checks, ops
 from ..ops import LOG_S
+from .collapse import Collapse
+
+# A robust loss (0-d), the sample stats of its samples, and what weights are made of if these hold z (ops.weights_of).
+Weighed = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Memo:
-    """What a robust loss remembers of its latest forward. A plain object: setting an attribute of a module costs 0.5 us more.
+    """What a robust loss remembers of its latest forward, and two things that each forward asks for.
+
+    A plain object: setting an attribute of a module costs 0.5 us more.
 
     Setting an attribute also keeps a forward inside a checkpoint from being compiled (weights/group_dro.py says why).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, collapse: Collapse) -> None:
+        self.collapse = collapse
+        self.reports_mean = False  # `RobustLoss.report`
         self.sample_stats: Tensor | None = None  # (3, ...): losses, weights (or z), validity
         self.weighing: Tensor | None = None  # what weights are made of if sample_stats has z (ops.weights_of)
         self.moved: tuple[Tensor, Tensor] | None = None  # the reference point of a deferred step, and what settled the step

@@ -14,8 +14,9 @@ from torch import Tensor
 from .._checkpointing import hooks_are_active
 from .._scheduled import Counted
 from ..losses import fused_spec
-from . import options
+from . import ignored, options
 from .base import RobustLoss, Rule
+from .conclude import conclude
 from .lam import RelativeLam
 from .normalizer import OWN, InStages, Own, Samples
 from .paths import NOTHING, fused, general
@@ -63,24 +64,47 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
         deferred: normalise all micro-batches of an optimizer step at once, at its end. See "Gradient accumulation".
         loss_divisor: the number by which a framework divides the loss before backward (its accumulation steps). It is undone
             exactly. Any finite number > 0.
+        ignore_index: for a criterion of yours that takes labels: rows with this label do not count, as those with mask=False.
+            None: that of the criterion if it has an attribute of this name (as torch.nn.NLLLoss), else no label. A loss of this
+            package has its own. See "Ignored rows".
+        report: what the value of the forward is. "robust": the loss above, whose gradient is the value's own. "mean": the plain
+            mean loss, which people log, with the same gradient. See "Reported value".
+        warn_of_collapse: warn once if the effective sample size stays below 5 % of the rows in 100 training forwards in a row.
+            See "Collapsed weights".
         backend: "cuda", "triton", "cpu" or "reference" (plain torch); None: the fastest that can run.
 
     Ignored rows
         These are the rows with mask=False, and for losses of this package and torch.nn.CrossEntropyLoss the rows whose label is
         `ignore_index`. Their loss, weight and gradient are 0, and they do not count in n. If no row counts, the loss is 0 with a
-        gradient of 0, and log s stays. All rows of any other criterion count unless they are masked.
+        gradient of 0, and log s stays. For any other criterion give `ignore_index` here too: its labels are the last positional
+        argument that is an integer tensor of the shape of the losses. Without it such rows count as losses of 0. The gradient
+        of an ignored row is what the criterion makes of the upstream gradient 0.
 
     Nonfinite losses (NaN rows)
         These are NaN and infinite losses, and losses whose z is out of the range of log s (float32). The returned loss is NaN.
         The weight and the gradient of the row itself are NaN; those of the other rows are made without it. log s stays, so one
         bad batch does not spoil the next, and `nonfinite_batches` grows by 1.
 
+    Reported value, report="mean"
+        The value is (1/n) sum_i L_i over the rows that count, without W, mix and sample_weight: `last.mean_loss`, summed in
+        float64. The gradient is that of report="robust" to the last bit, second derivatives and those of sample_weight and soft
+        targets too. In training, deferred micro-batches included, the mean is that of the rows of all processes (one more
+        all-gather of three numbers), and it is multiplied by `loss_divisor`, because the framework divides it again. In eval mode
+        and under no_grad it is the mean of this batch. It is NaN if a row has a nonfinite loss, and 0 if no row counts. The
+        weighted value is `last.weighted_mean_loss`.
+
+    Collapsed weights
+        Too small a |lam| gives nearly all of the weight to a few rows, and the loss looks small. One training forward in 100 is
+        looked at, and if ESS/n of its rows is below 0.05, those after it, until one is not. After 100 in a row there is one
+        warning, which names lam and docs/lambda.md. `set_lam`, `reset_parameters` and loading a state start the count anew, and
+        the warning may come again. On a GPU nothing waits for it. A compiled criterion is not looked at.
+
     Evaluation
         In eval mode, under no_grad and with update=False the same value is computed, but neither log s nor `nonfinite_batches`
         changes (docs/MATH.md §1.4).
 
     Several processes (DDP, FSDP2; docs/MATH.md §1.6)
-        n and log s' are those of all rows of all R processes. Each training forward makes one all-gather of 14 float64 numbers
+        n and log s' are those of all rows of all R processes. Each training forward makes one all-gather of 15 float64 numbers
         per process: three statistics (log sum exp z, n, number of nonfinite losses), and what the processes must have in common
         (lam, log s, gamma and others). So load a checkpoint on every process. In deferred mode the first micro-batch of a step
         and its end make one each, the micro-batches between them none. Each process returns its sum times R / n, so the average
@@ -116,8 +140,9 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
             forward.
 
     Raises:
-        ValueError: lam is 0 or NaN; gamma or alpha is outside (0, 1]; options that exclude each other (mix or max_weight with
-            deferred=True, because they need log s' at once; a rule with an option that it does not use).
+        ValueError: lam is 0 or NaN; gamma or alpha is outside (0, 1]; an ignore_index that is not that of the criterion; options
+            that exclude each other (mix or max_weight with deferred=True, because they need log s' at once; a rule with an option
+            that it does not use).
         TypeError: a criterion or a rule that is not callable, a rule that needs an argument which is not bound, a lam that is no
             number, a process_group of another type.
         RuntimeError: a backend that cannot run here.
@@ -145,6 +170,9 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
         process_group: torch.distributed.ProcessGroup | str | None = "auto",
         deferred: bool = False,
         loss_divisor: float = 1,
+        ignore_index: int | None = None,
+        report: str = "robust",
+        warn_of_collapse: bool = True,
         backend: str | None = None,
     ):
         if rule is not None:
@@ -177,8 +205,11 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
             process_group=process_group,
             deferred=deferred,
             loss_divisor=loss_divisor,
+            report=report,
+            warn_of_collapse=warn_of_collapse,
             backend=backend,
         )
+        self.ignore_index = ignored.checked(ignore_index, self.criterion)
         self.rule = rule
         self._weighting = weighting_of(rule)
 
@@ -205,13 +236,14 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
             update: False computes the loss without changing log s, `nonfinite_batches` or the state of a rule.
 
         Returns:
-            0-d loss: float64 for float64 losses, else float32. Use it for backward; log `last.mean_loss` beside it.
+            0-d loss: float64 for float64 losses, else float32. Use it for backward; log `last.mean_loss` beside it, or choose
+            report="mean".
 
         Raises:
-            ValueError: shapes that do not fit; losses that are not per sample; a batch on another device than the state; groups
-                without a rule that uses them, or a rule that needs groups without them; a rule that returns another shape;
-                processes that disagree on lam, gamma, the number of classes or another setting; in deferred mode a sample_weight
-                or soft target that requires grad.
+            ValueError: shapes that do not fit; losses that are not per sample; an ignore_index without labels of that shape;
+                a batch on another device than the state; groups without a rule that uses them, or a rule that needs groups
+                without them; a rule that returns another shape; processes that disagree on lam, gamma, the number of classes or
+                another setting; in deferred mode a sample_weight or soft target that requires grad.
             TypeError: labels of a dtype that the loss does not take; a score that is not floating; a criterion that returns no
                 floating tensor. IndexError: a label out of range (on a GPU it is raised by a later call).
             RuntimeError: the process group is gone, or the exchange failed; class weights that require grad; a forward inside a
@@ -253,6 +285,10 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
             return f"the saved one is of an ABLoss with another lambda or rule than {shown(self.rule)}"
         return None
 
+    def weighting_in_words(self) -> str:
+        """As `RobustLoss.weighting_in_words`; the rule, if there is one."""
+        return super().weighting_in_words() if self.rule is None else f"rule={shown(self.rule)}"
+
     def extra_repr(self) -> str:
         """The rule, or the numbers, for repr()."""
         return super().extra_repr() if self.rule is None else f"rule={shown(self.rule)}, mix={self.mix:g}"
@@ -274,10 +310,11 @@ def _robust_loss(
         if isinstance(logits, Tensor) and isinstance(target, Tensor):
             spec = fused_spec(criterion._modules.get("criterion"), logits)
         if spec is not None and weighting.fuses and not target.requires_grad:
-            operators = criterion.operators_for(logits, update_state)
-            if isinstance(normalizer, Own):
-                return fused(criterion, operators, normalizer, logits, target, spec, samples, update_state, None)
-            reference = normalizer.known_reference(criterion, operators, logits, update_state)
-            if reference is not None:
-                return fused(criterion, operators, normalizer, logits, target, spec, samples, update_state, reference)
-    return general(criterion, weighting, normalizer, args, spec, samples, groups, update_state)
+            operators, reference = criterion.operators_for(logits, update_state), None
+            if not isinstance(normalizer, Own):
+                reference = normalizer.known_reference(criterion, operators, logits, update_state)
+            if reference is not None or isinstance(normalizer, Own):
+                weighed = fused(criterion, operators, normalizer, logits, target, spec, samples, update_state, reference)
+                return conclude(criterion, normalizer, weighed, update_state)
+    weighed = general(criterion, weighting, normalizer, args, spec, samples, groups, update_state)
+    return conclude(criterion, normalizer, weighed, update_state)

@@ -5,6 +5,7 @@
     gather                 the partial statistics of all who take part (one row each)
     weighing_normalizer    the normaliser that weighs the samples of a forward
     weigh                  the robust loss of a vector of losses
+    totals                 the sums of the plain mean loss, which report="mean" returns
 
 `Shared` and `Deferred` also say whether they take part in a forward at all (`takes_part`). If they do not, `OWN` serves.
 `Kept` stands before one of these two while activation checkpointing is active, and gives a recomputation the same answers.
@@ -70,6 +71,10 @@ class Own:
         sample_weight, mask, score = samples
         return operators.robust_loss(losses, score, sample_weight, mask, *state.operands(update_state, mode))
 
+    def totals(self, sums: Tensor) -> tuple[Tensor, float]:
+        """Sums (any number of them) over all who take part in a forward, and the divisor of its loss. sums: of this batch."""
+        return sums, 1.0
+
 
 OWN = Own()
 
@@ -118,6 +123,10 @@ class InStages:
         )
         return operators.robust_apply(losses, score, sample_weight, mask, settled, log_s, lam, bounded, mix, max_weight, mode)
 
+    def totals(self, sums: Tensor) -> tuple[Tensor, float]:
+        """As `Own.totals`."""
+        raise NotImplementedError
+
 
 class Shared(InStages):
     """The batches of several processes settle log s' together (docs/MATH.md §1.6).
@@ -138,28 +147,33 @@ class Shared(InStages):
         """As `InStages.gather`."""
         return self.processes.gather(stats, state, self.deferred, self.loss_divisor, classes)
 
+    def totals(self, sums: Tensor) -> tuple[Tensor, float]:
+        """As `InStages.totals`, over all processes."""
+        return self.processes.total(sums), self.loss_divisor
+
     def weighing_normalizer(
         self, state: RobustState, operators: ops.Operators, partial_stats_of: PartialStatsOf, classes: int, update_state: bool
     ) -> tuple[Tensor, bool]:
         """As `InStages.weighing_normalizer`, for the samples of all processes."""
-        return self.settle_together(state, operators, partial_stats_of(None), classes, update_state), False
+        return self.settle_together(state, operators, partial_stats_of(None), self.loss_divisor, classes, update_state), False
 
     def settle_together(
         self,
         state: RobustState,
         operators: ops.Operators,
         partial_stats: Tensor,
+        divisor: float,
         classes: int,
         update_state: bool,
         reference: Tensor | None = None,
     ) -> Tensor:
         """The settled normaliser (6) of all processes, from the partial statistics of this one.
 
-        Its SCALE makes up for processes that average their gradients, and for loss_divisor. reference: as for the operator
+        Its SCALE makes up for processes that average their gradients, and for the divisor. reference: as for the operator
         robust_settle, the reference point of a deferred step.
         """
-        partials = self.gather(partial_stats, state, classes)
-        multiplier = len(partials) * self.loss_divisor
+        partials = self.processes.gather(partial_stats, state, self.deferred, divisor, classes)
+        multiplier = len(partials) * divisor
         return state.settle_partials(
             operators, partials, reference=reference, grad_multiplier=multiplier, update_state=update_state
         )
@@ -170,6 +184,9 @@ class Deferred(Shared):
 
     Each micro-batch is weighed relative to one reference point, which the first one gives. A forward that does not update the
     state (update=False) is no part of the step: it is normalised at once, as by `Shared`.
+
+    Each micro-batch has the loss_divisor that it was called with. `end` undoes that of the first one, for all gradients, and a
+    later micro-batch with another one is multiplied by their ratio in its own forward.
     """
 
     deferred = True
@@ -200,6 +217,10 @@ class Deferred(Shared):
         elif processes == 1 and step.cannot_look(partial_stats):
             reference = step.begin_where_empty(state.settle_partials(operators, partial_stats.unsqueeze(0)))
         self.add(state, operators, partial_stats)
+        ratio = self.loss_divisor / step.divisor
+        if ratio != 1:
+            reference = reference.clone()
+            reference[ops.SCALE] *= ratio
         return reference, bounded
 
     def add(self, state: RobustState, operators: ops.Operators, partial_stats: Tensor) -> None:
@@ -207,13 +228,14 @@ class Deferred(Shared):
         before = self.step.partial_stats
         if before is not None:
             partial_stats = state.settle_partials(operators, torch.stack([before, partial_stats]))[ops.PARTIAL_STATS]
-        self.step.add(partial_stats)
+        self.step.add(partial_stats, self.loss_divisor)
 
     def end(self, state: RobustState, operators: ops.Operators, event: str) -> Tensor:
         """End an OPEN step by "step" or "finish_": write log s' of all micro-batches, and return their settled normaliser (6)."""
-        assert self.step.partial_stats is not None  # the step is OPEN
-        settled = self.settle_together(state, operators, self.step.partial_stats, 0, True, self.step.reference)
-        self.step.end(event, settled)
+        step = self.step
+        assert step.partial_stats is not None  # the step is OPEN
+        settled = self.settle_together(state, operators, step.partial_stats, step.divisor, 0, True, step.reference)
+        step.end(event, settled)
         return settled
 
     def known_reference(self, state: RobustState, operators: ops.Operators, logits: Tensor, update_state: bool) -> Tensor | None:
@@ -223,6 +245,7 @@ class Deferred(Shared):
             update_state
             and operators.weighs_late
             and step.phase is OPEN
+            and step.divisor == self.loss_divisor
             and state.max_weight == math.inf
             and not state.lam_is_open
             and logits.requires_grad
@@ -244,6 +267,7 @@ class Kept(InStages):
         self._settled: tuple[Tensor, bool] | None = None
         self._reference: tuple[Tensor | None] | None = None
         self._added = False
+        self._totals: tuple[Tensor, float] | None = None
 
     def gather(self, stats: Tensor, state: RobustState, classes: int) -> Tensor:
         """As `InStages.gather`; a recomputation does not call it, because lambda is fixed by then."""
@@ -268,3 +292,9 @@ class Kept(InStages):
         if not self._added:
             self._normalizer.add(state, operators, partial_stats)
             self._added = True
+
+    def totals(self, sums: Tensor) -> tuple[Tensor, float]:
+        """As `InStages.totals`."""
+        if self._totals is None:
+            self._totals = self._normalizer.totals(sums)
+        return self._totals

@@ -21,6 +21,7 @@ _CONFIGURATION = (
     "normalizer and init",
     "deferred",
     "loss_divisor",
+    "report",
     "the number of classes",
     "the r of RelativeLam",
     "log s",
@@ -78,6 +79,7 @@ class Processes:
             state.bits,
             deferred,
             loss_divisor,
+            state.reports_mean,
             classes,
             (state.relative_lam or 0.0) if state.lam_is_open else 0.0,
         )
@@ -95,6 +97,15 @@ class Processes:
             self._agreed = key
         return of_all
 
+    def total(self, sums: Tensor) -> Tensor:
+        """The sums over all processes. sums: float64, those of this process.
+
+        Raises:
+            RuntimeError: the group is gone, or the exchange failed.
+        """
+        count = self.count()
+        return sums if count == 1 else distributed.exchange(sums, self.group, count).sum(0)
+
 
 def _shown(name: str, value: float) -> str:
     """A setting in words, for the error of processes that disagree on it."""
@@ -102,4 +113,6 @@ def _shown(name: str, value: float) -> str:
         return f"{NORMALIZERS[int(value) & NORMALIZER]!r} and {'first' if int(value) & ops.INIT_FIRST else 'zero'!r}"
     if name == "log s":
         return f"{value:.9g}"
+    if name == "report":
+        return repr("mean" if value else "robust")
     return str(bool(value)) if name == "deferred" else f"{value:g}" if value == value else "a RelativeLam that is still open"

@@ -36,6 +36,7 @@ class RobustState(Scheduled):
     relative_lam: float | None  # the r of RelativeLam; None for any other lambda
     lam_is_open: bool  # whether a RelativeLam still waits for its first batch
     two_stage_count: int | None = None  # of a TwoStage that drives this module
+    reports_mean: bool = False  # whether the value of a forward is the plain mean loss (`RobustLoss.report`)
 
     def __init__(
         self,

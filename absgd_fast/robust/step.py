@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from ..ops import COUNT, SCALE
+from .arrival import Arrival
 from .unfinished import Watch
 
 
@@ -118,8 +119,8 @@ class DeferredStep:
         self.partial_stats: Tensor | None = None  # (3), of the micro-batches so far (OPEN)
         self.reference: Tensor | None = None  # (6), settled by the first micro-batches, with scale 1 (OPEN)
         self.settled: Tensor | None = None  # (6), normalises the gradients (SETTLED, FINISHED)
-        # On a GPU: how many samples the first micro-batches held, as a copy on the host, and the event that says it has arrived.
-        self._count: tuple[Tensor, torch.cuda.Event] | None = None
+        self.divisor = 1.0  # the loss_divisor of the first micro-batch, which the end of the step undoes (OPEN)
+        self._count: Arrival | None = None  # on a GPU: how many samples the first micro-batches held
         self.watch = Watch()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -145,8 +146,10 @@ class DeferredStep:
             self.settled = None
         self.phase = following
 
-    def add(self, partial_stats: Tensor) -> None:
-        """Count one more micro-batch. partial_stats: those of all micro-batches so far, this one included."""
+    def add(self, partial_stats: Tensor, divisor: float) -> None:
+        """Count one more micro-batch. partial_stats: those of all micro-batches so far, this one included. divisor: its own."""
+        if self.phase is not OPEN:
+            self.divisor = divisor
         self.move("forward")
         self.partial_stats = partial_stats
         self.watch.met = True
@@ -168,12 +171,7 @@ class DeferredStep:
         settled[SCALE] = 1.0
         self.reference, self._count = settled, None
         if settled.is_cuda and not self.cannot_look(settled):
-            host = torch.empty(1, dtype=settled.dtype, device="cpu", pin_memory=True)
-            with torch.cuda.device(settled.device):  # the event belongs on this device's stream, whichever device is current
-                host.copy_(settled[COUNT : COUNT + 1], non_blocking=True)
-                event = torch.cuda.Event()
-                event.record()
-            self._count = (host, event)
+            self._count = Arrival(settled[COUNT])
         return settled
 
     def begin_where_empty(self, settled: Tensor) -> Tensor:
@@ -201,7 +199,5 @@ class DeferredStep:
         if self.cannot_look(self.reference):
             return True
         if self._count is not None:
-            host, event = self._count
-            event.synchronize()
-            return bool(host > 0)
+            return self._count.value() > 0
         return bool(self.reference[COUNT] > 0)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import _checks, ops
 from ..weights.tilted import NATIVE_TILTS, term
 from .base import RobustLoss, Rule
-from .last import Memo
+from .last import Memo, Weighed
 from .normalizer import OWN, InStages, Own, Samples
 
 OFFERED = ("groups", "mask", "update")  # what a rule may take besides the losses
@@ -48,8 +48,8 @@ class Tilt:
         groups: Tensor | None,
         classes: int,
         update_state: bool,
-    ) -> Tensor:
-        """The robust loss (0-d) of a vector of losses.
+    ) -> Weighed:
+        """The robust loss of a vector of losses.
 
         Args:
             losses: contiguous, in the dtype of the weights. samples: checked against the losses.
@@ -60,8 +60,7 @@ class Tilt:
         learned, samples = without_learned(operators, samples)
         mode = vector_mode(operators, losses, learned)
         loss, sample_stats, slope = normalizer.weigh(criterion, operators, losses, samples, classes, update_state, mode)
-        criterion.memo.remember(sample_stats)
-        return attached(operators, mode, losses, loss, slope, learned)
+        return attached(operators, mode, losses, loss, slope, learned), sample_stats, None
 
 
 class TermTilt(Tilt):
@@ -84,7 +83,7 @@ class TermTilt(Tilt):
         groups: Tensor | None,
         classes: int,
         update_state: bool,
-    ) -> Tensor:
+    ) -> Weighed:
         """As `Tilt.robust_loss`. ValueError if other processes have a part in the normaliser."""
         check_alone(normalizer)
         return super().robust_loss(criterion, operators, normalizer, losses, samples, groups, classes, update_state)
@@ -116,7 +115,7 @@ class FromWeights:
         groups: Tensor | None,
         classes: int,
         update_state: bool,
-    ) -> Tensor:
+    ) -> Weighed:
         """As `Tilt.robust_loss`. ValueError as in `weights` and in `check_alone`."""
         check_alone(normalizer)
         learned, (sample_weight, mask, score) = without_learned(operators, samples)
@@ -128,8 +127,8 @@ class FromWeights:
         flags = ops.flags("moving", "first") | mode | (ops.UPDATE if update_state else 0)
         plain_mean = torch.full_like(lam, math.inf), 1.0, 1.0, 0.0, math.inf, flags
         loss, sample_stats, slope = operators.robust_loss(losses, score, factor, mask, log_s, nonfinite, *plain_mean)
-        criterion.memo.remember(torch.stack([sample_stats[0], weights, sample_stats[2]]))
-        return attached(operators, mode, losses, loss, slope, learned)
+        sample_stats = torch.stack([sample_stats[0], weights, sample_stats[2]])
+        return attached(operators, mode, losses, loss, slope, learned), sample_stats, None
 
 
 class FromRule(FromWeights):

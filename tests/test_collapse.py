@@ -1,0 +1,229 @@
+"""The warning of weights that have collapsed: ESS/n below 0.05 in 100 training forwards in a row."""
+
+import copy
+import math
+import pickle
+import warnings
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import absgd_fast as ab
+from absgd_fast.compat import losses as compat_losses
+from absgd_fast.robust import collapse as collapse_file
+from absgd_fast.robust.collapse import LENGTH
+
+ROWS, CLASSES = 100, 4
+X = torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(0)).mul(3).requires_grad_()
+Y = torch.arange(ROWS) % CLASSES
+per_row = partial(F.cross_entropy, reduction="none")
+
+
+class Head(torch.nn.Module):
+    """LinearABLoss as a loss of logits."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.criterion = ab.LinearABLoss(**options)
+
+    def forward(self, x, y, **given):
+        return self.criterion(x, torch.eye(CLASSES), y, **given)
+
+
+class Share:
+    """A rule: equal weights for some of the rows, and none for the others."""
+
+    def __init__(self, rows=4):
+        self.rows = rows
+
+    def __call__(self, losses):
+        return torch.where(torch.arange(len(losses)) < self.rows, len(losses) / self.rows, 0.0)
+
+
+LOSSES = {
+    "fused": ab.ABLoss,
+    "callable": partial(ab.ABLoss, per_row),
+    "deferred": partial(ab.ABLoss, deferred=True),
+    "deferred callable": partial(ab.ABLoss, per_row, deferred=True),
+    "divided": partial(ab.ABLoss, loss_divisor=2),
+    "mean": partial(ab.ABLoss, report="mean"),
+    "linear": Head,
+    "linear, deferred": partial(Head, deferred=True),
+}
+
+
+def warned_at(criterion, calls=3 * LENGTH, call=lambda criterion, i: criterion(X, Y), start=0):
+    """The forwards (from 0) that warned."""
+    found = []
+    for i in range(start, start + calls):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call(criterion, i)
+        found += [i] * sum("collapsed" in str(w.message) for w in caught)
+    return found
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_once(one_backend, loss):
+    """At most 200 forwards after the first; then no more. A weighting that spreads is never warned of."""
+    criterion = LOSSES[loss](lam=0.05, backend=one_backend)
+    assert warned_at(criterion, 4 * LENGTH) == [2 * LENGTH - 2]
+    ess = getattr(criterion, "criterion", criterion).last.ess if loss.startswith("linear") else criterion.last.ess
+    assert 1 <= ess < 0.05 * ROWS
+    for lam in (5.0, math.inf, -math.inf):
+        assert warned_at(LOSSES[loss](lam=lam, backend=one_backend)) == []
+
+
+@pytest.mark.parametrize("rows, collapsed", [(1, True), (4, True), (5, False), (6, False)])
+def test_share(one_backend, rows, collapsed):
+    """The ESS of equal weights for k rows is k, and the bound is 5 of 100."""
+    assert bool(warned_at(ab.ABLoss(per_row, rule=Share(rows), backend=one_backend))) == collapsed
+
+
+def test_few_rows_cannot_collapse():
+    for n in (1, 2, 19, 20):
+        assert warned_at(ab.ABLoss(lam=1e-3), call=lambda c, i, n=n: c(X[:n], Y[:n])) == []
+    assert warned_at(ab.ABLoss(lam=1e-3), call=lambda c, i: c(X[:21], Y[:21])) == [2 * LENGTH - 2]
+
+
+def test_rows_that_count():
+    """Ignored and masked rows are none of the n; bad rows and empty batches end a run."""
+    y, mask = Y.clone(), torch.ones(ROWS, dtype=torch.bool)
+    y[20:60], mask[60:] = -100, False
+    assert warned_at(ab.ABLoss(lam=1e-3), call=lambda c, i: c(X, y, mask=mask)) == []
+    for spoilt in (lambda c: c(X[:0], Y[:0]), lambda c: c(X * math.nan, Y)):
+        call = lambda c, i, spoilt=spoilt: spoilt(c) if i == 150 else c(X, Y)  # noqa: E731
+        assert warned_at(ab.ABLoss(lam=0.05), 5 * LENGTH, call) == [150 + 2 * LENGTH - 1]
+
+
+@pytest.mark.parametrize("healthy", [99, 100, 150, 197, 198])
+def test_in_a_row(healthy):
+    """One forward that is not collapsed, among those that are looked at, begins the count anew."""
+    criterion = ab.ABLoss(per_row, rule=Share())
+
+    def call(c, i):
+        c.rule.rows = 50 if i == healthy else 4
+        c(X, Y)
+
+    assert warned_at(criterion, 5 * LENGTH, call) == [healthy + 2 * LENGTH - 1]
+    assert warned_at(ab.ABLoss(per_row, rule=Share()), call=lambda c, i: call(c, healthy if i % 99 == 0 else 0)) == []
+
+
+def test_the_text():
+    with pytest.warns(UserWarning, match=r"ABLoss: the weights have collapsed.*100 training.*5%.*lam=0.05.*docs/lambda.md"):
+        [c(X, Y) for c in [ab.ABLoss(lam=0.05)] for _ in range(200)]
+    with pytest.warns(UserWarning, match=r"by rule=cvar\(beta=0.01\)") as caught:
+        [c(X, Y) for c in [ab.ABLoss(rule=partial(ab.weights.cvar, beta=0.01))] for _ in range(200)]
+    assert [w.filename for w in caught] == [__file__]
+    with pytest.warns(UserWarning, match=r"LinearABLoss: the weights.*lam=0.05"):
+        [c(X, Y) for c in [Head(lam=0.05)] for _ in range(200)]
+
+
+def test_forwards_that_do_not_train():
+    """Evaluation, no_grad, update=False and recomputations neither count nor end a run."""
+
+    def idle(c, i):
+        c.eval()(X, Y)
+        c.train()(X, Y, update=False)
+        with torch.no_grad():
+            c(X, Y)
+
+    assert warned_at(ab.ABLoss(lam=0.05), call=idle) == []
+    both = lambda c, i: (idle(c, i), c(X, Y))  # noqa: E731
+    assert warned_at(ab.ABLoss(lam=0.05), call=both) == [2 * LENGTH - 2]
+    recomputed = lambda c, i: checkpoint(lambda x: c(x * 1, Y), X, use_reentrant=False).backward()  # noqa: E731
+    assert warned_at(ab.ABLoss(lam=0.05), call=recomputed) == [2 * LENGTH - 2]
+
+
+RESTARTS = {
+    "set_lam": lambda c: c.set_lam(0.05),
+    "load": lambda c: c.load_state_dict(c.state_dict()),
+    "reset": lambda c: c.reset_parameters(),
+    "switch": lambda c: setattr(c, "warn_of_collapse", True),
+}
+
+
+@pytest.mark.parametrize("restart", RESTARTS)
+def test_restart(restart):
+    """These begin anew: before the warning, and after it."""
+    criterion = ab.ABLoss(lam=0.05)
+    assert warned_at(criterion, 150) == []
+    RESTARTS[restart](criterion)
+    assert warned_at(criterion, 300) == [198]
+    RESTARTS[restart](criterion)
+    assert warned_at(criterion, 300) == [198]
+    assert not any("collapse" in key for key in criterion.state_dict())
+
+
+def test_switch():
+    """Off: nothing is counted. Copies and pickles keep the switch, and count by themselves."""
+    for loss in (ab.ABLoss, Head):
+        assert warned_at(loss(lam=0.05, warn_of_collapse=False)) == []
+    criterion = ab.ABLoss(lam=0.05)
+    assert criterion.warn_of_collapse is True
+    assert warned_at(criterion, 190) == []
+    for copied in (copy.copy(criterion), copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        assert warned_at(copied) == [198]
+    criterion.warn_of_collapse = False
+    assert warned_at(criterion) == []
+    assert copy.deepcopy(criterion).warn_of_collapse is False
+    assert not compat_losses.ABLoss(0.05).loss.warn_of_collapse
+
+
+def test_compiled():
+    """Nothing is counted, compiled once, and in one graph."""
+    torch._dynamo.reset()
+    criterion = ab.ABLoss(lam=0.05)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(criterion, backend=counter, fullgraph=True)
+    assert warned_at(criterion, call=lambda c, i: compiled(X, Y)) == []
+    assert counter.frame_count == 1
+
+
+def test_without_values():
+    """On meta and in FakeTensorMode there is nothing to look at."""
+    criterion = ab.ABLoss(lam=0.05)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x, y = mode.from_tensor(X), mode.from_tensor(Y)
+        assert warned_at(criterion, call=lambda c, i: c(x, y)) == []
+    assert warned_at(ab.ABLoss(lam=0.05).to("meta"), call=lambda c, i: c(X.to("meta"), Y.to("meta"))) == []
+    assert warned_at(criterion) == [LENGTH - 1]  # it has counted forwards before, and looks at the first that it can look at
+
+
+@pytest.mark.parametrize("late", [0, 1, 7, 1000])
+def test_numbers_that_arrive_late(monkeypatch, late):
+    """As on a GPU, whose numbers arrive some forwards later: the host never waits, and the warning comes that much later."""
+    now = [0]
+
+    class Late(collapse_file.Arrival):
+        def __init__(self, number):
+            super().__init__(number.clone())
+            self.due = now[0] + late
+
+        def is_there(self):
+            return now[0] >= self.due
+
+        def value(self):
+            assert self.is_there()  # it would wait
+            return super().value()
+
+    monkeypatch.setattr(collapse_file, "Arrival", Late)
+
+    def call(c, i):
+        now[0] = i
+        c(X, Y)
+
+    at = warned_at(ab.ABLoss(lam=0.05), 5 * LENGTH, call)
+    assert at == [] if late == 1000 else len(at) == 1 and 198 <= at[0] <= 198 + 2 * late
+    rules = ab.ABLoss(per_row, rule=Share())
+
+    def broken(c, i):
+        now[0] = i
+        c.rule.rows = 50 if i % 90 == 0 else 4
+        c(X, Y)
+
+    assert warned_at(rules, 8 * LENGTH, broken) == []
