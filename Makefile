@@ -2,6 +2,7 @@
 # make lint        formatting, lint rules and types, in half a minute; `make format` mends what can be mended
 # make test        environment, build, lint, and the tests that need an answer soon
 # make test-deep   the rest of the tests
+# make test-integrations   the tests inside other people's trainers, in an environment of their own
 # A fresh Debian or Ubuntu machine needs: python >= 3.10 with venv and headers (python3-venv python3-dev), a C++ compiler, make.
 
 PYTHON ?= python3
@@ -10,12 +11,13 @@ VENV   ?= .venv
 # (pip install .) has them all.
 export CUDAARCHS ?= 80
 bin    := $(VENV)/bin
+torch  := torch==2.13.0
 native := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) CMakeLists.txt setup.py pyproject.toml
 train   = $(bin)/absgd-fast train --dataset digits --methods sgd,absgd,reference --seeds 8
 
 cpp    := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo l2rw lint format test test-deep bench bench-linear bench-l2rw sanitize clean
+.PHONY: demo l2rw lint format test test-integrations test-deep bench bench-linear bench-l2rw sanitize clean
 demo: $(VENV)/.installed
 	@rm -f demo/*/checkpoint.pt  # of a demo that was stopped: `train` would not begin another in its place
 	$(train) --noise symmetric --noise-rate 0.4 --model mlp --lam -0.5 --warmup 0.3 --weight-decay 1e-4 --out demo/noise
@@ -45,6 +47,11 @@ pytest := OMP_NUM_THREADS=1 $(bin)/pytest -n 2 --dist loadfile --no-loadscope-re
 
 test: lint
 	$(pytest) -m "not deep and not long"
+
+# With the real frameworks, which the package itself does not need. They see the package of this tree with the kernels built in it.
+frameworks := $(VENV)-integrations
+test-integrations: $(VENV)/.installed $(frameworks)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(frameworks)/bin/python -m pytest -n 2 --dist loadfile tests/integrations
 
 # The rest of the tests: tests/covering.py says of which kinds.
 test-deep: $(VENV)/.installed
@@ -82,8 +89,14 @@ clean:
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("absgd_fast needs python >= 3.10, not " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(bin)/pip install torch==2.13.0
+	$(bin)/pip install $(torch)
 	$(bin)/pip install "setuptools>=77" cmake ninja pybind11
+	@touch $@
+
+$(frameworks)/.installed: tests/integrations/requirements.txt
+	$(PYTHON) -m venv $(frameworks)
+	$(frameworks)/bin/pip install $(torch)
+	$(frameworks)/bin/pip install -r $<
 	@touch $@
 
 # editable: a change in Python needs no reinstall, a change in a file of $(native) makes one

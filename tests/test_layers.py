@@ -27,10 +27,17 @@ LAYERS = [
     {"robust"},
     {"optim", "schedule", "meta", "linear"},
     {"language_models"},
+    {"integrations"},
 ]
 PACKAGES = {"kernels", "optim"}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TOP = {"compat", "experiments", "__main__"}  # may import anything; nothing else imports them
+# Of each module of integrations/: the packages of others that it imports. Nothing else in absgd_fast imports these.
+FRAMEWORKS = {
+    "accelerate": {"accelerate"},
+    "lightning": {"lightning"},
+    "transformers": {"accelerate", "peft", "transformers", "trl"},
+}
 
 MODULES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py"))
 SOURCES = sorted(p.relative_to(CSRC) for p in CSRC.rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"})
@@ -55,6 +62,14 @@ def imported(path, for_types=True):
             continue
         found += [t[1:] for t in targets if t[0] == "absgd_fast" and len(t) > 1]
     return found
+
+
+def foreign_imports(path):
+    """Top-level names of the packages of others that a module imports, anywhere in it."""
+    nodes = list(ast.walk(ast.parse((PACKAGE / path).read_text())))
+    found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0}
+    return {name.split(".")[0] for name in found}
 
 
 def own_imports(path):
@@ -102,11 +117,18 @@ def test_python_imports(path):
     if module in TOP:
         return
     if module == "__init__":  # the public face: everything but what stands on top of it
-        assert not imports & TOP
+        assert not imports & {*TOP, "integrations"}
         return
     assert module in LEVEL, f"{path}: give {module} a layer in DESIGN.md and here"
     higher = {n for n in imports if n in TOP or (LEVEL.get(n, -1) >= LEVEL[module] and n != module)}
     assert not higher, f"{path} imports {sorted(higher)} of its own or a higher layer"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_frameworks_are_imported_by_their_integration_only(path):
+    frameworks = set().union(*FRAMEWORKS.values())
+    allowed = FRAMEWORKS.get(path.stem, set()) if path.parts[0] == "integrations" else set()
+    assert foreign_imports(path) & frameworks <= allowed
 
 
 def test_no_import_circle():
@@ -190,12 +212,20 @@ def test_the_version_stands_in_one_place():
 EXAMPLES = {".".join(p.with_suffix("").parts).removesuffix(".__init__") for p in MODULES if ">>>" in (PACKAGE / p).read_text()}
 
 
+def run_docstring_examples(name):
+    """The result of doctest for a module of absgd_fast."""
+    module = importlib.import_module("absgd_fast" if name == "__init__" else f"absgd_fast.{name}")
+    known = {"torch": torch, "math": math} | {name: getattr(ab, name) for name in ab.__all__}
+    return doctest.testmod(module, extraglobs={word: value for word, value in known.items() if word not in vars(module)})
+
+
 @pytest.mark.parametrize("name", sorted(EXAMPLES | {"optim"}))
 def test_docstring_examples(name):
     """Every example of a docstring runs. (The optimizers call themselves members of `optim`, wherever their files are.)"""
-    module = importlib.import_module("absgd_fast" if name == "__init__" else f"absgd_fast.{name}")
-    known = {"torch": torch, "math": math} | {name: getattr(ab, name) for name in ab.__all__}
-    result = doctest.testmod(module, extraglobs={word: value for word, value in known.items() if word not in vars(module)})
+    package, _, framework = name.rpartition(".")
+    if package == "integrations" and framework in FRAMEWORKS:
+        pytest.skip(f"needs {framework}; tests/integrations/test_documents.py runs it in `make test-integrations`")
+    result = run_docstring_examples(name)
     assert result.failed == 0 and (result.attempted > 0 or name.startswith("optim."))
 
 

@@ -2,11 +2,10 @@
 every guide, and its table has the numbers of the record."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
-import torch
+from document_examples import examples, run, stand_ins
 
 with pytest.MonkeyPatch.context() as patch:  # benchmarks are no part of the package
     patch.syspath_prepend(Path(__file__).resolve().parent.parent)
@@ -17,33 +16,6 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def examples(page):
-    """(line of the page, text) of each Python example."""
-    text = page.read_text()
-    return [(text.count("\n", 0, found.start(1)) + 1, found[1]) for found in re.finditer(r"```python\n(.*?)```", text, re.DOTALL)]
-
-
-def stand_ins():
-    """What the pages call the reader's own."""
-    torch.manual_seed(0)
-    batch = lambda: (torch.randn(6, 8), torch.randint(4, (6,)))  # noqa: E731
-    x, y = batch()
-    return {
-        "model": torch.nn.Linear(8, 4),
-        "make_model": lambda: torch.nn.Linear(8, 4),
-        "loader": [batch()],
-        "val_x": x,
-        "val_y": y,
-        "held_out": batch(),
-        "groups": [[batch(), batch()]],
-        "clean_loader": [batch()],
-        "images": torch.randn(70, 8),
-        "labels": torch.randint(4, (70,)),
-        "backbone": torch.nn.Identity(),
-        "epochs": 2,
-    }
-
-
 def test_there_are_examples():
     with_examples = {page.name for page in PAGES if examples(page)}
     assert {"README.md", "losses.md", "lambda.md", "optimizers.md", "scale.md", "weightings.md", "from-absgd.md"} <= with_examples
@@ -52,11 +24,9 @@ def test_there_are_examples():
 
 @pytest.mark.parametrize("page", [page for page in PAGES if examples(page)], ids=lambda page: page.name)
 def test_examples(page):
-    """In their order, each after the ones above it, as a reader meets them."""
-    names = stand_ins()
-    for line, text in examples(page):
-        # the empty lines before it give a traceback the page's own numbers
-        exec(compile("\n" * (line - 1) + text, str(page), "exec"), names)
+    if page.name == "integrations.md":
+        pytest.skip("needs the frameworks; tests/integrations/test_documents.py runs it in `make test-integrations`")
+    run(page, stand_ins())
 
 
 def test_every_guide_is_found_from_the_readme():

@@ -1,0 +1,15 @@
+"""These tests run with the real frameworks, in an environment of their own: `make test-integrations`."""
+
+from importlib import util
+
+import pytest
+
+pytest.register_assert_rewrite("truth")
+
+FRAMEWORKS = ("accelerate", "lightning", "peft", "skorch", "transformers", "trl")
+
+missing = [name for name in FRAMEWORKS if util.find_spec(name) is None]
+if missing:
+    raise pytest.UsageError(
+        f"tests/integrations needs {', '.join(missing)}; run `make test-integrations`, which makes an environment that has them"
+    )
