@@ -626,6 +626,7 @@ DISAGREEMENTS = [
     ("init", ("first", "zero"), ("first", "zero")),
     ("deferred", (False, True), ("False", "True")),
     ("loss_divisor", (1, 4), ("1", "4")),
+    ("report", ("robust", "mean"), ("robust", "mean")),
     ("lam", (ab.RelativeLam(0.5), 0.25), ("RelativeLam", "0.25")),
     ("lam", (ab.RelativeLam(0.5), ab.RelativeLam(-0.5)), ("0.5", "-0.5")),
 ]
