@@ -59,11 +59,9 @@ class Collapse:
 
 
 def _collapsed(sample_stats: Tensor, weighing: Tensor | None) -> Tensor:
-    """Whether ESS / n is below SHARE, 0-d bool; False if no row counts. ESS: docs/MATH.md §1.3."""
-    weights = ops.weights_of(sample_stats, weighing).double()
-    counted = (sample_stats[2] > 0) & ~weights.isnan()
-    weights = weights.where(counted, 0.0)
-    return weights.sum().square() < SHARE * counted.sum() * weights.square().sum()
+    """Whether ESS / n (docs/MATH.md §1.3) is below SHARE, 0-d bool. n: the rows that are not ignored; False without any."""
+    weights = ops.weights_of(sample_stats, weighing).double().nan_to_num(0.0)  # ignored rows have 0, bad rows NaN
+    return weights.sum().square() < (sample_stats[2] > 0).sum() * weights.square().sum() * SHARE
 
 
 def message(name: str, weighting: str) -> str:
