@@ -1,5 +1,6 @@
 """These tests run with the real frameworks, in an environment of their own: `make test-integrations`."""
 
+import sys
 from importlib import util
 
 import pytest
@@ -13,3 +14,13 @@ if missing:
     raise pytest.UsageError(
         f"tests/integrations needs {', '.join(missing)}; run `make test-integrations`, which makes an environment that has them"
     )
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_before():
+    """Accelerate keeps the settings of the first Accelerator of a process, whichever test or Trainer has made it."""
+    if "accelerate" in sys.modules:
+        from accelerate import state
+
+        for kept in (state.AcceleratorState, state.GradientState, state.PartialState):
+            kept._reset_state()

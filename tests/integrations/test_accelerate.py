@@ -19,13 +19,8 @@ EPOCHS = 4
 LENGTHS = {"4,4": (8, 5), "4,4,2": (10, 4)}  # batches of an epoch with K = 4, and epochs: ten and twelve optimizer steps
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    forget()
-
-
 def forget():
-    """Accelerate keeps its state in class attributes."""
+    """Accelerate keeps its state in class attributes. The group of two processes stays."""
     for state in (AcceleratorState, GradientState):
         state._reset_state()
     if not torch.distributed.is_initialized():
