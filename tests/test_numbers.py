@@ -123,6 +123,8 @@ def rows():
     one = lambda call, **fixed: lambda name, value: call(**fixed | {name: value})  # noqa: E731
     robust = dict(gamma=(0.3, 1), alpha=(0.7, 1), mix=(0.3, 2), max_weight=(1.1, 2), loss_divisor=(1.7, 3))
     add("ABLoss", two_forwards, one(ab.ABLoss, lam=0.7), lam=(-0.3, 2), **robust)
+    per_row = partial(torch.nn.functional.cross_entropy, reduction="none")
+    add("ABLoss", two_forwards, one(ab.ABLoss, criterion=per_row, lam=0.7), ignore_index=2)
     add("ABLoss", two_forwards, lambda _, v: _with_lam(v), set_lam=(-0.3, 2))
     add("ABLoss", two_forwards, lambda _, v: _with_divisor(v), divisor=(1.7, 3))
     add("RelativeLam", two_forwards, lambda _, v: ab.ABLoss(lam=ab.RelativeLam(v)), r=(-0.3, 2))
