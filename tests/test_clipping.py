@@ -312,6 +312,45 @@ def test_shards_that_do_not_say_so_are_refused():
     ab.ABSGD(params, lr=0.1)
 
 
+@each_optimizer
+@pytest.mark.parametrize("refused", ["float16", "FullyShardedDataParallel"])
+def test_a_refused_group_is_not_added(case, one_way, refused):
+    ours = case.own(make(), one_way, max_norm=1.0)
+    (param,) = make([(3,)], torch.float16 if refused == "float16" else torch.float32)
+    if refused == "float16":
+        ours.robust = ab.ABLoss(lam=0.5, deferred=True)
+    else:
+        param._fsdp_flattened = True
+    with pytest.raises(ValueError, match=refused):
+        ours.add_param_group({"params": [param]})
+    assert len(ours.param_groups) == 1
+
+
+@each_optimizer
+@pytest.mark.parametrize("name", ["max_norm", "robust"])
+def test_options_of_a_group_that_would_do_nothing(case, one_way, name):
+    with pytest.raises(ValueError, match=f"{name}: got it as an option of a parameter group"):
+        case.own([{"params": make(), name: None}], one_way)
+
+
+@each_optimizer
+def test_a_step_that_raises_has_used_nothing(case, one_way):
+    """The normaliser of the micro-batches serves the step that follows once the mistake is mended."""
+    params, expected = make([(3,), (4,)]), make([(3,), (4,)])
+    ours, plain = case.own(params, one_way, max_norm=1.0), case.own(expected, one_way, max_norm=1.0)
+    ours.robust = Settles(0.25)
+    set_grads(params, expected, seed=0)
+    for p in params:
+        p.grad.mul_(4)
+    ours.state[params[1]][next(iter(ours._rule.states))] = torch.ones(9)
+    with pytest.raises(RuntimeError, match="shape"):
+        ours.step()
+    ours.state.clear()
+    ours.step()
+    plain.step()
+    assert_same(params, ours, expected, plain)
+
+
 def test_compiled(one_way):
     """torch.compile of the step, whose lists of tensors then serve."""
     params, expected = make(dtype=torch.float32), make(dtype=torch.float32)

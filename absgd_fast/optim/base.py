@@ -17,6 +17,7 @@ from ..robust.base import RobustLoss
 from . import clipping, list_step, planned_step, torch_step
 from .checks import (
     check_deferrable,
+    check_no_attributes,
     check_robust,
     check_tensors,
     check_torchs_options,
@@ -143,13 +144,22 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._choose_kernels()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters, as for every torch optimizer. ValueError: a float16 parameter together with ``robust``."""
+        """Adds a group of parameters, as for every torch optimizer.
+
+        ValueError: parameters that ``robust`` or ``max_norm`` cannot take, or these two as options of a group; nothing is added
+        then.
+        """
+        check_no_attributes(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group |= plain_options(group)
         if hasattr(self, "backend"):
-            self._check_deferrable(self.param_groups[-1])
-            clipping.check_max_norm(self._max_norm, self.param_groups[-1:])
+            try:
+                self._check_deferrable(group)
+                clipping.check_max_norm(self._max_norm, [group])
+            except ValueError:
+                self.param_groups.pop()
+                raise
             self._choose_kernels()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -240,21 +250,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scaling = self._scaling()
-        if scaling is None:
-            if self._grad_norm is not None:
-                self._grad_norm.fill_(math.nan)
-            return loss
-        self._step_groups(scaling)
+        settled = None if self.robust is None else self._take_settled(self.robust)
+        scaling = self._scaling(settled)
+        if scaling is not None:
+            self._step_groups(scaling)
+        elif self._grad_norm is not None:
+            self._grad_norm.fill_(math.nan)
+        if settled is not None and not torch.compiler.is_compiling():
+            self._used = settled  # after the step: one that raises an error has used nothing
         return loss
 
-    def _scaling(self) -> Scaling | None:
+    def _scaling(self, settled: Tensor | None) -> Scaling | None:
         """What this step still has to do to the gradients. None: the host knows that the step is skipped."""
-        settled = None
-        if self.robust is not None:
-            settled = self._take_settled(self.robust)
-            if is_known_nonfinite(settled):
-                return None
+        if is_known_nonfinite(settled):
+            return None
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and not (self._on_gpu and found_inf.device.type != "cpu"):
             if not unscale_where_host_reads(grad_scale, found_inf, self.param_groups):
@@ -278,7 +287,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         if settled is self._used:
             warn_of_another_criterion(robust, self.param_groups)
             return None
-        self._used = settled
         return settled
 
     def _step_groups(self, scaling: Scaling) -> None:

@@ -38,6 +38,13 @@ def check_robust(robust: object) -> None:
         )
 
 
+def check_no_attributes(group: object) -> None:
+    """Raises ValueError for a group with an option that belongs to the whole optimizer, and would do nothing in a group."""
+    for name in ("max_norm", "robust"):
+        if isinstance(group, dict) and name in group:
+            raise ValueError(f"{name}: got it as an option of a parameter group, expected it as an argument of the optimizer")
+
+
 def claim(optimizer: torch.optim.Optimizer) -> None:
     """Tells the criterion of robust= that this optimizer finishes its steps, so nobody has to watch over them."""
     step = getattr(getattr(optimizer, "robust", None), "deferred_step", None)
@@ -66,13 +73,13 @@ def warn_of_another_criterion(robust: RobustLoss, groups: list[dict]) -> None:
 def warn_of_written_gradients(optimizer: torch.optim.Optimizer, robust: RobustLoss) -> None:
     """Warns if somebody has written the gradients of a deferred step that is not finished yet, as clipping does (touched.py)."""
     step = getattr(robust, "deferred_step", None)
-    if step is None or getattr(optimizer, "found_inf", None) is not None or not step.watch.touched.by_hand(optimizer):
+    if step is None or getattr(optimizer, "found_inf", None) is not None or not step.watch.touched.by_hand(id(optimizer)):
         return
     warnings.warn(
-        "robust: got gradients that were changed in place after backward, before this step has normalised them. Clipping sees"
-        " sums there, and makes the step far too small; expected"
+        "robust: got gradients that were changed in place after backward, before this step has normalised them. If that was"
+        " clipping, it has seen sums, and the step is far too small; expected"
         f" {type(optimizer).__name__}(..., robust=criterion, max_norm=1.0) instead of clip_grad_norm_, or an optimizer without"
-        " robust= and criterion.finish_(params) before clipping",
+        " robust= and criterion.finish_(params) before clipping. Multiplying the gradients by a constant is fine",
         stacklevel=4,
     )
 

@@ -32,6 +32,16 @@ _IN_THE_MIDDLE = (
     " expected it after optimizer.step() (robust=) or finish_, or after discard()"
 )
 
+_STEPPED_EARLY = (
+    "finish_: an optimizer has stepped these parameters since the first micro-batch, with gradients that were not normalised;"
+    " expected criterion.finish_(params) before optimizer.step()"
+)
+_WRITTEN = (
+    "finish_: got gradients that were changed in place after backward, before they are normalised. If that was clipping, it has"
+    " seen sums, and the step is far too small; expected finish_ first, and clip_grad_norm_ after it. Multiplying the gradients"
+    " by a constant is fine"
+)
+
 Rule = Callable[..., Tensor]  # losses -> W; it may also take groups, mask and update
 
 
@@ -317,6 +327,7 @@ class RobustLoss(RobustState):
         step = self.deferred_step
         if step is not None:
             step.move("discard")
+            step.watch.touched.forget()
 
     def finish_(self, params: Tensor | Iterable[Tensor]) -> Tensor:
         """Deferred mode: normalise the gradients of all micro-batches since the last step, in place, and update log s.
@@ -357,6 +368,10 @@ class RobustLoss(RobustState):
             )
         step.check("finish_")
         params, grads = finish.deferred_grads(params)
+        if step.watch.stepped_early(params):
+            raise RuntimeError(_STEPPED_EARLY)
+        if step.watch.touched.by_hand(step.watch.touched.FINISH):
+            warnings.warn(_WRITTEN, stacklevel=2)
         return finish.scale_grads(params, grads, self._end("finish_"))
 
     def settle(self) -> Tensor | None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, register_optimizer_step_post_hook
 
-from .touched import Touched
+from .touched import Params, Touched
 
 
 class OpenStep(Protocol):
@@ -75,6 +75,7 @@ class Watch:
         self.met = False  # whether there was a micro-batch since the criterion was made, copied or unpickled
         self.warned = False  # whether state_dict() has warned
         self.touched = Touched()
+        self._early: weakref.ref[Tensor] | None = None  # a parameter that was stepped before `finish_`
         self._claims: list[weakref.ref[Optimizer]] = []
         self._reached: dict[int, weakref.ref[Tensor]] = {}  # id of a parameter -> the parameter
         self._witnesses: weakref.WeakKeyDictionary[Optimizer, Witness | None] = weakref.WeakKeyDictionary()
@@ -95,35 +96,49 @@ class Watch:
         if node is None:
             return
         if id(step) not in _open:
-            finishing = [o for claim in self._claims if (o := claim()) is not None and _robust_step(o) is step]
-            self.quiet = not finishing or self.touched.left == 0
-            if not self.quiet:
-                self.touched.forward(loss, finishing)
+            finishing = {id(o): _params_of(o) for claim in self._claims if (o := claim()) is not None and _robust_step(o) is step}
             if finishing:
+                self._look_for_writers(loss, finishing)
                 return
             self._witnesses = weakref.WeakKeyDictionary()
             _open_step(step)
             if not self._reached:
                 self._walk(node)
-            return
-        if None in self._witnesses.values():
+        elif None in self._witnesses.values():
             self._walk(node)  # an optimizer steps parameters that the first graph did not hold
             self._look_for_witnesses()
-        self.quiet = not self._witnesses
         if self._witnesses:
             loss.register_hook(self._backward_begins)
+        self._look_for_writers(loss, {Touched.FINISH: self._params})
+
+    def _look_for_writers(self, loss: Tensor, who: dict[int, Params]) -> None:
+        """See whether somebody writes the gradients before they are finished. Afterwards it is quiet, if nothing else is left."""
+        if self.touched.left:
+            self.touched.forward(loss, who)
+        self.quiet = not self._witnesses and self.touched.left == 0
+
+    def _params(self) -> list[Tensor]:
+        """The parameters that a graph of the criterion held."""
+        return [param for known in self._reached.values() if (param := known()) is not None]
+
+    def stepped_early(self, params: Iterable[Tensor]) -> bool:
+        """Whether an optimizer has stepped one of these parameters with the gradient that the criterion has left there."""
+        early = None if self._early is None else self._early()
+        return early is not None and any(param is early for param in params)
 
     def closed(self, step: OpenStep) -> None:
         """The step has ended."""
         if torch.compiler.is_compiling():
             return
-        self.quiet = False
+        self.quiet, self._early = False, None
         if id(step) in _open:
             self._witnesses = weakref.WeakKeyDictionary()
             _close_step(id(step))
 
     def stepped(self, optimizer: Optimizer) -> bool:
         """Note the step of an optimizer. Returns whether it is another one with gradients that were to be normalised."""
+        left = self.touched.left_as_it_was(optimizer)
+        self._early = self._early if left is None else weakref.ref(left)
         witness = self._witnesses.get(optimizer, self)  # one look, because another thread may end the step
         if witness is not self:
             return isinstance(witness, Witness) and witness.testifies()
@@ -162,6 +177,17 @@ class Watch:
                 witness.note(then)
 
         torch.autograd.Variable._execution_engine.queue_callback(backward_has_ended)
+
+
+def _params_of(optimizer: Optimizer) -> Params:
+    """What gives the parameters of an optimizer, without keeping it alive."""
+    known = weakref.ref(optimizer)
+
+    def params() -> list[Tensor]:
+        alive = known()
+        return [] if alive is None else [p for group in alive.param_groups for p in group["params"]]
+
+    return params
 
 
 def _robust_step(optimizer: Optimizer) -> object:
