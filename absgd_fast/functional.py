@@ -216,7 +216,7 @@ def robust_weights(
         other weights. A batch with such a sample leaves log s as it was (docs/MATH.md §1.4).
 
     Raises:
-        ValueError: lam is 0 or NaN, gamma or alpha lies outside (0, 1], or mask has another shape.
+        ValueError: lam is 0 or NaN, log_s is NaN, gamma or alpha lies outside (0, 1], or mask has another shape.
         TypeError: losses that are not floating, or lam or log_s is no number.
         RuntimeError: lam requires grad.
 
@@ -225,7 +225,7 @@ def robust_weights(
     (tensor([0., 2.]), tensor(999.3068))
     """
     gamma, alpha = _checks.unit_interval(gamma, "gamma"), _checks.unit_interval(alpha, "alpha")
-    lam, log_s = _checks.lam(lam), _checks.scalar(log_s, "log_s")
+    lam, log_s = _checks.lam(lam), checked_log_s(log_s)
     _checks.choice(init, "init", ("first", "zero"))
     real = real_dtype(_checks.floating(losses, "losses", "per-sample losses").dtype)
     mask = _checks.per_sample(mask, "mask", losses, torch.bool)
@@ -365,7 +365,7 @@ def weighted_momentum_step_(
     """
     # The C++ operators check the tensors. Python checks them only after such an operator raised, to give a clearer message.
     params, grads = list(params), list(per_sample_grads)
-    lam, log_s, lr = _checks.lam(lam), _checks.scalar(log_s, "log_s"), _checks.rate(lr)
+    lam, log_s, lr = _checks.lam(lam), checked_log_s(log_s), _checks.rate(lr)
     options = _weighted_options.__wrapped__ if torch.compiler.is_compiling() else _weighted_options
     given = gamma, alpha, init, normalizer, mix, max_weight, momentum, dampening, weight_decay, nesterov, maximize, heavy_ball
     try:
@@ -398,6 +398,14 @@ def weighted_momentum_step_(
     if operators.has_kernels and not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(params if buffers is None else params + buffers)
     return new_log_s
+
+
+def checked_log_s(value: float | Tensor) -> float | Tensor:
+    """A log s as `_checks.scalar` returns it; ValueError for the number NaN. The value of a tensor is not looked at."""
+    value = _checks.scalar(value, "log_s")
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError("log_s: got NaN, expected a number, or -inf before the first batch")
+    return value
 
 
 def state_of(log_s: float | Tensor, real: torch.dtype, device: torch.device) -> Tensor:

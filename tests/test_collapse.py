@@ -91,13 +91,38 @@ def test_few_rows_cannot_collapse():
 
 
 def test_rows_that_count():
-    """Ignored and masked rows are none of the n; bad rows and empty batches end a run."""
+    """Ignored, masked and bad rows are none of the n. A forward in which no row counts neither counts nor ends a run."""
     y, mask = Y.clone(), torch.ones(ROWS, dtype=torch.bool)
     y[20:60], mask[60:] = -100, False
     assert warned_at(ab.ABLoss(lam=1e-3), call=lambda c, i: c(X, y, mask=mask)) == []
-    for spoilt in (lambda c: c(X[:0], Y[:0]), lambda c: c(X * math.nan, Y)):
-        call = lambda c, i, spoilt=spoilt: spoilt(c) if i == 150 else c(X, Y)  # noqa: E731
-        assert warned_at(ab.ABLoss(lam=0.05), 5 * LENGTH, call) == [150 + 2 * LENGTH - 1]
+    for empty in (lambda c: c(X[:0], Y[:0]), lambda c: c(X * math.nan, Y), lambda c: c(X, Y, mask=Y < 0)):
+        for at in (LENGTH - 1, 150):  # the first that is looked at, and one within a run
+            call = lambda c, i, empty=empty, at=at: empty(c) if i == at else c(X, Y)  # noqa: E731
+            assert warned_at(ab.ABLoss(lam=0.05), call=call) == [2 * LENGTH - 1]
+        assert warned_at(ab.ABLoss(lam=0.05), call=lambda c, i, empty=empty: empty(c)) == []
+
+
+@pytest.mark.parametrize("loss", ["fused", "callable", "deferred"])
+@pytest.mark.parametrize("lam", [0.02, 0.01, -0.001])
+def test_weights_that_underflow(loss, lam):
+    """With batches that differ, all weights of many forwards are 0, because s is of earlier ones. These have collapsed too."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(1024, 20, generator=draw)
+    y = (x @ torch.randn(20, 5, generator=draw)).argmax(1)
+    weight, criterion, all_zero = torch.zeros(20, 5, requires_grad=True), LOSSES[loss](lam=lam), []
+
+    def step(c, i):
+        rows = torch.randint(1024, (64,), generator=draw)
+        c(x[rows] @ weight, y[rows]).backward()
+        if i % 4 == 3 and c.deferred:
+            c.finish_(weight)
+        if i % 4 == 3 or not c.deferred:
+            all_zero.append(not c.last.weights.any())
+            weight.data -= 0.1 * (0.0 if weight.grad is None else weight.grad)
+            weight.grad = None
+
+    assert len(warned_at(criterion, 1000, step)) == 1
+    assert any(all_zero) or loss == "deferred" or lam == 0.02
 
 
 @pytest.mark.parametrize("healthy", [99, 100, 150, 197, 198])
@@ -114,10 +139,15 @@ def test_in_a_row(healthy):
 
 
 def test_the_text():
-    with pytest.warns(UserWarning, match=r"ABLoss: the weights have collapsed.*100 training.*5%.*lam=0.05.*docs/lambda.md"):
+    with pytest.warns(
+        UserWarning, match=r"ABLoss: the weights have collapsed.*100 training.*below 5% of the rows, by lam=0.05.*docs/lambda.md"
+    ):
         [c(X, Y) for c in [ab.ABLoss(lam=0.05)] for _ in range(200)]
     with pytest.warns(UserWarning, match=r"by rule=cvar\(beta=0.01\)") as caught:
         [c(X, Y) for c in [ab.ABLoss(rule=partial(ab.weights.cvar, beta=0.01))] for _ in range(200)]
+    assert [w.filename for w in caught] == [__file__]
+    with pytest.warns(UserWarning, match="collapsed") as caught:
+        [checkpoint(lambda x, c=c: c(x * 1, Y), X, use_reentrant=False) for c in [ab.ABLoss(lam=0.05)] for _ in range(200)]
     assert [w.filename for w in caught] == [__file__]
     with pytest.warns(UserWarning, match=r"LinearABLoss: the weights.*lam=0.05"):
         [c(X, Y) for c in [Head(lam=0.05)] for _ in range(200)]

@@ -245,6 +245,22 @@ def twice():
     return model
 
 
+class TinyForMaskedLM(Model):
+    """Its class name says what it is, as in transformers."""
+
+
+def masked():
+    return TinyForMaskedLM().double()
+
+
+class Peft(nn.Module):
+    """Hands out the attributes of its base, as PEFT's wrapper does."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.get_base_model, self.get_output_embeddings = (lambda: base), base.get_output_embeddings
+
+
 class NoHead(Model):
     def forward(self, input_ids):
         return F.linear(self.body(input_ids), self.lm_head.weight)
@@ -259,6 +275,23 @@ BAD = {
         ValueError,
         r"got \['input_ids'\], expected labels \(B, T\) too",
     ),
+    "a list of labels": (
+        lambda: (linear(), made(), {**batch(), "labels": batch()["labels"].tolist()}),
+        TypeError,
+        r"labels: got list, expected a tensor \(B, T\)",
+    ),
+    "a list of shifted labels": (
+        lambda: (linear(), made(), {**batch(), "shift_labels": batch()["labels"].tolist()}),
+        TypeError,
+        r"shift_labels: got list, expected a tensor \(B, T\)",
+    ),
+    "masked language model": (lambda: (linear(), masked(), batch()), TypeError, "got TinyForMaskedLM, a masked language model"),
+    "masked, wrapped": (
+        lambda: (linear(), nn.ModuleDict({"module": masked()}), batch()),
+        TypeError,
+        "got TinyForMaskedLM, a masked language model, whose labels are not shifted",
+    ),
+    "masked, PEFT": (lambda: (linear(), Peft(masked()), batch()), TypeError, "got TinyForMaskedLM, a masked language model"),
     "no head": (lambda: (linear(), nn.Linear(2, 3), batch()), TypeError, "got Linear, in which no module has get_output_emb"),
     "another head": (
         lambda: (linear(), with_head(Conv(D, VOCAB)), batch()),
@@ -326,5 +359,7 @@ def test_what_dft_is_made_of():
 @pytest.mark.parametrize("name, value", [("lam", -2.0), ("normalizer", "moving"), ("rule", None)])
 @pytest.mark.parametrize("linear", [False, True])
 def test_what_dft_refuses(name, value, linear):
-    with pytest.raises(ValueError, match=f"{name}: got .* with DFT, expected none.* use {'Linear' * linear}ABLoss"):
+    with pytest.raises(
+        ValueError, match=f"{name}: got .*, but DFT .*{name}.*; leave {name} out, or use {'Linear' * linear}ABLoss"
+    ):
         ab.DFT(linear=linear, **{name: value})

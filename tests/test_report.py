@@ -293,8 +293,51 @@ def disagreement(rank):
         criterion(x, y)
 
 
+def unequally_many(rank):
+    """In deferred mode the value "robust" takes them; "mean" names the mistake on both processes."""
+    x, y = batch()
+    for name in ("deferred", "deferred callable", "linear, deferred"):
+        robust, mean = pair(name)
+        for criterion in (robust, mean):
+            inner = getattr(criterion, "loss", criterion)
+            before = inner.log_s.clone()
+
+            def step(criterion=criterion, inner=inner):
+                for _ in range(3 - rank):
+                    criterion(x, y).backward()
+                inner.finish_(x)
+
+            if criterion is robust:
+                step()
+                assert inner.log_s != before
+                continue
+            with pytest.raises(RuntimeError, match='with report="mean" rank 0 made a forward of an optimizer step that rank 1'):
+                step()
+            assert torch.equal(inner.log_s, before)
+
+
+def without_a_look(rank):
+    """Where nobody looks, as on a GPU, one process gets NaN, and the other a bad step, which leaves log s."""
+    from absgd_fast.robust import processes
+
+    look, processes._check_same_exchange = processes._check_same_exchange, lambda of_all: None
+    check, processes.distributed.check_agreement = processes.distributed.check_agreement, lambda *args: None
+    x, y = batch()
+    criterion = ab.ABLoss(lam=0.7, report="mean", deferred=True)
+    criterion(x, y).backward()
+    if rank == 0:
+        assert criterion(x, y).isnan()
+    else:
+        before = criterion.log_s.clone()
+        assert not criterion.finish_(x)
+        assert torch.equal(criterion.log_s, before) and criterion.nonfinite_batches == 1
+    processes._check_same_exchange, processes.distributed.check_agreement = look, check
+
+
 def of_two_processes(rank):
     global_mean(rank)
+    unequally_many(rank)
+    without_a_look(rank)
     disagreement(rank)
 
 

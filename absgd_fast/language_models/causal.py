@@ -10,7 +10,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ..linear import LinearABLoss
-from .head import find_head, head_computes
+from .head import base_of, find_head, head_computes
 
 IGNORED = -100  # by which the labels of a causal language model mark the tokens that do not count
 _OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch")  # inputs that the loss uses, and the model does not
@@ -53,7 +53,7 @@ def causal_lm_loss(
 
     Raises:
         TypeError: the criterion is no `LinearABLoss`; the model has no head, or one that is no plain linear layer (one with LoRA,
-            for example).
+            for example), or is a masked language model; labels that are no tensor.
         ValueError: inputs without labels, or with labels of another shape than the hidden states.
         RuntimeError: the model changes its logits after the head (a scale, a softcap), or does not call its head.
 
@@ -96,7 +96,10 @@ def _next_tokens(inputs: Mapping[str, Any]) -> Tensor:
         raise TypeError(f"inputs: got {type(inputs).__name__}, expected a mapping with input_ids, labels and so on")
     shifted, labels = inputs.get("shift_labels"), inputs.get("labels")
     given = labels if shifted is None else shifted
-    if not isinstance(given, Tensor):
+    if given is not None and not isinstance(given, Tensor):
+        name = "labels" if shifted is None else "shift_labels"
+        raise TypeError(f"{name}: got {type(given).__name__}, expected a tensor (B, T) of int64; use torch.tensor({name})")
+    if given is None:
         raise ValueError(
             f"inputs: got {sorted(map(str, inputs))}, expected labels (B, T) too, with {IGNORED} where a token does not count; to"
             " train on all tokens they are input_ids.masked_fill(attention_mask == 0, -100)"
@@ -118,8 +121,7 @@ def _for_hidden(target: Tensor, hidden: Tensor, criterion: LinearABLoss) -> Tens
 
 def _taken(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs that the model's forward takes."""
-    base_of: Any = getattr(model, "get_base_model", lambda: model)  # PEFT's forward takes what its base takes
-    parameters = inspect.signature(base_of().forward).parameters
+    parameters = inspect.signature(base_of(model).forward).parameters  # PEFT's forward takes what its base takes
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return inputs
     return {name: value for name, value in inputs.items() if name in parameters}

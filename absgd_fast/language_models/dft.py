@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..linear import LinearABLoss
 from ..robust import ABLoss
+from ..robust.options import flag
 
 _DEFINES_DFT: dict[str, Any] = {"lam": -1.0, "normalizer": "none"}
 
@@ -34,20 +35,19 @@ def DFT(criterion: Callable[..., Tensor] | None = None, *, linear: bool = False,
         An `ABLoss`, or with linear=True a `LinearABLoss`.
 
     Raises:
-        ValueError: lam, normalizer or rule, which would make another loss; the others as for the class.
+        ValueError: lam, normalizer or rule, which would make another loss; linear is no bool; the others as for the class.
 
     >>> criterion = DFT()
     >>> _ = criterion(torch.zeros(1, 4, requires_grad=True), torch.tensor([2]))
     >>> criterion.last.weights
     tensor([0.2500])
     """
-    cls = LinearABLoss if linear else ABLoss
+    cls = LinearABLoss if flag(linear, "linear") else ABLoss
     for name in (*_DEFINES_DFT, "rule"):
         if name in options:
-            fixed = f"; DFT has {name}={_DEFINES_DFT[name]!r}" if name in _DEFINES_DFT else ""
+            why = f"always has {name}={_DEFINES_DFT[name]!r}" if name in _DEFINES_DFT else "has no rule"
             raise ValueError(
-                f"{name}: got {options[name]!r} with DFT, expected none, because DFT is one setting of it{fixed}; for another"
-                f" loss use {cls.__name__}"
+                f"{name}: got {options[name]!r}, but DFT {why}; leave {name} out, or use {cls.__name__} for another loss"
             )
     made: ABLoss | LinearABLoss = cls(criterion, **_DEFINES_DFT, **options)
     return made

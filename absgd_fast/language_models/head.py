@@ -48,7 +48,19 @@ def find_head(wrapped: nn.Module) -> Head:
             f"model: got {type(model).__name__}, an encoder-decoder model, whose labels are not shifted; expected a causal"
             " language model"
         )
+    name = type(base_of(model)).__name__
+    if name.endswith("ForMaskedLM"):  # the configs of BERT and others do not say it
+        raise TypeError(
+            f"model: got {name}, a masked language model, whose labels are not shifted; expected a causal"
+            " language model, or use LinearABLoss on its hidden states and its head"
+        )
     return Head(model, _plain_linear(model, model.get_output_embeddings()))
+
+
+def base_of(model: Any) -> nn.Module:
+    """The model inside PEFT's wrapper; any other model itself."""
+    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
+    return base
 
 
 def _plain_linear(model: nn.Module, given: Any) -> nn.Linear:

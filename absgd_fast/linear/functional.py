@@ -49,7 +49,7 @@ def linear_robust_loss(
         input: (n, d) or (..., d), the inputs of the head. linear_weight: (C, d). linear_bias: (C) or None. One dtype: float32,
             float64 or bfloat16.
         target: (...) labels, int64 or int32, or (..., C) probabilities.
-        log_s: number or 0-d tensor; -inf before the first batch.
+        log_s: number or 0-d tensor; -inf before the first batch. It is a constant for autograd.
         lam: number or 0-d tensor, not 0. +-inf is the plain mean, which is torch's value if there are no class weights.
         weight: (C) class weights. The mean is over the n samples that count; torch divides by the sum of their class weights.
         reduction: "mean". The other values of torch are refused, because W depends on all samples.
@@ -66,7 +66,7 @@ def linear_robust_loss(
         of log_s if that is a float32 or float64 tensor, else of the loss). A nonfinite loss leaves log s as it was.
 
     Raises:
-        ValueError: another reduction, options with a chunking_method; the others as for `LinearABLoss`.
+        ValueError: another reduction, options with a chunking_method, log_s is NaN; the others as for `LinearABLoss`.
         RuntimeError: ignore_index together with probabilities, as in torch; weight or lam requires grad.
 
     >>> input, head = torch.zeros(3, 8, requires_grad=True), torch.nn.Linear(8, 5)
@@ -82,7 +82,7 @@ def linear_robust_loss(
         )
     if ignore_index is not None and isinstance(target, Tensor) and target.is_floating_point():
         raise RuntimeError("ignore_index: got a number with probabilities, expected None: only labels can be ignored; use mask")
-    lam, log_s, chunk = _checks.lam(lam), _checks.scalar(log_s, "log_s"), _chunk(options)
+    lam, log_s, chunk = _checks.lam(lam), F.checked_log_s(log_s), _chunk(options)
     hidden = input
     if not torch.is_grad_enabled():
         hidden, linear_weight, target, linear_bias, weight = map(_detached, (input, linear_weight, target, linear_bias, weight))

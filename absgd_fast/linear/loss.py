@@ -56,6 +56,7 @@ class LinearABLoss(RobustLoss):
 
     Raises:
         ValueError: chunk is not a positive integer; a rule, mix, or max_weight with a normaliser; the others as for `ABLoss`.
+        TypeError: an option that is unknown, such as ignore_index, which the criterion has; the others as for `ABLoss`.
 
     >>> hidden = torch.randn(64, 16, requires_grad=True)
     >>> head = torch.nn.Linear(16, 1000)
@@ -78,6 +79,9 @@ class LinearABLoss(RobustLoss):
         **options: Unpack[LossOptions],
     ):
         conflicts.check("LinearABLoss", {"rule": rule})
+        for name in options.keys() - LossOptions.__optional_keys__:
+            instead = "CrossEntropy(ignore_index=...) as the criterion" if name == "ignore_index" else "one of help(LinearABLoss)"
+            raise TypeError(f"LinearABLoss: got an unknown option {name!r}, expected {instead}")
         if isinstance(criterion, getattr(nn, "LinearCrossEntropyLoss", ())):  # torch 2.13 and later have it
             raise TypeError(
                 "criterion: got torch.nn.LinearCrossEntropyLoss, which has a head of its own; expected the loss alone:"

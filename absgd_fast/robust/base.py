@@ -96,14 +96,16 @@ class RobustLoss(RobustState):
             raise TypeError(_not_a_criterion(criterion, type(self).__name__))
         if lam is None:
             raise ValueError("lam: got None, expected a number other than 0 or RelativeLam(r); math.inf is the plain mean")
-        shared = (Deferred if deferred else Shared)(Processes(process_group), _checks.positive(loss_divisor, "loss_divisor"))
+        shared = (Deferred if options.flag(deferred, "deferred") else Shared)(
+            Processes(process_group), _checks.positive(loss_divisor, "loss_divisor")
+        )
         super().__init__(lam, **numbers)
         self._shared = shared
         if deferred:
             options.check("deferred=True", vars(self))
         self.criterion = CrossEntropy() if criterion is None else criterion
         self.backend = backend
-        self.memo = Memo(Collapse(bool(warn_of_collapse)))
+        self.memo = Memo(Collapse(options.flag(warn_of_collapse, "warn_of_collapse")))
         self.report = report
         self.replays: Replays = Replays()
         self._served: tuple[torch.device, ops.Operators] | None = None  # the device of the last batch, and its operators
@@ -122,7 +124,13 @@ class RobustLoss(RobustState):
 
     @process_group.setter
     def process_group(self, group: torch.distributed.ProcessGroup | str | None) -> None:
+        self._refuse_with_rule(process_group=group)
         self._shared.processes.group = group
+
+    def _refuse_with_rule(self, **option: Any) -> None:
+        """ValueError for an option that a criterion with rule= does not have, as in the constructor."""
+        if self.rule is not None:
+            options.check("rule", option)
 
     @property
     def loss_divisor(self) -> float:
@@ -135,7 +143,9 @@ class RobustLoss(RobustState):
 
     @loss_divisor.setter
     def loss_divisor(self, value: float) -> None:
-        self._shared.loss_divisor = _checks.positive(value, "loss_divisor")
+        divisor = _checks.positive(value, "loss_divisor")
+        self._refuse_with_rule(loss_divisor=divisor)
+        self._shared.loss_divisor = divisor
 
     @property
     def report(self) -> str:
@@ -154,7 +164,7 @@ class RobustLoss(RobustState):
 
     @warn_of_collapse.setter
     def warn_of_collapse(self, value: bool) -> None:
-        self.memo.collapse = Collapse(bool(value))
+        self.memo.collapse = Collapse(options.flag(value, "warn_of_collapse"))
 
     @property
     def deferred(self) -> bool:
@@ -166,8 +176,10 @@ class RobustLoss(RobustState):
 
     @deferred.setter
     def deferred(self, value: bool) -> None:
-        if bool(value) == self.deferred:
+        value = options.flag(value, "deferred")
+        if value == self.deferred:
             return
+        self._refuse_with_rule(deferred=value)
         if value:
             options.check("deferred=True", vars(self))
         self._shared = (Deferred if value else Shared)(self._shared.processes, self._shared.loss_divisor)

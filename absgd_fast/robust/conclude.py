@@ -7,6 +7,7 @@ import warnings
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from .._checkpointing import hooks_are_active
 from .base import RobustLoss
 from .collapse import message
 from .last import Weighed
@@ -26,5 +27,6 @@ def conclude(criterion: RobustLoss, normalizer: Own | InStages, weighed: Weighed
         collapse = memo.collapse
         collapse.until_look -= 1
         if collapse.until_look <= 0 and collapse.look(sample_stats, weighing):
-            warnings.warn(message(type(criterion).__name__, criterion.weighting_in_words()), stacklevel=6)
+            callers = 11 if hooks_are_active() else 6  # frames up to the user's call; replay.py adds some
+            warnings.warn(message(type(criterion).__name__, criterion.weighting_in_words()), stacklevel=callers)
     return as_mean(normalizer, weighed) if memo.reports_mean else loss

@@ -24,6 +24,7 @@ class Memo:
     def __init__(self, collapse: Collapse) -> None:
         self.collapse = collapse
         self.reports_mean = False  # `RobustLoss.report`
+        self.asked = False  # whether the criterion was asked for rows that it ignores (ignored.py)
         self.sample_stats: Tensor | None = None  # (3, ...): losses, weights (or z), validity
         self.weighing: Tensor | None = None  # what weights are made of if sample_stats has z (ops.weights_of)
         self.moved: tuple[Tensor, Tensor] | None = None  # the reference point of a deferred step, and what settled the step

@@ -76,9 +76,11 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
     Ignored rows
         These are the rows with mask=False, and for losses of this package and torch.nn.CrossEntropyLoss the rows whose label is
         `ignore_index`. Their loss, weight and gradient are 0, and they do not count in n. If no row counts, the loss is 0 with a
-        gradient of 0, and log s stays. For any other criterion give `ignore_index` here too: its labels are the last positional
-        argument that is an integer tensor of the shape of the losses. Without it such rows count as losses of 0. The gradient
-        of an ignored row is what the criterion makes of the upstream gradient 0.
+        gradient of 0, and log s stays. For any other criterion give `ignore_index` here too: its labels are the one positional
+        argument that is an integer tensor of the shape of the losses, or, if none has this shape, with as many elements in the
+        same order. Without it such rows count as losses of 0. If several arguments could be the labels, or integers are given
+        and none could be, it is an error; then give a mask instead. The gradient of an ignored row is what the criterion makes of
+        the upstream gradient 0.
 
     Nonfinite losses (NaN rows)
         These are NaN and infinite losses, and losses whose z is out of the range of log s (float32). The returned loss is NaN.
@@ -88,16 +90,19 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
     Reported value, report="mean"
         The value is (1/n) sum_i L_i over the rows that count, without W, mix and sample_weight: `last.mean_loss`, summed in
         float64. The gradient is that of report="robust" to the last bit, second derivatives and those of sample_weight and soft
-        targets too. In training, deferred micro-batches included, the mean is that of the rows of all processes (one more
-        all-gather of three numbers), and it is multiplied by `loss_divisor`, because the framework divides it again. In eval mode
-        and under no_grad it is the mean of this batch. It is NaN if a row has a nonfinite loss, and 0 if no row counts. The
-        weighted value is `last.weighted_mean_loss`.
+        targets too. In training, deferred micro-batches included, the mean is that of the rows of all processes. This takes one
+        more all-gather in every training forward, so all processes must make equally many. The mean is multiplied by
+        `loss_divisor`, because the framework divides it again. In eval mode and under no_grad it is the mean of this batch. It is
+        NaN if a row has a nonfinite loss, and 0 if no row counts. The weighted value is `last.weighted_mean_loss`.
 
     Collapsed weights
-        Too small a |lam| gives nearly all of the weight to a few rows, and the loss looks small. One training forward in 100 is
-        looked at, and if ESS/n of its rows is below 0.05, those after it, until one is not. After 100 in a row there is one
-        warning, which names lam and docs/lambda.md. `set_lam`, `reset_parameters` and loading a state start the count anew, and
-        the warning may come again. On a GPU nothing waits for it. A compiled criterion is not looked at.
+        Too small a |lam| gives nearly all of the weight to a small share of the rows, and the loss does not show it. A forward
+        has collapsed if ESS/n of its rows is below 0.05, or if all weights underflow to 0. One training forward in 100 is looked
+        at. If it has collapsed, every following forward is looked at too, until one has not collapsed. After 100 collapsed
+        forwards in a row there is one warning, which names lam and docs/lambda.md. A forward in which no row counts is passed
+        over. ESS/n is at least 1/n, so in forwards of at most 20 rows only an underflow of all weights is seen, also if these are
+        micro-batches of a larger batch. `set_lam`, `reset_parameters` and loading a state start the count anew, and the warning
+        may come again. On a GPU nothing waits for it. A compiled criterion is not looked at.
 
     Evaluation
         In eval mode, under no_grad and with update=False the same value is computed, but neither log s nor `nonfinite_batches`
@@ -107,7 +112,9 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
         n and log s' are those of all rows of all R processes. Each training forward makes one all-gather of 15 float64 numbers
         per process: three statistics (log sum exp z, n, number of nonfinite losses), and what the processes must have in common
         (lam, log s, gamma and others). So load a checkpoint on every process. In deferred mode the first micro-batch of a step
-        and its end make one each, the micro-batches between them none. Each process returns its sum times R / n, so the average
+        and its end make one each. With report="robust" the micro-batches between them make none, and the processes may make
+        different numbers of them. With report="mean" every forward makes one more, so in a step all processes must make equally
+        many. Each process returns its sum times R / n, so the average
         of the gradients that DDP and FSDP make is the gradient of one big batch. Processes may have different numbers of rows.
         A process without rows must call the criterion with an empty batch, because all take part. A nonfinite loss on one
         process counts on all of them. In eval mode and under no_grad nothing is exchanged, and each process uses its own batch.
@@ -240,10 +247,10 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
             report="mean".
 
         Raises:
-            ValueError: shapes that do not fit; losses that are not per sample; an ignore_index without labels of that shape;
-                a batch on another device than the state; groups without a rule that uses them, or a rule that needs groups
-                without them; a rule that returns another shape; processes that disagree on lam, gamma, the number of classes or
-                another setting; in deferred mode a sample_weight or soft target that requires grad.
+            ValueError: shapes that do not fit; losses that are not per sample; an ignore_index without labels that fit, or with
+                several; a batch on another device than the state; groups without a rule that uses them, or a rule that needs
+                groups without them; a rule that returns another shape; processes that disagree on lam, gamma, the number of
+                classes or another setting; in deferred mode a sample_weight or soft target that requires grad.
             TypeError: labels of a dtype that the loss does not take; a score that is not floating; a criterion that returns no
                 floating tensor. IndexError: a label out of range (on a GPU it is raised by a later call).
             RuntimeError: the process group is gone, or the exchange failed; class weights that require grad; a forward inside a

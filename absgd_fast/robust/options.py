@@ -1,4 +1,4 @@
-"""Options of a robust loss that exclude each other, as one table."""
+"""Options of a robust loss: flags, and those that exclude each other, as one table."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from .._numbers import plain
 from ..distributed import AUTO
 
 Options = Mapping[str, Any]  # name -> value; the values are of many types
@@ -80,3 +81,11 @@ def check(owner: str, options: Options) -> None:
     for conflict in CONFLICTS:
         if conflict.owner == owner and conflict.option in options and conflict.clashes(options):
             raise ValueError(conflict.message.format(**{**options, "value": options[conflict.option], "owner": owner}))
+
+
+def flag(value: bool, name: str) -> bool:
+    """True or False (NumPy's too) as a bool; ValueError for anything else, such as a text, which Python would take as True."""
+    number = plain(value)
+    if not isinstance(number, bool):
+        raise ValueError(f"{name}: got {value!r}, expected True or False")
+    return number

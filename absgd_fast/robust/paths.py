@@ -13,7 +13,7 @@ from .. import functional as F
 from ..functional import LossSpec
 from ..reference import real_dtype
 from .base import RobustLoss
-from .ignored import without_ignored
+from .ignored import warn_of_ignored, without_ignored
 from .last import Weighed
 from .normalizer import InStages, Own, Samples
 from .weighting import FromWeights, Tilt, weighted_sum
@@ -170,6 +170,9 @@ def general(
         losses, classes = _per_sample_losses(criterion.criterion(*args)), 0
         samples = checked(samples, losses, losses.dtype)
         mask = without_ignored(samples.mask, criterion.ignore_index, criterion.criterion, args, losses)
+        if mask is None and update_state and not (criterion.memo.asked or torch.compiler.is_compiling()):
+            criterion.memo.asked = True
+            warn_of_ignored(args, losses)
         samples = samples._replace(mask=mask)
     else:
         logits, target = args

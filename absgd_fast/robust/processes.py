@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -93,6 +95,8 @@ class Processes:
         of_all = distributed.exchange(torch.cat([stats, lam, self._configured[1], log_s]), self.group, count)
         # Looking at numbers on a GPU waits for it, so there the check is made once after each change of the settings.
         if not torch.compiler.is_compiling() and (stats.device.type == "cpu" or self._agreed != key):
+            if state.reports_mean:
+                _check_same_exchange(of_all)
             distributed.check_agreement(of_all[:, 3:].cpu(), _CONFIGURATION, _shown)
             self._agreed = key
         return of_all
@@ -100,11 +104,38 @@ class Processes:
     def total(self, sums: Tensor) -> Tensor:
         """The sums over all processes. sums: float64, those of this process.
 
+        A row is as wide as one of `gather`, so that processes that made unequally many forwards get an error by name. On a GPU
+        nobody looks: there `total` gives NaN, and `gather` statistics of a bad batch.
+
         Raises:
-            RuntimeError: the group is gone, or the exchange failed.
+            RuntimeError: the group is gone, the exchange failed, or another process is in `gather`.
         """
         count = self.count()
-        return sums if count == 1 else distributed.exchange(sums, self.group, count).sum(0)
+        if count == 1:
+            return sums
+        row = sums.new_full((3 + len(_CONFIGURATION),), math.nan)
+        row[2] = 1.0  # one nonfinite loss, by which log s stays
+        row[_LAM] = 0.0  # no lambda is 0
+        row[_LAM + 1 : _LAM + 1 + len(sums)] = sums
+        of_all = distributed.exchange(row, self.group, count)
+        if not torch.compiler.is_compiling() and sums.device.type == "cpu":
+            _check_same_exchange(of_all)
+        return of_all[:, _LAM + 1 : _LAM + 1 + len(sums)].where(of_all[:, _LAM : _LAM + 1] == 0, math.nan).sum(0)
+
+
+_LAM = 3  # the column of lambda in the rows of `gather`
+
+
+def _check_same_exchange(of_all: Tensor) -> None:
+    """RuntimeError if some processes are in `total` and some in `gather`."""
+    in_total = of_all[:, _LAM] == 0
+    if in_total.any() and not in_total.all():
+        more, fewer = int(in_total.nonzero()[0]), int(in_total.logical_not().nonzero()[0])
+        raise RuntimeError(
+            f'ABLoss: with report="mean" rank {more} made a forward of an optimizer step that rank {fewer} had ended already;'
+            " expected equally many training forwards on all processes, those without samples with an empty batch, or"
+            ' report="robust", with which deferred micro-batches exchange nothing'
+        )
 
 
 def _shown(name: str, value: float) -> str:

@@ -1,4 +1,8 @@
-"""The plain mean loss as the value of a forward, report="mean". The gradient stays that of the robust loss."""
+"""The plain mean loss as the value of a forward, report="mean". The gradient stays that of the robust loss.
+
+Several processes sum their losses in an exchange of its own, in every training forward. So also in deferred mode they must make
+equally many forwards in a step; with report="robust" they need not, because the later micro-batches exchange nothing.
+"""
 
 from __future__ import annotations
 
