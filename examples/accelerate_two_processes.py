@@ -10,7 +10,6 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
 import absgd_fast as ab
-from absgd_fast.experiments.data import add_noise
 from absgd_fast.integrations.accelerate import Robust
 
 EPOCHS = 30
@@ -40,7 +39,9 @@ def train(data, lam):
 
 x, y = (torch.as_tensor(a) for a in load_digits(return_X_y=True))
 x, held_out = x.float() / 16, torch.arange(len(y)) % 2 == 0
-noisy = torch.as_tensor(add_noise(y[~held_out].numpy(), "symmetric", 0.4, 10, seed=0))
+clean, draw = y[~held_out], torch.Generator().manual_seed(0)
+wrong = torch.rand(len(clean), generator=draw) < 0.4
+noisy = torch.where(wrong, (clean + torch.randint(1, 10, (len(clean),), generator=draw)) % 10, clean)
 data = TensorDataset(x[~held_out], noisy)
 for name, lam in (("cross-entropy", float("inf")), ("ABSGD", -0.5)):
     accelerator, net = train(data, lam)

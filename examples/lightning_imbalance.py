@@ -13,7 +13,6 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
 import absgd_fast as ab
-from absgd_fast.experiments.data import class_counts
 from absgd_fast.integrations.lightning import RobustCallback
 
 EPOCHS = 50
@@ -42,8 +41,9 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="lightning")
 x, y = (torch.as_tensor(a) for a in load_digits(return_X_y=True))
 x, held_out = x.float() / 16, torch.arange(len(y)) % 2 == 0
-rows = [torch.nonzero((y == k) & ~held_out)[:n, 0] for k, n in enumerate(class_counts(88, 10, "lt", 100))]
-train = TensorDataset(x[torch.cat(rows)], y[torch.cat(rows)])
+kept = [max(int(88 * 100 ** (-k / 9)), 1) for k in range(10)]  # 88, 52, 31, ..., 2, 1, 1
+rows = torch.cat([torch.nonzero((y == k) & ~held_out)[: kept[k], 0] for k in range(10)])
+train = TensorDataset(x[rows], y[rows])
 for name, lam in (("cross-entropy", float("inf")), ("ABSGD", 0.5)):
     pl.seed_everything(0, verbose=False)
     module = Classifier(ab.ABLoss(lam=lam))

@@ -2,19 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
+from torch.nn import Module
 
 from ..robust.base import RobustLoss
 from ..robust.step import OPEN
+from ..schedule import ChainedSchedules, TwoStage
 
 
-def accumulates(criterion: RobustLoss, micro_batches: int) -> None:
+def check_criterion(criterion: object, instead: str = "") -> None:
+    """TypeError for what is no `ABLoss` or `LinearABLoss`. instead: what may be given besides one, for the text."""
+    if isinstance(criterion, RobustLoss):
+        return
+    wrapped = isinstance(getattr(criterion, "module", getattr(criterion, "_orig_mod", None)), Module)
+    hint = (
+        "the criterion itself, and not what Accelerator.prepare, DDP or torch.compile has made of a module"
+        if wrapped
+        else "such as ABLoss(loss, lam=...) for a loss of single samples (of torch's losses, one with reduction='none')"
+    )
+    raise TypeError(f"criterion: got {type(criterion).__name__}, expected an ABLoss or LinearABLoss{instead}: {hint}")
+
+
+def check_schedule(schedule: object, criteria: Sequence[RobustLoss]) -> None:
+    """ValueError for a schedule of the lambda of a criterion that does not take part in the training.
+
+    A schedule of class weights is not looked at. It may drive a loss that is hidden in a function, or a second term.
+    """
+    for part in _parts(schedule):
+        if isinstance(part, TwoStage) and all(part.criterion is not criterion for criterion in criteria):
+            raise ValueError(
+                "schedule: got a TwoStage of a criterion that this training does not have; expected one of the criterion that"
+                " makes its loss, such as TwoStage(criterion, ...)"
+            )
+
+
+def _parts(schedule: object) -> Iterator[object]:
+    """A schedule, or those in a ChainedSchedules."""
+    if isinstance(schedule, ChainedSchedules):
+        for part in schedule.parts:
+            yield from _parts(part)
+    else:
+        yield schedule
+
+
+def accumulates(criterion: RobustLoss, micro_batches: int, *, has_optimizer: bool = False) -> None:
     """Prepare a criterion for a framework that divides the loss by `micro_batches`, before the first of them.
 
     The value of the forward becomes the plain mean, which a framework prints. Several micro-batches make the criterion deferred.
-    A criterion with rule= weighs each micro-batch by itself, and then the framework's division by their number is right.
+    With one it is not deferred, so that a second term of the loss keeps its size. A criterion with rule= weighs each micro-batch
+    by itself, and then the framework's division by their number is right.
+
+    Args:
+        criterion: it must not be in the middle of a deferred step.
+        micro_batches: those of the optimizer steps that follow.
+        has_optimizer: whether an optimizer has the criterion as its ``robust=``. Such a criterion stays deferred, because the
+            optimizer finishes its steps.
 
     Raises:
         ValueError: several micro-batches, and an option that cannot be deferred (mix, max_weight).
@@ -22,14 +66,35 @@ def accumulates(criterion: RobustLoss, micro_batches: int) -> None:
     criterion.report = "mean"
     if criterion.rule is None:
         criterion.loss_divisor = 1  # see `divided_by`
-        if micro_batches > 1:
-            criterion.deferred = True
+        if not has_optimizer:
+            criterion.deferred = micro_batches > 1
 
 
 def is_open(criterion: RobustLoss) -> bool:
     """Whether this criterion has micro-batches whose gradients are not normalised yet."""
     step = criterion.deferred_step
     return step is not None and step.phase is OPEN
+
+
+class Skipped:
+    """Takes a micro-batch out of its deferred step again, if the framework runs no backward of its loss.
+
+    It is made before the forward. Without deferred mode log s has moved by then, and stays.
+    """
+
+    def __init__(self, criterion: RobustLoss):
+        self._criterion = criterion
+        self._before = vars(criterion.deferred_step).copy() if is_open(criterion) else None
+
+    def take_out(self) -> None:
+        """Forget what the forwards since then have counted."""
+        step = self._criterion.deferred_step
+        if step is None or not is_open(self._criterion):
+            return
+        if self._before is None:
+            self._criterion.discard()  # the step began with this micro-batch
+        else:
+            vars(step).update(self._before)  # the statistics of a step are replaced, and never changed in place
 
 
 def divided_by(criterion: RobustLoss, loss_divisor: float) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from ..robust.base import RobustLoss
 from ..schedule import LossSchedule
 from ._missing import without
-from ._steps import accumulates, finish
+from ._steps import accumulates, check_criterion, check_schedule, finish, is_open
 
 try:
     from accelerate import Accelerator
@@ -23,8 +25,11 @@ class Robust:
     """Ends the optimizer steps of an `ABLoss` or `LinearABLoss` in a loop with an Accelerator (docs/MATH.md §5).
 
     `Accelerator.backward` divides the loss of each micro-batch by `gradient_accumulation_steps`. Several of them make the
-    criterion deferred. `finish` then normalises their gradients and clips. The last group of an epoch may be short. The value of
-    the criterion becomes the plain mean loss.
+    criterion deferred, and one makes it not deferred. `finish` then normalises their gradients and clips. The last group of an
+    epoch may be short. The value of the criterion becomes the plain mean loss.
+
+    The Accelerator's own `clip_grad_norm_` and `clip_grad_value_` would clip sums if they came before `finish`. So this object
+    replaces them on the Accelerator by ones that note it, and `finish` raises an error.
 
     `Accelerator.save_state` and `load_state` save and load the criterion and the schedule.
 
@@ -37,7 +42,8 @@ class Robust:
 
     Raises:
         TypeError: criterion is no `ABLoss` or `LinearABLoss`.
-        ValueError: an option that cannot be deferred (mix, max_weight) while gradients accumulate.
+        ValueError: the schedule drives another criterion; an option that cannot be deferred (mix, max_weight) while gradients
+            accumulate.
         RuntimeError: a backend that accumulates and clips by itself (DeepSpeed, Megatron-LM).
 
     >>> import absgd_fast as ab
@@ -56,19 +62,31 @@ class Robust:
     """
 
     def __init__(self, accelerator: Accelerator, criterion: RobustLoss, schedule: LossSchedule | None = None):
-        if not isinstance(criterion, RobustLoss):
-            raise TypeError(
-                f"criterion: got {type(criterion).__name__}, expected an ABLoss or LinearABLoss itself, and not what"
-                " Accelerator.prepare has made of it"
-            )
+        check_criterion(criterion)
         if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
             raise RuntimeError(
                 f"Robust: got an Accelerator with {accelerator.distributed_type.value}, which accumulates and clips by itself;"
                 " expected DDP, FSDP or one process"
             )
+        check_schedule(schedule, [criterion])
         self.accelerator, self.criterion = accelerator, criterion.to(accelerator.device)
         accumulates(criterion, accelerator.gradient_accumulation_steps)
         accelerator.register_for_checkpointing(criterion, *([] if schedule is None else [schedule]))
+        self._clipped: set[int] = set()  # ids of parameters whose gradients were clipped too early
+        for name in ("clip_grad_norm_", "clip_grad_value_"):
+            setattr(accelerator, name, self._noting(getattr(accelerator, name)))
+
+    def _noting(self, clip: Callable[..., Any]) -> Callable[..., Any]:
+        """A method of the Accelerator that clips. It also notes parameters that it clips before `finish` of their step."""
+
+        @functools.wraps(clip)
+        def noting(parameters: Tensor | Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
+            params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+            if is_open(self.criterion):
+                self._clipped.update(map(id, params))
+            return clip(params, *args, **kwargs)
+
+        return noting
 
     def finish(self, model: nn.Module | Iterable[Tensor], max_norm: float | None = None) -> Tensor | None:
         """End an optimizer step: normalise the gradients, and clip them. Call it between each backward and optimizer.step().
@@ -84,7 +102,8 @@ class Robust:
             nothing. None without max_norm, and while gradients accumulate.
 
         Raises:
-            RuntimeError: `gradient_accumulation_steps` was raised after this object was made.
+            RuntimeError: `gradient_accumulation_steps` was raised after this object was made; or the Accelerator has clipped the
+                gradients, which are sums before this call.
         """
         accelerator, criterion = self.accelerator, self.criterion
         micro_batches = accelerator.gradient_accumulation_steps
@@ -96,6 +115,14 @@ class Robust:
         if not accelerator.sync_gradients:
             return None
         params = list(model.parameters() if isinstance(model, nn.Module) else model)
+        clipped = any(id(param) in self._clipped for param in params)
+        self._clipped.clear()
+        if clipped:
+            raise RuntimeError(
+                "finish: got gradients that accelerator.clip_grad_norm_ or clip_grad_value_ has clipped while they were sums over"
+                " all samples, which makes the step far too small; expected robust.finish(model, max_norm=...) in its place, or"
+                " clipping between finish and optimizer.step()"
+            )
         accelerator.unscale_gradients()
         counts = finish([criterion], params, micro_batches)
         if max_norm is None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from ..robust.base import RobustLoss
-from ..schedule import ChainedSchedules, LossSchedule, TwoStage
+from ..schedule import LossSchedule
 from ._missing import without
-from ._steps import accumulates, divided_by, finish
+from ._steps import Skipped, accumulates, check_criterion, check_schedule, divided_by, finish
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,6 +23,8 @@ class RobustCallback(Callback):
     clipped. Their number may change from epoch to epoch, and the last group of an epoch may be short. The value of the criterion
     becomes the plain mean loss, so that `self.log("loss", loss)` shows it.
 
+    `fit` moves the callback before the others of the Trainer, so that they see normalised gradients.
+
     The checkpoints of the Trainer have the state of the schedule, and that of the criterion. So `ckpt_path=` resumes both.
 
     Args:
@@ -38,7 +39,10 @@ class RobustCallback(Callback):
             max_weight) while gradients accumulate.
         RuntimeError: manual optimization, or a strategy that accumulates by itself (DeepSpeed).
 
-    In the training, RuntimeError: two criteria in one step of several micro-batches.
+    In the training, RuntimeError: two criteria in one step of several micro-batches. ValueError: an optimizer that runs
+    training_step several times in a step, as LBFGS does.
+
+    A training_step that returns None skips its micro-batch, whether it has called the criterion or not.
 
     Do not add other terms to the loss while gradients accumulate: the gradient of the whole step is normalised at its end.
 
@@ -50,22 +54,25 @@ class RobustCallback(Callback):
     """
 
     def __init__(self, schedule: LossSchedule | None = None, *, criterion: RobustLoss | None = None):
-        if criterion is not None and not isinstance(criterion, RobustLoss):
-            raise TypeError(f"criterion: got {type(criterion).__name__}, expected an ABLoss or LinearABLoss, or None")
+        if criterion is not None:
+            check_criterion(criterion, ", or None")
         self.schedule = schedule
         self._given = criterion
         self._criteria = [] if criterion is None else [criterion]
         self._stepped = False  # whether the optimizer has, with this batch
+        self._skipped: list[Skipped] = []  # of the criteria, until the backward of this batch
         self._resting = False  # whether the criteria are in eval mode for an epoch without backward
 
     # ---- before the first batch ----
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the criteria. Lightning calls this before it loads a checkpoint."""
-        if stage != "fit":
-            return
+        """Find the criteria, whose value is the plain mean from now on. Lightning calls this before it loads a checkpoint."""
         if self._given is None:
             self._criteria = [module for module in pl_module.modules() if isinstance(module, RobustLoss)]
+        for criterion in self._criteria:
+            criterion.report = "mean"  # validation may come before the first batch of a training, or without one
+        if stage != "fit":
+            return
         if not self._criteria:
             raise ValueError(
                 f"RobustCallback: {type(pl_module).__name__} has no ABLoss; expected one as an attribute, such as"
@@ -76,12 +83,9 @@ class RobustCallback(Callback):
                 "RobustCallback: got automatic_optimization=False, where Lightning calls no hook between the last backward and"
                 " clipping; leave the callback out, and call criterion.finish_(params) before clipping (docs/scale.md)"
             )
-        for stage_of_lam in _parts(self.schedule):
-            if isinstance(stage_of_lam, TwoStage) and all(stage_of_lam.criterion is not c for c in self._criteria):
-                raise ValueError(
-                    "schedule: got one of a criterion that the LightningModule does not have, expected one of its own, such"
-                    " as TwoStage(module.criterion, ...)"
-                )
+        check_schedule(self.schedule, self._criteria)
+        # a callback that logs the norm of the gradients, which are sums until this one has normalised them
+        trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what does not go together, and bring a criterion outside of the module to its device."""
@@ -118,16 +122,35 @@ class RobustCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Follow accumulate_grad_batches, which may change from epoch to epoch."""
+        self._stepped = False
         # SWA adds a last epoch without backward, for batch norm; it must not move log s
         self._resting = getattr(trainer.fit_loop, "_skip_backward", False)
         for criterion in self._criteria:
             if self._resting:
                 criterion.eval()
             else:
-                accumulates(criterion, trainer.accumulate_grad_batches)
+                has_optimizer = any(getattr(o, "robust", None) is criterion for o in trainer.optimizers)
+                accumulates(criterion, trainer.accumulate_grad_batches, has_optimizer=has_optimizer)
+        self._skipped = [Skipped(criterion) for criterion in self._criteria]
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The micro-batch counts."""
+        self._skipped = []
+
+    def _take_out_skipped(self) -> None:
+        """Forget a micro-batch whose training_step has returned None, so that Lightning runs no backward."""
+        for skipped in self._skipped:
+            skipped.take_out()
+        self._skipped = []
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Normalise the gradients. Lightning has unscaled them, and has not clipped them yet."""
+        if self._stepped:
+            raise ValueError(
+                f"RobustCallback: got {type(optimizer).__name__}, which runs training_step several times in one optimizer step,"
+                " and log s would move with each of them; expected an optimizer that runs it once, such as ABSGD"
+            )
+        self._take_out_skipped()
         divisor = trainer.accumulate_grad_batches  # of a short last group too
         if self._finishes(optimizer):
             divided_by(optimizer.robust, divisor)
@@ -137,6 +160,7 @@ class RobustCallback(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Step the schedule, before Lightning validates and saves."""
+        self._take_out_skipped()
         stepped, self._stepped = self._stepped, False
         if self.schedule is None:
             return
@@ -162,12 +186,3 @@ class RobustCallback(Callback):
             self._given.load_state_dict(state_dict["criterion"])
         if self.schedule is not None and "schedule" in state_dict:
             self.schedule.load_state_dict(state_dict["schedule"])
-
-
-def _parts(schedule: object) -> Iterator[object]:
-    """A schedule, or those in a ChainedSchedules."""
-    if isinstance(schedule, ChainedSchedules):
-        for part in schedule.parts:
-            yield from _parts(part)
-    else:
-        yield schedule

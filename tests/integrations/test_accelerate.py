@@ -14,6 +14,7 @@ from two_processes import needs_gloo
 
 import absgd_fast as ab
 from absgd_fast.integrations.accelerate import Robust
+from absgd_fast.schedule import ChainedSchedules
 
 EPOCHS = 4
 LENGTHS = {"4,4": (8, 5), "4,4,2": (10, 4)}  # batches of an epoch with K = 4, and epochs: ten and twelve optimizer steps
@@ -110,6 +111,16 @@ def test_printed_is_the_plain_mean(k):
     x, y = truth.samples(30)
     losses = torch.nn.functional.cross_entropy(truth.network()(x), y, reduction="none").view(10, truth.ROWS).mean(1)
     assert loop.printed == pytest.approx(losses.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, ab.ABSGD], ids=["SGD", "ABSGD with robust="])
+def test_a_criterion_without_accumulation(make):
+    """It is not deferred, whatever it was before. An optimizer that has it as robust= then uses the gradients as they are."""
+    criterion = ab.ABLoss(lam=truth.LAM, deferred=True)
+    options = dict(lr=0.1, momentum=0.9, weight_decay=1e-3) | ({"robust": criterion} if make is ab.ABSGD else {})
+    loop = Loop(1, criterion=criterion, optimizer=lambda params: make(params, **options), clip=0.02).run(1)
+    assert not criterion.deferred
+    truth.assert_same(loop.net, wanted(k=1, epochs=1, max_norm=0.02))
 
 
 def test_groups_that_span_epochs():
@@ -236,13 +247,28 @@ def test_averages_leave_the_state_alone():
     truth.assert_same(loop.net, wanted(epochs=3))
 
 
+def test_a_copy_before_lambda_is_fixed():
+    """RelativeLam: a copy that is made before the first batch does not learn what the training has fixed, as the page says."""
+    loop = Loop(criterion=ab.ABLoss(lam=ab.RelativeLam(truth.LAM)))
+    both = nn.ModuleDict({"net": loop.net, "criterion": loop.criterion})
+    average = torch.optim.swa_utils.AveragedModel(both)
+    loop.run(1)
+    average.update_parameters(both)
+    assert loop.criterion.lam.isfinite() and average.module["criterion"].lam.isnan()
+
+
 # ---- what is refused ---------------------------------------------------------------------------------------------------------
 
 
 def test_refused():
     accelerator = Accelerator(cpu=True)
-    with pytest.raises(TypeError, match="criterion: got CrossEntropyLoss, expected an ABLoss or LinearABLoss itself"):
-        Robust(accelerator, nn.CrossEntropyLoss())
+    of_samples = r"expected an ABLoss or LinearABLoss: such as ABLoss\(loss, lam=\.\.\.\) .* reduction='none'"
+    for loss in (nn.CrossEntropyLoss(), ab.CrossEntropy(), nn.functional.cross_entropy):
+        with pytest.raises(TypeError, match=f"criterion: got {type(loss).__name__}, {of_samples}"):
+            Robust(accelerator, loss)
+    Robust(accelerator, ab.ABLoss(nn.CrossEntropyLoss(reduction="none"), lam=truth.LAM))  # as the error says
+    with pytest.raises(TypeError, match="the criterion itself, and not what Accelerator.prepare, DDP or torch.compile"):
+        Robust(accelerator, torch.compile(ab.ABLoss(lam=truth.LAM)))
     with pytest.raises(ValueError, match="mix: got 1 with deferred=True"):
         Loop(criterion=ab.ABLoss(lam=truth.LAM, mix=1.0))
     loop = Loop(1)
@@ -253,6 +279,48 @@ def test_refused():
     loop = Loop(criterion=criterion, optimizer=lambda params: ab.ABSGD(params, robust=criterion))
     with pytest.raises(RuntimeError, match="expected an optimizer without robust= together with finish_"):
         loop.run(1)
+
+
+def with_clipping(loop, clip, when, params=None):
+    """The loop, with a method of the Accelerator that clips, before or after `finish` of a whole step."""
+    finish, accelerator = loop.robust.finish, loop.accelerator
+
+    def both(model, max_norm):
+        for now in ("before", "after"):
+            if now == when and accelerator.sync_gradients:
+                getattr(accelerator, clip)(model.parameters() if params is None else params, 0.01)
+            if now == "before":
+                finish(model)
+
+    loop.robust.finish = both
+    return loop
+
+
+@pytest.mark.parametrize("clip", ["clip_grad_norm_", "clip_grad_value_"])
+def test_clipping_of_sums(clip):
+    """The Accelerator's clipping before `finish` is an error. After it, of other parameters and of normalised gradients it is
+    not."""
+    with pytest.raises(RuntimeError, match=r"finish: got gradients that accelerator\.clip_grad_norm_ .* expected robust\.finish"):
+        with_clipping(Loop(), clip, "before").run(1)
+    other = torch.zeros(3, requires_grad=True)
+    other.grad = torch.ones(3)
+    truth.assert_same(with_clipping(Loop(), clip, "before", [other]).run(1).net, wanted(epochs=1))
+    by_hand = with_clipping(Loop(), clip, "after").run()
+    if clip == "clip_grad_norm_":
+        truth.assert_same(by_hand.net, wanted(max_norm=0.01))
+        truth.assert_same(with_clipping(Loop(1), clip, "before").run(1).net, wanted(k=1, epochs=1, max_norm=0.01))
+
+
+@pytest.mark.parametrize("wrap", [lambda schedule: schedule, ChainedSchedules], ids=["alone", "in a ChainedSchedules"])
+def test_a_schedule_of_another_criterion(wrap):
+    """Nothing is changed or registered then. A schedule of class weights may drive what it likes."""
+    forget()
+    accelerator, criterion = Accelerator(cpu=True), ab.ABLoss(lam=truth.LAM)
+    with pytest.raises(ValueError, match="schedule: got a TwoStage of a criterion that this training does not have"):
+        Robust(accelerator, criterion, wrap(ab.TwoStage(ab.ABLoss(lam=truth.LAM), lam=truth.LAM, start=1)))
+    assert criterion.report == "robust" and not accelerator._custom_objects
+    Robust(accelerator, criterion, wrap(ab.TwoStage(criterion, lam=truth.LAM, start=1)))
+    Robust(accelerator, criterion, wrap(ab.DRW(ab.CrossEntropy(), [1.0] * truth.CLASSES, start=1)))
 
 
 # ---- two processes -----------------------------------------------------------------------------------------------------------
@@ -280,7 +348,7 @@ def of_two_processes(rank, tmp_path):
 
     with pytest.raises(RuntimeError, match="any parameter that requires a gradient"):  # as documented
         second.accelerator.prepare(ab.ABLoss(lam=truth.LAM))
-    with pytest.raises(TypeError, match="not what Accelerator.prepare has made of it"):
+    with pytest.raises(TypeError, match="criterion itself, and not what Accelerator.prepare"):
         Robust(second.accelerator, second.model)
 
 

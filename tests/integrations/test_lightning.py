@@ -106,11 +106,84 @@ def test_printed_is_the_plain_mean(optimizer):
     assert module.printed == pytest.approx(losses.tolist() * EPOCHS, rel=1e-5)
 
 
+class Validated(Module):
+    """It logs the criterion's value in every stage."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("held out", self.criterion(self.net(batch[0]), batch[1]))
+
+    test_step = validation_step
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "sanity check"])
+def test_logged_without_a_training_is_the_plain_mean(stage):
+    """Before a batch was trained on, with the state of an earlier training."""
+    module = Validated(ab.ABLoss(lam=truth.LAM), optimizer=partial(torch.optim.SGD, lr=0.0))
+    module.criterion.load_state_dict({**module.criterion.state_dict(), "log_s": torch.tensor(-2.0)})
+    x, y = truth.samples(20, seed=5)
+    mean = torch.nn.functional.cross_entropy(truth.network()(x), y).item()
+    data, seen = DataLoader(TensorDataset(x, y), batch_size=20), []
+
+    class See(pl.Callback):
+        def on_sanity_check_end(self, trainer, pl_module):
+            seen.append(trainer.callback_metrics["held out"])
+
+    if stage == "sanity check":
+        trainer(RobustCallback(), See(), epochs=1, num_sanity_val_steps=1).fit(module, loader(1), data)
+    else:
+        seen += [getattr(trainer(RobustCallback()), stage)(module, data, verbose=False)[0]["held out"]]
+    assert [float(value) for value in seen] == pytest.approx([mean], rel=1e-5)
+
+
 def test_accumulation_that_changes():
     """Lightning's GradientAccumulationScheduler: one micro-batch in the first epoch, then five, then two."""
     module = Module(ab.ABLoss(lam=truth.LAM))
     fit(module, GradientAccumulationScheduler({0: 1, 1: 5, 3: 2}), RobustCallback(), gradient_clip_val=0.1)
     truth.assert_same(module.net, wanted(k=[1, 5, 5, 2], max_norm=0.1))
+
+
+class WithATerm(Module):
+    """A second term in the loss, where nothing accumulates."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        alone = self.trainer.accumulate_grad_batches == 1
+        return loss + 0.1 * sum((p**2).sum() for p in self.net.parameters()) if alone else loss
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("k", [[1, 1, 1, 1], [4, 4, 1, 1], [1, 4, 1, 4]], ids=str)
+def test_another_term_without_accumulation(k, deferred):
+    """With one micro-batch the criterion is not deferred, whatever it was before, so nothing multiplies the other term."""
+    dtype, net, log_s = torch.float64, truth.network(torch.float64), -math.inf
+    module = WithATerm(ab.ABLoss(lam=truth.LAM, deferred=deferred).to(dtype), dtype=dtype)
+    fit(module, GradientAccumulationScheduler(dict(enumerate(k))), RobustCallback(), dtype=dtype)
+    optimizer = truth.OPTIMIZERS["SGD"](net.parameters())
+    for size in k:
+        for batch in truth.big_batches(truth.samples(30, dtype), 10, size, 1):
+            optimizer.zero_grad()
+            losses = truth.cross_entropy(net, batch)
+            weights, log_s = ab.reference.robust_weights(losses.detach(), log_s, truth.LAM)
+            term = 0.1 * sum((p**2).sum() for p in net.parameters()) if size == 1 else 0.0
+            ((weights * losses).mean() + term).backward()
+            optimizer.step()
+    truth.assert_same(module.net, net, dtype)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_other_callbacks_see_normalised_gradients(first):
+    """Wherever they stand in the list. Their own order stays."""
+    norms, robust = [], RobustCallback()
+
+    class Norm(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            norms.append(float(nn.utils.clip_grad_norm_(pl_module.net.parameters(), math.inf)))
+
+    run = trainer(*([robust, Norm()] if first else [Norm(), robust]), accumulate_grad_batches=4, enable_progress_bar=True)
+    others = [callback for callback in run.callbacks if callback is not robust]
+    run.fit(Module(ab.ABLoss(lam=truth.LAM)), loader(10))
+    assert norms == pytest.approx(wanted().norms, rel=1e-4)
+    assert [callback for callback in run.callbacks if callback is not robust] == others
 
 
 def test_clipping_by_value():
@@ -142,13 +215,16 @@ def test_bfloat16(make, clip):
     assert truth.distance(*nets) <= 5e-3 < truth.distance(nets[0], truth.network())
 
 
+@pytest.mark.parametrize("k", [1, 4])
 @pytest.mark.parametrize("clip", [None, truth.CLIP])
-def test_robust_in_the_optimizer(clip):
-    """The optimizer's own step may normalise, and clip after that."""
+def test_robust_in_the_optimizer(clip, k):
+    """The optimizer's own step may normalise, and clip after that. Its criterion is deferred with one micro-batch too."""
     criterion = ab.ABLoss(lam=truth.LAM, deferred=True)
     options = dict(lr=0.1, momentum=0.9, weight_decay=1e-3, robust=criterion, max_norm=clip)
-    module = fit(Module(criterion, optimizer=partial(ab.ABSGD, **options)), RobustCallback(), accumulate_grad_batches=4)
-    truth.assert_same(module.net, wanted(max_norm=clip))
+    module = Module(criterion, optimizer=partial(ab.ABSGD, **options))
+    fit(module, RobustCallback(), epochs=k, accumulate_grad_batches=k)
+    truth.assert_same(module.net, wanted(k=k, epochs=k, max_norm=clip))
+    assert criterion.deferred
 
 
 def test_linear_loss():
@@ -212,6 +288,41 @@ def test_a_bad_step_is_passed_over(k):
     assert module.criterion.nonfinite_batches == 1
     if k == 4:
         truth.assert_same(module.net, truth.train(truth.network(), [(x[:12], y[:12])], max_norm=truth.CLIP))
+
+
+def with_skipped(skipped):
+    class Skips(Module):
+        """Returns None for some micro-batches, as one does where the loss is NaN. The criterion has seen them by then."""
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx in skipped else loss
+
+    return Skips
+
+
+@pytest.mark.parametrize("by", ["callback", "optimizer"])
+@pytest.mark.parametrize("nan", [False, True], ids=["finite", "NaN"])
+@pytest.mark.parametrize("skipped", [(0,), (1,), (0, 1), (3,), (2, 5, 9), (4, 5, 6, 7), (8, 9)], ids=str)
+def test_a_training_step_that_returns_none(skipped, nan, by):
+    """Its micro-batch does not count: the first, a middle one, the last, and all of a step. Lightning divides by 4 as before."""
+    dtype = torch.float64
+    x, y = truth.samples(30, dtype)
+    rows = [i for i in range(30) if i // truth.ROWS not in skipped]
+    groups = [[i for i in rows if i // truth.ROWS // 4 == group] for group in range(3)]
+    want = truth.train(truth.network(dtype), [(x[g], y[g]) for _ in range(2) for g in groups if g], max_norm=0.1)
+    if nan:
+        for batch in skipped:
+            x[batch * truth.ROWS] = math.nan
+    criterion = ab.ABLoss(lam=truth.LAM, deferred=by == "optimizer").to(dtype)
+    options = dict(lr=0.1, momentum=0.9, weight_decay=1e-3, robust=criterion, max_norm=0.1)
+    make = "SGD" if by == "callback" else partial(ab.ABSGD, **options)
+    module = with_skipped(skipped)(criterion, optimizer=make, dtype=dtype)
+    data = DataLoader(TensorDataset(x, y), batch_size=truth.ROWS)
+    clip = 0.1 if by == "callback" else None
+    trainer(RobustCallback(), epochs=2, accumulate_grad_batches=4, gradient_clip_val=clip).fit(module, data)
+    truth.assert_same(module.net, want, dtype)
+    assert float(criterion.log_s) == pytest.approx(float(want.log_s), rel=1e-12) and criterion.nonfinite_batches == 0
 
 
 def test_a_rule_weighs_each_micro_batch():
@@ -448,10 +559,17 @@ def with_two_criteria():
     return Two(nn.ModuleList([ab.ABLoss(lam=1.0), ab.ABLoss(lam=2.0)])), [RobustCallback()], {}
 
 
+def with_lbfgs(k):
+    make = partial(torch.optim.LBFGS, max_iter=3)
+    return lambda: (Module(ab.ABLoss(lam=truth.LAM), optimizer=make), [RobustCallback()], {"accumulate_grad_batches": k})
+
+
 REFUSED = {
+    "LBFGS": (with_lbfgs(1), ValueError, "got LBFGS, which runs training_step several times in one optimizer step"),
+    "LBFGS that accumulates": (with_lbfgs(4), ValueError, "got LBFGS, which runs training_step several times"),
     "no criterion": (of(nn.CrossEntropyLoss), ValueError, r"Module has no ABLoss; expected one as an attribute"),
     "mix": (of(mix=1.0), ValueError, "mix: got 1 with deferred=True"),
-    "another schedule": (with_another_schedule, ValueError, "schedule: got one of a criterion that the LightningModule does"),
+    "another schedule": (with_another_schedule, ValueError, "schedule: got a TwoStage of a criterion that this training"),
     "schedule twice": (with_a_schedule_twice, ValueError, "would be stepped twice"),
     "robust= and clipping": (with_robust_and_clipping, ValueError, r"gradient_clip_val: got 1\.0 .* leave robust= out"),
     "manual optimization": (by_hand, RuntimeError, r"automatic_optimization=False.*call criterion\.finish_\(params\)"),
@@ -467,7 +585,8 @@ def test_refused(make, error, match):
 
 
 def test_not_a_criterion():
-    with pytest.raises(TypeError, match="criterion: got CrossEntropyLoss, expected an ABLoss or LinearABLoss, or None"):
+    match = r"criterion: got CrossEntropyLoss, expected an ABLoss or LinearABLoss, or None: such as ABLoss\(loss, lam=\.\.\.\)"
+    with pytest.raises(TypeError, match=match):
         RobustCallback(criterion=nn.CrossEntropyLoss())
 
 

@@ -11,7 +11,7 @@ import truth
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
 from skorch import NeuralNetClassifier
-from skorch.callbacks import GradientNormClipping
+from skorch.callbacks import Callback, GradientNormClipping, LRScheduler
 
 import absgd_fast as ab
 
@@ -99,6 +99,39 @@ def test_resume(tmp_path):
     second.set_params(max_epochs=2).partial_fit(x, y)
     assert truth.distance(second.module_, whole.module_) == 0
     assert second.criterion_.log_s == whole.criterion_.log_s
+
+
+class SwitchLam(Callback):
+    """As in docs/integrations.md."""
+
+    def on_train_begin(self, net, **kwargs):
+        count = net.criterion_.two_stage_count or 0
+        self.schedule_ = ab.TwoStage(net.criterion_, lam=truth.LAM, start=2)
+        self.schedule_.load_state_dict({"count": count})
+
+    def on_epoch_end(self, net, **kwargs):
+        self.schedule_.step()
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_schedule(stop, tmp_path):
+    """Stepped after each epoch; resumed before, at and after the switch of lambda it gives the same bits."""
+    x, y = arrays()
+    make = lambda: classifier().set_params(callbacks=[SwitchLam()])  # noqa: E731
+    whole = make().fit(x, y)
+    truth.assert_same(whole.module_, wanted(lam=lambda step: math.inf if step < 6 else truth.LAM))  # 3 steps in an epoch
+    files = {f"f_{part}": tmp_path / f"{part}.pt" for part in ("params", "optimizer", "criterion")}
+    make().set_params(max_epochs=stop).fit(x, y).save_params(**files)
+    second = make().initialize()
+    second.load_params(**files)
+    second.set_params(max_epochs=EPOCHS - stop).partial_fit(x, y)
+    assert truth.distance(second.module_, whole.module_) == 0 and second.criterion_.log_s == whole.criterion_.log_s
+
+
+def test_the_scheduler_of_learning_rates_takes_no_schedule():
+    """As the page says: skorch makes it from an optimizer."""
+    with pytest.raises(TypeError, match="unexpected keyword argument 'last_epoch'"):
+        classifier().set_params(callbacks=[LRScheduler(policy=ab.TwoStage)]).fit(*arrays())
 
 
 def test_validation_leaves_the_state_alone():
