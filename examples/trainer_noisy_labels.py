@@ -1,6 +1,6 @@
 """Transformers' Trainer on handwritten digits, of whose training labels 40 % are wrong: plain cross-entropy and ABSGD.
 
-`RobustTrainerMixin` and `criterion=` are all that changes. Run it with: python examples/trainer_noisy_labels.py
+The mixin, criterion=, schedule= and optimizer= are new in a script. Run it with: python examples/trainer_noisy_labels.py
 """
 
 import tempfile
@@ -39,6 +39,7 @@ noisy = torch.where(wrong, (y[:1200] + torch.randint(1, 10, (1200,), generator=d
 train = [{"x": a, "labels": b} for a, b in zip(x[:1200], noisy, strict=True)]
 test = [{"x": a, "labels": b} for a, b in zip(x[1200:], y[1200:], strict=True)]
 
+quiet = dict(use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True)
 args = TrainingArguments(
     tempfile.mkdtemp(),
     per_device_train_batch_size=32,
@@ -46,14 +47,14 @@ args = TrainingArguments(
     num_train_epochs=30,
     learning_rate=0.1,
     lr_scheduler_type="cosine",
-    use_cpu=True,
-    save_strategy="no",
-    report_to=[],
-    disable_tqdm=True,
+    **quiet,
 )
-for criterion in (ab.CrossEntropy(), ab.ABLoss(lam=ab.RelativeLam(-0.5))):  # lam < 0: small losses count more
+robust = ab.ABLoss(lam=ab.RelativeLam(-0.5))  # lam < 0: small losses count more, after 30 % of the epochs
+stages = ab.TwoStage(robust, ab.RelativeLam(-0.5), start=9)
+for criterion, schedule in ((ab.CrossEntropy(), None), (robust, stages)):
     set_seed(0)
-    trainer = MyTrainer(Classifier(), args, train_dataset=train, criterion=criterion, optimizer="ABSGD")
+    options = dict(criterion=criterion, schedule=schedule, optimizer="ABSGD")
+    trainer = MyTrainer(Classifier(), args, train_dataset=train, **options)
     trainer.train()
     found = trainer.predict(test)  # the test labels are right
     print(f"{type(criterion).__name__}: accuracy {100 * (found.predictions.argmax(-1) == found.label_ids).mean():.1f} %")

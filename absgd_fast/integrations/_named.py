@@ -31,6 +31,20 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 
 
+def optimizer_called(given: str | None) -> str | None:
+    """The name of an optimizer as `OPTIMIZERS` has it, from one in any capitals; None stays None.
+
+    >>> optimizer_called("abadamw")
+    'ABAdamW'
+    """
+    if given is None:
+        return None
+    found = [name for name in OPTIMIZERS if isinstance(given, str) and name.lower() == given.lower()]
+    if not found:
+        raise ValueError(f"optimizer: got {given!r}, expected one of {', '.join(OPTIMIZERS)}, or None")
+    return found[0]
+
+
 def criterion_of(given: Any, options: dict[str, Any], of_head: bool) -> ABLoss | LinearABLoss:
     """The robust loss that a user means by a criterion or its name. A plain loss becomes a robust one with lam = inf.
 
@@ -52,10 +66,16 @@ def criterion_of(given: Any, options: dict[str, Any], of_head: bool) -> ABLoss |
             raise TypeError("criterion: got a LinearABLoss, and the model is no causal language model; expected an ABLoss")
         return given if isinstance(given, ABLoss) else ABLoss(given, lam=math.inf)
     made: Any = LinearABLoss if of_head else ABLoss
-    if given == "absgd":
+    name = given.lower()
+    if name == "absgd":
+        if not {"lam", "rule"} & options.keys():
+            raise ValueError(
+                'criterion_options: got none with the name lam and criterion="absgd", expected lambda, such as'
+                ' criterion_options={"lam": -0.5} (docs/lambda.md)'
+            )
         return made(**options)
-    if given == "dft":
+    if name == "dft":
         return DFT(linear=True, **options) if of_head else DFT(**options)
-    if given not in LOSSES:
+    if name not in LOSSES:
         raise ValueError(f"criterion: got {given!r}, expected 'absgd', 'dft', one of {', '.join(LOSSES)}, or a criterion")
-    return made(LOSSES[given](**options), lam=math.inf)
+    return made(LOSSES[name](**options), lam=math.inf)

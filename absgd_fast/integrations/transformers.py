@@ -5,8 +5,8 @@
 
 What happens in one optimizer step (K = gradient_accumulation_steps; docs/integrations.md has the table of all frameworks):
 
-    compute_loss      K times: the model is called without its labels, and the criterion, which is deferred, makes the loss
-    training_step     K times: backward, not divided by K; after the last one `finish_` normalises the gradients
+    compute_loss      K times: the model is called without its labels, and the criterion (deferred if K > 1) makes the loss
+    training_step     K times: backward, not divided by K; if K > 1, `finish_` normalises the gradients after the last one
     Trainer           clips them by max_grad_norm, logs their norm, and lets the optimizer step
     callback          steps the schedule; saves and loads the state of the criterion with the checkpoints
 
@@ -32,11 +32,13 @@ from ..linear import LinearABLoss
 from ..ops import COUNT
 from ..robust import ABLoss
 from ._missing import without
-from ._named import OPTIMIZERS, criterion_of
-from ._rows import figures, figures_of_head, next_labels, rows, without_labels
+from ._named import OPTIMIZERS, criterion_of, optimizer_called
+from ._refused import is_sft, refuse_own_losses, refuse_robust, refuse_schedule, refuse_task, refuse_training
+from ._rows import figures, figures_of_head, next_labels, rows, with_virtual_tokens, without_labels
+from ._steps import is_open
 
 try:
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments, __version__
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.trainer_utils import get_last_checkpoint
@@ -44,8 +46,11 @@ try:
 except ImportError as error:
     raise without("transformers", "transformers 5.24") from error
 
-if not hasattr(Trainer, "loss_is_scaled_for_ga"):  # of Trainer since 5.19: otherwise it divides some losses and not others
-    raise without("transformers", "transformers 5.24")
+if not hasattr(Trainer, "loss_is_scaled_for_ga"):  # otherwise it divides some losses and not others
+    raise ImportError(
+        f"absgd_fast.integrations.transformers: got transformers {__version__}, expected >= 5.19 (tested with 5.24);"
+        " pip install -U transformers"
+    )
 
 _logger = logging.get_logger(__name__)
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -75,8 +80,8 @@ class RobustTrainerMixin(_Base):
         *args, **kwargs: those of the trainer.
         criterion: an `ABLoss`, a `LinearABLoss` (for causal language models), a loss of this package or another callable of
             (logits, labels) that returns per-sample losses (then the plain mean), or a name: "absgd", "dft", "cross_entropy",
-            "focal", "gce", "sce", "ldam", "vs", "la" or "cdt". It is made deferred; with gradient_accumulation_steps=1 an
-            `ABLoss` with mix, max_weight or rule, which cannot be deferred, stays as it is.
+            "focal", "gce", "sce", "ldam", "vs", "la" or "cdt". With gradient_accumulation_steps > 1 it is made
+            deferred, and an `ABLoss` with mix, max_weight or rule is refused.
         criterion_options: for a name, the arguments of its class: of `ABLoss` or `LinearABLoss` for "absgd" (lam among them) and
             "dft", of the loss for the others.
         schedule: a schedule of the criterion or its loss, such as `TwoStage`, or a function from the criterion to it. It is
@@ -92,8 +97,8 @@ class RobustTrainerMixin(_Base):
             optimizer, label_smoothing_factor, compute_loss_func, TRL's loss_type="dft"), a way of training whose gradients are
             not those of one big batch (DeepSpeed, FSDP 1, DataParallel, tensor, context and sequence parallelism, optimizers that
             step within backward), a criterion that cannot be deferred with gradient accumulation.
-        TypeError: a trainer of TRL that is no SFTTrainer, a class in which the trainer stands before the mixin, a
-            `LinearABLoss` for a model without an unadapted linear head.
+        TypeError: a trainer of TRL that is no SFTTrainer, a class in which the trainer stands before the mixin or has a
+            compute_loss of its own, a `LinearABLoss` for a model without an unadapted linear head.
 
     >>> from transformers import Trainer
     >>> class MyTrainer(RobustTrainerMixin, Trainer): ...
@@ -104,6 +109,7 @@ class RobustTrainerMixin(_Base):
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         mro = cls.__mro__
+        refuse_own_losses(cls, mro[mro.index(RobustTrainerMixin) + 1 :])
         if Trainer in mro and mro.index(Trainer) < mro.index(RobustTrainerMixin):
             raise TypeError(
                 f"{cls.__name__}: got Trainer before RobustTrainerMixin, whose methods would not be called; expected"
@@ -121,15 +127,14 @@ class RobustTrainerMixin(_Base):
         shift_labels: bool | None = None,
         **kwargs: Any,
     ):
-        if optimizer is not None and optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer: got {optimizer!r}, expected one of {', '.join(OPTIMIZERS)}, or None")
+        optimizer = optimizer_called(optimizer)
         if optimizer is None and optimizer_options:
             raise ValueError(
                 "optimizer_options: got some without optimizer=, expected the name of an optimizer of absgd_fast too"
             )
         self._our_optimizer = optimizer, dict(optimizer_options or {})
         super().__init__(*args, **kwargs)
-        _refuse(self)
+        refuse_training(self)
         if not self.label_names:  # of a model whose forward does not name any
             self.label_names: list[str] = ["labels"]
         model = _inner(self, self.model)
@@ -141,6 +146,7 @@ class RobustTrainerMixin(_Base):
         self._defer()
         made_here = isinstance(schedule, type) or (callable(schedule) and not hasattr(schedule, "step"))
         self.schedule = schedule(self.criterion) if made_here else schedule
+        refuse_schedule(self.schedule, self.criterion)
         ignored, inner = self.criterion.ignore_index, self.criterion.criterion
         self._plain_mean = ABLoss(inner, lam=math.inf, process_group=None, ignore_index=ignored).to(self.args.device)
         self._sum = torch.zeros((), dtype=torch.float64, device=self.args.device)  # of the losses of this optimizer step
@@ -151,24 +157,23 @@ class RobustTrainerMixin(_Base):
         self.add_callback(self._callback)
 
     def _defer(self) -> None:
-        """Make the criterion deferred, unless one of its options excludes that and there is one micro-batch in a step."""
+        """Make the criterion deferred if a step has several micro-batches. Otherwise other terms may be added to the loss."""
         criterion = self.criterion
         if criterion.loss_divisor != 1:
             raise ValueError(
                 f"loss_divisor: got a criterion with {criterion.loss_divisor:g}, expected 1: with RobustTrainerMixin Trainer does"
                 " not divide the loss by gradient_accumulation_steps, so leave loss_divisor out"
             )
+        steps = self.args.gradient_accumulation_steps
         try:
-            if criterion.rule is not None:
+            if steps > 1 and criterion.rule is not None:
                 raise ValueError("rule: got one, which weighs each batch by itself")
-            criterion.deferred = True
+            criterion.deferred = steps > 1
         except ValueError as error:
-            steps = self.args.gradient_accumulation_steps
-            if steps > 1:
-                raise ValueError(
-                    f"criterion: got one that cannot be deferred, and gradient_accumulation_steps={steps}, whose micro-batches"
-                    f" are normalised together; expected one without that option, or gradient_accumulation_steps=1 ({error})"
-                ) from None
+            raise ValueError(
+                f"criterion: got one that cannot be deferred, and gradient_accumulation_steps={steps}, whose micro-batches are"
+                f" normalised together; expected one without that option, or gradient_accumulation_steps=1 ({error})"
+            ) from None
 
     # ---- the loss of a micro-batch ----
 
@@ -181,6 +186,8 @@ class RobustTrainerMixin(_Base):
         """
         trains = model.training and torch.is_grad_enabled()
         criterion = self.criterion if trains else self._plain_mean
+        if self._shifts:
+            inputs = with_virtual_tokens(self.accelerator.unwrap_model(model, keep_torch_compile=False), inputs, self.label_names)
         if isinstance(self.criterion, LinearABLoss) and (trains or not return_outputs):
             return self._loss_of_head(self.criterion, model, inputs, return_outputs)
         inner = _inner(self, model)
@@ -189,9 +196,10 @@ class RobustTrainerMixin(_Base):
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs if isinstance(outputs, Tensor) else outputs[0]
         if inputs.get("shift_labels") is None:
             labels = self._shifted(labels, inputs, inner)
+        refuse_task(inner, logits, labels, self.criterion.criterion)
         of_rows = rows(logits, labels, self.criterion.criterion)
         loss = criterion(*of_rows)
-        if _is_sft(self):
+        if is_sft(self):
             self._add_token_figures(figures(*of_rows), inputs)
         if not return_outputs:
             return loss
@@ -212,7 +220,7 @@ class RobustTrainerMixin(_Base):
     def _loss_of_head(self, criterion: LinearABLoss, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """As `compute_loss`, for a causal language model and a `LinearABLoss`, which stores no logits."""
         made: list[Tensor] = []
-        hook = criterion.register_forward_pre_hook(lambda _, head: made.append(figures_of_head(*head))) if _is_sft(self) else None
+        hook = criterion.register_forward_pre_hook(lambda _, head: made.append(figures_of_head(*head))) if is_sft(self) else None
         try:
             loss, outputs = causal_lm_loss(criterion, model, inputs, return_outputs=True)
         finally:
@@ -243,10 +251,17 @@ class RobustTrainerMixin(_Base):
 
         Returns what Trainer adds to the loss that it logs: 0, and with the last micro-batch the plain mean of all.
         """
-        super().training_step(model, *args, **kwargs)
         criterion = self.criterion
-        if not criterion.deferred:  # one micro-batch in a step
-            return criterion.last.mean_loss.float()
+        bad_before, forward_before = criterion.nonfinite_batches.clone(), criterion.memo.sample_stats
+        super().training_step(model, *args, **kwargs)
+        if criterion.memo.sample_stats is forward_before:
+            raise RuntimeError(
+                f"compute_loss: got one of {type(self).__name__} that does not call the criterion; expected loss ="
+                " super().compute_loss(...), or self.criterion(logits, labels), or no compute_loss of your own and your loss as"
+                " criterion="
+            )
+        if not criterion.deferred:
+            return self._mean_of_one(criterion.nonfinite_batches != bad_before, list(model.parameters()))
         self._sum += criterion.last.losses.sum(dtype=torch.float64)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self._sum.device)
@@ -262,11 +277,23 @@ class RobustTrainerMixin(_Base):
         assert step is not None
         # Before GradScaler.unscale_, which Trainer's clipping calls: the factor is the same for scaled gradients.
         counts = self.criterion.finish_(params)
-        if self.accelerator.scaler is None and not bool(counts):  # on a GPU they are NaN; a scaler would skip the step
-            for param in params:
-                param.grad = None
+        self._drop_unless(counts, params)
         assert step.settled is not None
         return step.settled[COUNT]
+
+    def _mean_of_one(self, is_bad: Tensor, params: list[nn.Parameter]) -> Tensor:
+        """The plain mean of a step of one micro-batch, over the rows of all processes. is_bad: a loss was NaN or infinite."""
+        last = self.criterion.last
+        figures = [last.losses.sum(dtype=torch.float64), last._counted.sum().double(), is_bad.double()]
+        total, rows, bad = self.accelerator.gather(torch.stack(figures)[None]).sum(0)
+        self._drop_unless(bad == 0, params)
+        return (total / rows.clamp(min=1)).float()
+
+    def _drop_unless(self, counts: Tensor, params: list[nn.Parameter]) -> None:
+        """Drop the gradients of a step with a nonfinite loss, which are NaN on a GPU. A scaler passes over such a step itself."""
+        if self.accelerator.scaler is None and not bool(counts):
+            for param in params:
+                param.grad = None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's; it says how many optimizer steps were passed over because of a NaN or infinite loss."""
@@ -314,6 +341,7 @@ class RobustTrainerMixin(_Base):
         if self.schedule is not None:
             state["schedule"] = self.schedule.state_dict()
         state["inside_epoch"] = callback is not None and callback.inside_epoch
+        state["epoch_is_due"] = callback is not None and callback.epoch_is_due
         return state
 
     def _load_robust_state(self, state: dict[str, Any]) -> None:
@@ -322,8 +350,11 @@ class RobustTrainerMixin(_Base):
             self.schedule.load_state_dict(state["schedule"])
         self._bad_steps = int(self.criterion.nonfinite_batches)
 
-    def _load_from_folder(self, folder: str) -> bool:
-        """Load the state in a checkpoint's folder. Returns whether it was saved before the end of an epoch was seen."""
+    def _load_from_folder(self, folder: str) -> tuple[bool, bool]:
+        """Load the state in a checkpoint's folder.
+
+        Returns whether it was saved before the end of an epoch was seen, and whether an epoch that was seen to end is due.
+        """
         path = os.path.join(folder, STATE_FILE)
         if not os.path.isfile(path):
             warnings.warn(
@@ -331,10 +362,10 @@ class RobustTrainerMixin(_Base):
                 " RobustTrainerMixin. The criterion and its schedule begin anew",
                 stacklevel=2,
             )
-            return False
+            return False, False
         state = torch.load(path, map_location="cpu", weights_only=True)
         self._load_robust_state(state)
-        return bool(state["inside_epoch"])
+        return bool(state["inside_epoch"]), bool(state.get("epoch_is_due", False))
 
 
 class _StateAndSchedule(TrainerCallback):
@@ -343,6 +374,7 @@ class _StateAndSchedule(TrainerCallback):
     def __init__(self, trainer: RobustTrainerMixin):
         self.trainer = trainer
         self.inside_epoch = False  # whether an epoch has begun and not ended
+        self.epoch_is_due = False  # whether an epoch has ended within an optimizer step, after which the schedule is stepped
 
     def _step(self, unit: str) -> None:
         schedule = self.trainer.schedule
@@ -352,15 +384,16 @@ class _StateAndSchedule(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """After Trainer has loaded the model and the optimizer."""
         trainer = self.trainer
-        _refuse_robust(trainer.optimizer)
+        refuse_robust(trainer.optimizer)
+        trainer._defer()  # a search may have changed the accumulation
         trainer.criterion.discard()  # micro-batches of a training that was broken off
         trainer._sum = torch.zeros_like(trainer._sum)
-        self.inside_epoch = False
+        self.inside_epoch = self.epoch_is_due = False
         if trainer._resumed_from is None:
             return
-        inside = trainer._load_from_folder(trainer._resumed_from)
+        inside, is_due = trainer._load_from_folder(trainer._resumed_from)
         # A checkpoint after the last step of an epoch was saved before on_epoch_end, which Trainer does not call again.
-        if inside and _is_whole(state.epoch):
+        if is_due or (inside and _is_whole(state.epoch)):
             self._step("epoch")
 
     def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
@@ -370,12 +403,18 @@ class _StateAndSchedule(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """After an optimizer step, before Trainer saves."""
         self._step("step")
+        if self.epoch_is_due:
+            self.epoch_is_due = False
+            self._step("epoch")
 
     def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """After an epoch, before Trainer saves. Also after a part of one, if the training stops in it; that is not counted."""
         if _is_whole(state.epoch) or not control.should_training_stop:
             self.inside_epoch = False
-            self._step("epoch")
+            # Of a dataset without a length, the last micro-batches and the first of the next epoch make one optimizer step.
+            self.epoch_is_due = is_open(self.trainer.criterion)
+            if not self.epoch_is_due:
+                self._step("epoch")
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """After Trainer has loaded the best model."""
@@ -391,11 +430,6 @@ def _is_whole(epoch: float) -> bool:
 # ---- the model ----------------------------------------------------------------------------------------------------------------
 
 
-def _is_sft(trainer: Any) -> bool:
-    """Whether this is a SFTTrainer, which trains causal language models and logs figures of their tokens."""
-    return any(cls.__name__ == "SFTTrainer" and cls.__module__.startswith("trl.") for cls in type(trainer).__mro__)
-
-
 def _inner(trainer: Any, model: nn.Module) -> Any:
     """The model inside the wrappers of accelerate and PEFT."""
     model = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -408,7 +442,7 @@ def _shifts_labels(trainer: Any, model: Any) -> bool | None:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False
     names = {cls.__name__ for cls in type(model).__mro__}
-    if _is_sft(trainer) or names & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+    if is_sft(trainer) or names & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         return True
     of_class = LOSS_MAPPING.get(getattr(model, "loss_type", None))
     return None if of_class is None else of_class is ForCausalLMLoss
@@ -421,62 +455,3 @@ def _with_decoder_inputs(model: Any, inputs: dict[str, Any], labels: Tensor) -> 
     if not encodes or make is None or any(name in inputs for name in ("decoder_input_ids", "decoder_inputs_embeds")):
         return inputs
     return {**inputs, "decoder_input_ids": make(labels=labels)}
-
-
-# ---- what is refused ---------------------------------------------------------------------------------------------------------
-
-
-def _refuse_robust(optimizer: Any) -> None:
-    """ValueError for an optimizer that would finish the criterion a second time."""
-    while optimizer is not None:
-        if getattr(optimizer, "robust", None) is not None:
-            raise ValueError(
-                "optimizers: got an optimizer with robust=, which would normalise gradients that are normalised and clipped"
-                " already; with RobustTrainerMixin leave robust= out"
-            )
-        optimizer = getattr(optimizer, "optimizer", None)  # accelerate's wrapper
-
-
-def _refuse(trainer: Any) -> None:
-    """ValueError or TypeError for a training in which the gradients would not be those of one big batch."""
-    args, accelerator = trainer.args, trainer.accelerator
-    of_trl = [cls.__name__ for cls in type(trainer).__mro__ if cls.__module__.startswith("trl.")]
-    if of_trl and not _is_sft(trainer):
-        raise TypeError(
-            f"{type(trainer).__name__}: got a {of_trl[0]} of TRL, whose loss is not that of labels; expected Trainer or"
-            " SFTTrainer"
-        )
-    if args.label_smoothing_factor != 0:
-        raise ValueError(
-            f"label_smoothing_factor: got {args.label_smoothing_factor} with RobustTrainerMixin, whose criterion makes the loss;"
-            " expected criterion=ABLoss(CrossEntropy(label_smoothing=...), ...)"
-        )
-    if trainer.compute_loss_func is not None:
-        raise ValueError(
-            "compute_loss_func: got one with RobustTrainerMixin, whose criterion makes the loss; expected criterion="
-        )
-    if getattr(args, "loss_type", "nll") not in ("nll", "chunked_nll"):
-        raise ValueError(
-            f"loss_type: got {args.loss_type!r} with RobustTrainerMixin, whose criterion makes the loss; expected"
-            " criterion='dft' (or another criterion) and no loss_type"
-        )
-    name = str(getattr(args.optim, "value", args.optim))
-    if "lomo" in name or "layerwise" in name:
-        raise ValueError(
-            f"optim: got {name!r}, which steps within backward, before the gradients are normalised; expected another"
-        )
-    sizes = {way: getattr(trainer, f"get_{way}_size", lambda: 1)() for way in ("tp", "cp", "sp")}
-    sharded_by_model = getattr(trainer, "is_distributed_loading_by_transformers", False)
-    refused = {
-        "DeepSpeed, which scales, clips and steps by itself": trainer.is_deepspeed_enabled,
-        "FSDP 1, which flattens the parameters": trainer.is_fsdp_enabled and not getattr(accelerator, "is_fsdp2", False),
-        "torch.nn.DataParallel (several GPUs in one process)": args.n_gpu > 1,
-        "tensor parallelism": sizes["tp"] > 1 or sharded_by_model,
-        "context or sequence parallelism, which split the rows of a sample": sizes["cp"] > 1 or sizes["sp"] > 1,
-    }
-    for way, found in refused.items():
-        if found:
-            raise ValueError(
-                f"RobustTrainerMixin: got {way}; expected one process, or one process per GPU with DistributedDataParallel or"
-                " FSDP 2 (torchrun or accelerate launch)"
-            )

@@ -2,17 +2,28 @@
 
 import functools
 import math
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
+import transformers
 import transformers_cases as cases
 import truth
 import two_processes
-from transformers import BartConfig, BartForConditionalGeneration, Trainer
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+)
 
 import absgd_fast as ab
 from absgd_fast.integrations._rows import rows, without_labels
 from absgd_fast.integrations.transformers import STATE_FILE, RobustTrainerMixin
+from absgd_fast.schedule import ChainedSchedules
 
 
 def wanted(dtype=torch.float32, optimizer="SGD", rows=30, epochs=4, k=4, **options):
@@ -52,6 +63,12 @@ def _two_processes(rank, folder):
     _nonfinite(rank, folder)
     _evaluate(folder)
     _not_deferred(folder, 60, 2, check_log=rank == 0)
+    truth.assert_same(*_nets(_undeferred(folder, 60, 2, {}, bad=25)))
+
+
+def _nets(found):
+    trainer, net, _ = found
+    return trainer.model.net, net
 
 
 def _nonfinite(rank, folder):
@@ -244,6 +261,53 @@ def test_schedule(tmp_path, stage, first):
     truth.assert_same(trainer.model.net, plain)
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """The samples without a length."""
+
+    def __init__(self, rows):
+        self.data = cases.Rows(*truth.samples(rows))
+
+    def __iter__(self):
+        return (self.data[i] for i in range(len(self.data)))
+
+
+def test_schedule_of_a_stream(tmp_path):
+    """An epoch of 10 micro-batches ends within the third optimizer step, after which the schedule is stepped."""
+    model, criterion = cases.Classifier(), ab.ABLoss(lam=truth.LAM)
+    trainer = cases.RobustTrainer(
+        model,
+        cases.arguments(tmp_path, max_steps=5, save_strategy="steps", save_steps=1),
+        train_dataset=Stream(30),
+        criterion=criterion,
+        schedule=ab.TwoStage(criterion, truth.LAM, 1),
+        optimizers=(truth.OPTIMIZERS["SGD"](model.parameters()), None),
+    )
+    trainer.train()
+    rows = range(30)  # Trainer makes one step of the short group and the first whole group of the next epoch
+    of_steps = [[*rows[:12]], [*rows[12:24]], [*rows[24:], *rows[:12]], [*rows[12:24]], [*rows[24:], *rows[:12]]]
+    batches = [tuple(t[of_step] for t in truth.samples(30)) for of_step in of_steps]
+    plain = truth.train(truth.network(), batches, max_norm=truth.CLIP, lam=lambda step: math.inf if step < 3 else truth.LAM)
+    truth.assert_same(trainer.model.net, plain)
+    saved = [torch.load(tmp_path / f"checkpoint-{i}" / STATE_FILE)["schedule"]["count"] for i in (2, 3)]
+    assert saved == [0, 1]
+
+
+def test_a_checkpoint_within_the_step_in_which_an_epoch_ends(tmp_path):
+    """The micro-batches of the old epoch are lost with their gradients; the schedule is stepped before the next epoch."""
+    criterion = ab.ABLoss(lam=truth.LAM)
+    trainer = cases.trainer(tmp_path, criterion=criterion, more={"schedule": ab.TwoStage(criterion, truth.LAM, 1)})
+    callback = trainer._callback
+    trainer.accelerator.gradient_state._set_sync_gradients(False)  # more micro-batches are to come
+    trainer.training_step(trainer.model, {"x": trainer.train_dataset.x[:2], "labels": trainer.train_dataset.y[:2]})
+    callback.on_epoch_end(trainer.args, trainer.state, trainer.control)
+    with pytest.warns(UserWarning, match="deferred step"):
+        trainer.save_model(str(tmp_path))
+    assert trainer.schedule.count == 0
+    trainer._resumed_from = str(tmp_path)
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+    assert trainer.schedule.count == 1 and float(criterion.lam) == pytest.approx(truth.LAM)
+
+
 # ---- evaluation --------------------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +402,41 @@ def test_evaluation_of_a_criterion_with_ignore_index(tmp_path):
     assert trainer.evaluate(cases.Rows(x, y))["eval_loss"] == pytest.approx(float(plain), rel=1e-5)
 
 
+@pytest.mark.parametrize("floating", [False, True], ids=["labels", "probabilities"])
+@pytest.mark.parametrize(
+    "shape, of_labels",
+    [((2, 5, 4), (2, 5)), ((2, 4, 4), (2, 4)), ((2, 4, 5), (2, 5)), ((2, 4, 3, 5), (2, 3, 5)), ((4, 4, 4, 4), (4, 4, 4))],
+    ids=str,
+)
+def test_which_dimension_has_the_classes(shape, of_labels, floating):
+    """The shape of the labels says it. If both fit, logits of three dimensions are those of a sequence, and others are dense."""
+    draw = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(shape, generator=draw), torch.randint(4, of_labels, generator=draw)
+    second = 1 if shape[2:] == of_labels[1:] and shape != (2, 4, 4) else len(shape) - 1
+    labels.flatten()[:2] = 0 if floating else -100
+    plain = torch.nn.functional.cross_entropy(logits.movedim(second, 1), labels)
+    if floating:
+        labels = torch.nn.functional.one_hot(labels, 4).movedim(-1, second).float()
+        if shape == (2, 4, 5):
+            return  # probabilities of 3 dimensions are those of a sequence
+    assert float(ab.ABLoss(lam=math.inf)(*rows(logits, labels, ab.CrossEntropy()))) == pytest.approx(float(plain), rel=1e-5)
+
+
+def test_dense_logits_of_another_size(tmp_path):
+    """As Segformer's, whose logits are smaller than the image."""
+    message = r"labels: got shape \(2, 8, 8\) with logits \(2, 4, 2, 2\), expected \(2, 4, 2\) .* or \(2, 2, 2\) .*interpolate"
+    with pytest.raises(ValueError, match=message):
+        rows(torch.zeros(2, 4, 2, 2), torch.zeros(2, 8, 8, dtype=torch.int64), ab.CrossEntropy())
+
+
+@pytest.mark.parametrize("of_labels", [(3,), (3, 1)])
+def test_regression(of_labels):
+    """Predictions (B, 1) are compared with the labels of their own samples only."""
+    x, y = torch.arange(3.0)[:, None], torch.tensor([1.0, 5.0, -2.0])
+    loss = ab.ABLoss(torch.nn.MSELoss(reduction="none"), lam=math.inf)(*rows(x, y.view(of_labels), torch.nn.MSELoss()))
+    assert float(loss) == pytest.approx(float((x[:, 0] - y).square().mean()))
+
+
 def test_soft_labels():
     """Probabilities of classes, (B, T, C) as the logits."""
     logits, labels = rows(torch.zeros(2, 3, 4), torch.full((2, 3, 4), 0.25), ab.CrossEntropy())
@@ -380,6 +479,41 @@ def test_encoder_decoder(tmp_path):
     assert isinstance(trainer.criterion, ab.ABLoss) and not isinstance(trainer.criterion, ab.LinearABLoss)
 
 
+TASKS = {  # problem_type, its labels of 4 samples, and what Transformers takes for it
+    "multi_label_classification": (torch.tensor([[1.0, 1, 0], [0, 0, 0], [0, 1, 0], [1, 1, 1]]), torch.nn.BCEWithLogitsLoss),
+    "regression": (torch.tensor([0.5, -1.0, 2.0, 0.0]), torch.nn.MSELoss),
+}
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["config", "labels"])
+@pytest.mark.parametrize("task", TASKS)
+def test_other_tasks_than_classification(tmp_path, task, said):
+    """A loss that chooses a class is refused, with the one that Transformers takes; with that the numbers are Transformers'."""
+    labels, loss_of = TASKS[task]
+    sizes = dict(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    config = BertConfig(**sizes, num_labels=1 if labels.dim() == 1 else 3, problem_type=task if said else None)
+    model = BertForSequenceClassification(config).eval()
+    inputs = {"input_ids": torch.arange(8).view(4, 2), "labels": labels}
+    advice = rf"for '{task}'; expected criterion=ABLoss\(torch.nn.{loss_of.__name__}\(reduction='none'\), lam=...\)"
+    for wrong in (ab.ABLoss(lam=-0.5), torch.nn.CrossEntropyLoss(reduction="none")):
+        with pytest.raises(ValueError, match=advice):
+            cases.RobustTrainer(model, cases.arguments(tmp_path), criterion=wrong).compute_loss(model, dict(inputs))
+    trainer = cases.RobustTrainer(model, cases.arguments(tmp_path), criterion=ab.ABLoss(loss_of(reduction="none"), lam=0.5))
+    plain = float(model(**inputs).loss.detach())
+    assert float(trainer.compute_loss(model, dict(inputs)).detach()) == pytest.approx(plain, rel=1e-5)
+
+
+def test_probabilities_of_classes(tmp_path):
+    """Labels whose rows have the sum 1 are soft labels of one class, and no multi-label classification."""
+    sizes = dict(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    model = BertForSequenceClassification(BertConfig(**sizes, num_labels=3)).eval()
+    trainer = cases.RobustTrainer(model, cases.arguments(tmp_path), criterion=ab.ABLoss(lam=-0.5))
+    ids, soft = torch.arange(4).view(2, 2), torch.tensor([[0.5, 0.25, 0.25], [0.0, 0.1, 0.9]])
+    plain = torch.nn.functional.cross_entropy(model(input_ids=ids).logits, soft)
+    found = trainer.compute_loss(model, {"input_ids": ids, "labels": soft})
+    assert float(found.detach()) == pytest.approx(float(plain.detach()), rel=1e-5)
+
+
 # ---- names -------------------------------------------------------------------------------------------------------------------
 
 COUNTS = [9, 6, 3, 2]
@@ -397,9 +531,10 @@ NAMED = {
 }
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", [*NAMED, "ABSGD", "Focal"])
 def test_criterion_by_name(tmp_path, name):
-    options, made = NAMED[name]
+    """Capitals do not matter."""
+    options, made = NAMED[name.lower()]
     trainer = cases.trainer(tmp_path, criterion=name, more={"criterion_options": options}, num_train_epochs=1)
     other = trainer.criterion if made is None else made if isinstance(made, ab.ABLoss) else ab.ABLoss(made, lam=math.inf)
     logits, y = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 4
@@ -419,7 +554,7 @@ def test_a_plain_loss_is_its_mean(tmp_path):
     truth.assert_same(trainer.model.net, wanted(lam=math.inf))
 
 
-@pytest.mark.parametrize("name, torchs", [("ABSGD", torch.optim.SGD), ("ABAdamW", torch.optim.AdamW)])
+@pytest.mark.parametrize("name, torchs", [("ABSGD", torch.optim.SGD), ("abadamw", torch.optim.AdamW)])
 def test_optimizer_by_name(tmp_path, name, torchs):
     """It gets the learning rate, betas, eps and weight decay of TrainingArguments, in Trainer's groups."""
     given = dict(learning_rate=0.05, weight_decay=0.3, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-4)
@@ -432,7 +567,7 @@ def test_optimizer_by_name(tmp_path, name, torchs):
         numbers = options if name == "ABSGD" else dict(betas=(0.8, 0.9), eps=1e-4)
         return torchs([{"params": weights, "weight_decay": 0.3}, {"params": biases, "weight_decay": 0.0}], lr=0.05, **numbers)
 
-    assert type(trainer.optimizer.optimizer) is getattr(ab, name)
+    assert type(trainer.optimizer.optimizer) is getattr(ab, "ABSGD" if name == "ABSGD" else "ABAdamW")
     truth.assert_same(trainer.model.net, wanted(optimizer=make))
 
 
@@ -488,30 +623,61 @@ def test_torch_compile(tmp_path):
     truth.assert_same(trainer.model.net, wanted())
 
 
+class WithDecay(cases.RobustTrainer):
+    """A user's trainer that adds another term to the loss."""
+
+    def compute_loss(self, model, *args, **kwargs):
+        """Without accumulation that is allowed."""
+        return super().compute_loss(model, *args, **kwargs) + 0.1 * sum(p.square().sum() for p in model.parameters())
+
+
 def _not_deferred(folder, rows, processes, check_log=True):
-    criterion = ab.ABLoss(lam=truth.LAM, mix=1.0)
-    trainer = cases.trainer(folder, optimizer="SGD", criterion=criterion, gradient_accumulation_steps=1, rows=rows)
-    trainer.train()
+    """One micro-batch in a step: the criterion makes its loss at once, whatever its options are."""
+    for options in ({"mix": 1.0}, {}, {"deferred": True}):
+        trainer, net, means = _undeferred(folder, rows, processes, options)
+        truth.assert_same(trainer.model.net, net)
+        assert not check_log or cases.logged(trainer, "loss") == pytest.approx(means, rel=1e-5)
+
+
+def _undeferred(folder, rows, processes, options, bad=None):
+    """A trained trainer, and the net and means of a loop. bad: a sample that is NaN."""
+    criterion = ab.ABLoss(lam=truth.LAM, **options)
+    cls = cases.RobustTrainer if "mix" in options else WithDecay
+    given = dict(optimizer="SGD", criterion=criterion, gradient_accumulation_steps=1, rows=rows, num_train_epochs=2, cls=cls)
+    trainer = cases.trainer(folder, **given)
     assert not criterion.deferred
-    net, other = truth.network(), ab.ABLoss(lam=truth.LAM, mix=1.0, process_group=None)
+    x, y = truth.samples(rows)
+    if bad is not None:
+        x[bad] = trainer.train_dataset.x[bad] = math.nan
+    trainer.train()
+    net, other = truth.network(), ab.ABLoss(lam=truth.LAM, mix=options.get("mix", 0.0), process_group=None)
     optimizer, means = truth.OPTIMIZERS["SGD"](net.parameters()), []
-    for x, y in truth.big_batches(truth.samples(rows), 10, 1, 4, processes=processes):
+    for batch, labels in truth.big_batches((x, y), 10, 1, 2, processes=processes):
+        if batch.isnan().any():
+            continue
         optimizer.zero_grad()
-        other(net(x), y).backward()
+        decay = 0.1 * sum(p.square().sum() for p in net.parameters()) if cls is WithDecay else 0
+        (other(net(batch), labels) + decay).backward()
         means.append(float(other.last.mean_loss))
         torch.nn.utils.clip_grad_norm_(net.parameters(), truth.CLIP)
         optimizer.step()
-    truth.assert_same(trainer.model.net, net)
-    assert not check_log or cases.logged(trainer, "loss") == pytest.approx(means, rel=1e-5)
+    return trainer, net, means
 
 
-def test_what_cannot_be_deferred(tmp_path):
-    """With one micro-batch in a step, a criterion with mix= serves as it is."""
+def test_one_micro_batch_in_a_step(tmp_path):
+    """The criterion is not deferred then: mix= serves, and other terms of the loss keep their size."""
     _not_deferred(tmp_path, 30, 1)
+
+
+def test_nonfinite_step_of_one_micro_batch(tmp_path):
+    trainer, net, _ = _undeferred(tmp_path, 30, 1, {}, bad=13)
+    truth.assert_same(trainer.model.net, net)
+    assert int(trainer.criterion.nonfinite_batches) == 2
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------------------
 
+OTHER = ab.ABLoss(lam=0.5)
 REFUSED = {
     "loss_divisor": (
         dict(criterion=lambda: ab.ABLoss(lam=0.5, loss_divisor=4)),
@@ -524,6 +690,10 @@ REFUSED = {
     ),
     "linear": (dict(criterion=lambda: ab.LinearABLoss(lam=0.5)), "got a LinearABLoss, and the model is no causal language model"),
     "name": (dict(criterion=lambda: "absgb"), "criterion: got 'absgb', expected 'absgd'"),
+    "lam": (
+        dict(criterion=lambda: "absgd", more={"criterion_options": {"gamma": 0.5}}),
+        'criterion_options: got none with the name lam .* expected lambda, such as criterion_options={"lam": -0.5}',
+    ),
     "options": (dict(more={"criterion_options": {"lam": 1.0}}), "criterion_options: got some with a criterion that is made"),
     "optimizer": (dict(more={"optimizer": "AdamW"}), "optimizer: got 'AdamW', expected one of ABSGD"),
     "optimizer_options": (dict(more={"optimizer_options": {"momentum": 0.1}}), "optimizer_options: got some without optimizer="),
@@ -532,6 +702,17 @@ REFUSED = {
         "label_smoothing_factor: got 0.1 .* expected criterion=",
     ),
     "compute_loss_func": (dict(more={"compute_loss_func": lambda *_: 0}), "compute_loss_func: got one with RobustTrainerMixin"),
+    "schedule": (
+        dict(more={"schedule": ab.TwoStage(OTHER, lam=0.5, start=1)}),
+        "schedule: got a TwoStage of another ABLoss than the trainer's",
+    ),
+    "schedule of a loss": (
+        dict(
+            more={"schedule": ChainedSchedules(ab.DRW(OTHER.criterion, [1.0, 2.0], start=1))},
+            criterion=lambda: ab.ABLoss(ab.CrossEntropy(), lam=0.5),
+        ),
+        "schedule: got a DRW of another CrossEntropy than the trainer's",
+    ),
     "lomo": (dict(optim="lomo"), "optim: got 'lomo', which steps within backward"),
 }
 
@@ -579,6 +760,52 @@ def test_order_of_the_classes():
 
         class Wrong(Trainer, RobustTrainerMixin):
             pass
+
+
+def test_an_older_version():
+    """Transformers is there, so nothing is said of installing it."""
+    code = "from transformers import Trainer; del Trainer.loss_is_scaled_for_ga; import absgd_fast.integrations.transformers"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    message = rf"ImportError: .*: got transformers {transformers.__version__}, expected >= 5.19 .*; pip install -U transformers"
+    assert re.search(message, result.stderr) and "cannot be imported" not in result.stderr
+
+
+class OwnLoss(Trainer):
+    """A user's trainer, which makes the loss itself."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The plain mean."""
+        outputs = model(x=inputs["x"])
+        loss = torch.nn.functional.cross_entropy(outputs["logits"], inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_a_compute_loss_after_the_mixin():
+    """It would never be called."""
+    with pytest.raises(TypeError, match=r"A: got OwnLoss after RobustTrainerMixin.*expected its loss as criterion="):
+
+        class A(RobustTrainerMixin, OwnLoss):
+            pass
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_a_compute_loss_without_the_criterion(tmp_path, k):
+    """It may call the mixin's, or the criterion."""
+
+    class Own(cases.RobustTrainer):
+        compute_loss = OwnLoss.compute_loss
+
+    class WithCriterion(cases.RobustTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return self.criterion(model(x=inputs["x"])["logits"], inputs["labels"])
+
+    trainer = cases.trainer(tmp_path, cls=WithCriterion, optimizer="SGD", gradient_accumulation_steps=k, num_train_epochs=1)
+    trainer.train()
+    truth.assert_same(trainer.model.net, wanted(k=k, epochs=1))
+    with pytest.raises(
+        RuntimeError, match=r"compute_loss: got one of Own that does not call the criterion; expected loss = super"
+    ):
+        cases.trainer(tmp_path, cls=Own, gradient_accumulation_steps=k).train()
 
 
 def test_labels_that_are_missing(tmp_path):

@@ -1,12 +1,14 @@
 """TRL's SFTTrainer with RobustTrainerMixin: parameters, TRL's own DFT, its metrics, adapters, two processes."""
 
 import copy
+import math
 
 import language_cases as cases
 import pytest
 import torch
 import truth
 import two_processes
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import Trainer, TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 
@@ -76,6 +78,28 @@ def test_lora(tmp_path, lora):
     trainer = robust(tmp_path, model, "absgd")
     trainer.train()
     truth.assert_same(trainer.model, plain, torch.float64)
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+@pytest.mark.parametrize("criterion", ["cross_entropy", "logits"])
+def test_virtual_tokens(tmp_path, kind, criterion):
+    """PEFT puts the tokens of a prompt before each sequence; they have no labels, and the loss is SFTTrainer's."""
+    model = cases.language_model(torch.float64, attn_implementation="sdpa")
+    torch.manual_seed(4)
+    model = get_peft_model(model, kind(num_virtual_tokens=3, task_type="CAUSAL_LM")).double()
+    other = copy.deepcopy(model)
+    made = ab.ABLoss(lam=math.inf) if criterion == "logits" else criterion
+    options = {"max_grad_norm": CLIP, "num_train_epochs": 2}
+    trainers = []
+    for each, cls, more in ((model, cases.RobustSFT, {"criterion": made}), (other, SFTTrainer, {})):
+        params = [p for p in each.parameters() if p.requires_grad]
+        more = {"optimizers": (torch.optim.SGD(params, lr=0.5), None), **more}
+        loss_type = {} if cls is cases.RobustSFT else {"loss_type": "nll"}
+        trainers.append(cases.sft(tmp_path, each, cls=cls, more=more, **options, **loss_type))
+        trainers[-1].train()
+    truth.assert_same(model, other)  # Transformers makes the loss in float32
+    ours, theirs = (cases.logged(trainer, "mean_token_accuracy") for trainer in trainers)
+    assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 @pytest.mark.parametrize("cls", ["sft", "trainer"])
