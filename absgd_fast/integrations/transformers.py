@@ -234,7 +234,11 @@ class RobustTrainerMixin(_Base):
     def _add_token_figures(self, of_labels: Tensor, inputs: dict[str, Any]) -> None:
         """Add the figures of a micro-batch to those that SFTTrainer logs: entropy, mean_token_accuracy and num_tokens."""
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-        tokens = mask.sum() if mask is not None else torch.tensor(0 if positions is None else positions.size(1))
+        tokens = (
+            mask.sum()
+            if mask is not None
+            else torch.tensor(0 if positions is None else positions.size(1), dtype=torch.int64, device=of_labels.device)
+        )
         of_all = self.accelerator.gather(torch.cat([of_labels.double(), tokens.to(of_labels.device).double()[None]])[None])
         count, entropy, correct, in_batch = of_all.sum(0).tolist()
         metrics = self._metrics["train" if self.model.training else "eval"]
@@ -264,7 +268,7 @@ class RobustTrainerMixin(_Base):
             return self._mean_of_one(criterion.nonfinite_batches != bad_before, list(model.parameters()))
         self._sum += criterion.last.losses.sum(dtype=torch.float64)
         if not self.accelerator.sync_gradients:
-            return torch.zeros((), device=self._sum.device)
+            return torch.zeros((), dtype=torch.float32, device=self._sum.device)
         rows = self._finish(list(model.parameters()))
         # Trainer averages it over the processes: the sum over all rows of all processes, divided by their number.
         mean = self._sum * ranks(criterion.process_group, 1) / rows.clamp(min=1)
