@@ -69,6 +69,7 @@ SUITES = {
     "step": ("step", "clip", "rules"),
     "train": ("train",),
     "family": ("family",),
+    "clip": ("clip",),
     "weighted": ("weighted",),
     "all": ("loss", "family", "memory", "step", "clip", "rules", "weighted", "train"),
 }
