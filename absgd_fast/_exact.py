@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from . import _hooks
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -91,14 +92,10 @@ class ExactState(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # torch calls the pre-hooks in the innermost `_load_from_state_dict`. But they may change everything that is loaded, so
         # here they come before all that the classes do with the state_dict.
-        hooks = self._load_state_dict_pre_hooks
-        for hook in list(hooks.values()):
+        for hook in list(self._load_state_dict_pre_hooks.values()):
             hook(state_dict, prefix, *args)
-        self._load_state_dict_pre_hooks = OrderedDict()
-        try:
+        with _hooks.aside(self, "_load_state_dict_pre_hooks"):
             self._load_what_hooks_left(state_dict, prefix, *args)
-        finally:
-            self._load_state_dict_pre_hooks = hooks
 
     def _load_what_hooks_left(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """`_load_from_state_dict`, with the same arguments, once the pre-hooks have run."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..schedule import CountedSchedule
 from ._rows import of_logits
+from ._steps import parts_of
 
 
 def is_sft(trainer: Any) -> bool:
@@ -85,10 +86,8 @@ def refuse_training(trainer: Any) -> None:
 
 def refuse_schedule(schedule: Any, criterion: nn.Module) -> None:
     """ValueError for a schedule that drives another criterion, or the loss of another one."""
-    for part in getattr(schedule, "parts", [schedule]):  # of a chain
-        if part is not schedule:
-            refuse_schedule(part, criterion)
-        elif isinstance(part, CountedSchedule) and all(part._driven is not module for module in criterion.modules()):
+    for part in parts_of(schedule):
+        if isinstance(part, CountedSchedule) and all(part._driven is not module for module in criterion.modules()):
             raise ValueError(
                 f"schedule: got a {type(part).__name__} of another {type(part._driven).__name__} than the trainer's, which it"
                 " would leave as it is; expected one of criterion= (or its loss), or a function from the criterion to one, such"

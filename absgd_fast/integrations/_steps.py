@@ -30,7 +30,7 @@ def check_schedule(schedule: object, criteria: Sequence[RobustLoss]) -> None:
 
     A schedule of class weights is not looked at. It may drive a loss that is hidden in a function, or a second term.
     """
-    for part in _parts(schedule):
+    for part in parts_of(schedule):
         if isinstance(part, TwoStage) and all(part.criterion is not criterion for criterion in criteria):
             raise ValueError(
                 "schedule: got a TwoStage of a criterion that this training does not have; expected one of the criterion that"
@@ -38,11 +38,11 @@ def check_schedule(schedule: object, criteria: Sequence[RobustLoss]) -> None:
             )
 
 
-def _parts(schedule: object) -> Iterator[object]:
+def parts_of(schedule: object) -> Iterator[object]:
     """A schedule, or those in a ChainedSchedules."""
     if isinstance(schedule, ChainedSchedules):
         for part in schedule.parts:
-            yield from _parts(part)
+            yield from parts_of(part)
     else:
         yield schedule
 
@@ -135,6 +135,11 @@ def finish(criteria: Iterable[RobustLoss], params: Sequence[Tensor], loss_diviso
     divided_by(criterion, loss_divisor)
     counts = bool(criterion.finish_(params))
     if not counts:
-        for param in params:
-            param.grad = None
+        drop_grads(params)
     return counts
+
+
+def drop_grads(params: Iterable[Tensor]) -> None:
+    """Leave a step that does not count no gradients, so that any optimizer passes over the parameters. On a GPU they are NaN."""
+    for param in params:
+        param.grad = None

@@ -35,7 +35,7 @@ from ._missing import without
 from ._named import OPTIMIZERS, criterion_of, optimizer_called
 from ._refused import is_sft, refuse_own_losses, refuse_robust, refuse_schedule, refuse_task, refuse_training
 from ._rows import figures, figures_of_head, next_labels, rows, with_virtual_tokens, without_labels
-from ._steps import is_open
+from ._steps import drop_grads, is_open
 
 try:
     from transformers import Trainer, TrainerCallback, TrainingArguments, __version__
@@ -294,10 +294,9 @@ class RobustTrainerMixin(_Base):
         return (total / rows.clamp(min=1)).float()
 
     def _drop_unless(self, counts: Tensor, params: list[nn.Parameter]) -> None:
-        """Drop the gradients of a step with a nonfinite loss, which are NaN on a GPU. A scaler passes over such a step itself."""
+        """Drop the gradients of a step with a nonfinite loss. A scaler passes over such a step itself."""
         if self.accelerator.scaler is None and not bool(counts):
-            for param in params:
-                param.grad = None
+            drop_grads(params)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's; it says how many optimizer steps were passed over because of a NaN or infinite loss."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar, cast, overload
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from .. import _backend, ops
+from .. import _backend, _hooks, ops
 from ..robust.base import RobustLoss
 from . import clipping, list_step, planned_step, torch_step
 from .checks import (
@@ -180,12 +179,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             changed_by_hook = pre_hook(self, state_dict)
             state_dict = state_dict if changed_by_hook is None else changed_by_hook
         check_forms(self._rule, self.param_groups, state_dict["param_groups"])
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_load_state_dict_post_hooks = OrderedDict()
-        try:
+        with _hooks.aside(self, "_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"):
             super().load_state_dict(state_dict)
-        finally:
-            self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = pre_hooks, post_hooks
         restore_float32(self._rule, self, state_dict)
         for post_hook in list(post_hooks.values()):
             post_hook(self)

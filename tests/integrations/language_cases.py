@@ -10,6 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers_cases import quiet
 from trl import SFTConfig, SFTTrainer
 
 from absgd_fast.integrations.transformers import RobustTrainerMixin
@@ -84,26 +85,14 @@ def losses_of(model, batch):
 
 
 def arguments(folder, **options):
-    """SFTConfig of a run that says and downloads nothing, in the order of the data, with K = 4."""
+    """`quiet` SFTConfig for the sequences of this file."""
     given = dict(
-        output_dir=str(folder),
-        use_cpu=True,
         bf16=False,
         per_device_train_batch_size=SEQUENCES,
-        gradient_accumulation_steps=4,
         activation_checkpointing=False,
-        num_train_epochs=4,
-        learning_rate=0.1,
-        lr_scheduler_type="constant",
-        train_sampling_strategy="sequential",
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    return SFTConfig(**(given | options))
+    return SFTConfig(**(quiet(folder) | given | options))
 
 
 def sft(folder, model, cls=RobustSFT, rows=20, more=None, **options):

@@ -10,13 +10,13 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
+from truth import EPOCHS, wanted
 from two_processes import needs_gloo
 
 import absgd_fast as ab
 from absgd_fast.integrations.accelerate import Robust
 from absgd_fast.schedule import ChainedSchedules
 
-EPOCHS = 4
 LENGTHS = {"4,4": (8, 5), "4,4,2": (10, 4)}  # batches of an epoch with K = 4, and epochs: ten and twelve optimizer steps
 
 
@@ -82,11 +82,6 @@ class Loop:
             if self.schedule is not None:
                 self.schedule.step()
         return self
-
-
-def wanted(batches=10, k=4, epochs=EPOCHS, dtype=torch.float32, processes=1, **options):
-    tensors = truth.samples(batches * truth.ROWS * processes, dtype)
-    return truth.train(truth.network(dtype), truth.big_batches(tensors, batches, k, epochs, processes=processes), **options)
 
 
 # ---- accumulation and clipping -----------------------------------------------------------------------------------------------

@@ -18,13 +18,13 @@ from lightning.pytorch.callbacks import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+from truth import EPOCHS, wanted
 from two_processes import needs_gloo
 
 import absgd_fast as ab
 from absgd_fast.integrations.lightning import RobustCallback
 from absgd_fast.schedule import ChainedSchedules
 
-EPOCHS = 4
 # Batches of an epoch with K = 4: ten optimizer steps, and twelve of which every third has two micro-batches only.
 LENGTHS = {"4,4": (8, 5), "4,4,2": (10, 4)}
 QUIET = dict(devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
@@ -65,11 +65,6 @@ def trainer(*callbacks, epochs=EPOCHS, **options):
 def fit(module, *callbacks, batches=10, dtype=torch.float32, epochs=EPOCHS, ckpt_path=None, **options):
     trainer(*callbacks, epochs=epochs, **options).fit(module, loader(batches, dtype), ckpt_path=ckpt_path)
     return module
-
-
-def wanted(batches=10, k=4, epochs=EPOCHS, dtype=torch.float32, **options):
-    tensors = truth.samples(batches * truth.ROWS, dtype)
-    return truth.train(truth.network(dtype), truth.big_batches(tensors, batches, k, epochs), **options)
 
 
 # ---- accumulation and clipping -----------------------------------------------------------------------------------------------

@@ -49,17 +49,15 @@ class Rows(torch.utils.data.Dataset):
         return {"x": self.x[i], "labels": self.y[i]}
 
 
-def arguments(folder, **options):
-    """TrainingArguments of a run that says and downloads nothing, in the order of the data, with K = 4."""
-    given = dict(
+def quiet(folder):
+    """Arguments of a run that says and downloads nothing, in the order of the data, with K = 4."""
+    return dict(
         output_dir=str(folder),
         use_cpu=True,
-        per_device_train_batch_size=truth.ROWS,
         gradient_accumulation_steps=4,
         num_train_epochs=4,
         learning_rate=0.1,
         lr_scheduler_type="constant",
-        max_grad_norm=truth.CLIP,
         train_sampling_strategy="sequential",
         logging_steps=1,
         report_to=[],
@@ -67,7 +65,12 @@ def arguments(folder, **options):
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    return TrainingArguments(**(given | options))
+
+
+def arguments(folder, **options):
+    """`quiet` TrainingArguments for the samples of truth.py."""
+    given = dict(per_device_train_batch_size=truth.ROWS, max_grad_norm=truth.CLIP)
+    return TrainingArguments(**(quiet(folder) | given | options))
 
 
 def trainer(

@@ -18,6 +18,7 @@ from torch import nn
 from absgd_fast import reference
 
 FEATURES, CLASSES, ROWS = 5, 4, 3  # ROWS: samples of a micro-batch
+EPOCHS = 4
 LAM = -0.5
 CLIP = 0.2  # a norm that clips every step of `network` on `samples`
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}  # the largest difference of a parameter
@@ -123,6 +124,12 @@ def train(net, batches, optimizer="SGD", *, lam=LAM, max_norm=None, losses_of=cr
         out.norms.append(float(norm))
         out.optimizer.step()
     return out
+
+
+def wanted(batches=10, k=4, epochs=EPOCHS, dtype=torch.float32, processes=1, **options):
+    """The plain loop on `network` and `samples`, as the trainings of Lightning and Accelerate have them. options: of `train`."""
+    tensors = samples(batches * ROWS * processes, dtype)
+    return train(network(dtype), big_batches(tensors, batches, k, epochs, processes=processes), **options)
 
 
 def distance(net, other):
