@@ -5,6 +5,8 @@ This is the only file that reads environment variables:
 ABSGD_FAST_BACKEND   forces a backend: "cuda", "triton", "cpu" or "reference"
 ABSGD_FAST_ISA       forces an instruction set of the CPU kernels: "avx512", "avx2" or "baseline"
 TRITON_INTERPRET     Triton's own: with 1 its kernels run on the CPU, slowly, and "triton" can be forced for CPU tensors
+XDG_DATA_HOME        the user's folder of shared data, where `absgd-fast train` looks for data sets
+XDG_DATA_DIRS        the system's, separated by colons
 """
 
 from __future__ import annotations
@@ -278,6 +280,17 @@ def report() -> dict:
         "build": {"compiler": info["compiler"], "torch": info["torch"]},
         "environment": {name: os.environ.get(name) for name in ("ABSGD_FAST_BACKEND", "ABSGD_FAST_ISA", "TRITON_INTERPRET")},
     }
+
+
+def data_folders() -> list[Path]:
+    """The folders of shared data: the user's, the system's by its environment, and those that the XDG standard names by default.
+
+    As the standard says, an empty variable counts as none, and a path that is not absolute is left out.
+    """
+    shared = ["/usr/local/share", "/usr/share"]
+    home = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    named = [home, *os.environ.get("XDG_DATA_DIRS", "").split(os.pathsep), *shared]
+    return list(dict.fromkeys(Path(folder) for folder in named if os.path.isabs(folder)))
 
 
 def _quietly_select(device: str) -> str:

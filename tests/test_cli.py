@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from absgd_fast import __main__ as cli
+from absgd_fast.commands import bench, common
 from absgd_fast.experiments import report, train
 
 QUICK = ["train", "--model", "linear", "--epochs", "2", "--seeds", "2", "--methods", "sgd,absgd"]
@@ -33,8 +34,8 @@ def refused(capsys, *argv):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--dataset", "mnist"], ["'mnist'", "digits, digits-9-4, cifar10, cifar100"]),
-        (["--methods", "sgd,adam"], ["'adam'", "sgd,absgd,reference"]),
+        (["--dataset", "svhn"], ["'svhn'", "digits, digits-9-4, cifar10, cifar100, mnist, fashion-mnist, kmnist"]),
+        (["--methods", "sgd,adam"], ["'adam'", "sgd,absgd,ramp,targetess,reference"]),
         (["--methods", ","], ["methods"]),
         (["--methods", "sgd,sgd"], ["'sgd,sgd'", "at most once"]),
         (["--model", "vgg"], ["'vgg'", "linear, mlp, cnn, resnet32"]),
@@ -49,6 +50,15 @@ def refused(capsys, *argv):
         (["--gamma", "1.1"], ["gamma: got 1.1"]),
         (["--mix", "-1"], ["mix: got -1.0"]),
         (["--warmup", "1.5"], ["warmup: got 1.5", "[0, 1]"]),
+        (["--per-class", "0"], ["per-class: got 0", "at least 1"]),
+        (["--per-class", "111"], ["per-class: got 111", "at most 110", "every class of digits"]),
+        (["--per-class", "all"], ["--per-class", "'all'"]),
+        (["--share", "0"], ["share: got 0.0", "(0, 1)"]),
+        (["--share", "1"], ["share: got 1.0", "(0, 1)"]),
+        (["--share", "nan"], ["share: got nan", "(0, 1)"]),
+        (["--sign", "0"], ["sign: got 0", "1 (λ > 0) or -1 (λ < 0)"]),
+        (["--sign", "-2"], ["sign: got -2"]),
+        (["--sign", "0.5"], ["--sign", "'0.5'"]),
         (["--beta", "0"], ["beta: got 0.0", "(0, 1]"]),
         (["--beta", "1.5"], ["beta: got 1.5"]),
         (["--reg", "-1"], ["reg: got -1.0"]),
@@ -93,7 +103,7 @@ def test_out_must_be_a_folder(capsys, in_an_empty_folder):
 
 
 def test_out_must_be_writable(monkeypatch, capsys, in_an_empty_folder):
-    monkeypatch.setattr(cli.os, "access", lambda path, mode: False)  # tests may run as root, who may write anywhere
+    monkeypatch.setattr(common.os, "access", lambda path, mode: False)  # tests may run as root, who may write anywhere
     assert f"{in_an_empty_folder} cannot be written to" in refused(capsys, *QUICK, "--out", "new/folder")
 
 
@@ -109,8 +119,8 @@ def test_help(capsys):
 
 @pytest.mark.parametrize("module", ["rich", "jinja2", "matplotlib", "sklearn"])
 def test_missing_extras_are_named(module, monkeypatch, capsys, in_an_empty_folder):
-    find = cli.importlib.util.find_spec
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == module else find(name))
+    find = common.importlib.util.find_spec
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None if name == module else find(name))
     line = refused(capsys, *QUICK)
     assert module in line and 'pip install "absgd_fast[experiments]"' in line
 
@@ -211,13 +221,13 @@ def test_doctor(capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "reference" in shown and found["torch"] in shown and "available: yes" in shown
     # a command for broken installations runs without rich too
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["doctor"]) == 0
     assert json.loads(capsys.readouterr().out) == found
 
 
 def test_bench_needs_the_checkout(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "absgd_fast" / "__main__.py"))
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "absgd_fast" / "commands" / "bench.py"))
     assert "source checkout" in refused(capsys, "bench", "--suite", "loss")
 
 
@@ -225,7 +235,7 @@ def test_bench_hands_its_options_over(monkeypatch, tmp_path):
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "__init__.py").touch()  # a package, so that it comes before one that lies elsewhere on the path
     (tmp_path / "benchmarks" / "run.py").write_text("def main(argv):\n    return len(argv)\n")
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "absgd_fast" / "__main__.py"))
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "absgd_fast" / "commands" / "bench.py"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
         monkeypatch.delitem(sys.modules, name)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import absgd_fast as ab
-from absgd_fast.experiments import data, methods, models, report, train
+from absgd_fast.experiments import data, methods, models, report, style, train
 from absgd_fast.experiments.train import Config
 
 SHORT = Config(model="linear", epochs=4, warmup=0.5, seeds=1)
@@ -426,6 +426,49 @@ def test_weights_of_the_other_methods(method, digits):
     assert run["epochs"]["class_weight"][0] == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.parametrize("share, sign", [(0.7, 1), (0.9, 1), (0.4, -1)])
+def test_targetess_has_its_share(share, sign, digits):
+    """One step on the whole training set from the start: λ of this sign at which ESS/n is the share."""
+    config = replace(SHORT, methods=("targetess",), imbalance="lt", warmup=0, epochs=1, batch_size=10_000, share=share, sign=sign)
+    (run,) = train.runs(config, digits)
+    split = data.draw(digits, 0, imbalance="lt", rho=100)
+    logits = models.make_model("linear", (1, 8, 8), 10, 0)(split.x)
+    losses = torch.nn.functional.cross_entropy(logits, split.y, reduction="none").double()
+
+    def weights(tau):
+        return len(losses) * torch.softmax(tau * losses, 0)
+
+    low, high = 0.0, sign * 1e4
+    for _ in range(100):
+        tau = (low + high) / 2
+        low, high = (tau, high) if 1 / weights(tau).square().mean() > share else (low, tau)
+    expected = [weights(tau)[split.y == c].mean().item() for c in range(10)]
+    assert run["epochs"]["class_weight"][0] == pytest.approx(expected, rel=5e-3)
+
+
+def test_a_ramp_of_lambda(digits):
+    """Over the first half of four epochs of one step each: plain, then 2 λ, then λ. γ = 1: the batch's own normaliser."""
+    config = replace(SHORT, methods=("ramp",), noise="symmetric", lam=-0.5, gamma=1.0, batch_size=10_000)
+    (run,) = train.runs(config, digits)
+    split = data.draw(digits, 0, noise="symmetric", rate=0.4)
+    model = models.make_model("linear", (1, 8, 8), 10, 0)
+    optimizer = torch.optim.SGD(model.parameters(), config.lr, methods.MOMENTUM, weight_decay=config.weight_decay)
+    for epoch, inverse in enumerate([0, -1, -2, -2]):
+        losses = torch.nn.functional.cross_entropy(model(split.x), split.y, reduction="none")
+        weights = len(losses) * torch.softmax(inverse * losses.detach(), 0)
+        expected = [weights[split.y == c].mean().item() for c in range(10)]
+        assert run["epochs"]["class_weight"][epoch] == pytest.approx(expected, rel=1e-3)
+        optimizer.param_groups[0]["lr"] = config.lr * 0.1 ** ((epoch >= 2) + (epoch >= 3))  # after 60 % and 80 % of the epochs
+        optimizer.zero_grad()
+        (weights * losses).mean().backward()
+        optimizer.step()
+
+
+def test_no_warmup_no_ramp(digits):
+    absgd, ramp = train.runs(replace(SHORT, methods=("absgd", "ramp"), noise="symmetric", warmup=0), digits)
+    assert absgd["parameters"] == ramp["parameters"]
+
+
 def test_l2rw_takes_the_right_labels_of_a_few(digits):
     """They are the first of each class, and stay in the training set with the labels they have there; the weights are those of
     the formula: a linear model's gradient is an outer product."""
@@ -682,6 +725,48 @@ def test_notes_tell_what_spoils_the_numbers():
     results = made_up([1, 2], seeds=5) | {"partial": True}
     assert "4 of 10 runs" in report.notes(results)[0]
     assert "interrupted" in report.table(results).title
+
+
+@pytest.mark.parametrize(
+    "config, words, mark",
+    [
+        ({"methods": ("absgd",), "lam": 0.5}, "digits, mlp, λ = 0.5, 2 seeds", "λ on"),
+        ({"methods": ("ramp",)}, "digits, mlp, λ = −0.5, 2 seeds", "full λ"),
+        ({"methods": ("absgd", "ramp")}, "digits, mlp, λ = −0.5, 2 seeds", "full λ"),
+        ({"methods": ("targetess",)}, "digits, mlp, ESS/n = 0.95, 2 seeds", "λ on"),
+        ({"methods": ("targetess", "absgd"), "sign": -1}, "digits, mlp, λ = −0.5, ESS/n = 0.95 with λ < 0, 2 seeds", "λ on"),
+        ({"methods": ("cvar",), "per_class": 50}, "digits, 50 images of each class, mlp, 2 seeds", "weights on"),
+        ({"methods": ("l2rw",)}, "digits, mlp, 2 seeds", None),
+    ],
+    ids=lambda value: "+".join(value["methods"]) if isinstance(value, dict) else "",
+)
+def test_title_and_mark_follow_the_methods(config, words, mark):
+    results = made_up([1.0, 2.0], **config)
+    assert report.title(results) == words
+    _, axes = style.make_axes("epoch", "")
+    style.mark_switch(axes, results)
+    assert [text.get_text() for text in axes.texts] == [mark] * (mark is not None)
+    page = report.html(results)
+    assert all(
+        ("ab." + name in page) == (method in config["methods"]) for method, name in (("ramp", "Ramp"), ("targetess", "TargetESS"))
+    )
+
+
+@pytest.mark.parametrize("least", [0.2, 0.02, 0.006, 1e-3, 1e-5, 1e-8, 1e-10, 1e-20])
+def test_a_logarithmic_axis_has_a_few_labels(least):
+    """Over one power of ten as over twenty."""
+    figure, axes = style.make_axes("epoch", "weight")
+    axes.plot([least, 1.7])
+    style.log_if_wide(axes, [least, 1.7])
+    figure.canvas.draw()
+    low, high = axes.get_ylim()
+    labels = [label.get_text() for label in axes.get_yticklabels() if low <= label.get_position()[1] <= high]
+    assert 3 <= len(labels) <= 9 and len(set(labels)) == len(labels) and "" not in labels
+
+
+def test_methods_can_be_told_apart():
+    assert list(style.STYLES) == list(methods.METHODS)
+    assert len({(s["color"], str(s["linestyle"])) for s in style.STYLES.values()}) == len(style.STYLES)
 
 
 @pytest.mark.parametrize("noise, plots", [("none", 4), ("symmetric", 5)])

@@ -19,15 +19,35 @@ import torch
 from torch import Tensor
 
 from .. import _numbers
+from . import idx
 from .checkpoint import digest
 
-DATASETS = ("digits", "digits-9-4", "cifar10", "cifar100")
+# name: (channels, height, width) of its images
+SHAPES = {"digits": (1, 8, 8), "digits-9-4": (1, 8, 8), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32)}
+SHAPES |= dict.fromkeys(idx.DATASETS, (1, idx.SIDE, idx.SIDE))
+DATASETS = tuple(SHAPES)
 IMBALANCES = ("lt", "step")
 NOISES = ("symmetric", "uniform", "asymmetric", "background")
 
-# The class that each CIFAR-10 class is mistaken for (Patrini et al. 2017): truck → automobile, bird → airplane,
-# deer → horse, cat ↔ dog. The other five classes keep their labels.
+# The class that each class is mistaken for under asymmetric noise. The other classes keep their labels. CIFAR-10 and MNIST are as
+# in Patrini et al. 2017, Fashion-MNIST is as in Zhang & Sabuncu 2018.
+# truck → automobile, bird → airplane, deer → horse, cat ↔ dog
 CIFAR10_MAPPING = (0, 1, 0, 5, 7, 3, 6, 7, 8, 1)
+# 7 → 1, 2 → 7, 5 ↔ 6, 3 → 8
+MNIST_MAPPING = (0, 1, 7, 8, 4, 6, 5, 1, 8, 9)
+# ankle boot → sneaker, sneaker → sandal, pullover → shirt, coat ↔ dress
+FASHION_MNIST_MAPPING = (0, 1, 6, 4, 3, 5, 6, 5, 8, 7)
+MAPPINGS = {"cifar10": CIFAR10_MAPPING, "mnist": MNIST_MAPPING, "fashion-mnist": FASHION_MNIST_MAPPING}
+
+# The names of the classes, where they say more than their numbers.
+CLASS_NAMES = {
+    "digits-9-4": ("9", "4"),
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    "fashion-mnist": (
+        *("T-shirt/top", "trouser", "pullover", "dress", "coat"),
+        *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+    ),
+}
 
 # Each kind of choice has its own stream of random numbers, so another kind of noise does not change the split.
 SPLIT, NOISE, INIT, ORDER, METHOD = range(5)
@@ -204,18 +224,22 @@ class Split:
     x_test: Tensor  # (N_test, channels, height, width) float32
     y_test: Tensor  # (N_test,) int64, without noise
 
+    def part(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(x, y, y_true) of some training images. chosen: their indices."""
+        return self.x[chosen], self.y[chosen], self.y_true[chosen]
+
 
 def load_source(name: str, data_root: str | os.PathLike[str] | None = None) -> Source:
     """Loads a data set.
 
     Args:
         name: "digits" (scikit-learn's), "digits-9-4" (its nines as class 0 and its fours as class 1; under imbalance the nines
-            dominate, as in the L2RW paper, Sec. 4.1), "cifar10" or "cifar100".
-        data_root: for CIFAR, the folder of its files (see load_cifar).
+            dominate, as in the L2RW paper, Sec. 4.1), "cifar10", "cifar100", "mnist", "fashion-mnist" or "kmnist".
+        data_root: the folder of the files (see load_cifar and idx.load_idx). digits needs none; idx files may be found without.
 
     Raises:
         ValueError: an unknown name, CIFAR without data_root, or files that do not hold the data set.
-        FileNotFoundError: there are no CIFAR files under data_root.
+        FileNotFoundError: the files are not there.
         ImportError: digits without scikit-learn.
     """
     if name in ("digits", "digits-9-4"):
@@ -232,18 +256,30 @@ def load_source(name: str, data_root: str | os.PathLike[str] | None = None) -> S
     if name in ("cifar10", "cifar100"):
         if data_root is None:
             raise ValueError(f"{name} is read from your disk: give the folder of its python files with --data-root")
-        x, y, x_test, y_test = load_cifar(data_root, name)
-        classes = 10 if name == "cifar10" else 100
-        n_max = int(torch.bincount(y, minlength=classes).min())
-        if n_max == 0:
-            raise ValueError(f"{name} under {data_root}: a class has no training images")
-        mapping = CIFAR10_MAPPING if name == "cifar10" else None
-        return Source(name, classes, x, y, (x_test, y_test), n_max, mapping=mapping, augment=True)
+        return _of_files(name, 10 if name == "cifar10" else 100, load_cifar(data_root, name), augment=True)
+    if name in idx.DATASETS:
+        return _of_files(name, idx.CLASSES, idx.load_idx(data_root, name))
     raise ValueError(f"unknown data set {name!r}; use one of {', '.join(DATASETS)}")
 
 
+def _of_files(name: str, classes: int, parts: tuple[Tensor, Tensor, Tensor, Tensor], augment: bool = False) -> Source:
+    """The Source of a data set that has a test set of its own."""
+    x, y, x_test, y_test = parts
+    n_max = int(torch.bincount(y, minlength=classes).min())
+    if n_max == 0:
+        raise ValueError(f"{name}: a class has no training images")
+    return Source(name, classes, x, y, (x_test, y_test), n_max, mapping=MAPPINGS.get(name), augment=augment)
+
+
 def draw(
-    source: Source, seed: int, *, imbalance: str = "none", rho: float = 100.0, noise: str = "none", rate: float = 0.0
+    source: Source,
+    seed: int,
+    *,
+    per_class: int | None = None,
+    imbalance: str = "none",
+    rho: float = 100.0,
+    noise: str = "none",
+    rate: float = 0.0,
 ) -> Split:
     """Draws the split of one seed: the samples for training and for testing, and the wrong labels.
 
@@ -253,17 +289,21 @@ def draw(
     Args:
         source: the data set.
         seed: determines all choices.
+        per_class: the number of training images of each class before imbalance, at most source.n_max. None takes n_max.
         imbalance: "none", or the kind of class_counts.
         rho: as for class_counts.
         noise: "none", or the kind of add_noise.
         rate: as for add_noise.
 
     Raises:
-        ValueError: as class_counts and add_noise.
+        ValueError: per_class is out of range, or as class_counts and add_noise.
     """
-    keep = [source.n_max] * source.classes
+    n_max = source.n_max if per_class is None else index(per_class)
+    if not 1 <= n_max <= source.n_max:
+        raise ValueError(f"draw: per_class of {source.name} is in [1, {source.n_max}], got {n_max}")
+    keep = [n_max] * source.classes
     if imbalance != "none":
-        keep = class_counts(source.n_max, source.classes, imbalance, rho)
+        keep = class_counts(n_max, source.classes, imbalance, rho)
     random = generator(seed, SPLIT)
     train_of, test_of = [], []
     for c, count in enumerate(keep):
@@ -300,7 +340,7 @@ def _standardise(x: Tensor, x_test: Tensor) -> tuple[Tensor, Tensor]:
     """(N, channels, H, W) uint8 → float32. Over the training images each channel has mean 0 and standard deviation 1."""
     x, x_test = x.float(), x_test.float()
     mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
-    return (x - mean) / std, (x_test - mean) / std
+    return x.sub_(mean).div_(std), x_test.sub_(mean).div_(std)  # both are copies
 
 
 def augment(x: Tensor, random: torch.Generator) -> Tensor:

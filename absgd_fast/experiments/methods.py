@@ -1,6 +1,7 @@
 """The training methods that `absgd-fast train --methods` compares. METHODS has a function for each name; it builds a Method.
 
 sgd, absgd, reference                      plain momentum SGD, ABSGD, the reference package
+ramp, targetess                            other choices of λ: it moves to its end (ab.Ramp), or follows the batch (ab.TargetESS)
 term, eg, cvar, chi2, groupdro             other weightings (absgd_fast.weights)
 l2rw                                       weights from a clean batch (absgd_fast.meta)
 proportion, resample, hard-mining, random  the methods that the L2RW paper compares with (Sec. 4.1)
@@ -54,6 +55,9 @@ class Method:
         after_epoch: called after each epoch.
         weights: weights() → the (B,) weights of the batch just trained on, 1 on average; None = all are 1.
         stateful: by name, everything beside the optimizer whose state a checkpoint must hold.
+
+    Attributes:
+        logits: the logits of the batch just trained on, before the step; None for a method that does not show them.
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -61,6 +65,7 @@ class Method:
     after_epoch: Callable[[], None] = lambda: None
     weights: Callable[[], Tensor | None] = lambda: None
     stateful: dict[str, Stateful] = field(default_factory=dict)
+    logits: Tensor | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.stateful = {"optimizer": self.optimizer} | self.stateful
@@ -71,10 +76,12 @@ class Method:
 
     def step(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         """Forward, backward and the optimizer's step."""
-        loss = self.loss(model(images), labels)
+        logits = model(images)
+        loss = self.loss(logits, labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+        self.logits = logits.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """The state of each part of `stateful`, by name."""
@@ -87,9 +94,11 @@ class Method:
 
 
 Parameters = Iterable[nn.Parameter]
+Make = Callable[[Parameters, "Config", data.Split, int], Method]  # builds a method from (parameters, config, split, seed)
 
 
-def _momentum_sgd(parameters: Parameters, config: Config) -> ab.ABSGD:
+def momentum_sgd(parameters: Parameters, config: Config) -> ab.ABSGD:
+    """The optimizer of all methods whose time is not that of torch's."""
     return ab.ABSGD(parameters, config.lr, MOMENTUM, weight_decay=config.weight_decay)
 
 
@@ -103,10 +112,22 @@ def _absgd(parameters: Parameters, config: Config, split: data.Split, seed: int)
     return _two_stages(parameters, config, config.lam, gamma=config.gamma)
 
 
-def _two_stages(parameters: Parameters, config: Config, lam: float, **options: Any) -> Method:
+def _two_stages(parameters: Parameters, config: Config, lam: float | ab.TargetESS, **options: Any) -> Method:
     loss = ab.ABLoss(LOSSES[config.loss][0](), lam=lam, mix=config.mix, **options)
-    stages, optimizer = ab.TwoStage(loss, lam, start=config.switch), _momentum_sgd(parameters, config)
+    stages, optimizer = ab.TwoStage(loss, lam, start=config.switch), momentum_sgd(parameters, config)
     return Method(loss, optimizer, stages.step, lambda: loss.last.weights, {"loss": loss, "stages": stages})
+
+
+def _ramp(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
+    if config.switch == 0:  # λ = lam from the start, as in two stages
+        return _absgd(parameters, config, split, seed)
+    loss = ab.ABLoss(LOSSES[config.loss][0](), lam=config.lam, mix=config.mix, gamma=config.gamma)
+    ramp, optimizer = ab.Ramp(loss, config.lam, length=config.switch, unit="epoch"), momentum_sgd(parameters, config)
+    return Method(loss, optimizer, ramp.step, lambda: loss.last.weights, {"loss": loss, "ramp": ramp})
+
+
+def _targetess(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
+    return _two_stages(parameters, config, ab.TargetESS(config.share, config.sign))
 
 
 def _reference(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
@@ -191,7 +212,7 @@ class _FromEpoch:
 def _by_weighting(
     parameters: Parameters, config: Config, weighting: Weighting, start: int = 0, grouped: bool = False, **stateful: Stateful
 ) -> Method:
-    loss, optimizer = _FromEpoch(config, weighting, start, grouped), _momentum_sgd(parameters, config)
+    loss, optimizer = _FromEpoch(config, weighting, start, grouped), momentum_sgd(parameters, config)
     return Method(loss, optimizer, loss.step, lambda: loss.used.last.weights, stateful | {"loss": loss})
 
 
@@ -270,7 +291,7 @@ def _proportion(parameters: Parameters, config: Config, split: data.Split, seed:
         last = weight[labels]
         return plain(logits, labels, sample_weight=last)
 
-    return Method(loss, _momentum_sgd(parameters, config), weights=lambda: last)
+    return Method(loss, momentum_sgd(parameters, config), weights=lambda: last)
 
 
 class _Resampling(Method):
@@ -284,7 +305,7 @@ class _Resampling(Method):
 
 
 def _resample(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
-    optimizer = _momentum_sgd(parameters, config)
+    optimizer = momentum_sgd(parameters, config)
     loss = ab.ABLoss(LOSSES[config.loss][0](), lam=inf)
     draws = _Draws(seed)
     method = _Resampling(loss, optimizer, stateful={"draws": draws})
@@ -314,17 +335,19 @@ class _Reweighting(Method):
 
 
 def _l2rw(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
-    optimizer = _momentum_sgd(parameters, config)
+    optimizer = momentum_sgd(parameters, config)
     draws = _Draws(seed)
     method = _Reweighting(LOSSES[config.loss][0](), optimizer, stateful={"draws": draws})
     method.draws, method.clean, method.how = draws, data.clean_part(split, config.clean), config.l2rw_method
     return method
 
 
-# name: the function that builds the Method from (parameters, config, split, seed)
-METHODS: dict[str, Callable[[Parameters, Config, data.Split, int], Method]] = {
+# name: the function that builds the Method
+METHODS: dict[str, Make] = {
     "sgd": _sgd,
     "absgd": _absgd,
+    "ramp": _ramp,
+    "targetess": _targetess,
     "reference": _reference,
     "term": _term,
     "eg": _eg,
@@ -337,6 +360,6 @@ METHODS: dict[str, Callable[[Parameters, Config, data.Split, int], Method]] = {
     "hard-mining": _hard_mining,
     "random": _random,
 }
-# The methods that have a λ, and those that begin with plain training (--warmup).
-OF_LAM = ("absgd", "reference", "term", "eg")
-IN_STAGES = (*OF_LAM, "cvar", "chi2", "groupdro")
+# The methods that have λ = lam, and those that begin with plain training (--warmup).
+OF_LAM = ("absgd", "ramp", "reference", "term", "eg")
+IN_STAGES = (*OF_LAM, "targetess", "cvar", "chi2", "groupdro")

@@ -143,12 +143,11 @@ def _weights(results: dict[str, Any], method: str, mine: dict[int, Run]) -> Plot
 
 
 def _clean_and_flipped(results: dict[str, Any], runs_of: RunsOf) -> Plot:
-    size = (6.4, 3.8) if len(runs_of) <= FEW else (9, 5.4)
-    figure, axes = make_axes("epoch", "mean robust weight", size)
+    methods = [method for method in runs_of if method != BASELINE]
+    entries = 2 * len(methods)
+    figure, axes = make_axes("epoch", "mean robust weight", (6.4, 3.8) if entries <= FEW else (9, 5.4))
     drawn: list[float] = []
-    for method in runs_of:
-        if method == BASELINE:
-            continue
+    for method in methods:
         for key, label, marker in (("clean_weight", "right label", "o"), ("flipped_weight", "wrong label", "x")):
             average, _ = _over_seeds(runs_of[method].values(), key)
             epochs = range(1, len(average) + 1)
@@ -167,7 +166,7 @@ def _clean_and_flipped(results: dict[str, Any], runs_of: RunsOf) -> Plot:
     log_if_wide(axes, drawn)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     mark_switch(axes, results)
-    legend(axes, len(runs_of), fontsize=8)
+    legend(axes, entries, fontsize=8)
     return (
         "Weight of right and wrong labels",
         (

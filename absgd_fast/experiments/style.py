@@ -18,6 +18,8 @@ DASHED, DOTTED = (0, (4, 3)), (0, (1, 1.5))
 STYLES: dict[str, dict[str, Any]] = {
     "sgd": {"color": "#6b6b6b", "linestyle": "-"},
     "absgd": {"color": "#0072B2", "linestyle": "-"},
+    "ramp": {"color": "#0072B2", "linestyle": DASHED},
+    "targetess": {"color": "#009E73", "linestyle": DASHED},
     "reference": {"color": "#E69F00", "linestyle": DASHED},
     "term": {"color": "#56B4E9", "linestyle": "-"},
     "eg": {"color": "#56B4E9", "linestyle": DASHED},
@@ -30,7 +32,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "hard-mining": {"color": "#E69F00", "linestyle": DOTTED},
     "random": {"color": "#000000", "linestyle": DOTTED},
 }
-FEW = 4  # a legend inside the axes has room for so many methods
+FEW = 4  # a legend inside the axes has room for so many entries
 
 
 def make_axes(xlabel: str, ylabel: str, size: tuple[float, float] = (6.4, 3.8)) -> tuple[Figure, Axes]:
@@ -45,9 +47,9 @@ def make_axes(xlabel: str, ylabel: str, size: tuple[float, float] = (6.4, 3.8)) 
     return figure, axes
 
 
-def legend(axes: Axes, methods: int, **options: Any) -> None:
-    """Draws a legend for this number of methods: inside the axes, or beside them if there are more than FEW."""
-    beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if methods > FEW else {}
+def legend(axes: Axes, entries: int, **options: Any) -> None:
+    """Draws a legend with this number of entries: inside the axes, or beside them if there are more than FEW."""
+    beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if entries > FEW else {}
     axes.legend(frameon=False, **options | beside)
 
 
@@ -64,13 +66,15 @@ def switch_of(config: dict[str, Any]) -> int:
 
 
 def mark_switch(axes: Axes, results: dict[str, Any]) -> None:
-    """Draws a line at the epoch in which λ, or the weighting of a method without λ, is switched on."""
+    """Draws a line at the epoch in which λ, or the weighting of a method without λ, is switched on, or a ramp has reached λ."""
     c = results["config"]
     switch, switched = switch_of(c), [m for m in c["methods"] if m in IN_STAGES]
+    with_lam = {"targetess", *OF_LAM}
+    label = "full λ" if "ramp" in switched else "λ on" if with_lam & set(switched) else "weights on"
     if 0 < switch < c["epochs"] and switched:
         axes.axvline(switch + 0.5, color="#444444", linewidth=1, linestyle=":")
         axes.annotate(
-            "λ on" if set(switched) & set(OF_LAM) else "weights on",
+            label,
             (switch + 0.5, 1),
             xycoords=("data", "axes fraction"),
             xytext=(0, 2),
@@ -87,6 +91,7 @@ def log_if_wide(axes: Axes, values: Iterable[float]) -> None:
     positive = [value for value in values if math.isfinite(value) and value > 0]
     if positive and max(positive) > 4 * min(positive):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        # over many powers of ten 2 and 5 would crowd the axis, and matplotlib then draws no label at all
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(positive) <= 200 * min(positive) else (1,)))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

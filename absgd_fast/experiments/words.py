@@ -149,33 +149,42 @@ def notes(results: dict[str, Any]) -> list[str]:
     return found
 
 
+def setting(config: dict[str, Any]) -> str:
+    """The data and the model of an experiment in one line."""
+    parts = [config["dataset"]]
+    if config.get("per_class") is not None:  # results of an older version have no such setting
+        parts.append(f"{config['per_class']} images of each class")
+    if config["imbalance"] != "none":
+        parts.append(f"{ {'lt': 'long-tailed', 'step': 'step-imbalanced'}[config['imbalance']] } ρ = {config['rho']:g}")
+    if config["noise"] != "none":
+        parts.append(f"{100 * config['noise_rate']:g} % {config['noise']} label noise")
+    return ", ".join([*parts, config["model"]])
+
+
 def title(results: dict[str, Any]) -> str:
     """The experiment in one line."""
     c = results["config"]
-    parts = [c["dataset"]]
-    if c["imbalance"] != "none":
-        parts.append(f"{ {'lt': 'long-tailed', 'step': 'step-imbalanced'}[c['imbalance']] } ρ = {c['rho']:g}")
-    if c["noise"] != "none":
-        parts.append(f"{100 * c['noise_rate']:g} % {c['noise']} label noise")
     seeds = len({run["seed"] for run in results["runs"]})
+    lams = []
     if set(c["methods"]) & set(OF_LAM):
         lam = c["lam"] if isinstance(c["lam"], str) else f"{c['lam']:g}"
-        lams = [f"λ = {_minus(lam)}"]
-    else:
-        lams = []
-    return ", ".join([*parts, c["model"], *lams, f"{seeds} seed{'s' * (seeds != 1)}"])
+        lams.append(f"λ = {minus(lam)}")
+    if "targetess" in c["methods"]:
+        lams.append(f"ESS/n = {c['share']:g}" + " with λ < 0" * (c["sign"] < 0))
+    return ", ".join([setting(c), *lams, f"{seeds} seed{'s' * (seeds != 1)}"])
 
 
 def _images(count: float) -> str:
     return f"{count:g} training image{'s' * (count != 1)}"
 
 
-def _minus(text: str) -> str:
+def minus(text: str) -> str:
+    """The text with minus signs in place of hyphens."""
     return text.replace("-", "−")
 
 
 def _signed(value: float, digits: int = 1) -> str:
-    return _minus(f"{value:+.{digits}f}")
+    return minus(f"{value:+.{digits}f}")
 
 
 def plus_minus(entry: dict[str, Any], error: str, digits: int = 1, signed: bool = False) -> str:

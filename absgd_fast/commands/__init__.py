@@ -1,0 +1,1 @@
+"""The commands of `absgd-fast`, one file each. common.py has what they share, settings.py the options of an experiment."""
