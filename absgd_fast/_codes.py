@@ -18,8 +18,10 @@ HYPERPARAMETERS = {
 KINDS = tuple(HYPERPARAMETERS)
 
 # The modes of the normaliser, in the order of NormalizerKind in csrc/math/weights.h (MATH §1.2): log s' is that of the moving
-# average, that of this batch alone, or 0.
-NORMALIZERS = ("moving", "batch", "none")
+# average, that of this batch alone, or 0. With "target", lambda too is that of this batch alone (TargetESS, MATH §1.7).
+# In this mode the operators' argument gamma is the share with the sign of lambda, and lam is written.
+NORMALIZERS = ("moving", "batch", "none", "target")
+CHOSEN_BY_NAME = NORMALIZERS[:3]  # the values of the public argument `normalizer`
 
 # The rules of the optimizers, in the order of Rule in csrc/math/step.h (MATH §3).
 RULES = ("sgd", "adam", "rmsprop", "adagrad")

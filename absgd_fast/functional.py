@@ -258,7 +258,7 @@ def _weighted_options(
     """
     gamma, alpha = _checks.unit_interval(gamma, "gamma"), _checks.unit_interval(alpha, "alpha")
     _checks.choice(init, "init", ("first", "zero"))
-    _checks.choice(normalizer, "normalizer", _codes.NORMALIZERS)
+    _checks.choice(normalizer, "normalizer", _codes.CHOSEN_BY_NAME)
     mix = _checks.within(mix, "mix", -math.inf, math.inf, open_below=True, open_above=True)
     bound = _checks.max_weight(max_weight)
     momentum, dampening, weight_decay = _checks.momentum_sgd(momentum, dampening, weight_decay, nesterov, heavy_ball)

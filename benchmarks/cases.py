@@ -107,11 +107,17 @@ class Logits:
         return losses, slopes
 
     def error(self, loss, grad, lam, init):
-        """The error of the loss and its gradient in step number STEPS of Alg. 1 on this batch; lam = inf is the plain mean."""
+        """The error of the loss and its gradient in step number STEPS of Alg. 1 on this batch.
+
+        lam: inf is the plain mean; a TargetESS gives every step the same weights.
+        """
         losses, slopes = self._exact
         log_s = -math.inf
         for _ in range(STEPS):
-            exact, weights, log_s, _ = reference.robust_loss(losses, log_s, lam, gamma=GAMMA, init=init)
+            if isinstance(lam, ab.TargetESS):
+                exact, weights, *_ = reference.robust_loss_at_target(losses, losses.new_tensor(log_s), lam.signed_share)
+            else:
+                exact, weights, log_s, _ = reference.robust_loss(losses, log_s, lam, gamma=GAMMA, init=init)
         factors = (weights / len(losses)).unsqueeze(1)
         parts = zip(*(t.split(self._part) for t in (grad, slopes, factors)))
         errors = [distance(got, slope * factor) for got, slope, factor in parts]
@@ -495,6 +501,10 @@ def _family(name, rows, classes):
     return Case("family", f"{name}, {_size(rows, classes, torch.float32)}", partial(Logits, rows, classes, loss=name), targets)
 
 
+def _target(rows, classes):
+    return Case("target", _size(rows, classes, torch.float32), partial(Logits, rows, classes), {"a fixed lambda": 1.15})
+
+
 def _step(name, shapes, fused, default):
     return Case("step", name, partial(Tensors, shapes), {"SGD fused": fused, "SGD default": default})
 
@@ -515,6 +525,7 @@ CASES = [
     _loss(2048, 32000, 0.3),
     _loss(512, 8142, dtype=torch.bfloat16),
     _loss(2048, 32000, dtype=torch.bfloat16),
+    *(_target(*size) for size in ((128, 10), (512, 1000))),
     *(_family(name, *size) for size in ((512, 1000), (2048, 32000)) for name in LOSSES if name != "cross-entropy"),
     # Tensors of 262 MB: the allocator maps and unmaps each of them, so the resident memory is the memory in use.
     Case("memory", "2048 × 32000 fp32", partial(Logits, 2048, 32000), {"peak": 1.01, "retained": 2.01}),

@@ -174,6 +174,11 @@ def _family(data):
     return _loss(data, _ours(criterion=LOSSES[data.loss](data.logits.shape[1])))
 
 
+def _target(data):
+    target = ab.TargetESS(0.7)
+    return _loss(data, ab.ABLoss(lam=target), lam=target)
+
+
 def _family_base(data):
     """Our cross-entropy on the same logits."""
     return _loss(data.as_cross_entropy(), _ours())
@@ -512,6 +517,7 @@ _losses = {
 }
 PEERS = {
     "loss": _losses,
+    "target": {OURS: _target, "a fixed lambda": lambda data: _loss(data, _ours())},
     "family": {OURS: _family, "our cross-entropy": _family_base, "eager, absgd package": _family_eager},
     "gpu loss": {
         OURS: lambda data: _loss(data, _ours(data.device)),

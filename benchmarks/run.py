@@ -65,13 +65,13 @@ from .peers import OURS, OURS_ON_TRITON, PEERS, LeftOut, import_compilers, ready
 from .timing import host_us, interleave, quartiles, ratios
 
 SUITES = {
-    "loss": ("loss", "memory"),
+    "loss": ("loss", "target", "memory"),
     "step": ("step", "clip", "rules"),
     "train": ("train",),
     "family": ("family",),
     "clip": ("clip",),
     "weighted": ("weighted",),
-    "all": ("loss", "family", "memory", "step", "clip", "rules", "weighted", "train"),
+    "all": ("loss", "target", "family", "memory", "step", "clip", "rules", "weighted", "train"),
 }
 GPU_SUITES = {"gpu": lambda cases: cases, "gpu-probe": gpu_probe}
 CPU = torch.device("cpu")

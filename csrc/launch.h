@@ -246,14 +246,12 @@ struct alignas(16) LossSums {
 
 // RobustArgs with its numbers in device memory. NormalizerConfig::lam is used if there is no lam_on_device.
 struct Robust : RobustArgs {
-  const void* valid_rows;  // (count) real, in place of RobustArgs::valid; or null
-  DeviceNumber lam_on_device, log_s;
-  long long* nonfinite;  // raised by 1 after a batch with a nonfinite sample; or null
-  bool update;           // write log_s and nonfinite
-  void* losses_out;      // (count) real: the losses, 0 where ignored; or null
-  void* valid_out;       // (count) real: 1 or 0; or null
-  void* stats;           // (4, count) real: rows 1 to 3 are multiplied by the factor; or null
-  void* loss;            // one real; or null
+  DeviceNumber lam_on_device, log_s;  // NormalizerKind::target writes lambda, with `update` or without
+  long long* nonfinite;               // raised by 1 after a batch with a nonfinite sample; or null
+  bool update;                        // write log_s and nonfinite
+  void* losses_out;                   // (count) real: the losses, 0 where ignored; or null
+  void* valid_out;                    // (count) real: 1 or 0; or null
+  void* loss;                         // one real; or null
   DeviceNumber new_log_s;
   double* dlog_s;  // WeightUpdate::dlog_s and dlog_s_state; or null
   // Single stages of the computation.
@@ -267,6 +265,7 @@ struct Robust : RobustArgs {
   void* sums;             // (loss_blocks()) LossSums of real
   double* loss_partials;  // (loss_blocks())
   WeightUpdate* weight_update;
+  double* shift;  // of NormalizerKind::target
 
   ABSGD_INLINE int64_t loss_blocks() const { return (count + kLossBlock - 1) / kLossBlock; }
 };
@@ -275,7 +274,7 @@ struct Robust : RobustArgs {
 const char* logit_loss_fwd(const LogitForward&, void* stream);
 const char* logit_loss_bwd(const LogitBackward&, void* stream);
 // logit_loss_fwd, with robust.loss, z and weighing in the same launch. A finite max_weight takes a second launch,
-// because the loss then needs log s' first. robust.sums: (kMostBlocks).
+// because the loss then needs log s' first. So does NormalizerKind::target. robust.sums: (kMostBlocks).
 const char* robust_logit_loss_fwd(const LogitForward&, const Robust&, void* stream);
 // The robust loss with weights and gradient, by a single block, for a batch that fits_one_block. Not for f64. The
 // gradient has the dtype of the logits, but f32 for f16.

@@ -11,11 +11,25 @@ from absgd_fast import __main__ as cli
 
 with pytest.MonkeyPatch.context() as patch:  # benchmarks are no part of the package
     patch.syspath_prepend(Path(cli.__file__).resolve().parents[1])
-    from benchmarks import cases, device, gpu_folder, gpu_report, imbalance, l2rw, models, peers, run, timing  # noqa: F401
+    from benchmarks import (  # noqa: F401
+        cases,
+        choosing_lambda,
+        device,
+        gpu_folder,
+        gpu_report,
+        imbalance,
+        l2rw,
+        models,
+        peers,
+        ramp,
+        run,
+        timing,
+    )
 
 CPU = torch.device("cpu")
 DATA = {
     "loss": [partial(cases.Logits, 32, 10), partial(cases.Logits, 32, 10, torch.bfloat16)],
+    "target": [partial(cases.Logits, 32, 10)],
     "family": [partial(cases.Logits, 32, 10, loss=name) for name in cases.LOSSES if name != "cross-entropy"],
     "step": [partial(cases.Tensors, [(3, 4), (5,)])],
     "clip": [partial(cases.Clipped, [(3, 4), (5,)])],
@@ -53,6 +67,7 @@ def tiny(monkeypatch, no_compiler):
     """One small case of each kind, few rounds; targets that are surely met or surely missed."""
     small = [
         cases.Case("loss", "8 × 5", partial(cases.Logits, 8, 5), {"cross_entropy": 1e9, "absgd package": 0.0}),
+        cases.Case("target", "8 × 5", partial(cases.Logits, 8, 5), {"a fixed lambda": 1e9}),
         cases.Case("family", "VS, 8 × 5", partial(cases.Logits, 8, 5, loss="VS"), {"our cross-entropy": 1e9}),
         cases.Case("memory", "8 × 5", partial(cases.Logits, 8, 5), {"growth": 1e9, "peak": 1e9, "retained": -1e9}),
         cases.Case("step", "two tensors", partial(cases.Tensors, [(3, 4), (5,)]), {"SGD fused": 1e9}),

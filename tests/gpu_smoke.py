@@ -22,6 +22,7 @@ if __name__ == "__main__":
 import gpu_cases as cases
 import gpu_runner as runner
 import oracle
+import target_cases
 import test_gpu_graphs as graphs
 import test_gpu_losses as losses
 import test_gpu_robust as robust
@@ -95,6 +96,9 @@ OPERATORS = (
         "soft targets": partial(losses.test_soft_targets, loss="weight, smoothing", dtype=FP32, path=cases.PATHS["lanes"]),
         "soft targets, class vectors": partial(losses.test_soft_targets, loss="vs", dtype=FP32, path=cases.PATHS["one block"]),
         "robust_loss": partial(robust.test_robust_loss_of_given_losses, dtype=FP32, rule=robust.ROBUST["default"]),
+        "robust_loss, target": partial(robust.test_target_of_losses, batch=target_cases.normal, dtype=FP32),
+        "robust_logit_loss, target, one block": partial(robust.test_target_of_logits, dtype=FP32, shape=cases.HELD),
+        "robust_logit_loss, target, statistics": partial(robust.test_target_of_logits, dtype=FP32, shape=cases.BEYOND),
         "robust_weights, robust_weights_backward": partial(robust.check_weights, count=1000),
         "robust_weights, many losses": partial(robust.check_weights, count=cases.ONE_LAUNCH + 617),
         "robust_partial_stats, robust_settle, robust_apply": partial(

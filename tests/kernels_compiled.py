@@ -23,7 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from absgd_fast.kernels import launch, losses, step, weighted, weights
+from absgd_fast.kernels import launch, losses, rectified, step, weighted, weights
+from absgd_fast.kernels import scale as scaling
 from absgd_fast.ops import RULES
 
 TARGETS = {
@@ -32,7 +33,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-MODULES = (losses, weights, step, weighted)
+MODULES = (losses, weights, rectified, scaling, step, weighted)
 
 
 # ---- recorded launches -----------------------------------------------------------------------------------------------
@@ -109,7 +110,7 @@ def robust_logit_loss(logits, weight=None, smoothing=0.0, rows=None, report=None
     )
 
 
-def robust_loss(values, rows=None, update=True):
+def robust_loss(values, rows=None, update=True, normalizer=0):
     weights.robust_loss(
         values,
         rows,
@@ -122,7 +123,7 @@ def robust_loss(values, rows=None, update=True):
         1.0,
         0.5,
         2.0,
-        normalizer=0,
+        normalizer=normalizer,
         init_first=False,
         update=update,
         with_grad=True,
@@ -136,11 +137,11 @@ def robust_weights(values):
 
 def scale():
     grad, rows = torch.zeros(64, 1000), torch.zeros(64)
-    weights.scale_(grad, log_s())
-    weights.scale(grad, rows, False)
-    weights.scale(grad, rows, True)
-    weights.scale(torch.zeros(4, 10, 64, dtype=torch.bfloat16), torch.zeros(4, 64), False)
-    weights.scale(grad.double(), rows.double(), False)
+    scaling.scale_(grad, log_s())
+    scaling.scale(grad, rows, False)
+    scaling.scale(grad, rows, True)
+    scaling.scale(torch.zeros(4, 10, 64, dtype=torch.bfloat16), torch.zeros(4, 64), False)
+    scaling.scale(grad.double(), rows.double(), False)
 
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -252,10 +253,15 @@ CALLS = {
     "900 losses fp32": lambda: robust_loss(torch.zeros(900)),
     "9000 losses fp64": lambda: robust_loss(torch.zeros(9000, dtype=F64), torch.zeros(9000, dtype=F64)),
     "90000 losses fp32": lambda: robust_loss(torch.zeros(90000), torch.zeros(90000)),
+    "target 128 x 10 fp32": lambda: robust_logit_loss(torch.zeros(128, 10), normalizer=3),
+    "target 128 x 1000 fp64": lambda: robust_logit_loss(torch.zeros(128, 1000, dtype=F64), normalizer=3, mix=1.0),
+    "target 900 losses fp32": lambda: robust_loss(torch.zeros(900), torch.zeros(900), normalizer=3),
+    "target 9000 losses fp64": lambda: robust_loss(torch.zeros(9000, dtype=F64), normalizer=3),
+    "target 90000 losses fp32": lambda: robust_loss(torch.zeros(90000), normalizer=3),
     "900 weights fp32": lambda: robust_weights(torch.zeros(900)),
     "90000 weights fp64": lambda: robust_weights(torch.zeros(90000, dtype=F64)),
-    "900 rectified weights fp32": lambda: weights.rectified(torch.zeros(900)),
-    "90 rectified weights fp64": lambda: weights.rectified(torch.zeros(90, dtype=F64)),
+    "900 rectified weights fp32": lambda: rectified.rectified(torch.zeros(900)),
+    "90 rectified weights fp64": lambda: rectified.rectified(torch.zeros(90, dtype=F64)),
     "scale": scale,
     "weighted": weighted_step,
     "weighted, nesterov, maximize, lr": partial(weighted_step, form=3, lr_tensor=torch.zeros(1), weight_decay=0.0),
@@ -329,6 +335,9 @@ ONE_OF_EACH = [
     "robust 128 x 1000 fp64",
     "9000 losses fp64",
     "90000 losses fp32",
+    "target 128 x 10 fp32",
+    "target 9000 losses fp64",
+    "target 90000 losses fp32",
     "900 weights fp32",
     "90000 weights fp64",
     "900 rectified weights fp32",
@@ -396,6 +405,8 @@ LAUNCHES = {
     "900 losses fp32": "robust_loss_fwd",
     "9000 losses fp64": "robust_loss_fwd",
     "90000 losses fp32": "robust_sums_fwd robust_apply_fwd",
+    "target 128 x 10 fp32": "robust_logit_loss_fwd",
+    "target 90000 losses fp32": "robust_target_fwd robust_apply_fwd",
     "900 weights fp32": "robust_loss_fwd robust_weights_bwd",
     "90000 weights fp64": "robust_sums_fwd robust_apply_fwd robust_dots_bwd robust_weights_bwd",
     "900 rectified weights fp32": "rectified",
@@ -446,7 +457,7 @@ def test_another_batch_is_no_new_kernel():
             robust_loss(torch.zeros(rows), update=update)
             robust_loss(torch.zeros(20000 + rows), update=update)
             logit_loss(torch.zeros(rows, 10), labels(rows))
-            weights.rectified(torch.zeros(512 + rows))
+            rectified.rectified(torch.zeros(512 + rows))
         compiled.append([one.compile("sm_90") for one in made])
     for others in compiled[1:]:
         for one, first, other in zip(made, compiled[0], others, strict=True):

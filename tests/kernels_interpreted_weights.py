@@ -6,16 +6,17 @@ from functools import partial
 import numpy as np
 import oracle
 import pytest
+import target_cases
 import torch
 from tensors import DTYPES, class_weight, wide
 
 pytest.importorskip("triton")
 
-from interpreted_cases import INF, NAN, close, exact_of, make, numbers, state, tolerance
+from interpreted_cases import INF, NAN, NORMALIZERS, close, exact_of, make, numbers, state, tolerance
 from interpreted_hooks import counters_are_left_zero, launches, pytestmark  # noqa: F401
 
 from absgd_fast import reference
-from absgd_fast.kernels import launch, losses, weights
+from absgd_fast.kernels import launch, losses, rectified, scale, weights
 
 # ---- robust weights ----------------------------------------------------------------------------------------------------
 
@@ -330,6 +331,69 @@ def test_robust_weights_around_a_bad_row(launches):
     assert weights.robust_weights_backward(empty, empty, log_s, lam, shares).shape == (0,)
 
 
+# ---- a target for the effective sample size ---------------------------------------------------------------------------
+
+
+def targeted(values, share, log_s=target_cases.STATE, mix=0.0, max_weight=INF, update=True, state_dtype=None, **inputs):
+    """The robust loss of losses that are given: what target_cases.check takes."""
+    log_s, nonfinite, lam = state(log_s, 5.0, state_dtype or values.dtype)
+    given = inputs.get("score"), inputs.get("sample_weight"), inputs.get("mask")
+    numbers = share, 1.0, mix, max_weight
+    flags = dict(normalizer=NORMALIZERS["target"], init_first=True, update=update, with_grad=True)
+    loss, rows, grad = weights.robust_loss(values, *given, log_s, nonfinite, lam, *numbers, **flags)
+    return loss, rows[1], grad, log_s, nonfinite, lam
+
+
+@pytest.mark.covering(2)
+@pytest.mark.parametrize("count", [0, 1, 2, 130, 1100])
+@pytest.mark.parametrize("batch", target_cases.BATCHES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_target(batch, count, dtype, launches):
+    values = target_cases.BATCHES[batch](count).to(dtype) if count else torch.zeros(0, dtype=dtype)
+    for share in target_cases.SHARES[: 4 if count == 130 else 2]:
+        target_cases.check(values, share, *targeted(values, share))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("update", [True, False])
+def test_target_with_inputs(update, dtype, launches):
+    """Score, sample weights, mask and mix; also in a state of the other precision, and at evaluation."""
+    values = target_cases.normal(700).to(dtype)
+    inputs = per_row("all", values.shape, dtype)
+    values[1] = NAN  # masked
+    other = torch.float32 if dtype == torch.float64 else torch.float64
+    for share, state_dtype in ((0.6, None), (-0.4, other)):
+        out = targeted(values, share, mix=0.3, update=update, state_dtype=state_dtype, **inputs)
+        target_cases.check(values, share, *out, mix=0.3, update=update, **inputs)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp64", "bf16", "fp16"])
+def test_target_of_logits(kind, launches):
+    """70 rows (two programs) with ignored ones: the statistics hold the weights, and lambda is written at evaluation, too."""
+    dtype = DTYPES[kind]
+    logits, target = make((70, 10), dtype)
+    target[[1, -1]] = -100
+    for share, update in ((0.7, True), (-0.5, False)):
+        log_s, nonfinite, lam = state(target_cases.STATE, 5.0, wide(dtype))
+        given = logits, target, None, None, 0.0, 0.0, -100, None, None, None, log_s, nonfinite, lam, share, 1.0, 0.0, INF
+        flags = dict(normalizer=NORMALIZERS["target"], init_first=True, update=update, with_stats=True)
+        loss, rows, stats = losses.robust_logit_loss(*given, kind=0, prune=False, report=None, **flags)
+        valid = target != -100
+        target_cases.check(rows[0], share, loss, rows[1], None, log_s, nonfinite, lam, mask=valid, update=update)
+        grad = losses.logit_loss_backward(logits, target, None, None, 0.0, stats, torch.tensor(1.0, dtype=wide(dtype)))
+        slopes = exact_of(logits, target)[1]
+        tol = 1e-11 if dtype == torch.float64 else 2 * max(tolerance(torch.float32), torch.finfo(dtype).eps)
+        close(grad, slopes * (rows[1].double() / valid.sum()).numpy()[:, None], tol, 8 * torch.finfo(wide(dtype)).eps)
+
+
+def test_target_of_no_rows(launches):
+    log_s, nonfinite, lam = state(target_cases.STATE, 5.0, torch.float32)
+    given = torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), None, None, 0.0, 0.0, -100, None, None, None, log_s, nonfinite
+    flags = dict(normalizer=NORMALIZERS["target"], init_first=True, update=True, with_stats=True)
+    loss, _, _ = losses.robust_logit_loss(*given, lam, 0.7, 1.0, 0.0, INF, kind=0, prune=False, report=None, **flags)
+    assert loss == 0 and lam == INF and log_s == torch.tensor(target_cases.STATE)
+
+
 # ---- rectified weights -----------------------------------------------------------------------------------------------
 
 
@@ -340,10 +404,10 @@ def test_rectified(count, dtype):
     u = torch.randn(count, generator=torch.Generator().manual_seed(count), dtype=torch.float64).to(dtype)
     if count > 500:
         u[2], u[count // 2], u[-1] = NAN, INF, -INF
-    made = weights.rectified(u)
+    made = rectified.rectified(u)
     assert made.dtype == dtype and made.shape == (count,)
     close(made, oracle.rectified(u), 4 * torch.finfo(dtype).eps if dtype == torch.float32 else 1e-13)
-    assert not weights.rectified(-u.abs().nan_to_num()).any()
+    assert not rectified.rectified(-u.abs().nan_to_num()).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
@@ -351,9 +415,9 @@ def test_rectified_extremes(dtype):
     info = torch.finfo(dtype)
     for u in (info.smallest_normal * info.eps, info.smallest_normal, info.max):
         for count in (1, 3, 17, 1000):
-            close(weights.rectified(torch.full((count,), u, dtype=dtype)), np.full(count, 1 / count), 2 * info.eps)
+            close(rectified.rectified(torch.full((count,), u, dtype=dtype)), np.full(count, 1 / count), 2 * info.eps)
     mixed = torch.tensor([info.max, info.smallest_normal, -info.max, info.max], dtype=dtype)
-    close(weights.rectified(mixed), [0.5, 0, 0, 0.5], 2 * info.eps, 1e-37)
+    close(rectified.rectified(mixed), [0.5, 0, 0, 0.5], 2 * info.eps, 1e-37)
 
 
 # ---- gradient scaling ------------------------------------------------------------------------------------------------
@@ -375,14 +439,14 @@ def test_scale(shape, dtype):
     ):
         factor = upstream if len(shape) == 1 or upstream.dim() == 0 else upstream.unsqueeze(1)
         wanted = (grad.to(real) * factor).double().numpy()
-        out = weights.scale(grad, upstream, False)
+        out = scale.scale(grad, upstream, False)
         assert out.dtype == dtype and out.data_ptr() != grad.data_ptr()
         close(out, wanted, tol, tiny)
         in_place = grad.clone()
-        assert weights.scale_(in_place, upstream) is None
+        assert scale.scale_(in_place, upstream) is None
         assert torch.equal(in_place, out)
         if dtype == torch.float32:
-            half = weights.scale(grad, upstream, True)
+            half = scale.scale(grad, upstream, True)
             assert half.dtype == torch.float16
             close(half, wanted, 1e-3, 1e-7)
 
@@ -399,6 +463,6 @@ def test_scale_by_one_touches_nothing(monkeypatch):
     )
     for upstream, elements in ((1.0, 0), (2.0, 12)):
         stored.clear()
-        weights.scale_(torch.ones(3, 4), torch.tensor(upstream))
+        scale.scale_(torch.ones(3, 4), torch.tensor(upstream))
         assert sum(stored) == elements
-    weights.scale_(torch.zeros(0), torch.tensor(2.0))
+    scale.scale_(torch.zeros(0), torch.tensor(2.0))

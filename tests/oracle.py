@@ -74,6 +74,39 @@ def robust_weights(
     return Weights(weights, log_s if bad else norm, norm, share, valid, good)
 
 
+def target_ess(losses, share, sign=1, *, mask=None, score=None, floor=64 * 2.0**-52):
+    """MATH §1.7: lambda, log s and the weights of the valid and finite samples, by bisection of u = 1 / |lambda|.
+
+    floor: 64 epsilons of the losses' dtype; smaller differences make no weights.
+    """
+    losses = np.asarray(losses, np.float64)
+    x = losses if score is None else np.asarray(score, np.float64)
+    good = np.isfinite(losses) & np.isfinite(x) & (True if mask is None else np.asarray(mask, bool))
+    x, n = x[good], int(good.sum())
+    if n == 0:
+        return INF, 0.0, np.ones(0)
+    e = x.max() if sign > 0 else x.min()
+    d = np.abs(x - e)
+    single, floor = floor > 1e-9, floor * max(1.0, float(np.abs(x).max()))
+    if d.max() <= floor:
+        return INF, 0.0, np.ones(n)
+
+    def log_share(u):
+        return 2 * logsumexp(-u * d) - logsumexp(-2 * u * d) - math.log(n)
+
+    low, high = 0.0, (110 if single else 750) / floor
+    if log_share(high) > math.log(share):
+        low = high
+    for _ in range(2200):  # down to the smallest number, and then 52 digits
+        u = (low + high) / 2
+        if not low < u < high:
+            break
+        low, high = (u, high) if log_share(u) > math.log(share) else (low, u)
+    u = (low + high) / 2
+    log_mean = logsumexp(-u * d) - math.log(n)
+    return sign / u, sign * u * float(e) + log_mean, np.exp(-u * d - log_mean)
+
+
 @dataclass
 class Forward:
     loss: float

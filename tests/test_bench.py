@@ -16,6 +16,7 @@ from bench_cases import (  # noqa: F401 (fixtures)
     no_compiler,
     peers,
     plain_called_robust,
+    ramp,
     refuse,
     replace,
     run,
@@ -200,8 +201,8 @@ def test_the_report(tiny, tmp_path, capsys):
     assert " ".join(report) == "date hardware versions compiler threads load_at_start seconds_per_case results"
     assert report["hardware"].keys() == {"cpu", "cores", "backend", "instruction_set"} and report["threads"] == 1
     assert report["versions"].keys() == {"python", "torch", "absgd_fast", "absgd"}
-    loss, family, memory, step, clip, rules, weighted, train = report["results"]
-    for result in (loss, family, step, clip, rules, weighted, train):
+    loss, target, family, memory, step, clip, rules, weighted, train = report["results"]
+    for result in (loss, target, family, step, clip, rules, weighted, train):
         assert result.keys() == {"suite", "case", "rounds", "tolerance", "peers", "absent"}
         assert result["rounds"] == 3 and result["absent"] == {}
         assert result["peers"].keys() == peers.PEERS[result["suite"]].keys()
@@ -286,3 +287,17 @@ def test_imbalance_is_measured(tmp_path, capsys):
     assert row["ratio"] == 20 and list(row["errors"]) == list(imbalance.METHODS) and row["config"]["clean"] == 5
     assert all(len(e) == 2 and all(0 <= x <= 100 for x in e) for e in row["errors"].values())
     assert "Test error" in capsys.readouterr().out
+
+
+def test_ramps_are_measured(tmp_path, capsys):
+    """In a row for plain SGD, and one for each way and lambda; the ways differ by when lambda comes in."""
+    options = ["--noise", "0.4", "--lam=-1,-0.5", "--epochs", "4", "--seeds", "2", "--model", "linear"]
+    assert ramp.main([*options, "--out", str(tmp_path / "out.json")]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())["ramp"]
+    assert [(row["way"], row["lam"]) for row in found] == [
+        ("sgd", None),
+        *((way, lam) for lam in (-1, -0.5) for way in ramp.WAYS),
+    ]
+    assert all(len(row["accuracies"]) == 2 and row["config"]["noise_rate"] == 0.4 for row in found)
+    assert len({tuple(row["accuracies"]) for row in found}) > 3
+    assert "4 epochs, 0.4 wrong" in capsys.readouterr().out

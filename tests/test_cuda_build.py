@@ -199,6 +199,8 @@ LOOPS = {
     "robust_fwd": 2,
     "robust_sums": 2,
     "robust_apply": 2,
+    "robust_target": 5,
+    "target_loss": 4,
     "robust_weights_dot": 3,
     "robust_weights_bwd": 1,
     "rectified": 2,

@@ -7,12 +7,14 @@ from unittest import SkipTest
 
 import numpy as np
 import oracle
+import target_cases
 import torch
 from gpu_cases import BEYOND, HELD, INF, NAN, ONE_LAUNCH, PATHS, check_robust, close, device_tools, gpu, numpy, over, problem
 from gpu_hooks import pytest_generate_tests, setup_function, teardown_function, unpoisoned  # noqa: F401
 from tensors import DTYPES, wide
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
+import absgd_fast as ab
 from absgd_fast import ops
 from absgd_fast.functional import logit_loss, robust_weights
 
@@ -324,6 +326,73 @@ def test_rows_beyond_what_is_settled(where, dtype):
         losses, None, None, None, parts.settled, parts.log_s, parts.lam, True, 0.0, INF, ops.WITH_GRAD
     )
     assert rows[1][7].isnan() and grad[7].isnan() and int(grad.isnan().sum()) == 1
+
+
+# ---- a target for the effective sample size ----------------------------------------------------------------------------
+
+
+@over(batch=target_cases.BATCHES, dtype={name: DTYPES[name] for name in ("fp32", "fp64")})
+def test_target_of_losses(where, batch, dtype):
+    """No loss, one, a block of them, and more than one block or one launch weighs; with score, mask and sample weights, too."""
+    for count in (0, 1, 300, 2049, ONE_LAUNCH + 617):
+        values = batch(count).to(dtype) if count else torch.zeros(0, dtype=dtype)
+        rows = {k: torch.from_numpy(v) for k, v in given_rows(("score", "sample_weight", "mask"), count, count).items()}
+        rows = {k: v if k == "mask" else v.to(dtype) for k, v in rows.items()}
+        for share, inputs in ((0.7, {}), (-0.4, rows)):
+            log_s, lam = (torch.tensor(x, dtype=dtype, device=where.device) for x in (target_cases.STATE, 5.0))
+            nonfinite = torch.zeros((), dtype=torch.int64, device=where.device)
+            given = [None if k not in inputs else inputs[k].to(where.device) for k in ("score", "sample_weight", "mask")]
+            arguments = values.to(where.device), *given, log_s, nonfinite, lam, share, 1.0, 0.25, INF
+            flags = ops.flags("target", "first") | ops.UPDATE | ops.WITH_GRAD
+            loss, stats, grad = ops.OPERATORS[where.backend].robust_loss(*arguments, flags)
+            results = loss.detach(), stats[1], grad, log_s, nonfinite, lam
+            target_cases.check(values, share, *results, mix=0.25, **inputs)
+
+
+@over(dtype=DTYPES, shape=[HELD, BEYOND, (ONE_LAUNCH + 6, 2)])
+def test_target_of_logits(where, dtype, shape):
+    """The module: losses, weights, lambda and the state; and the gradient is that of the weighted losses."""
+    if where.backend == "triton" and dtype == torch.float64:
+        raise SkipTest("each kernel costs a second to compile")
+    for share in (0.7, -0.4):
+        target = ab.TargetESS(abs(share), sign=1 if share > 0 else -1)
+        criterion = where.criterion(lam=target, dtype=dtype)
+        p = problem(shape, dtype, 1, 2.0)
+        x = where.leaf(p.logits)
+        loss = criterion(x, p.target.to(where.device))
+        loss.backward()
+        last = criterion.last
+        results = loss.detach(), last.weights, None, criterion.log_s, criterion.nonfinite_batches, last.lam
+        target_cases.check(last.losses, share, *results, mask=last.weights > 0)
+        factors = numpy(last.weights) / int((last.weights > 0).sum())
+        wanted = p.grads * np.expand_dims(factors, 1)
+        close(x.grad, wanted, dtype, "gradient", ulps=512, cancels=True, stored=True)
+
+
+@gpu
+def test_target_launches_and_waits(where):
+    """One launch where one block holds the batch, two elsewhere (Triton's last program needs one); nobody waits; a captured graph
+    solves for lambda anew."""
+    if where.backend == "triton":
+        raise SkipTest("its launches are counted without a GPU (kernels_compiled.py)")
+    with unpoisoned():
+        for shape, launches in ((HELD, 1), (BEYOND, 2)):
+            criterion = where.criterion(lam=ab.TargetESS(0.7))
+            p = problem(shape, torch.float32, 1, 2.0)
+            x, target = p.logits.to(where.device), p.target.to(where.device)
+            run = partial(criterion, x.requires_grad_(), target)
+            for _ in range(2):
+                run()
+            seen = device_tools.kernels(where.device, run)
+            assert len(seen) == launches, f"{seen}"
+            assert device_tools.waits(where.device, run) == []
+            out = torch.zeros((), device=where.device)
+            replay, _ = device_tools.captured(where.device, lambda: (run(), out.copy_(criterion.lam)), warm_up=3)
+            with torch.no_grad():
+                x.mul_(2)
+            run()
+            replay()
+            assert torch.equal(out, criterion.lam)
 
 
 # ---- rectified weights -----------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from .loss_rows import block_gradient, label_of, loss_numbers, row_losses, tile_
 from .math import number
 from .walk import walked
 from .weigh import last_program, weigh
-from .weights import limit, weigh_many
+from .weights import limit, weigh_many, without_samples
 
 # ---- kernels -----------------------------------------------------------------------------------------------------------
 #
@@ -87,7 +87,8 @@ def robust_logit_loss_fwd_kernel(
     """The robust loss of up to ONE_LAUNCH rows.
 
     1. Each program makes losses, validity and statistics of its rows, as logit_loss_fwd_kernel does.
-    2. The program that finishes last reads the losses of all rows, LOSSES at a time, and settles log s'.
+    2. The program that finishes last reads the losses of all rows, LOSSES at a time, and settles log s'. With a target for the
+       effective sample size it reads them once more for each lambda that it tries.
     3. The same program reads them again, stores weights, loss and the next state, and multiplies the statistics by the factors.
     """
     T: tl.constexpr = sample_stats.dtype.element_ty
@@ -351,6 +352,7 @@ def robust_logit_loss(
     sample_stats, stats = _new_rows(logits, 3), _new_stats(logits, with_stats)
     real, count = sample_stats.dtype, sample_stats[0].numel()
     if not count:
+        without_samples(lam, normalizer)
         return logits.new_zeros((), dtype=real), sample_stats, stats
     value, saved = logits.new_empty((), dtype=real), stats if with_stats else None
     loss = _Loss.of(logits, target, class_weight, adjust, hyper_a, hyper_b, ignore_index, kind, prune)

@@ -195,6 +195,65 @@ def robust_weight_vjp(w, d, sum_wd, u, dlog_s, dlog_s_state, inverse_lam):
     return w * (d + (u * dlog_s_state - dlog_s * sum_wd)) * inverse_lam
 
 
+# ---- lambda of a target for the effective sample size (csrc/math/target.h; MATH §1.7) ----------------------------------------
+
+
+@triton.jit
+def target_terms(d, u):
+    """The terms of S1, S2, D1 and D2 at u = 1 / |lambda|. d is inf where a sample is not counted."""
+    e = tl.exp(-u * d)
+    finite_d = tl.where(d < float("inf"), d, 0.0)
+    return e, e * e, finite_d * e, finite_d * (e * e)
+
+
+@triton.jit
+def target_start(target, lowest, highest, n, first, second, dtype: tl.constexpr):
+    """The start of the search, from the range of the scores and the sums of d / spread and of its square. Scalars, float64.
+
+    Returns:
+        whether there is anything to solve; u; the bracket (low, high); h at the target.
+    """
+    spread, largest = highest - lowest, tl.maximum(tl.maximum(tl.abs(lowest), tl.abs(highest)), 1.0)
+    # 64 eps of the losses. Smaller differences are their rounding, and make no weights.
+    floor = largest * (1.4210854715202004e-14 if dtype == tl.float64 else 7.62939453125e-06)
+    begins = spread > floor
+    wanted = tl.sqrt(-tl.log(target))
+    high = (750.0 if dtype == tl.float64 else 110.0) / floor
+    some = tl.where(begins, spread, 1.0)
+    low = tl.minimum(2 * wanted / some, high)
+    mean = first / n
+    variance = second / n - mean * mean
+    u = tl.where(variance > 0, wanted / (some * tl.sqrt(tl.where(variance > 0, variance, 1.0))), low)
+    u = tl.where(begins, tl.maximum(tl.minimum(u, high), low), 0.0)
+    return begins, u, low, high, wanted
+
+
+@triton.jit
+def target_next(s1, s2, d1, d2, target, n, wanted, low, high, u, distance, high_was_tried, left):
+    """One step of Newton's method on h(u) = sqrt(-log share(u)) in a bracket. Scalars, float64; the last two int32.
+
+    Returns:
+        whether the sums are needed again; low, high, u, distance, high_was_tried, left for them.
+    """
+    share = s1 * s1 / (n * s2)
+    h = tl.sqrt(-tl.log(tl.minimum(share, 1.0)))
+    slope = tl.where(h > 0, (d1 / s1 - d2 / s2) / tl.where(h > 0, h, 1.0), 0.0)
+    below = h < wanted
+    newton = tl.where(slope > 0, u + (wanted - h) / tl.where(slope > 0, slope, 1.0), tl.where(below, float("inf"), 0.0))
+    here, off = tl.abs(h - wanted), tl.abs(share / target - 1)
+    tied = below & (u >= high)  # even the largest u leaves the ties more than the target
+    low, high = tl.where(below, u, low), tl.where(below, high, u)
+    high_was_tried = tl.where(below, high_was_tried, 1)
+    left -= 1
+    inside = (newton > low) & (newton < high)
+    met = ((here <= 1e-3 * wanted) & (off <= 1e-3)) | (off <= 1e-5)
+    done = met | (left == 0) | tied | (high - low <= 1e-9 * low)
+    middle = tl.where((newton >= high) & (high_was_tried == 0), high, tl.sqrt(low) * tl.sqrt(high))
+    further = tl.where(inside & (here < 0.5 * distance), newton, middle)
+    u = tl.where(done, tl.where(inside & (tied == 0), newton, u), further)
+    return done == 0, low, high, u, here, high_was_tried, left
+
+
 # ---- rectified weights (Learning to Reweight, Eq. 8 and 9; MATH §4.5) --------------------------------------------------
 
 

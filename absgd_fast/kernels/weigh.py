@@ -9,7 +9,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .math import divide, log_mean_exp, next_log_s, reference_point, robust_weight, sample_factor
+from .math import (
+    divide,
+    log_mean_exp,
+    next_log_s,
+    reference_point,
+    robust_weight,
+    sample_factor,
+    target_next,
+    target_start,
+    target_terms,
+)
 
 
 @triton.jit
@@ -30,23 +40,31 @@ def last_program(done, FENCE: tl.constexpr):
 
 
 @triton.jit
-def read_losses(losses, score, valid, i, inside, lam, LIMIT: tl.constexpr, CACHE: tl.constexpr):
-    """The losses, their z, which samples are valid, and which of these are finite. lam is a scalar of the losses' dtype."""
+def read_losses(losses, score, valid, i, inside, lam, shift, LIMIT: tl.constexpr, CACHE: tl.constexpr):
+    """The losses, their z, which samples are valid, and which of these are finite.
+
+    lam is a scalar of the losses' dtype, or None: then the scores take the place of z. shift is such a scalar, or None for 0.
+    """
     loss = tl.load(losses + i, mask=inside, other=0.0, cache_modifier=CACHE)
     s = loss if score is None else tl.load(score + i, mask=inside, other=0.0)
-    z = divide(s, lam)
+    if lam is None:
+        z = s
+    elif shift is None:
+        z = divide(s, lam)
+    else:
+        z = divide(s - shift, lam)
     counted = inside
     if valid is not None:
         counted &= tl.load(valid + i, mask=inside, other=0, cache_modifier=CACHE) != 0
     # A NaN makes every comparison false. An infinite score has z = inf, or z = NaN if lam is infinite, too.
-    finite = counted & (tl.abs(z) <= LIMIT)
+    finite = counted & (tl.abs(z if shift is None else s) <= LIMIT)
     if score is not None:
         finite &= loss - loss == 0
     return loss, z, counted, finite
 
 
 @triton.jit
-def partial_sums(losses, score, valid, lam, begin, end, LIMIT: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr):
+def partial_sums(losses, score, valid, lam, shift, begin, end, LIMIT: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr):
     """The sums of samples [begin, end), in one pass.
 
     Each lane keeps a maximum of its own, so no lane waits for another before the end.
@@ -59,7 +77,7 @@ def partial_sums(losses, score, valid, lam, begin, end, LIMIT: tl.constexpr, BLO
     finites, nonfinites = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
     for start in range(begin, end, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        _loss, z, counted, finite = read_losses(losses, score, valid, i, i < end, lam, LIMIT, CACHE)
+        _loss, z, counted, finite = read_losses(losses, score, valid, i, i < end, lam, shift, LIMIT, CACHE)
         z = tl.where(finite, z, float("-inf"))
         new_max = tl.maximum(z_max, z)
         point = reference_point(new_max)
@@ -85,7 +103,7 @@ def settle(z_max, sumexp, n, n_nonfinite, log_s, unweighted, gamma, alpha, NORMA
     inverse_n = tl.where(n > 0, 1 / n, 0.0)
     norm, dlog_s = tl.zeros_like(log_s), tl.zeros_like(log_s)
     if NORMALIZER != "none":
-        if NORMALIZER == "batch":
+        if NORMALIZER == "batch" or NORMALIZER == "target":
             alone = True
         elif INIT_FIRST:
             alone = log_s == float("-inf")
@@ -94,6 +112,82 @@ def settle(z_max, sumexp, n, n_nonfinite, log_s, unweighted, gamma, alpha, NORMA
         norm = tl.where(moves, next_log_s(log_s, log_mean_exp(z_max, sumexp, n), gamma, alpha, alone), 0.0)
         dlog_s = tl.where(moves, tl.where(alone, alpha, gamma * alpha) * inverse_n, 0.0)
     return norm, tl.where(clean, norm, log_s), dlog_s, tl.where(clean, dlog_s, 0.0), inverse_n
+
+
+@triton.jit
+def solve_target(losses, score, valid, share, lam, count, LIMIT: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr):
+    """Lambda of a target for the effective sample size, by one program, which also stores it (csrc/cuda/target.cuh).
+
+    1. It reads the scores and makes their range, and again for the moments of d = |extreme score - score|.
+    2. It reads them once for each u = 1 / |lambda| that the search tries.
+
+    Returns:
+        lambda as it is stored, and the extreme score, in the dtype of the losses.
+    """
+    T: tl.constexpr = losses.dtype.element_ty
+    inf: tl.constexpr = float("inf")
+    low, high, counts = tl.full([BLOCK], inf, T), tl.full([BLOCK], -inf, T), tl.zeros([BLOCK], tl.int32)
+    for start in range(0, count, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        _loss, x, _counted, finite = read_losses(losses, score, valid, i, i < count, None, None, LIMIT, CACHE)
+        low, high = tl.minimum(low, tl.where(finite, x, inf)), tl.maximum(high, tl.where(finite, x, -inf))
+        counts += finite.to(tl.int32)
+    lowest, highest = tl.min(low, 0), tl.max(high, 0)
+    n = tl.sum(counts.to(tl.int64), 0).to(tl.float64)
+    shift = tl.where(n > 0, tl.where(share > 0, highest, lowest), 0.0)
+    unit = (1 / (highest.to(tl.float64) - lowest.to(tl.float64))).to(T)
+    first, second = tl.zeros([BLOCK], T), tl.zeros([BLOCK], T)
+    for start in range(0, count, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        _loss, x, _counted, finite = read_losses(losses, score, valid, i, i < count, None, None, LIMIT, CACHE)
+        d = tl.where(finite, tl.abs(x - shift) * unit, 0.0)
+        first += d
+        second += d * d
+    target = tl.abs(share)
+    again, u, low_u, high_u, wanted = target_start(
+        target,
+        lowest.to(tl.float64),
+        highest.to(tl.float64),
+        n,
+        tl.sum(first, 0).to(tl.float64),
+        tl.sum(second, 0).to(tl.float64),
+        T,
+    )
+    again &= n > 0
+    distance, high_was_tried, left = tl.full([], inf, tl.float64), tl.full([], 0, tl.int32), tl.full([], 60, tl.int32)
+    while again:
+        s1, s2, d1, d2 = tl.zeros([BLOCK], T), tl.zeros([BLOCK], T), tl.zeros([BLOCK], T), tl.zeros([BLOCK], T)
+        for start in range(0, count, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            _loss, x, _counted, finite = read_losses(losses, score, valid, i, i < count, None, None, LIMIT, CACHE)
+            e, e2, de, de2 = target_terms(tl.where(finite, tl.abs(x - shift), inf), u.to(T))
+            s1, s2, d1, d2 = s1 + e, s2 + e2, d1 + de, d2 + de2
+        again, low_u, high_u, u, distance, high_was_tried, left = target_next(
+            tl.sum(s1, 0).to(tl.float64),
+            tl.sum(s2, 0).to(tl.float64),
+            tl.sum(d1, 0).to(tl.float64),
+            tl.sum(d2, 0).to(tl.float64),
+            target,
+            n,
+            wanted,
+            low_u,
+            high_u,
+            u,
+            distance,
+            high_was_tried,
+            left,
+        )
+    solved = tl.where((u > 0) & (n > 0), tl.minimum(1 / tl.where(u > 0, u, 1.0), LIMIT), inf)
+    stored = tl.where((share > 0) | (solved == inf), solved, -solved).to(lam.dtype.element_ty)
+    tl.store(lam, stored)
+    return stored.to(T), shift
+
+
+@triton.jit
+def state_of_target(new_log_s, n, n_nonfinite, unweighted, shift, lam):
+    """The next state: log mean exp(score / lambda), from log s' of z = (score - shift) / lambda. 0 at |lambda| = inf."""
+    moved = tl.where(unweighted, 0.0, new_log_s + shift.to(tl.float64) / lam.to(tl.float64))
+    return tl.where((n > 0) & (n_nonfinite == 0), moved, new_log_s)
 
 
 @triton.jit
@@ -113,8 +207,8 @@ def commit(new_log_s, n_nonfinite, dlog_s, dlog_s_state, update, log_s, nonfinit
 
 @triton.jit
 def apply(
-    losses, score, sample_weight, valid, lam, norm, inverse_n, mix, max_weight, weights, sample_stats, grad, stats, count, begin,
-    end, LIMIT: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr,
+    losses, score, sample_weight, valid, lam, shift, norm, inverse_n, mix, max_weight, weights, sample_stats, grad, stats, count,
+    begin, end, LIMIT: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """Write the weights of samples [begin, end), and return their part of the loss, the sum of factor_i * loss_i.
 
@@ -132,7 +226,7 @@ def apply(
     for start in range(begin, end, BLOCK):
         i = start + tl.arange(0, BLOCK)
         inside = i < end
-        loss, z, counted, finite = read_losses(losses, score, valid, i, inside, lam, LIMIT, CACHE)
+        loss, z, counted, finite = read_losses(losses, score, valid, i, inside, lam, shift, LIMIT, CACHE)
         without_loss = tl.where(counted, float("nan"), 0.0).to(T)  # the weight of a sample without a finite loss
         w = tl.where(finite, robust_weight(z, high, low, max_weight), without_loss)
         tl.store((sample_stats + count if weights is None else weights) + i, w, mask=inside)
@@ -161,21 +255,28 @@ def weigh(
 ):  # fmt: skip
     """The robust weights of all samples, by one program.
 
-    1. It reads the losses and makes their sums (partial_sums).
-    2. It settles log s' and the next state (settle).
-    3. It reads the losses again, and writes weights and factors (apply).
-    4. It stores the loss and the next state (commit).
+    1. With a target for the effective sample size it solves for lambda (solve_target).
+    2. It reads the losses and makes their sums (partial_sums).
+    3. It settles log s' and the next state (settle).
+    4. It reads the losses again, and writes weights and factors (apply).
+    5. It stores the loss and the next state (commit).
     """
-    lam = tl.load(lam).to(losses.dtype.element_ty)
     before = tl.load(log_s).to(tl.float64)
-    z_max, sumexp, n, n_nonfinite = partial_sums(losses, score, valid, lam, 0, count, LIMIT, BLOCK, CACHE)
+    if NORMALIZER == "target":
+        lam, shift = solve_target(losses, score, valid, gamma, lam, count, LIMIT, BLOCK, CACHE)
+    else:
+        lam = tl.load(lam).to(losses.dtype.element_ty)
+        shift = None
+    z_max, sumexp, n, n_nonfinite = partial_sums(losses, score, valid, lam, shift, 0, count, LIMIT, BLOCK, CACHE)
     unweighted = tl.abs(lam) == float("inf")
     norm, new_log_s, dlog_s, dlog_s_state, inverse_n = settle(
         z_max, sumexp, n, n_nonfinite, before, unweighted, gamma, alpha, NORMALIZER, INIT_FIRST
     )
+    if NORMALIZER == "target":
+        new_log_s = state_of_target(new_log_s, n, n_nonfinite, unweighted, shift, lam)
     value = apply(
-        losses, score, sample_weight, valid, lam, norm, inverse_n, mix, max_weight, weights, sample_stats, grad, stats, count, 0,
-        count, LIMIT, BLOCK, CACHE,
+        losses, score, sample_weight, valid, lam, shift, norm, inverse_n, mix, max_weight, weights, sample_stats, grad, stats,
+        count, 0, count, LIMIT, BLOCK, CACHE,
     )  # fmt: skip
     if loss is not None:
         tl.store(loss, value)

@@ -1,6 +1,6 @@
-"""Robust weights of a vector of losses (MATH §1), rectified weights (MATH §4.5), and the scaling of gradients.
+"""Robust weights of a vector of losses (MATH §1).
 
-They are the twins of csrc/cuda/weights.cu, rectified.cu and scale.cu. Up to ONE_LAUNCH losses are weighed by one program
+This is the twin of csrc/cuda/weights.cu. Up to ONE_LAUNCH losses are weighed by one program
 (weigh.py). More losses take two launches. In the first, up to MOST_PARTIALS programs sum a range each, and the last of them to
 finish settles log s'. The second makes the weights. "real" is float64 for float64, and float32 for all other dtypes.
 """
@@ -15,8 +15,8 @@ from torch import Tensor
 from .._codes import NORMALIZERS
 from . import launch
 from .launch import parts
-from .math import multiple, number, rectified_numbers, rectified_sum, rectified_weight, robust_weight_vjp
-from .weigh import apply, commit, last_program, partial_sums, settle, weigh
+from .math import number, robust_weight_vjp
+from .weigh import apply, commit, last_program, partial_sums, settle, solve_target, state_of_target, weigh
 
 # ---- kernels -----------------------------------------------------------------------------------------------------------
 #
@@ -49,7 +49,8 @@ def robust_loss_fwd_kernel(
 @triton.jit(do_not_specialize=["count", "per_program", "update"])
 def robust_sums_fwd_kernel(
     losses, score, valid, log_s, nonfinite, lam, state_out, dlog_s_out,  # as above; valid also (count) real
-    # (2 + 5 programs) float64: log s', 1 / n; then max z, sum, finite samples, nonfinite samples and loss of each program
+    # (3 + 5 programs) float64: log s', 1 / n, extreme score of a target; then max z, sum, finite samples, nonfinite samples and
+    # loss of each program
     scratch,
     done,  # launch.counter
     count, per_program, update, gamma, gamma_low, alpha, alpha_low,
@@ -66,9 +67,9 @@ def robust_sums_fwd_kernel(
     begin = program * per_program
     lam = tl.load(lam).to(losses.dtype.element_ty)
     z_max, sumexp, n, n_nonfinite = partial_sums(
-        losses, score, valid, lam, begin, tl.minimum(begin + per_program, count), LIMIT, BLOCK, ""
+        losses, score, valid, lam, None, begin, tl.minimum(begin + per_program, count), LIMIT, BLOCK, ""
     )
-    place = scratch + 2 + program
+    place = scratch + 3 + program
     tl.store(place, z_max)
     tl.store(place + programs, sumexp)
     tl.store(place + 2 * programs, n)
@@ -76,7 +77,7 @@ def robust_sums_fwd_kernel(
     if last_program(done, FENCE):
         j = tl.arange(0, PARTIALS)
         inside = j < programs
-        theirs = scratch + 2 + j
+        theirs = scratch + 3 + j
         maxima = tl.load(theirs, mask=inside, other=float("-inf"), cache_modifier=".cg")
         sumexps = tl.load(theirs + programs, mask=inside, other=0.0, cache_modifier=".cg")
         n = tl.sum(tl.load(theirs + 2 * programs, mask=inside, other=0.0, cache_modifier=".cg"), 0)
@@ -101,12 +102,49 @@ def robust_sums_fwd_kernel(
         commit(new_log_s, n_nonfinite, dlog_s, dlog_s_state, update, log_s, nonfinite, state_out, dlog_s_out)
 
 
+@triton.jit(do_not_specialize=["count", "update"])
+def robust_target_fwd_kernel(
+    losses,
+    score,
+    valid,
+    log_s,
+    nonfinite,
+    lam,
+    scratch,
+    count,
+    update,
+    share,
+    share_low,
+    alpha,
+    alpha_low,
+    LIMIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The first of two launches with a target for the effective sample size, by one program: the search needs all scores.
+
+    1. It solves for lambda.
+    2. It sums exp(z) and settles log s', and stores log s', 1 / n, the extreme score and the next state.
+    """
+    share, alpha = number(share, share_low, tl.float64), number(alpha, alpha_low, tl.float64)
+    lam, shift = solve_target(losses, score, valid, share, lam, count, LIMIT, BLOCK, "")
+    z_max, sumexp, n, n_nonfinite = partial_sums(losses, score, valid, lam, shift, 0, count, LIMIT, BLOCK, "")
+    unweighted = tl.abs(lam) == float("inf")
+    norm, new_log_s, dlog_s, dlog_s_state, inverse_n = settle(
+        z_max, sumexp, n, n_nonfinite, tl.load(log_s).to(tl.float64), unweighted, share, alpha, "target", False
+    )
+    new_log_s = state_of_target(new_log_s, n, n_nonfinite, unweighted, shift, lam)
+    tl.store(scratch, norm)
+    tl.store(scratch + 1, inverse_n)
+    tl.store(scratch + 2, shift.to(tl.float64))
+    commit(new_log_s, n_nonfinite, dlog_s, dlog_s_state, update, log_s, nonfinite, None, None)
+
+
 @triton.jit(do_not_specialize=["count", "per_program"])
 def robust_apply_fwd_kernel(
     losses, score, sample_weight, valid, lam, loss, weights, sample_stats, grad,  # as above
     stats,  # (4, count) real, as in losses.py; or None
     scratch, done, count, per_program, mix, mix_low, max_weight, max_weight_low,
-    LIMIT: tl.constexpr, BLOCK: tl.constexpr, FENCE: tl.constexpr, PARTIALS: tl.constexpr,
+    TARGET: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr, FENCE: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
     """The second of two launches: weights and loss of more than ONE_LAUNCH losses.
 
@@ -116,13 +154,14 @@ def robust_apply_fwd_kernel(
     T: tl.constexpr = losses.dtype.element_ty
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     begin = program * per_program
+    shift = tl.load(scratch + 2).to(T) if TARGET else None
     value = apply(
-        losses, score, sample_weight, valid, tl.load(lam).to(T), tl.load(scratch), tl.load(scratch + 1), number(mix, mix_low, T),
-        number(max_weight, max_weight_low, T), weights, sample_stats, grad, stats, count.to(tl.int64), begin,
-        tl.minimum(begin + per_program, count), LIMIT, BLOCK, "",
+        losses, score, sample_weight, valid, tl.load(lam).to(T), shift, tl.load(scratch), tl.load(scratch + 1),
+        number(mix, mix_low, T), number(max_weight, max_weight_low, T), weights, sample_stats, grad, stats, count.to(tl.int64),
+        begin, tl.minimum(begin + per_program, count), LIMIT, BLOCK, "",
     )  # fmt: skip
     if loss is not None:
-        values = scratch + 2 + 4 * programs
+        values = scratch + 3 + 4 * programs
         tl.store(values + program, value.to(tl.float64))
         if last_program(done, FENCE):
             j = tl.arange(0, PARTIALS)
@@ -186,72 +225,13 @@ def robust_weights_bwd_kernel(
         tl.store(grad + i, robust_weight_vjp(w, d, dot.to(T), u, to_weights, to_state, inverse_lam), mask=i < end)
 
 
-@triton.jit(do_not_specialize=["count"])
-def rectified_kernel(products, weights, count, BLOCK: tl.constexpr):
-    """Rectified weights, (count) real -> (count) real, by one program, because a batch has only one number for each sample.
-
-    1. The program reads all numbers, and adds up those that are positive and finite, in float64.
-    2. It reads the numbers again, and writes each divided by the sum.
-    """
-    T: tl.constexpr = products.dtype.element_ty
-    plain, scaled = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
-    for start in range(0, count, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        plain, scaled = rectified_sum(plain, scaled, tl.load(products + i, mask=i < count, other=0.0))
-    unit, total = rectified_numbers(tl.sum(plain, 0), tl.sum(scaled, 0), T)
-    for start in range(0, count, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        u = tl.load(products + i, mask=i < count, other=0.0)
-        tl.store(weights + i, rectified_weight(u, unit, total), mask=i < count)
-
-
-@triton.jit(do_not_specialize=["slices", "length", "classes"])
-def scale_kernel(
-    grad,  # (slices, length)
-    upstream,  # real: one number (EACH = 0), one of each slice (1), (slices / classes, length) (2)
-    out,  # (slices, length); may be grad itself
-    slices,
-    length,
-    classes,
-    EACH: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """A gradient that the forward pass has made, times the upstream gradient. Each program has ROWS x BLOCK elements.
-
-    1. It reads the upstream gradient. If this is the single number 1 and the gradient stays in place, nothing else is read.
-    2. It reads its elements, multiplies each by the upstream gradient of its row, and stores the products.
-    """
-    length = multiple(length, UNIT)
-    blocks = tl.cdiv(length, BLOCK)
-    program = tl.program_id(0)
-    row = (program // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    stop = length
-    if EACH == 0:
-        u = tl.load(upstream)
-        if IN_PLACE:  # After loss.backward() u is 1, and the gradient is what it should be.
-            stop = tl.where(u == 1, 0, length)
-    elif EACH == 1:
-        u = tl.load(upstream + row, mask=row < slices, other=0.0)[:, None]
-    inside = (row < slices)[:, None] & (col < stop)[None, :]
-    if EACH == 2:
-        u = tl.load(upstream + (row // classes)[:, None] * length + col[None, :], mask=inside, other=0.0)
-    place = row[:, None] * length + col[None, :]
-    g = tl.load(grad + place, mask=inside, other=0.0).to(u.dtype)
-    tl.store(out + place, (g * u).to(out.dtype.element_ty), mask=inside)
-
-
 KERNELS = (
     robust_loss_fwd_kernel,
     robust_sums_fwd_kernel,
+    robust_target_fwd_kernel,
     robust_apply_fwd_kernel,
     robust_dots_bwd_kernel,
     robust_weights_bwd_kernel,
-    rectified_kernel,
-    scale_kernel,
 )
 
 
@@ -263,6 +243,17 @@ _BLOCK = 1024  # losses that a program of 4 warps takes at a time: 8 for each th
 def limit(dtype: torch.dtype, log_s: Tensor) -> float:
     """The largest |z| that counts as finite. A larger one would not fit the state."""
     return torch.finfo(torch.float64 if dtype == log_s.dtype == torch.float64 else torch.float32).max
+
+
+def is_target(normalizer: int) -> bool:
+    """Whether lambda is solved for. normalizer: a place in _codes.NORMALIZERS."""
+    return NORMALIZERS[normalizer] == "target"
+
+
+def without_samples(lam: Tensor, normalizer: int) -> None:
+    """What a batch without samples writes: with a target, lambda is inf."""
+    if is_target(normalizer):
+        lam.fill_(float("inf"))
 
 
 def shared(count: int) -> tuple[int, int]:
@@ -277,17 +268,38 @@ def weigh_many(losses, score, sample_weight, valid, log_s, nonfinite, lam, loss,
     """The robust weights of more than ONE_LAUNCH losses, in two launches."""
     count = losses.numel()
     programs, per_program = shared(count)
-    scratch = losses.new_empty(2 + 5 * programs, dtype=torch.float64)
+    scratch = losses.new_empty(3 + 5 * programs, dtype=torch.float64)
     done, bound = launch.counter(losses), limit(losses.dtype, log_s)
-    launch.launch(
-        robust_sums_fwd_kernel, programs, losses, losses, score, valid, log_s, nonfinite, lam, state_out, dlog_s, scratch, done,
-        count, per_program, int(update), *parts(gamma, alpha),
-        NORMALIZER=NORMALIZERS[normalizer], INIT_FIRST=init_first, LIMIT=bound, BLOCK=_BLOCK, FENCE=4 * launch.FENCE,
-        PARTIALS=launch.MOST_PARTIALS,
-    )  # fmt: skip
+    target = is_target(normalizer)
+    if target:
+        launch.launch(
+            robust_target_fwd_kernel,
+            1,
+            losses,
+            losses,
+            score,
+            valid,
+            log_s,
+            nonfinite,
+            lam,
+            scratch,
+            count,
+            int(update),
+            *parts(gamma, alpha),
+            LIMIT=bound,
+            BLOCK=2 * _BLOCK,
+            num_warps=16,
+        )
+    else:
+        launch.launch(
+            robust_sums_fwd_kernel, programs, losses, losses, score, valid, log_s, nonfinite, lam, state_out, dlog_s, scratch,
+            done, count, per_program, int(update), *parts(gamma, alpha),
+            NORMALIZER=NORMALIZERS[normalizer], INIT_FIRST=init_first, LIMIT=bound, BLOCK=_BLOCK, FENCE=4 * launch.FENCE,
+            PARTIALS=launch.MOST_PARTIALS,
+        )  # fmt: skip
     launch.launch(
         robust_apply_fwd_kernel, programs, losses, losses, score, sample_weight, valid, lam, loss, weights, sample_stats, grad,
-        stats, scratch, done, count, per_program, *parts(mix, max_weight),
+        stats, scratch, done, count, per_program, *parts(mix, max_weight), TARGET=target,
         LIMIT=bound, BLOCK=_BLOCK, FENCE=4 * launch.FENCE, PARTIALS=launch.MOST_PARTIALS,
     )  # fmt: skip
 
@@ -336,7 +348,8 @@ def robust_loss(
         mask: bool, of the shape of losses, or None.
         log_s, lam: one number each, float32 or float64.
         nonfinite: one number, int64.
-        normalizer: a place in _codes.NORMALIZERS: 0 moving, 1 batch, 2 none.
+        normalizer: a place in _codes.NORMALIZERS: 0 moving, 1 batch, 2 none, 3 target. With 3, gamma is the share with the sign
+            of lambda, and lam is written.
 
     Returns:
         loss (); sample_stats (3, ...): losses (0 where masked), weights, validity; grad like losses, or (0) without `with_grad`.
@@ -344,6 +357,7 @@ def robust_loss(
     sample_stats = losses.new_empty((3, *losses.shape))
     grad = torch.empty_like(losses) if with_grad else losses.new_empty(0)
     if not losses.numel():
+        without_samples(lam, normalizer)
         return losses.new_zeros(()), sample_stats, grad
     loss = losses.new_empty(())
     _weigh(losses, score, sample_weight, mask, log_s, nonfinite, lam, loss, None, sample_stats, grad if with_grad else None, None,
@@ -404,67 +418,3 @@ def robust_weights_backward(weights: Tensor, grad_weights: Tensor, grad_log_s: T
         num_warps=warps,
     )
     return grad
-
-
-def rectified(products: Tensor) -> Tensor:
-    """Rectified weights (MATH §4.5): max(u, 0) / sum max(u, 0) over the finite u, and NaN for all other u.
-
-    All weights of finite u are 0 if the sum is 0. products: contiguous, float32 or float64.
-    """
-    weights, count = torch.empty_like(products), products.numel()
-    if count:
-        warps = 4 if count <= 512 else 16  # 4 products for each thread, as in _weigh
-        launch.launch(rectified_kernel, 1, products, products, weights, count, BLOCK=128 * warps, num_warps=warps)
-    return weights
-
-
-def _scale(grad: Tensor, upstream: Tensor, out: Tensor) -> None:
-    n = out.numel()
-    if not n:
-        return
-    if not any(upstream.stride()):  # a 0-d tensor, or one value that is expanded (the gradient of a sum)
-        slices, length, classes, each = 1, n, 1, 0
-    else:
-        upstream = upstream.contiguous()
-        if out.dim() == upstream.dim():  # the gradient of a vector of losses: each element has a factor of its own
-            slices, length, classes, each = 1, n, 1, 2
-        else:
-            batch, classes = out.shape[:2]
-            inner = n // (batch * classes)
-            slices, length, each = (batch, classes, 1) if inner == 1 else (batch * classes, inner, 2)
-    block = min(launch.power_of_two(length), _BLOCK)
-    rows = min(_BLOCK // block, launch.power_of_two(slices))
-    launch.launch(
-        scale_kernel,
-        -(-slices // rows) * -(-length // block),
-        out,
-        grad,
-        upstream,
-        out,
-        slices,
-        length,
-        classes,
-        EACH=each,
-        IN_PLACE=out is grad,
-        UNIT=launch.unit(out.element_size(), length),
-        ROWS=rows,
-        BLOCK=block,
-    )
-
-
-def scale(grad: Tensor, upstream: Tensor, to_half: bool) -> Tensor:
-    """upstream * grad, for a gradient that the forward pass has made.
-
-    Args:
-        grad: contiguous, the gradient of a vector of losses or of logits (B, C, ...).
-        upstream: real, 0-d or one number per row.
-        to_half: whether the result is float16, for a float32 grad.
-    """
-    out = torch.empty_like(grad, dtype=torch.float16 if to_half else grad.dtype)
-    _scale(grad, upstream, out)
-    return out
-
-
-def scale_(grad: Tensor, upstream: Tensor) -> None:
-    """`scale` in place. If upstream is the single number 1, grad is neither read nor written."""
-    _scale(grad, upstream, grad)

@@ -15,12 +15,14 @@ from .._checkpointing import hooks_are_active
 from ..losses import fused_spec
 from ..robust import ABLoss
 from ..robust import options as conflicts
-from ..robust.base import LossOptions, RobustLoss
+from ..robust.base import RobustLoss
 from ..robust.conclude import conclude
 from ..robust.last import Weighed
 from ..robust.normalizer import OWN, InStages, Own, Samples
+from ..robust.options import LossOptions
 from ..robust.paths import general, refuse_learned
 from ..robust.replay import run_once_or_again
+from ..robust.target import Before, Solved, before_stages, commit
 from ..robust.weighting import Tilt
 from .chunks import Chunks, check_inputs, check_tensors, in_rows
 from .gradients import LinearLossGrad, RelativeGradients, refuse_second_derivative
@@ -163,17 +165,20 @@ class LinearABLoss(RobustLoss):
         inputs, head, head_bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
         operators = self.operators_for(hidden)
         chunks = Chunks(self.criterion, operators, inputs, head, head_bias, target, samples, self.chunk)
-        sample_weight, _, score = chunks.samples
+        sample_weight = chunks.samples.sample_weight
         refuse_learned(self, update_state, sample_weight=sample_weight, target=chunks.target)
         wanted = [t is not None and ops.is_learned(t) for t in (hidden, weight, bias, chunks.target)]
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             if self.lam_is_open and update_state:
                 self.fix_lam(*chunks.losses(), lambda stats: normalizer.gather(stats, self, chunks.classes))
-            grads = RelativeGradients(self, operators, chunks, wanted)
+            solved = None if self.target is None else self._at_target(chunks, normalizer)
+            state = self if solved is None else solved[1].state
+            score = chunks.samples.score
+            grads = RelativeGradients(state, operators, chunks, wanted)
             losses, valid = grads.losses_and_validity() if any(wanted) else chunks.losses()
-            log_s, _, lam, *_ = self.operands(False, 0)
+            log_s, _, lam, *_ = state.operands(False, 0)
             settled, bounded = normalizer.weighing_normalizer(
-                self,
+                state,
                 operators,
                 lambda bound: operators.robust_partial_stats(losses, score, valid, log_s, lam, bound),
                 chunks.classes,
@@ -192,14 +197,25 @@ class LinearABLoss(RobustLoss):
                 self.max_weight,
                 ops.WITH_GRAD if wanted[0] or wanted[3] else 0,
             )
+            if solved is not None and update_state:
+                commit(self, *solved)
         if any(wanted):
             made = loss, grads.unfinished(sample_factor), settled
             loss = LinearLossGrad.apply(hidden, weight, bias, chunks.target, made)
         if sample_weight is None or not ops.is_learned(sample_weight):
-            return loss, sample_stats, None
+            return loss, sample_stats, None, lam
         slope = (sample_stats[0].double() * sample_stats[1] * settled[ops.SCALE]).to(loss.dtype)
         loss = ops.attach_sample_weight(loss, sample_weight, slope, refuse_second_derivative if any(wanted) else None)
-        return loss, sample_stats, None
+        return loss, sample_stats, None, lam
+
+    def _at_target(self, chunks: Chunks, normalizer: Own | InStages) -> tuple[Solved, Before]:
+        """Find the lambda of a TargetESS by a walk that makes losses only, and give the chunks the scores relative to it."""
+        losses, valid = chunks.losses()
+        samples = chunks.samples
+        solved = normalizer.solved(self, losses, samples._replace(mask=valid), chunks.classes)
+        before = before_stages(self, solved, losses, samples.score)
+        chunks.samples = samples._replace(score=before.score)
+        return solved, before
 
 
 def _robust_loss(

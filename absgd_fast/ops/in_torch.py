@@ -82,18 +82,15 @@ def robust_logit_loss(
 
 
 def robust_loss(losses, score, sample_weight, mask, log_s, nonfinite, lam, gamma, alpha, mix, max_weight, flags):
-    """The robust loss of losses that are there already, and its sample stats (MATH §1.1)."""
-    loss, weights, new_log_s, is_nonfinite = reference.robust_loss(
-        losses,
-        log_s,
-        lam,
-        mix=mix,
-        sample_weight=sample_weight,
-        score=score,
-        mask=mask,
-        max_weight=max_weight,
-        **_normalizer_options(gamma, alpha, flags),
-    )
+    """The robust loss of losses that are there already, and its sample stats (MATH §1.1, §1.7)."""
+    given = dict(mix=mix, sample_weight=sample_weight, score=score, mask=mask, max_weight=max_weight)
+    options = _normalizer_options(gamma, alpha, flags)
+    if options["normalizer"] == "target":
+        loss, weights, solved, new_log_s, is_nonfinite = reference.robust_loss_at_target(losses, log_s, gamma, **given)
+        if not transformed():  # torch.func transforms let nothing be written
+            lam.copy_(solved)
+    else:
+        loss, weights, new_log_s, is_nonfinite = reference.robust_loss(losses, log_s, lam, **given, **options)
     with torch.no_grad():
         sample_stats = stack_sample_stats(losses.detach(), weights, mask)
         _commit(log_s, nonfinite, new_log_s, is_nonfinite, flags)

@@ -68,7 +68,10 @@ def _operator(schema: str, **who_has_it: Any) -> Callable[[Callable], Callable]:
     return record
 
 
-_STATE = "Tensor(a!) log_s, Tensor(b!) nonfinite, Tensor lam, float gamma, float alpha, float mix, float max_weight, int flags"
+# lam is written in the mode "target" alone.
+_STATE = (
+    "Tensor(a!) log_s, Tensor(b!) nonfinite, Tensor(d!) lam, float gamma, float alpha, float mix, float max_weight, int flags"
+)
 _SAMPLES = "Tensor? score, Tensor? sample_weight, Tensor? mask"
 _LOSS = "Tensor logits, Tensor target, Tensor? class_weight, Tensor? adjust, float hyper_a, float hyper_b, int ignore_index"
 
@@ -278,7 +281,7 @@ def _(losses, mask, groups, log_q, eta, update):
 
 
 # The weights of L2RW (csrc/math/weights.h RectifiedNumbers). They are constants: nothing is differentiated through them.
-@_operator("rectified(Tensor products) -> Tensor", triton="weights", in_torch=in_torch.rectified)
+@_operator("rectified(Tensor products) -> Tensor", triton="rectified", in_torch=in_torch.rectified)
 def _(products):
     return products.new_empty(products.shape)
 
@@ -286,12 +289,12 @@ def _(products):
 # ---- a gradient that is known, times the upstream one --------------------------------------------------------------------
 
 
-@_operator("scale(Tensor grad, Tensor upstream, bool to_half) -> Tensor", triton="weights")
+@_operator("scale(Tensor grad, Tensor upstream, bool to_half) -> Tensor", triton="scale")
 def _(grad, upstream, to_half):
     return grad.new_empty(grad.shape, dtype=torch.float16 if to_half else grad.dtype)
 
 
-@_operator("scale_(Tensor(a!) grad, Tensor upstream) -> ()", triton="weights")
+@_operator("scale_(Tensor(a!) grad, Tensor upstream) -> ()", triton="scale")
 def _(grad, upstream):
     return None
 

@@ -1,6 +1,7 @@
 """The whole pipeline in plain torch, written to be read beside the paper.
 
     weights.py   robust weights, the robust loss and its three stages; the weights of L2RW     docs/MATH.md §1, §5, §4.5
+    target.py    the lambda of TargetESS                                                       docs/MATH.md §1.7
     losses.py    per-sample losses on logits                                                   docs/MATH.md §2
     inverse.py   logits from the gradient of their loss                                        docs/MATH.md §2.6
     steps.py     the steps of the optimizers                                                   docs/MATH.md §3
@@ -18,6 +19,7 @@ from .dtypes import real_dtype
 from .inverse import logits_of_gradient
 from .losses import SCE_A, logit_loss, soft_target_slope
 from .steps import adagrad_step_, adam_step_, clip_factor, momentum_step_, rmsprop_step_, weighted_momentum_step_
+from .target import Search, Target, extremes, robust_loss_at_target, target_lambda, usable_scores
 from .weights import (
     COUNT,
     LOG_S,
@@ -47,10 +49,13 @@ __all__ = [
     "SCALE",
     "SCE_A",
     "Z_MAX",
+    "Search",
+    "Target",
     "adagrad_step_",
     "adam_step_",
     "apply",
     "clip_factor",
+    "extremes",
     "logit_loss",
     "logits_of_gradient",
     "momentum_step_",
@@ -59,8 +64,11 @@ __all__ = [
     "rectified",
     "rmsprop_step_",
     "robust_loss",
+    "robust_loss_at_target",
     "robust_weights",
     "settle",
     "soft_target_slope",
+    "target_lambda",
+    "usable_scores",
     "weighted_momentum_step_",
 ]

@@ -6,6 +6,7 @@
     weighing_normalizer    the normaliser that weighs the samples of a forward
     weigh                  the robust loss of a vector of losses
     totals                 the sums of the plain mean loss, which report="mean" returns
+    added                  the sums of all who take part, of which `solved` makes the lambda of a TargetESS
 
 `Shared` and `Deferred` also say whether they take part in a forward at all (`takes_part`). If they do not, `OWN` serves.
 `Kept` stands before one of these two while activation checkpointing is active, and gives a recomputation the same answers.
@@ -28,6 +29,7 @@ from .. import ops
 from .processes import Processes
 from .state import RobustState
 from .step import OPEN, DeferredStep
+from .target import Solved, before_stages, commit, solve
 
 # Takes a settled normaliser that bounds z, or None, and returns the partial statistics of the samples of a forward.
 PartialStatsOf = Callable[[Tensor | None], Tensor]
@@ -66,10 +68,20 @@ class Own:
         classes: int,
         update_state: bool,
         mode: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The robust loss (0-d), the sample stats (3, ...) and, if the backward mode asks for it, the gradient of the losses."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The robust loss (0-d), the sample stats (3, ...), the gradient of the losses if `mode` asks for it, and lambda."""
         sample_weight, mask, score = samples
-        return operators.robust_loss(losses, score, sample_weight, mask, *state.operands(update_state, mode))
+        operands = state.operands(update_state, mode)
+        return *operators.robust_loss(losses, score, sample_weight, mask, *operands), operands[2]
+
+    def added(self, sums: Tensor) -> Tensor:
+        """The sums over all who take part in a forward. sums: float64, of this batch, of any shape."""
+        return sums
+
+    def solved(self, state: RobustState, losses: Tensor, samples: Samples, classes: int) -> Solved:
+        """The lambda of a TargetESS, for the samples of all who take part (target.py)."""
+        _, mask, score = samples
+        return solve(state, losses, score, mask, lambda stats: self.gather(stats, state, classes), self.added)
 
     def totals(self, sums: Tensor) -> tuple[Tensor, float]:
         """Sums (any number of them) over all who take part in a forward, and the divisor of its loss. sums: of this batch."""
@@ -109,8 +121,16 @@ class InStages:
         classes: int,
         update_state: bool,
         mode: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Own.weigh`, in three stages."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `Own.weigh`, in three stages, before which the lambda of a TargetESS is found."""
+        if state.target is not None and state.solves:
+            solved = self.solved(state, losses.detach(), samples, classes)
+            before = before_stages(state, solved, losses.detach(), samples.score)
+            samples = samples._replace(score=before.score)
+            weighed = self.weigh(before.state, operators, losses, samples, classes, update_state, mode)
+            if update_state:
+                commit(state, solved, before)
+            return weighed
         sample_weight, mask, score = samples
         log_s, _, lam, _, _, mix, max_weight, _ = state.operands(False, 0)
         plain = losses.detach()
@@ -121,7 +141,17 @@ class InStages:
             classes,
             update_state,
         )
-        return operators.robust_apply(losses, score, sample_weight, mask, settled, log_s, lam, bounded, mix, max_weight, mode)
+        given = losses, score, sample_weight, mask, settled, log_s, lam, bounded, mix, max_weight, mode
+        return *operators.robust_apply(*given), lam
+
+    def added(self, sums: Tensor) -> Tensor:
+        """As `Own.added`."""
+        raise NotImplementedError
+
+    def solved(self, state: RobustState, losses: Tensor, samples: Samples, classes: int) -> Solved:
+        """As `Own.solved`."""
+        _, mask, score = samples
+        return solve(state, losses, score, mask, lambda stats: self.gather(stats, state, classes), self.added)
 
     def totals(self, sums: Tensor) -> tuple[Tensor, float]:
         """As `Own.totals`."""
@@ -150,6 +180,10 @@ class Shared(InStages):
     def totals(self, sums: Tensor) -> tuple[Tensor, float]:
         """As `InStages.totals`, over all processes."""
         return self.processes.total(sums), self.loss_divisor
+
+    def added(self, sums: Tensor) -> Tensor:
+        """As `Own.added`, over all processes."""
+        return self.processes.added(sums)
 
     def weighing_normalizer(
         self, state: RobustState, operators: ops.Operators, partial_stats_of: PartialStatsOf, classes: int, update_state: bool
@@ -268,6 +302,7 @@ class Kept(InStages):
         self._reference: tuple[Tensor | None] | None = None
         self._added = False
         self._totals: tuple[Tensor, float] | None = None
+        self._solved: Solved | None = None
 
     def gather(self, stats: Tensor, state: RobustState, classes: int) -> Tensor:
         """As `InStages.gather`; a recomputation does not call it, because lambda is fixed by then."""
@@ -280,6 +315,12 @@ class Kept(InStages):
         if self._settled is None:
             self._settled = self._normalizer.weighing_normalizer(state, operators, partial_stats_of, classes, update_state)
         return self._settled
+
+    def solved(self, state: RobustState, losses: Tensor, samples: Samples, classes: int) -> Solved:
+        """As `Own.solved`."""
+        if self._solved is None:
+            self._solved = self._normalizer.solved(state, losses, samples, classes)
+        return self._solved
 
     def known_reference(self, state: RobustState, operators: ops.Operators, logits: Tensor, update_state: bool) -> Tensor | None:
         """As `InStages.known_reference`."""

@@ -4,12 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
 
 from .._numbers import plain
 from ..distributed import AUTO
+from .lam import RelativeLam, TargetESS
 
 Options = Mapping[str, Any]  # name -> value; the values are of many types
+
+
+class StateOptions(TypedDict, total=False):
+    """The options of a `RobustState` besides lam."""
+
+    gamma: float
+    alpha: float
+    mix: float
+    init: str
+    normalizer: str
+    max_weight: float | None
+
+
+class LossOptions(StateOptions, total=False):
+    """The options of a `RobustLoss` besides its criterion."""
+
+    lam: float | Tensor | RelativeLam | TargetESS | None
+    process_group: torch.distributed.ProcessGroup | str | None
+    deferred: bool
+    loss_divisor: float
+    report: str
+    warn_of_collapse: bool
+    backend: str | None
 
 
 class Conflict(NamedTuple):
@@ -29,6 +56,18 @@ def _given(name: str, default: object) -> Callable[[Options], bool]:
 def _unused_by_rule(name: str, default: object) -> Conflict:
     message = name + ": got {value!r} together with rule=, which makes the weights of a batch without it; leave it out"
     return Conflict("rule", name, _given(name, default), message)
+
+
+def _unused_by_target(name: str, default: object) -> Conflict:
+    message = name + ": got {value!r} with lam={_given_lam!r}, which weighs each batch by itself without it; leave it out"
+    return Conflict("TargetESS", name, _given(name, default), message)
+
+
+_TARGET_DEFERRED = (
+    "lam: got {_given_lam!r} with deferred=True, expected a number or RelativeLam(r): every micro-batch has a lambda of its own,"
+    " so nothing that all of them share is left for the end of the step; use deferred=False, which weighs each micro-batch by"
+    " itself"
+)
 
 
 def _before_log_s(owner: str, instead: str) -> tuple[Conflict, Conflict]:
@@ -64,6 +103,17 @@ CONFLICTS = (
         "process_group: got a group together with rule=, which weighs the batch of one process; expected None",
     ),
     _unused_by_rule("deferred", False),
+    _unused_by_target("gamma", 0.9),
+    _unused_by_target("alpha", 1.0),
+    _unused_by_target("init", "first"),
+    Conflict(
+        "TargetESS",
+        "normalizer",
+        lambda options: options["normalizer"] == "none",
+        "normalizer: got {value!r} with lam={_given_lam!r}, which gives the weights of each batch a mean of 1; leave it out",
+    ),
+    Conflict("TargetESS", "deferred", _given("deferred", False), _TARGET_DEFERRED),
+    Conflict("deferred=True", "target", _given("target", None), _TARGET_DEFERRED),
     _unused_by_rule("loss_divisor", 1),
     *_before_log_s("deferred=True", "deferred=False"),
     Conflict(

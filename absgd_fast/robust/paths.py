@@ -64,11 +64,12 @@ def fused(
         weighing = criterion.room_for_weighing(operators, logits, mode) if operators.weighs_late else None
         operands = criterion.operands(update_state, mode | bits)
         loss, sample_stats, saved = operators.robust_logit_loss(*given, *operands, weighing)
+        lam = operands[2]
     except RuntimeError as error:
         _checks.target(logits, target, soft=spec.soft)  # says the usual mistakes in plain words
         raise ops.translated(error) from None
     if mode:
-        factors = lambda: _factors(criterion, sample_stats, weighing)  # noqa: E731
+        factors = lambda: _factors(criterion, sample_stats, weighing, lam)  # noqa: E731
         # both are asked only by a second derivative
         recompute = lambda x: weighted_sum(factors(), _losses_again(spec, x, target, mask), sample_weight)  # noqa: E731
         recover = lambda _: spec.logits_of(  # noqa: E731
@@ -78,9 +79,9 @@ def fused(
             operators, mode, logits, loss, spec, target, weight, adjust, saved, recompute, recover, sample_stats, weighing
         )
     if learned is not None:
-        factors_now = _factors(criterion, sample_stats, weighing)
+        factors_now = _factors(criterion, sample_stats, weighing, lam)
         loss = _of_sample_weight(loss, learned, factors_now, sample_stats[0], spec, logits, target, mask)
-    return loss, sample_stats, weighing
+    return loss, sample_stats, weighing, lam
 
 
 def _losses_again(spec: LossSpec, logits: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
@@ -89,11 +90,10 @@ def _losses_again(spec: LossSpec, logits: Tensor, target: Tensor, mask: Tensor |
 
 
 @torch.no_grad()
-def _factors(criterion: RobustLoss, sample_stats: Tensor, weighing: Tensor | None) -> Tensor:
+def _factors(criterion: RobustLoss, sample_stats: Tensor, weighing: Tensor | None, lam: Tensor) -> Tensor:
     """(W_i + mix) / n of a forward, 0 for ignored samples (docs/MATH.md §1.1)."""
     weights, valid = ops.weights_of(sample_stats, weighing), sample_stats[2] > 0
     counted = (valid & ~weights.isnan()).sum().clamp(min=1)
-    lam = criterion.operands(False, 0)[2]
     return torch.where(valid, weights + criterion.mix * (~lam.isinf()).to(weights.dtype), 0.0) / counted
 
 
@@ -152,7 +152,7 @@ def _by_reference_point(
     loss = ops.attach_logit_gradient(
         operators, ops.WITH_GRAD, logits, loss, spec, target, class_weight, adjust, saved, recompute, recover
     )
-    return loss, sample_stats, None
+    return loss, sample_stats, None, lam
 
 
 def general(

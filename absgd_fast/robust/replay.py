@@ -42,6 +42,7 @@ class _Forward:
     def again(self, loss_of: LossOfBatch, criterion: RobustLoss) -> Tensor:
         """The loss of a recomputation, which neither moves the state nor shows in `last`."""
         stand_in = criterion.at(self.log_s, self.lam, self.lam_is_open)
+        stand_in.is_stand_in = True  # its lambda may be written: selective checkpointing has seen nobody make a tensor for it
         if self.weighing is not None:
             # Selective checkpointing may leave out the operator that fills this tensor, and reuse the other results.
             vars(stand_in)["room_for_weighing"] = lambda *args: self.weighing

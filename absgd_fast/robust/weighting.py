@@ -59,8 +59,8 @@ class Tilt:
             criterion.fix_lam(losses.detach(), samples.mask, lambda stats: normalizer.gather(stats, criterion, classes))
         learned, samples = without_learned(operators, samples)
         mode = vector_mode(operators, losses, learned)
-        loss, sample_stats, slope = normalizer.weigh(criterion, operators, losses, samples, classes, update_state, mode)
-        return attached(operators, mode, losses, loss, slope, learned), sample_stats, None
+        loss, sample_stats, slope, lam = normalizer.weigh(criterion, operators, losses, samples, classes, update_state, mode)
+        return attached(operators, mode, losses, loss, slope, learned), sample_stats, None, lam
 
 
 class TermTilt(Tilt):
@@ -128,7 +128,7 @@ class FromWeights:
         plain_mean = torch.full_like(lam, math.inf), 1.0, 1.0, 0.0, math.inf, flags
         loss, sample_stats, slope = operators.robust_loss(losses, score, factor, mask, log_s, nonfinite, *plain_mean)
         sample_stats = torch.stack([sample_stats[0], weights, sample_stats[2]])
-        return attached(operators, mode, losses, loss, slope, learned), sample_stats, None
+        return attached(operators, mode, losses, loss, slope, learned), sample_stats, None, lam
 
 
 class FromRule(FromWeights):

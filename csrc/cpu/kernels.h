@@ -57,6 +57,18 @@ struct BlockStats {
   int64_t finite, nonfinite;  // number of valid losses with a finite loss and z, and of valid losses without
 };
 
+// The search for the lambda of TargetESS (math/target.h). The scores of a batch are made into distances once, and every
+// evaluation of the share reads these.
+struct TargetDistances {
+  double share;     // with the sign of lambda
+  double extreme;   // the score that the distances are from
+  double unit;      // 1 / spread, by which the moments are scaled so that squares do not overflow
+  void* distances;  // (count) real: |extreme - score|, or inf where the sample does not count
+};
+struct TargetMoments {
+  double first, second;  // sum of unit d, and of its square
+};
+
 // The arguments of robust_settle: the partial stats of processes, micro-batches or chunks, and the state they move.
 struct SettleArgs {
   NormalizerConfig config;
@@ -131,6 +143,18 @@ struct SquaresBlock {
   KERNEL(void, logit_grads, (const LogitArgs&, int64_t begin, int64_t end))                                           \
   /* blocks [begin, end): BlockStats of each */                                                                       \
   KERNEL(void, robust_block_stats, (const RobustArgs&, BlockStats*, int64_t begin, int64_t end))                      \
+  /* blocks [begin, end): TargetRange of each */                                                                      \
+  KERNEL(void, target_range, (const RobustArgs&, TargetRange*, int64_t begin, int64_t end))                           \
+  /* blocks [begin, end): the distances, and TargetMoments of each */                                                 \
+  KERNEL(void, target_distances,                                                                                      \
+         (const RobustArgs&, const TargetDistances&, TargetMoments*, int64_t begin, int64_t end))                     \
+  /* the ranges and the moments of all blocks -> the search */                                                        \
+  KERNEL(TargetSolver, target_solver, (Dtype, const TargetDistances&, const TargetRange&, const TargetMoments&))      \
+  /* blocks [begin, end): TargetSums of each by one u */                                                              \
+  KERNEL(void, target_sums,                                                                                           \
+         (const RobustArgs&, const void* distances, double u, TargetSums<double>*, int64_t begin, int64_t end))       \
+  /* the sums of all blocks move the search on; whether it needs sums again */                                        \
+  KERNEL(bool, target_next, (TargetSolver&, const TargetSums<double>&))                                               \
   /* the stats of all blocks -> log s', the next state and d log s' */                                                \
   KERNEL(WeightUpdate, robust_finish, (const RobustArgs&, const BlockStats*, double log_s))                           \
   /* the stats of all blocks -> PartialStats */                                                                       \

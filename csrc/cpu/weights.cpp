@@ -4,6 +4,8 @@
 //     1. robust_block_stats reads the losses and finds max z and sum of exp(z - max) of each block of kBlock losses.
 //     2. robust_finish adds up the blocks in their order, and settles log s' and the next state.
 //     3. robust_apply reads the losses again, writes weights and factors, and sums the loss of each block.
+// With NormalizerKind::target, lambda comes before them: target_range and target_distances read the losses, and
+// target_sums the distances as often as the search needs.
 // robust_partial_stats and robust_settle take the place of robust_finish where several parts share a normaliser. The
 // vjp of the weights takes two kernels: robust_dot sums W_i d_i of each block, and robust_vjp writes the gradient. This
 // file is compiled once for each instruction set.
@@ -57,7 +59,7 @@ struct Scores {
     const T* losses = static_cast<const T*>(a.losses);
     loss = load_some<L>(losses, i, end, 0);
     const typename L::V score = a.scores == nullptr ? loss : load_some<L>(static_cast<const T*>(a.scores), i, end, 0);
-    z = score / L::set(T(a.lam));
+    z = (score - L::set(T(a.shift))) / L::set(T(a.lam));
     valid = load_valid<L>(a.valid, i, end);
     const typename L::V limit = L::set(T(a.z_limit));
     finite = valid & is_usable<L>(loss, score, z, limit) & (z <= L::set(T(a.z_max)));
@@ -131,6 +133,82 @@ void robust_apply_typed(const RobustArgs& a, const WeightUpdate& o, double* loss
       if (a.factor != nullptr) store_some<L>(static_cast<T*>(a.factor), i, block.last, factor);
     }
     loss_sums[b] = double(L::sum(sum));
+  }
+}
+
+// ---- the lambda of TargetESS (math/target.h) -----------------------------------------------------------------------
+
+// The scores of one register; they are finite if the loss is, too.
+template <class L>
+struct TargetScores {
+  typename L::V score;
+  typename L::I valid, finite;
+
+  ABSGD_FN TargetScores(const RobustArgs& a, int64_t i, int64_t end) {
+    using T = typename L::Scalar;
+    const typename L::V loss = load_some<L>(static_cast<const T*>(a.losses), i, end, 0);
+    score = a.scores == nullptr ? loss : load_some<L>(static_cast<const T*>(a.scores), i, end, 0);
+    valid = load_valid<L>(a.valid, i, end);
+    finite = valid & (score - score == L::set(0)) & (loss - loss == L::set(0));
+  }
+};
+
+template <class T>
+void target_range_typed(const RobustArgs& a, TargetRange* out, int64_t begin, int64_t end) {
+  using L = Lanes<T>;
+  const typename L::V inf = L::set(T(__builtin_inf()));
+  for (int64_t b = begin; b < end; ++b) {
+    const Block block(a, b);
+    typename L::V lowest = inf, highest = -inf;
+    typename L::I finite = L::set_int(0), valid = L::set_int(0);
+    for (int64_t i = block.first; i < block.last; i += L::N) {
+      const TargetScores<L> s(a, i, block.last);
+      lowest = L::min(lowest, L::select(s.finite, s.score, inf));
+      highest = L::max(highest, L::select(s.finite, s.score, -inf));
+      finite -= s.finite;  // A true comparison is -1.
+      valid -= s.valid;
+    }
+    TargetRange range{-double(L::highest(-lowest)), double(L::highest(highest)), 0, 0};
+    for (int j = 0; j < L::N; ++j) {
+      range.finite += finite[j];
+      range.nonfinite += valid[j] - finite[j];
+    }
+    out[b] = range;
+  }
+}
+
+template <class T>
+void target_distances_typed(const RobustArgs& a, const TargetDistances& to, TargetMoments* out, int64_t begin,
+                            int64_t end) {
+  using L = Lanes<T>;
+  using V = typename L::V;
+  const V extreme = L::set(T(to.extreme)), unit = L::set(T(to.unit)), inf = L::set(T(__builtin_inf()));
+  for (int64_t b = begin; b < end; ++b) {
+    const Block block(a, b);
+    V first = L::set(0), second = L::set(0);
+    for (int64_t i = block.first; i < block.last; i += L::N) {
+      const TargetScores<L> s(a, i, block.last);
+      const V d = to.share > 0 ? extreme - s.score : s.score - extreme;
+      const V scaled = L::select(s.finite, d * unit, L::set(0));
+      first += scaled;
+      second += scaled * scaled;
+      store_some<L>(static_cast<T*>(to.distances), i, block.last, L::select(s.finite, d, inf));
+    }
+    out[b] = {double(L::sum(first)), double(L::sum(second))};
+  }
+}
+
+template <class T>
+void target_sums_typed(const RobustArgs& a, const T* distances, double u, TargetSums<double>* out, int64_t begin,
+                       int64_t end) {
+  using L = Lanes<T>;
+  const typename L::V by = L::set(T(u)), zero = L::set(0);
+  for (int64_t b = begin; b < end; ++b) {
+    const Block block(a, b);
+    TargetSums<typename L::V> sums{zero, zero, zero, zero};
+    for (int64_t i = block.first; i < block.last; i += L::N)
+      sums.template add<L>(load_some<L>(distances, i, block.last, T(__builtin_inf())), by);
+    out[b] = {double(L::sum(sums.s1)), double(L::sum(sums.s2)), double(L::sum(sums.d1)), double(L::sum(sums.d2))};
   }
 }
 
@@ -225,8 +303,30 @@ void scale_typed(const ScaleArgs& a, int64_t begin, int64_t end) {
 void robust_block_stats(const RobustArgs& a, BlockStats* out, int64_t begin, int64_t end) {
   for_real(a.dtype, [&](auto t) { block_stats_typed<typename decltype(t)::type>(a, out, begin, end); });
 }
+void target_range(const RobustArgs& a, TargetRange* out, int64_t begin, int64_t end) {
+  for_real(a.dtype, [&](auto t) { target_range_typed<typename decltype(t)::type>(a, out, begin, end); });
+}
+void target_distances(const RobustArgs& a, const TargetDistances& to, TargetMoments* out, int64_t begin, int64_t end) {
+  for_real(a.dtype, [&](auto t) { target_distances_typed<typename decltype(t)::type>(a, to, out, begin, end); });
+}
+TargetSolver target_solver(Dtype dtype, const TargetDistances& to, const TargetRange& range, const TargetMoments& m) {
+  const double n = double(range.finite);
+  return for_real(dtype, [&](auto t) {
+    return TargetSolver::of<StateLane, typename decltype(t)::type>(to.share, range, m.first / n, m.second / n);
+  });
+}
+void target_sums(const RobustArgs& a, const void* distances, double u, TargetSums<double>* out, int64_t begin,
+                 int64_t end) {
+  for_real(a.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    target_sums_typed(a, static_cast<const T*>(distances), u, out, begin, end);
+  });
+}
+bool target_next(TargetSolver& solver, const TargetSums<double>& sums) { return solver.next<StateLane>(sums); }
 WeightUpdate robust_finish(const RobustArgs& a, const BlockStats* blocks, double log_s) {
   const BlockStats all = all_of(a, blocks);
+  if (a.normalizer_kind == NormalizerKind::target)
+    return target_weight_update<StateLane>(a, log_s, all.max, all.sum, all.finite, all.nonfinite);
   return next_weight_update<StateLane>(a, log_s, all.max, all.sum, all.finite, all.nonfinite);
 }
 PartialStats robust_partial_stats(const RobustArgs& a, const BlockStats* blocks) {

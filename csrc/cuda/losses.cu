@@ -4,6 +4,7 @@
 // So the gradient is made only if it is asked for, and the upstream gradient is in it before it is rounded.
 #include "row_gradient.cuh"
 #include "row_launch.cuh"
+#include "target.cuh"
 
 namespace absgd {
 namespace gpu {
@@ -42,6 +43,39 @@ __global__ void __launch_bounds__(threads_of(walk), blocks_of<T>(walk, !kGeneral
   const Weighing weighing = Weighing::of(lam, r.mix, r.max_weight, settle(r, lam, total));
   *r.weighing = weighing;
   *static_cast<T*>(r.loss) = T(loss_of(total, weighing));
+}
+
+// The robust loss with a target for the effective sample size, by one block, after a launch that stored the scores of
+// all rows as z. A block of this launch has more threads and more registers than the last block of that one, and only
+// this launch pays for them.
+//     1. The block solves for lambda.
+//     2. It makes z of the scores, stores it, and adds up exp(z).
+//     3. One thread settles log s' and stores it with the loss.
+template <class T>
+__global__ void __launch_bounds__(kOneBlockThreads, 1) target_loss_kernel(const Robust __grid_constant__ r) {
+  auto for_rows = [&](auto f) { for_losses<T, StoredRow<T>>(r, 0, r.count, f); };
+  const Tilt tilt = solve_target<T>(
+      r, [&](auto f) { for_rows([&](int64_t, const StoredRow<T>& in) { f(in.sample(r, T(1), T(INFINITY))); }); });
+  RunningSums<T> own;
+  for_rows([&](int64_t i, const StoredRow<T>& in) {
+    const Sample<T> sample = tilt(r, in, T(INFINITY));
+    static_cast<T*>(r.z)[i] = sample.stored();
+    own.add(sample, in.t);
+  });
+  const BatchSums total = block_sums<T>(own);
+  if (threadIdx.x != 0) return;
+  const Weighing weighing = Weighing::of(tilt.lam, r.mix, r.max_weight, settle<true>(r, tilt.lam, total, tilt.shift));
+  *r.weighing = weighing;
+  *static_cast<T*>(r.loss) = T(loss_of(total, weighing));
+}
+
+// The arguments of the launch before target_loss_kernel. It takes the scores as z, and moves no state.
+Robust before_target(Robust r) {
+  r.lam_on_device = {};
+  r.lam = 1;
+  r.normalizer_kind = NormalizerKind::none;
+  r.update = false;
+  return r;
 }
 
 // The robust loss with a finite max_weight, (1/n) sum_i t_i (min(W_i, max_weight) + mix) L_i. It does not follow from
@@ -121,10 +155,13 @@ const char* robust_logit_loss_fwd(const LogitForward& a, const Robust& r, void* 
   if (a.rows() == 0) return robust_fwd(r, stream);
   unsigned* const ticket = ticket_for(s);
   if (ticket == nullptr) return failure();
-  const char* const failed = launch_forward(a, r, ticket, s);
-  if (failed != nullptr || !(r.max_weight < kLargest)) return failed;
+  const bool target = is_target(r);
+  const char* const failed = launch_forward(a, target ? before_target(r) : r, ticket, s);
+  if (failed != nullptr) return failed;
   for_real(r.dtype, [&](auto real) {
-    LAUNCH((bounded_loss_kernel<typename decltype(real)::type>), unsigned(r.loss_blocks()), kThreads, 0, s, r, ticket);
+    using T = typename decltype(real)::type;
+    if (target) LAUNCH((target_loss_kernel<T>), 1, one_block_threads(r.count), 0, s, r);
+    if (r.max_weight < kLargest) LAUNCH((bounded_loss_kernel<T>), unsigned(r.loss_blocks()), kThreads, 0, s, r, ticket);
   });
   return failure();
 }

@@ -2,6 +2,7 @@
 // with one read and one write of the logits. launch.h fits_one_block says which batches it takes.
 #include "row_gradient.cuh"
 #include "row_launch.cuh"
+#include "target.cuh"
 
 namespace absgd {
 namespace gpu {
@@ -18,10 +19,11 @@ __device__ __forceinline__ void along_kept_classes(int lane, int width, int clas
 // The robust loss of a small batch.
 //     1. Each row has a team of `width` lanes. Each lane reads up to kTeamClasses logits of the row into registers.
 //     2. The team adds up the sums along the classes. Every lane makes the loss of the row, and one lane stores it.
-//     3. The block adds up the sums of all rows. One thread settles log s' and the next state.
+//     3. The block adds up the sums of all rows. One thread settles log s' and the next state. With kTarget the block
+//        solves for lambda before.
 //     4. Every lane makes the weight of its row. The team writes the gradient from the logits in its registers.
 //     5. The block adds up the parts of the loss of all rows.
-template <class S, class T, class G, bool kGeneral>
+template <class S, class T, class G, bool kGeneral, bool kTarget>
 __global__ void __launch_bounds__(kTeamThreads, 1)
     robust_logit_loss_block_kernel(const LogitForward __grid_constant__ a, const Robust __grid_constant__ r,
                                    int width) {
@@ -30,7 +32,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
   const int64_t i = place.row;
   const int lane = place.lane;
   const bool writes = place.writes();
-  RobustRows<T> all(r);
+  RobustRows<T> all(r, kTarget ? 1 : lam_of(r));
   const S* x = row_of<S>(a, i);
   const RawLabel raw(a, i);
   S in[kTeamClasses];
@@ -43,16 +45,21 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
   along_kept_classes(lane, width, label.valid ? classes : 0, [&](int u, int k) { sums.one(to_real(in[u]), k); });
   sums.combine(WarpTeam{lane, width});
   const RowResult<T> row = finish_row(a, label, target_logit, sums);
-  const Sample<T> sample = all.sample(row, score);
-  if (writes) {
-    store_row(a, i, row, t);
-    all.sums.add(sample, t);
+  Sample<T> sample = all.sample(row, score);
+  if (writes) store_row(a, i, row, t);
+  Tilt by{0, 0};
+  if constexpr (kTarget) {
+    by = solve_target<T>(r, [&](auto f) {
+      if (writes) f(sample);
+    });
+    sample = by(sample);
   }
+  if (writes) all.sums.add(sample, t);
   SHARED(Weighing[1], shared);
   const BatchSums total = block_sums<T>(all.sums);
   if (threadIdx.x == 0) {
-    const double lam = lam_of(r);
-    shared[0] = Weighing::of(lam, r.mix, r.max_weight, settle(r, lam, total));
+    const double lam = kTarget ? by.lam : lam_of(r);
+    shared[0] = Weighing::of(lam, r.mix, r.max_weight, settle<kTarget>(r, lam, total, by.shift));
   }
   __syncthreads();
   const Weighed<T> own(RobustNumbers<Lane<T>>::template of<T>(shared[0]), sample, t);
@@ -78,10 +85,17 @@ const char* robust_logit_loss_block(const LogitForward& a, const Robust& r, void
   for_types(a.dtype, [&](auto types) {
     using K = decltype(types);
     if constexpr (sizeof(typename K::T) == sizeof(float)) {
-      const auto kernel = is_general(a)
-                              ? robust_logit_loss_block_kernel<typename K::S, typename K::T, typename K::G, true>
-                              : robust_logit_loss_block_kernel<typename K::S, typename K::T, typename K::G, false>;
-      LAUNCH(kernel, 1, kTeamThreads, 0, static_cast<cudaStream_t>(stream), a, r, width);
+      auto with = [&](auto general, auto target) {
+        const auto kernel = robust_logit_loss_block_kernel<typename K::S, typename K::T, typename K::G,
+                                                           decltype(general)::value, decltype(target)::value>;
+        LAUNCH(kernel, 1, kTeamThreads, 0, static_cast<cudaStream_t>(stream), a, r, width);
+      };
+      using Yes = std::true_type;
+      using No = std::false_type;
+      if (is_target(r))
+        is_general(a) ? with(Yes{}, Yes{}) : with(No{}, Yes{});
+      else
+        is_general(a) ? with(Yes{}, No{}) : with(No{}, No{});
     }
   });
   return failure();

@@ -230,7 +230,8 @@ struct RobustRows {
   T lam, z_max;
   RunningSums<T> sums;
 
-  __device__ __forceinline__ RobustRows(const Robust& a) : a(a), lam(lam_of(a)), z_max(z_max_of<T>(a)) {}
+  explicit __device__ __forceinline__ RobustRows(const Robust& a) : RobustRows(a, lam_of(a)) {}
+  __device__ __forceinline__ RobustRows(const Robust& a, double lam) : a(a), lam(T(lam)), z_max(z_max_of<T>(a)) {}
   __device__ __forceinline__ T sample_weight(int64_t i) const {
     return a.sample_weight == nullptr ? T(1) : static_cast<const T*>(a.sample_weight)[i];
   }

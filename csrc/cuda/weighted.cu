@@ -133,7 +133,7 @@ template <class T>
 __device__ __forceinline__ const WeightUpdate& settle_in_every_block(const Robust& robust, double lam, int64_t batch) {
   SHARED(WeightUpdate[1], update);
   if (robust.weight_update == nullptr) {
-    const BatchSums sums = vector_sums<T>(robust, lam, 0, batch);
+    const BatchSums sums = vector_sums<T>(robust, ByLam{lam}, 0, batch);
     if (threadIdx.x == 0) {
       update[0] = weight_update_of(robust, lam, sums);
       if (blockIdx.x == 0) write(robust.new_log_s, update[0].new_log_s);

@@ -1,7 +1,7 @@
 // Robust weights of any vector of losses (MATH §1), and their vjp (MATH §1.3). Up to kOneBlock losses take one launch
 // of one block. More losses take two launches: the first makes the sums, and its last block settles log s'; the second
-// makes the weights.
-#include "weights.cuh"
+// makes the weights. With a target for the effective sample size the first of the two has one block.
+#include "target.cuh"
 
 namespace absgd {
 namespace gpu {
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kOneBlockThreads, 1) robust_fwd_kernel(const R
   SHARED(WeightUpdate[1], update);
   const double lam = lam_of(a);
   if (a.settled == nullptr || a.partial_stats != nullptr) {
-    const BatchSums sums = vector_sums<T>(a, lam, 0, a.count);
+    const BatchSums sums = vector_sums<T>(a, ByLam{lam}, 0, a.count);
     if (threadIdx.x == 0) update[0] = settle(a, lam, sums);
     if (a.partial_stats != nullptr) {
       if (threadIdx.x == 0 && a.loss != nullptr) *static_cast<T*>(a.loss) = 0;  // the loss of no rows of logits
@@ -32,8 +32,43 @@ __global__ void __launch_bounds__(kOneBlockThreads, 1) robust_fwd_kernel(const R
     update[0] = known(*a.settled);
   }
   __syncthreads();
-  const double loss = apply<T>(a, lam, update[0], 0, a.count);
+  const double loss = apply<T>(a, ByLam{lam}, update[0], 0, a.count);
   if (threadIdx.x == 0 && a.loss != nullptr) *static_cast<T*>(a.loss) = T(loss);
+}
+
+// The same with a target for the effective sample size, by one block of any number of losses, because every evaluation
+// of the search needs all scores.
+//     1. The block solves for lambda.
+//     2. It adds up exp(z) of the losses.
+//     3. One thread settles log s' and the next state.
+//     4. Up to kOneBlock losses, the block makes weights, factors and loss. Otherwise robust_apply_kernel does.
+template <class T>
+__global__ void __launch_bounds__(kOneBlockThreads, 1) robust_target_kernel(const Robust __grid_constant__ a) {
+  SHARED(WeightUpdate[1], update);
+  const Tilt tilt = solve_target<T>(a, [&](auto f) {
+    for_losses<T>(a, 0, a.count, [&](int64_t, const Given<T>& in) { f(in.sample(a, T(1), T(INFINITY))); });
+  });
+  const BatchSums sums = vector_sums<T>(a, tilt, 0, a.count);
+  if (threadIdx.x == 0) update[0] = settle<true>(a, tilt.lam, sums, tilt.shift);
+  if (a.count > kOneBlock) {
+    if (threadIdx.x == 0) {
+      *a.weight_update = update[0];
+      *a.shift = tilt.shift;
+    }
+    return;
+  }
+  __syncthreads();
+  const double loss = apply<T>(a, tilt, update[0], 0, a.count);
+  if (threadIdx.x == 0 && a.loss != nullptr) *static_cast<T*>(a.loss) = T(loss);
+}
+
+// How the samples of robust_apply_kernel follow from what is given.
+template <bool kTarget>
+__device__ __forceinline__ auto solution_of(const Robust& a) {
+  if constexpr (kTarget)
+    return Tilt{lam_of(a), *a.shift};
+  else
+    return ByLam{lam_of(a)};
 }
 
 // The first of two launches: log s' of more than kOneBlock losses.
@@ -45,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     robust_sums_kernel(const Robust __grid_constant__ a, unsigned* ticket) {
   const LossRange own(a.count);
   const double lam = lam_of(a);
-  const BatchSums sums = vector_sums<T>(a, lam, own.begin, own.end);
+  const BatchSums sums = vector_sums<T>(a, ByLam{lam}, own.begin, own.end);
   LossSums<T>* const parts = static_cast<LossSums<T>*>(a.sums);
   if (threadIdx.x == 0) parts[blockIdx.x] = narrow<T>(sums);
   if (!is_last_block(ticket)) return;
@@ -58,12 +93,13 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 // The second of two launches: weights and loss of more than kOneBlock losses.
 //     1. Every block makes the weights and factors of its losses, and stores the sum of their parts of the robust loss.
 //     2. The last block adds up these sums.
-template <class T>
+// kTarget: lambda and the shift come from robust_target_kernel.
+template <class T, bool kTarget>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     robust_apply_kernel(const Robust __grid_constant__ a, unsigned* ticket) {
   const LossRange range(a.count);
   const WeightUpdate update = a.settled != nullptr ? known(*a.settled) : *a.weight_update;
-  const double own = apply<T>(a, lam_of(a), update, range.begin, range.end);
+  const double own = apply<T>(a, solution_of<kTarget>(a), update, range.begin, range.end);
   if (threadIdx.x == 0) a.loss_partials[blockIdx.x] = own;
   if (!is_last_block(ticket)) return;
   const double sum = sum_of_blocks(a.loss_partials);
@@ -159,16 +195,21 @@ const char* robust_fwd(const Robust& a, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   for_real(a.dtype, [&](auto real) {
     using T = typename decltype(real)::type;
+    const bool target = is_target(a);
+    if (target) LAUNCH((robust_target_kernel<T>), 1, one_block_threads(a.count), 0, s, a);
     if (a.count <= kOneBlock) {
-      LAUNCH((robust_fwd_kernel<T>), 1, one_block_threads(a.count), 0, s, a);
+      if (!target) LAUNCH((robust_fwd_kernel<T>), 1, one_block_threads(a.count), 0, s, a);
       return;
     }
     unsigned* const ticket = ticket_for(s);
     if (ticket == nullptr) return;  // failure() has the reason
     const unsigned blocks = unsigned(a.loss_blocks());
-    if (a.settled == nullptr || a.partial_stats != nullptr)
+    if (!target && (a.settled == nullptr || a.partial_stats != nullptr))
       LAUNCH((robust_sums_kernel<T>), blocks, kThreads, 0, s, a, ticket);
-    if (a.partial_stats == nullptr) LAUNCH((robust_apply_kernel<T>), blocks, kThreads, 0, s, a, ticket);
+    if (target)
+      LAUNCH((robust_apply_kernel<T, true>), blocks, kThreads, 0, s, a, ticket);
+    else if (a.partial_stats == nullptr)
+      LAUNCH((robust_apply_kernel<T, false>), blocks, kThreads, 0, s, a, ticket);
   });
   return failure();
 }

@@ -35,6 +35,8 @@ struct Sample {
   bool valid, finite;
 
   // limit: the largest |z| that counts as finite. z_max: the largest z that does.
+  __device__ __forceinline__ Sample(T loss, T z, bool valid, bool finite)
+      : loss(loss), z(z), valid(valid), finite(finite) {}
   __device__ __forceinline__ Sample(T loss, T score, bool valid, T lam, T limit, T z_max)
       : loss(loss), z(score / lam), valid(valid) {
     finite = valid & is_usable<Lane<T>>(loss, score, z, limit) & (z <= z_max);
@@ -52,7 +54,7 @@ __device__ __forceinline__ double lam_of(const Robust& a) {
   return a.lam_on_device.data != nullptr ? read(a.lam_on_device) : a.lam;
 }
 
-// The numbers of one loss of a vector. All of them are read before any is used.
+// The numbers of one loss of a vector. All of them are read before any is used; the compiler leaves out what is not.
 template <class T>
 struct Given {
   T loss, score, t;
@@ -69,12 +71,23 @@ struct Given {
   }
 };
 
-// Calls f(index, Given) for losses [begin, end), by all threads of a block. Each thread has kAtOnce losses under way.
-template <class T, class F>
+// How a sample follows from what is given, with a known lambda: z = score / lambda.
+struct ByLam {
+  double lam;
+
+  template <class T>
+  __device__ __forceinline__ Sample<T> operator()(const Robust& a, const Given<T>& in, T z_max) const {
+    return in.sample(a, T(lam), z_max);
+  }
+};
+
+// Calls f(index, In) for losses [begin, end), by all threads of a block. Each thread has kAtOnce losses under way. In:
+// the numbers of a loss, such as Given.
+template <class T, class In = Given<T>, class F>
 __device__ __forceinline__ void for_losses(const Robust& a, int64_t begin, int64_t end, F f) {
   const int width = blockDim.x;
   for (int64_t i = begin + threadIdx.x; i < end; i += kAtOnce * width) {
-    Given<T> in[kAtOnce];
+    In in[kAtOnce];
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u)
       if (i + u * width < end) in[u].load(a, i + u * width);
@@ -193,11 +206,17 @@ struct Weighed {
   }
 };
 
-// log s' and the next state, from the sums of a batch, by one thread. Nothing is written.
-__device__ inline WeightUpdate weight_update_of(const Robust& a, double lam, const BatchSums& p) {
+// log s' and the next state, from the sums of a batch, by one thread. Nothing is written. shift: NormalizerConfig's.
+template <bool kTarget = false>
+__device__ inline WeightUpdate weight_update_of(const Robust& a, double lam, const BatchSums& p, double shift = 0) {
+  using L = Lane<double>;
   NormalizerConfig rule = a;
   rule.lam = lam;
-  return next_weight_update<Lane<double>>(rule, read(a.log_s), p.max, p.sum, p.finite, p.nonfinite);
+  rule.shift = shift;
+  if constexpr (kTarget)
+    return target_weight_update<L>(rule, read(a.log_s), p.max, p.sum, p.finite, p.nonfinite);
+  else
+    return next_weight_update<L>(rule, read(a.log_s), p.max, p.sum, p.finite, p.nonfinite);
 }
 
 __device__ inline void write_partial_stats(const Robust& a, const BatchSums& p) {
@@ -208,12 +227,13 @@ __device__ inline void write_partial_stats(const Robust& a, const BatchSums& p) 
 
 // By one thread of the launch: settles log s', writes the next state and returns the update. If the partial statistics
 // are asked for, it writes those and nothing else.
-__device__ inline WeightUpdate settle(const Robust& a, double lam, const BatchSums& p) {
+template <bool kTarget = false>
+__device__ inline WeightUpdate settle(const Robust& a, double lam, const BatchSums& p, double shift = 0) {
   if (a.partial_stats != nullptr) {
     write_partial_stats(a, p);
     return {};
   }
-  const WeightUpdate o = weight_update_of(a, lam, p);
+  const WeightUpdate o = weight_update_of<kTarget>(a, lam, p, shift);
   if (a.new_log_s.data != nullptr) write(a.new_log_s, o.new_log_s);
   if (a.dlog_s != nullptr) {
     a.dlog_s[0] = o.dlog_s;
@@ -240,14 +260,14 @@ __device__ inline double loss_of(const BatchSums& p, const Weighing& w) {
 }
 
 // Writes weight, factor, loss and validity of losses [begin, end), by a whole block. Returns their part of the robust
-// loss, the sum of factor_i * loss_i.
-template <class T>
-__device__ double apply(const Robust& a, double lam, const WeightUpdate& o, int64_t begin, int64_t end) {
-  const auto numbers = RobustNumbers<Lane<T>>::template of<T>(Weighing::of(lam, a.mix, a.max_weight, o));
+// loss, the sum of factor_i * loss_i. by: ByLam or Tilt.
+template <class T, class By>
+__device__ double apply(const Robust& a, const By& by, const WeightUpdate& o, int64_t begin, int64_t end) {
+  const auto numbers = RobustNumbers<Lane<T>>::template of<T>(Weighing::of(by.lam, a.mix, a.max_weight, o));
   const T z_max = z_max_of<T>(a);
   T sum = 0;
   for_losses<T>(a, begin, end, [&](int64_t i, const Given<T>& in) {
-    const Sample<T> s = in.sample(a, T(lam), z_max);
+    const Sample<T> s = by(a, in, z_max);
     const Weighed<T> own(numbers, s, in.t);
     if (s.valid) sum += own.factor * s.loss;
     static_cast<T*>(a.weights)[i] = own.weight;
@@ -258,12 +278,12 @@ __device__ double apply(const Robust& a, double lam, const WeightUpdate& o, int6
   return double(BlockTeam::here().sum(sum));
 }
 
-// The sums of losses [begin, end) of a vector, by a whole block. Only thread 0 gets them.
-template <class T>
-__device__ BatchSums vector_sums(const Robust& a, double lam, int64_t begin, int64_t end) {
+// The sums of losses [begin, end) of a vector, by a whole block. Only thread 0 gets them. by: ByLam or Tilt.
+template <class T, class By>
+__device__ BatchSums vector_sums(const Robust& a, const By& by, int64_t begin, int64_t end) {
   const T z_max = z_max_of<T>(a);
   RunningSums<T> own;
-  for_losses<T>(a, begin, end, [&](int64_t, const Given<T>& in) { own.add(in.sample(a, T(lam), z_max), in.t); });
+  for_losses<T>(a, begin, end, [&](int64_t, const Given<T>& in) { own.add(by(a, in, z_max), in.t); });
   return block_sums<T>(own);
 }
 

@@ -47,14 +47,18 @@ ABSGD_FN double next_log_s(double log_s, double log_g, const LogRates& rates, bo
   return logaddexp<L>(rates.keep + log_s, rates.take + log_g);
 }
 
-// The source of log s' (MATH §1.2): the moving average, this batch alone, or none (log s' = 0).
-enum class NormalizerKind : int { moving = 0, batch = 1, none = 2 };
+// The source of log s' (MATH §1.2): the moving average, this batch alone, or none (log s' = 0). With target it is this
+// batch alone, and so is lambda (math/target.h).
+enum class NormalizerKind : int { moving = 0, batch = 1, none = 2, target = 3 };
 
 struct NormalizerConfig {
   double lam, gamma, alpha;
   LogRates log_rates;  // of gamma and alpha
   NormalizerKind normalizer_kind;
   bool init_first;  // the first batch settles s alone (MATH §1.4)
+  // With NormalizerKind::target, where lam and shift are solved for: z = (score - shift) / lam. Otherwise both are 0.
+  double target_share;  // of the effective sample size, with the sign of lambda
+  double shift;         // the largest score for lambda > 0, the smallest for lambda < 0
 };
 
 // The result of one batch: the numbers that its weights need, and the next state.
@@ -86,6 +90,19 @@ ABSGD_FN WeightUpdate next_weight_update(const NormalizerConfig& config, double 
     out.new_log_s = out.log_s;
     out.dlog_s_state = out.dlog_s;
   }
+  return out;
+}
+
+// next_weight_update with NormalizerKind::target, where z = (score - shift) / lam. The state is that of scores without
+// the shift: log mean exp(score / lam), and 0 at |lambda| = inf. It is a function of its own, because it would take a
+// register of every kernel that knows lambda.
+template <class L>
+ABSGD_FN WeightUpdate target_weight_update(NormalizerConfig config, double log_s, double max, double sum,
+                                           int64_t finite, int64_t nonfinite) {
+  config.normalizer_kind = NormalizerKind::batch;
+  WeightUpdate out = next_weight_update<L>(config, log_s, max, sum, finite, nonfinite);
+  if (finite > 0 && nonfinite == 0)
+    out.new_log_s = config.lam - config.lam != 0 ? 0 : out.log_s + config.shift / config.lam;
   return out;
 }
 

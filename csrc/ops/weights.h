@@ -21,11 +21,13 @@ inline void fill_robust(RobustArgs& a, Dtype dtype, int64_t count, bool state_is
                         int64_t flags) {
   a.dtype = dtype;
   a.count = count;
-  a.gamma = gamma;
-  a.alpha = alpha;
-  a.log_rates = LogRates::of<HostMath>(gamma, alpha);
-  a.max_weight = HUGE_VAL;
   a.normalizer_kind = NormalizerKind(flags & kNormalizer);
+  const bool target = a.normalizer_kind == NormalizerKind::target;
+  a.target_share = target ? gamma : 0;  // no argument of its own, because each costs 0.1 us
+  a.gamma = target ? 1 : gamma;
+  a.alpha = alpha;
+  a.log_rates = LogRates::of<HostMath>(a.gamma, alpha);
+  a.max_weight = HUGE_VAL;
   a.init_first = (flags & kInitFirst) != 0;
   a.z_limit = dtype == Dtype::f64 && state_is_double ? DBL_MAX : FLT_MAX;
   a.z_max = HUGE_VAL;

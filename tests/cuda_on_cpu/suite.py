@@ -7,6 +7,7 @@ import math
 
 import oracle
 import pytest
+import target_cases
 import torch
 from conftest import DTYPES, LOSSES
 from plugin import simt
@@ -114,6 +115,79 @@ def test_stages_of_every_length(count, bounded):
     given = (losses, score, t, mask, settled, log_s, lam, bounded, 0.5, 2.0, ops.WITH_GRAD)
     for got, exact in zip(operators.robust_apply(*given), ops.REFERENCE.robust_apply(*given)):
         torch.testing.assert_close(got, exact, rtol=2e-6, atol=1e-5 if got.dim() == 0 else 1e-6, equal_nan=True)
+
+
+# ---- a target for the effective sample size ---------------------------------------------------------------------------
+
+ONE_BLOCK = 2048  # csrc/launch.h kOneBlock
+
+
+def state(dtype):
+    return torch.tensor(target_cases.STATE, dtype=dtype), torch.tensor(0), torch.tensor(5.0, dtype=dtype)
+
+
+def target_flags(update):
+    return ops.flags("target", "first") | (ops.UPDATE if update else 0)
+
+
+# nothing, one loss, one thread with more than one loss (257), one block, two and more blocks
+@pytest.mark.covering(2)
+@pytest.mark.parametrize("count", [0, 1, 2, 257, ONE_BLOCK, ONE_BLOCK + 1, 5000])
+@pytest.mark.parametrize("batch", target_cases.BATCHES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("inputs", [False, True], ids=["plain", "inputs"])
+def test_target_of_losses(batch, count, dtype, inputs):
+    values = target_cases.BATCHES[batch](count).to(dtype) if count else torch.zeros(0, dtype=dtype)
+    given = dict(score=values + values.roll(1), sample_weight=torch.rand(count, dtype=dtype), mask=torch.rand(count) > 0.3)
+    given = given if inputs else dict.fromkeys(given)
+    for k, share in enumerate(target_cases.SHARES):
+        log_s, nonfinite, lam = state(dtype)
+        arguments = values, *given.values(), log_s, nonfinite, lam, share, 1.0, 0.5 * inputs, INF
+        loss, rows, grad = torch.ops.absgd_fast.robust_loss(*arguments, target_flags(k % 2 == 0) | ops.WITH_GRAD)
+        results = loss, rows[1], grad, log_s, nonfinite, lam
+        target_cases.check(values, share, *results, mix=0.5 * inputs, update=k % 2 == 0, **given)
+
+
+# in registers of one block, if the limit of this run allows it; by lanes; a block for each row; columns; more tiles than blocks
+@pytest.mark.parametrize("shape", [(1, 3), (40, 10), (300, 37), (7, 1100), (3, 5, 500), (ONE_BLOCK + 40, 3)], ids=str)
+@pytest.mark.parametrize("max_weight", [INF, 1.25])
+def test_target_of_logits(shape, max_weight, dtype):
+    """Losses, weights, the gradient, and the state, with ignored rows and a bad one."""
+    logits, real = torch.randn(shape, dtype=torch.float64).mul(3).to(dtype).requires_grad_(), reference.real_dtype(dtype)
+    rows = shape[:1] + shape[2:]
+    target = torch.randint(shape[1], rows)
+    target.view(-1)[1::5] = -100
+    valid, t = target != -100, torch.rand(rows, dtype=real) + 0.5
+    for share, bad, update in ((0.7, False, True), (-0.4, False, False), (0.7, True, True)):
+        if bad:
+            with torch.no_grad():
+                logits.movedim(1, -1)[(-1,) * len(rows)] = math.nan
+            target.view(-1)[-1] = 0
+            valid = target != -100
+        operators = ops.OPERATORS["cpu"]
+        mode = operators.backward_mode(logits)
+        weighing = operators.weighing(logits, mode)
+        log_s, nonfinite, lam = state(real)
+        given = logits.detach(), target, None, None, 0.0, 0.0, -100, None, t, None, log_s, nonfinite, lam, share, 1.0, 0.0
+        loss, seen, saved = operators.robust_logit_loss(*given, max_weight, target_flags(update) | mode, weighing)
+        weights = ops.weights_of(seen, weighing)
+        if max_weight == INF:
+            results = loss, weights, None, log_s, nonfinite, lam
+            target_cases.check(seen[0], share, *results, mask=valid, sample_weight=t, update=update)
+        factor = torch.where(valid, weights * t, 0) / (valid & ~weights.isnan()).sum()
+        assert weights.nan_to_num().max() <= max_weight
+        if not bad:
+            torch.testing.assert_close(loss, (factor * seen[0]).sum(), rtol=2e-5, atol=1e-6)
+        grad = saved
+        if mode == ops.WITH_STATS:
+            grad = operators.logit_loss_backward(
+                logits.detach(), target, None, None, 0.0, saved, torch.ones_like(loss), seen, weighing
+            )
+        wide = logits.detach().double().requires_grad_()
+        exact = torch.autograd.grad((reference.logit_loss(wide, target) * factor.nan_to_num().double()).sum(), wide)[0]
+        ok = torch.where(valid, ~weights.isnan(), True).unsqueeze(1).expand(shape)
+        near = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}[dtype]
+        torch.testing.assert_close(grad.double()[ok], exact[ok], rtol=near, atol=near / len(valid.view(-1)))
 
 
 # up to 256, a block of as many threads; beyond, one of 512, here with two products for some

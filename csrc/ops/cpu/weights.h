@@ -40,7 +40,40 @@ double run_apply(const RobustArgs& a, const WeightUpdate& update, Blocks& blocks
   for (int64_t b = 0; b < blocks_of(a); ++b) total += sums[b];
   return total;
 }
-WeightUpdate run_robust(const RobustArgs& a, double log_s, double* loss) {
+// Finds the lambda of TargetESS, and the score that the weights are relative to (math/target.h).
+void solve_target(RobustArgs& a) {
+  const size_t count = size_t(blocks_of(a));
+  const auto each_block = [&](const auto& f) { parallel(blocks_of(a), kBlock, f); };
+  std::vector<TargetRange> ranges(count);
+  each_block([&](int64_t begin, int64_t end) { cpu_kernels().target_range(a, ranges.data(), begin, end); });
+  TargetRange range{HUGE_VAL, -HUGE_VAL, 0, 0};
+  for (const TargetRange& r : ranges) range.add(r);
+  a.shift = range.extreme(a.target_share);
+  a.z_limit = HUGE_VAL;  // the range has seen which samples are finite
+
+  const std::unique_ptr<char[]> distances(new char[size_t(a.count) * size_of(a.dtype)]);
+  const TargetDistances to{a.target_share, a.shift, 1 / range.spread(), distances.get()};
+  std::vector<TargetMoments> moments(count);
+  TargetMoments all{0, 0};
+  if (range.spread() > 0) {
+    each_block([&](int64_t begin, int64_t end) { cpu_kernels().target_distances(a, to, moments.data(), begin, end); });
+    for (const TargetMoments& m : moments) all = {all.first + m.first, all.second + m.second};
+  }
+  TargetSolver solver = cpu_kernels().target_solver(a.dtype, to, range, all);
+  std::vector<TargetSums<double>> parts(count);
+  for (bool more = solver.begins(); more;) {
+    each_block([&](int64_t begin, int64_t end) {
+      cpu_kernels().target_sums(a, to.distances, solver.u, parts.data(), begin, end);
+    });
+    TargetSums<double> sums{0, 0, 0, 0};
+    for (const auto& p : parts) sums = {sums.s1 + p.s1, sums.s2 + p.s2, sums.d1 + p.d1, sums.d2 + p.d2};
+    more = cpu_kernels().target_next(solver, sums);
+  }
+  a.lam = solver.lam(a.target_share, a.dtype == Dtype::f64 ? DBL_MAX : FLT_MAX);
+}
+// Solves for lambda first with NormalizerKind::target; then a.lam is that of this batch.
+WeightUpdate run_robust(RobustArgs& a, double log_s, double* loss) {
+  if (a.normalizer_kind == NormalizerKind::target) solve_target(a);
   Blocks blocks(a);
   run_stats(a, blocks.stats());
   const WeightUpdate update = cpu_kernels().robust_finish(a, blocks.stats(), log_s);
@@ -48,6 +81,10 @@ WeightUpdate run_robust(const RobustArgs& a, double log_s, double* loss) {
   return update;
 }
 
+// Writes the lambda that was solved for, if it was.
+void commit_lam(const RobustArgs& a, const Tensor& lam) {
+  if (a.normalizer_kind == NormalizerKind::target) Scalar(lam, "lam").set(a.lam);
+}
 void commit(const WeightUpdate& update, int64_t flags, const Scalar& log_s, const Tensor& nonfinite) {
   if ((flags & kUpdate) == 0) return;
   if (update.nonfinite > 0)
@@ -102,6 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> robust_logit_loss(
   Tensor loss = empty_scalar(kHere, a.dtype);
   Scalar(loss, "loss").set(value);
   rows.grads(rows.factor);
+  commit_lam(a, lam);
   commit(update, flags, state, nonfinite);
   return {loss, out.tensor, grad};
 }
@@ -140,10 +178,11 @@ std::tuple<Tensor, Tensor, Tensor> robust_loss(const Tensor& losses, const std::
                                                const Tensor& nonfinite, const Tensor& lam, double gamma, double alpha,
                                                double mix, double max_weight, int64_t flags) {
   const Scalar state(log_s, "log_s");
-  const Losses op(robust_args(dtype_of(losses), losses.numel(), state, lam, gamma, alpha, flags),
-                  {losses, score, sample_weight, mask}, mix, max_weight, flags);
+  Losses op(robust_args(dtype_of(losses), losses.numel(), state, lam, gamma, alpha, flags),
+            {losses, score, sample_weight, mask}, mix, max_weight, flags);
   double value;
   const WeightUpdate update = run_robust(op.args, state.get(), &value);
+  commit_lam(op.args, lam);
   commit(update, flags, state, nonfinite);
   return op.done(value);
 }

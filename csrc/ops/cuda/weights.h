@@ -22,15 +22,17 @@ struct RobustOp {
     if (lam.has_value()) args.lam_on_device = number_on(device, *lam, "lam");
     fill_robust(args, real, count, args.log_s.is_double, gamma, alpha, flags);
   }
-  // Makes scratch memory for the sums of that many blocks, for their parts of the loss, and for the WeightUpdate.
+  // Makes scratch memory for the sums of that many blocks, for their parts of the loss, for the WeightUpdate, and for
+  // the shift of a target.
   void make_scratch(int64_t blocks) {
     const size_t sums = args.dtype == Dtype::f64 ? sizeof(gpu::LossSums<double>) : sizeof(gpu::LossSums<float>);
     const size_t losses = size_t(args.loss_blocks()) * sizeof(double);
-    const int64_t words = int64_t((size_t(blocks) * sums + losses + sizeof(WeightUpdate)) / sizeof(double));
+    const int64_t words = int64_t((size_t(blocks) * sums + losses + sizeof(WeightUpdate)) / sizeof(double)) + 1;
     scratch = empty_on(device, &words, 1, Dtype::f64);
     args.sums = scratch->data_ptr();
     args.loss_partials = reinterpret_cast<double*>(static_cast<char*>(args.sums) + size_t(blocks) * sums);
     args.weight_update = reinterpret_cast<WeightUpdate*>(args.loss_partials + args.loss_blocks());
+    args.shift = reinterpret_cast<double*>(args.weight_update + 1);
   }
   // For a vector of losses that is too long for one block.
   void make_scratch_for_vector() {
