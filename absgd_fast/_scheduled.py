@@ -33,6 +33,7 @@ class Scheduled(ExactState):
     """
 
     COUNTS: ClassVar[tuple[str, ...]] = ()  # the names of the counts; None: no schedule has driven the module
+    NUMBERS: ClassVar[tuple[str, ...]] = ()  # the names of other numbers that schedules need, floats or None, saved as the counts
 
     def driven_by(self, schedule: Counted) -> None:
         """Tell this schedule from now on when a count is loaded. The module does not keep the schedule alive."""
@@ -43,9 +44,10 @@ class Scheduled(ExactState):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self.COUNTS:
-            if getattr(self, name) is not None:
-                destination[prefix + name] = torch.tensor(getattr(self, name), dtype=torch.int64, device="cpu")
+        for names, dtype in ((self.COUNTS, torch.int64), (self.NUMBERS, torch.float64)):
+            for name in names:
+                if getattr(self, name) is not None:
+                    destination[prefix + name] = torch.tensor(getattr(self, name), dtype=dtype, device="cpu")
 
     def resumed_by(self, state_dict: dict[str, Any], prefix: str) -> list[Counted]:
         """The schedules that will continue when this state_dict is loaded."""
@@ -54,9 +56,10 @@ class Scheduled(ExactState):
     def _load_what_hooks_left(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         schedules = self.resumed_by(state_dict, prefix)
         counts = {name: int(state_dict.pop(prefix + name)) for name in self.COUNTS if prefix + name in state_dict}
+        numbers = {name: float(state_dict.pop(prefix + name)) for name in self.NUMBERS if prefix + name in state_dict}
         super()._load_what_hooks_left(state_dict, prefix, *args)
         self._after_load()
-        for name, count in counts.items():
-            setattr(self, name, count)
+        for name, value in (counts | numbers).items():
+            setattr(self, name, value)
         for schedule in schedules:
             schedule.continue_at(counts[schedule.COUNT])

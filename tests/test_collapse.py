@@ -1,4 +1,4 @@
-"""The warning of weights that have collapsed: ESS/n below 0.05 in 100 training forwards in a row."""
+"""The warning of weights that have collapsed: the mean of ESS/n over 100 training forwards in a row is below its limit."""
 
 import copy
 import math
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import absgd_fast as ab
 from absgd_fast.compat import losses as compat_losses
+from absgd_fast.experiments import data, train
 from absgd_fast.robust import collapse as collapse_file
 from absgd_fast.robust.collapse import LENGTH
 
@@ -35,13 +36,14 @@ class Head(torch.nn.Module):
 
 
 class Share:
-    """A rule: equal weights for some of the rows, and none for the others."""
+    """A rule: equal weights for the rows with the largest losses, or the smallest, and none for the others."""
 
-    def __init__(self, rows=4):
-        self.rows = rows
+    def __init__(self, rows=4, falling=False):
+        self.rows, self.falling = rows, falling
 
     def __call__(self, losses):
-        return torch.where(torch.arange(len(losses)) < self.rows, len(losses) / self.rows, 0.0)
+        rank = losses.argsort(descending=not self.falling).argsort()
+        return torch.where(rank < self.rows, len(losses) / self.rows, 0.0)
 
 
 LOSSES = {
@@ -78,16 +80,34 @@ def test_once(one_backend, loss):
         assert warned_at(LOSSES[loss](lam=lam, backend=one_backend)) == []
 
 
-@pytest.mark.parametrize("rows, collapsed", [(1, True), (4, True), (5, False), (6, False)])
-def test_share(one_backend, rows, collapsed):
-    """The ESS of equal weights for k rows is k, and the bound is 5 of 100."""
-    assert bool(warned_at(ab.ABLoss(per_row, rule=Share(rows), backend=one_backend))) == collapsed
+SHARES = [(1, False, True), (4, False, True), (5, False, False), (6, False, False), (14, False, False)]
+SHARES += [(1, True, True), (5, True, True), (11, True, True), (16, True, True), (18, True, False)]
 
 
-def test_few_rows_cannot_collapse():
-    for n in (1, 2, 19, 20):
-        assert warned_at(ab.ABLoss(lam=1e-3), call=lambda c, i, n=n: c(X[:n], Y[:n])) == []
-    assert warned_at(ab.ABLoss(lam=1e-3), call=lambda c, i: c(X[:21], Y[:21])) == [2 * LENGTH - 2]
+@pytest.mark.parametrize("rows, falling, collapsed", SHARES)
+def test_share(one_backend, rows, falling, collapsed):
+    """The ESS of equal weights for k of 100 rows is k. The limit is 5 if they have the largest losses, and 17 if the smallest."""
+    assert bool(warned_at(ab.ABLoss(per_row, rule=Share(rows, falling), backend=one_backend))) == collapsed
+
+
+def test_the_sign_is_of_the_rows_that_count():
+    """Rows of a loss that is ignored or bad do not tell whether the weights fall with the loss."""
+    values = torch.cat([torch.linspace(1, 2, 90), torch.full((10,), 50.0)])  # the last ten do not count, or are infinite
+    mask = torch.arange(ROWS) < 90
+    for share, collapsed in [(Share(6), False), (Share(6, falling=True), True)]:
+        rule = lambda losses, share=share: F.pad(share(losses[:90]), (0, len(losses) - 90))  # noqa: E731
+        for given, left_out in [(values, {"mask": mask}), (values.where(mask, math.inf), {})]:
+            call = lambda c, i, x=given, m=left_out: c(x.clone().requires_grad_(), **m)  # noqa: E731
+            assert bool(warned_at(ab.ABLoss(lambda x: x * 1, rule=rule), call=call)) == collapsed
+    same = torch.ones(ROWS, requires_grad=True)  # equal losses: the weights neither fall nor rise
+    assert warned_at(ab.ABLoss(lambda x: x * 1, rule=Share(6, True)), call=lambda c, i: c(same)) == []
+
+
+@pytest.mark.parametrize("lam, few", [(1e-3, 20), (-1e-3, 5)])
+def test_few_rows_cannot_collapse(lam, few):
+    for n in (1, 2, few - 1, few):
+        assert warned_at(ab.ABLoss(lam=lam), call=lambda c, i, n=n: c(X[:n], Y[:n])) == []
+    assert warned_at(ab.ABLoss(lam=lam), call=lambda c, i: c(X[: few + 1], Y[: few + 1])) == [2 * LENGTH - 2]
 
 
 def test_rows_that_count():
@@ -125,23 +145,34 @@ def test_weights_that_underflow(loss, lam):
     assert any(all_zero) or loss == "deferred" or lam == 0.02
 
 
-@pytest.mark.parametrize("healthy", [99, 100, 150, 197, 198])
-def test_in_a_row(healthy):
-    """One forward that is not collapsed, among those that are looked at, begins the count anew."""
+@pytest.mark.parametrize("spread, at", [(99, 298), (100, 299), (140, 339), (150, 198), (197, 198), (198, 198)])
+def test_one_forward_that_spreads(spread, at):
+    """Shares of 4 and one of 50, limit 5. Among the first 45 that are looked at it ends the run; later the mean stays below."""
     criterion = ab.ABLoss(per_row, rule=Share())
 
     def call(c, i):
-        c.rule.rows = 50 if i == healthy else 4
+        c.rule.rows = 50 if i == spread else 4
         c(X, Y)
 
-    assert warned_at(criterion, 5 * LENGTH, call) == [healthy + 2 * LENGTH - 1]
-    assert warned_at(ab.ABLoss(per_row, rule=Share()), call=lambda c, i: call(c, healthy if i % 99 == 0 else 0)) == []
+    assert warned_at(criterion, 5 * LENGTH, call) == [at]
+
+
+@pytest.mark.parametrize("falling", [False, True])
+@pytest.mark.parametrize("high, warns", [(1.7, True), (1.9, False)])
+def test_the_mean_decides(falling, high, warns):
+    """Shares that alternate between a fifth of the limit and `high` times the limit."""
+    criterion, limit = ab.ABLoss(per_row, rule=Share(falling=falling)), 17 if falling else 5
+
+    def call(c, i):
+        c.rule.rows = round(limit * (0.2 if i % 2 else high))
+        c(X, Y)
+
+    assert bool(warned_at(criterion, 5 * LENGTH, call)) == warns
 
 
 def test_the_text():
-    with pytest.warns(
-        UserWarning, match=r"ABLoss: the weights have collapsed.*100 training.*below 5% of the rows, by lam=0.05.*docs/lambda.md"
-    ):
+    text = r"ABLoss: the weights have collapsed.*100 training.*17% .*\(5% .*lam=0.05.*Ramp\(.*docs/choosing-lambda.md"
+    with pytest.warns(UserWarning, match=text):
         [c(X, Y) for c in [ab.ABLoss(lam=0.05)] for _ in range(200)]
     with pytest.warns(UserWarning, match=r"by rule=cvar\(beta=0.01\)") as caught:
         [c(X, Y) for c in [ab.ABLoss(rule=partial(ab.weights.cvar, beta=0.01))] for _ in range(200)]
@@ -253,7 +284,35 @@ def test_numbers_that_arrive_late(monkeypatch, late):
 
     def broken(c, i):
         now[0] = i
-        c.rule.rows = 50 if i % 90 == 0 else 4
+        c.rule.rows = 50 if i % 30 == 0 else 4
         c(X, Y)
 
     assert warned_at(rules, 8 * LENGTH, broken) == []
+
+
+# ---- real trainings -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "method, warmup, lam, noise_rate, seed, collapsed",
+    [
+        ("absgd", 0.0, -0.5, 0.0, 1, True),
+        ("absgd", 0.0, -0.5, 0.4, 0, True),
+        ("ramp", 0.3, -0.5, 0.0, 1, False),
+        ("ramp", 0.3, -0.5, 0.4, 0, False),
+        ("absgd", 0.3, -1.0, 0.4, 0, False),
+        ("targetess", 0.0, 0.5, 0.0, 0, False),
+    ],
+)
+def test_training_on_digits(method, warmup, lam, noise_rate, seed, collapsed):
+    """With 10 classes: a training that ends with one class warns, and healthy ones do not."""
+    pytest.importorskip("sklearn")
+    noise = {"noise": "symmetric", "noise_rate": noise_rate} if noise_rate else {}
+    config = train.Config(methods=(method,), warmup=warmup, lam=lam, share=0.5, epochs=25, **noise)
+    source = data.load_source(config.dataset)
+    training = train.Training(method, config, source, train.draw(config, source, seed), seed)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        accuracy = training.run(lambda: None, lambda: None)["accuracy"]
+    assert any("collapsed" in str(w.message) for w in caught) == collapsed
+    assert accuracy < 21 if collapsed else accuracy > 85

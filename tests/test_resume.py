@@ -34,6 +34,11 @@ def two_stage(lam, start):
     return criterion, ab.TwoStage(criterion, lam, start)
 
 
+def ramp(lam, start):
+    criterion = ab.ABLoss(lam=0.25, alpha=0.5)  # so that log alpha enters what is carried over
+    return criterion, ab.Ramp(criterion, lam, start + 1)
+
+
 def drw(start):
     loss = ab.VS(COUNTS)
     return loss, ab.DRW(loss, torch.tensor([0.25, 1.25, 1.5]), start)
@@ -44,19 +49,23 @@ def tla(start):
     return loss, ab.TLA(loss, start)
 
 
-def all_of_them(start):
+def all_of_them(start, of_lam=ab.TwoStage):
     loss, recipe = ab.vs_tla_adrw(COUNTS, start=start)
     criterion = ab.ABLoss(loss, lam=0.25)
-    return criterion, ab.schedule.ChainedSchedules(recipe, ab.TwoStage(criterion, ab.RelativeLam(0.5), start + 1))
+    return criterion, ab.schedule.ChainedSchedules(recipe, of_lam(criterion, ab.RelativeLam(0.5), start + 1))
 
 
 SCHEDULES = {
     "TwoStage": partial(two_stage, 0.5),
     "TwoStage, relative": partial(two_stage, ab.RelativeLam(0.5)),
+    "Ramp": partial(ramp, 0.5),
+    "Ramp, relative": partial(ramp, ab.RelativeLam(0.5)),
+    "TwoStage, target": partial(two_stage, ab.TargetESS(0.6)),
     "DRW": partial(driven, drw),
     "TLA": partial(driven, tla),
     "the recipe": partial(driven, lambda start: ab.vs_tla_adrw(COUNTS, start=start)),
     "all of them": all_of_them,
+    "all of them, ramp": partial(all_of_them, of_lam=ab.Ramp),
 }
 
 
@@ -136,7 +145,7 @@ def test_a_checkpoint_without_counts_leaves_the_schedules(make):
     """As checkpoints were before the counts travelled; the schedule's own state_dict then has the count."""
     criterion, schedule = make(2)
     steps(criterion, schedule, 4)
-    old = {name: t for name, t in criterion.state_dict().items() if not name.endswith("_count")}
+    old = {name: t for name, t in criterion.state_dict().items() if not name.endswith(("_count", "ramp_end"))}
     resumed, resumed_schedule = make(2)
     before = resumed_schedule.state_dict()
     resumed.load_state_dict(old)
@@ -147,11 +156,11 @@ def test_a_checkpoint_without_counts_leaves_the_schedules(make):
 
 def test_a_criterion_without_a_schedule_hands_the_count_on():
     """Evaluation loads a checkpoint of a training, and whoever saves it again loses nothing."""
-    for kind in ("TwoStage", "the recipe"):
+    for kind in ("TwoStage", "Ramp", "the recipe"):
         criterion, schedule = SCHEDULES[kind](2)
         steps(criterion, schedule, 3)
         state = criterion.state_dict()
-        other = ab.ABLoss(lam=0.5) if kind == "TwoStage" else ab.ABLoss(ab.VS(COUNTS, weight=torch.ones(3)), lam=0.5)
+        other = ab.ABLoss(lam=0.5) if kind != "the recipe" else ab.ABLoss(ab.VS(COUNTS, weight=torch.ones(3)), lam=0.5)
         assert not counts_in(other.state_dict())
         other.load_state_dict(state)
         assert counts_in(other.state_dict()) == counts_in(state)
@@ -319,6 +328,10 @@ ORDINARY = {
     "RelativeLam": (
         lambda: used(ab.ABLoss(identity, lam=ab.RelativeLam(0.5))),
         lambda: ab.ABLoss(identity, lam=ab.RelativeLam(0.5)),
+    ),
+    "TargetESS": (
+        lambda: used(ab.ABLoss(identity, lam=ab.TargetESS(0.6))),
+        lambda: ab.ABLoss(identity, lam=ab.TargetESS(0.6)),
     ),
     "open RelativeLam": (lambda: ab.ABLoss(lam=ab.RelativeLam(0.5)), lambda: ab.ABLoss(lam=ab.RelativeLam(0.5))),
     "tensor": (lambda: ab.ABLoss(lam=0.3), lambda: ab.ABLoss(lam=torch.tensor(0.5))),

@@ -20,6 +20,7 @@ Y = torch.tensor([0, 1, 2, 2])
 # of (criterion, optimizer or None): each schedule, alone and chained
 MADE = {
     "two-stage": lambda criterion, o: ab.TwoStage(criterion, 0.5, 2, optimizer=o),
+    "ramp": lambda criterion, o: ab.Ramp(criterion, 0.5, 3, optimizer=o),
     "drw": lambda criterion, o: ab.DRW(criterion.criterion, WEIGHT, 2, optimizer=o),
     "tla": lambda criterion, o: ab.TLA(criterion.criterion, 2, optimizer=o),
     "chained": lambda criterion, o: ChainedSchedules(ab.TwoStage(criterion, 0.5, 2), ab.TLA(criterion.criterion, 1), optimizer=o),
@@ -267,8 +268,13 @@ LATE = {  # the schedules that may be made after the criterion's state was loade
     "number": lambda criterion, o: ab.TwoStage(criterion, 0.5, 2, optimizer=o),
     "relative": lambda criterion, o: ab.TwoStage(criterion, ab.RelativeLam(0.5), 2, optimizer=o),
     "at once": lambda criterion, o: ab.TwoStage(criterion, ab.RelativeLam(0.5), 0, optimizer=o),
+    "ramp": lambda criterion, o: ab.Ramp(criterion, 0.5, 3, optimizer=o),
+    "relative ramp": lambda criterion, o: ab.Ramp(criterion, ab.RelativeLam(0.5), 3, optimizer=o),
     "tla": lambda criterion, o: ab.TLA(criterion.criterion, 2, optimizer=o),
     "chained": lambda criterion, o: ChainedSchedules(ab.TwoStage(criterion, 0.5, 2), ab.TLA(criterion.criterion, 1), optimizer=o),
+    "chained ramp": lambda criterion, o: ChainedSchedules(
+        ab.Ramp(criterion, 0.5, 3), ab.TLA(criterion.criterion, 1), optimizer=o
+    ),
 }
 RESUMED = [(PLACES[0], make) for make in MADE] + [(place, make) for place in PLACES for make in LATE]
 
@@ -383,8 +389,12 @@ def batches(batch_size=2):
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size)
 
 
+of_lam = pytest.mark.parametrize("name", ["two-stage", "ramp"])
+
+
+@of_lam
 @pytest.mark.parametrize("place", PLACES)
-def test_lightning(place, tmp_path):
+def test_lightning(place, tmp_path, name):
     lightning = pytest.importorskip("pytorch_lightning")
 
     class Module(lightning.LightningModule):
@@ -392,7 +402,7 @@ def test_lightning(place, tmp_path):
             super().__init__()
             self.training_of = Training()
             self.model, self.criterion = self.training_of.model, self.training_of.criterion
-            self.schedule = MADE["two-stage"](self.criterion, None) if place == PLACES[0] else None
+            self.schedule = MADE[name](self.criterion, None) if place == PLACES[0] else None
 
         def training_step(self, batch, _):
             return self.criterion(self.model(batch[0]), batch[1])
@@ -400,7 +410,7 @@ def test_lightning(place, tmp_path):
         def configure_optimizers(self):
             optimizer = self.training_of.optimizer
             if self.schedule is None:
-                self.schedule = MADE["two-stage"](self.criterion, optimizer)
+                self.schedule = MADE[name](self.criterion, optimizer)
             self.schedule.optimizer = optimizer
             return [optimizer], [lr_scheduler.StepLR(optimizer, 2), self.schedule]
 
@@ -427,12 +437,13 @@ def test_lightning(place, tmp_path):
     assert_equal(whole.training_of, resumed.training_of)
 
 
-def test_accelerate(tmp_path):
+@of_lam
+def test_accelerate(tmp_path, name):
     accelerate = pytest.importorskip("accelerate")
 
     def fit(epochs, start=None):
         training, accelerator = Training(), accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-        schedule = MADE["two-stage"](training.criterion, training.optimizer)
+        schedule = MADE[name](training.criterion, training.optimizer)
         model, optimizer, loader, prepared = accelerator.prepare(training.model, training.optimizer, batches(1), schedule)
         assert prepared.scheduler is schedule and prepared.optimizers == [optimizer] and prepared.get_last_lr() == [0.25]
         accelerator.register_for_checkpointing(training.criterion)

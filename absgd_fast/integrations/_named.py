@@ -71,7 +71,7 @@ def criterion_of(given: Any, options: dict[str, Any], of_head: bool) -> ABLoss |
         if not {"lam", "rule"} & options.keys():
             raise ValueError(
                 'criterion_options: got none with the name lam and criterion="absgd", expected lambda, such as'
-                ' criterion_options={"lam": -0.5} (docs/lambda.md)'
+                ' criterion_options={"lam": -0.5} (docs/choosing-lambda.md)'
             )
         return made(**options)
     if name == "dft":

@@ -9,7 +9,7 @@ from torch.nn import Module
 
 from ..robust.base import RobustLoss
 from ..robust.step import OPEN
-from ..schedule import ChainedSchedules, TwoStage
+from ..schedule import ChainedSchedules, LamSchedule
 
 
 def check_criterion(criterion: object, instead: str = "") -> None:
@@ -31,10 +31,10 @@ def check_schedule(schedule: object, criteria: Sequence[RobustLoss]) -> None:
     A schedule of class weights is not looked at. It may drive a loss that is hidden in a function, or a second term.
     """
     for part in parts_of(schedule):
-        if isinstance(part, TwoStage) and all(part.criterion is not criterion for criterion in criteria):
+        if isinstance(part, LamSchedule) and all(part.criterion is not criterion for criterion in criteria):
             raise ValueError(
-                "schedule: got a TwoStage of a criterion that this training does not have; expected one of the criterion that"
-                " makes its loss, such as TwoStage(criterion, ...)"
+                f"schedule: got a {type(part).__name__} of a criterion that this training does not have; expected one of the"
+                f" criterion that makes its loss, such as {type(part).__name__}(criterion, ...)"
             )
 
 
@@ -61,8 +61,14 @@ def accumulates(criterion: RobustLoss, micro_batches: int, *, has_optimizer: boo
             optimizer finishes its steps.
 
     Raises:
-        ValueError: several micro-batches, and an option that cannot be deferred (mix, max_weight).
+        ValueError: several micro-batches, and an option that cannot be deferred (mix, max_weight, TargetESS).
     """
+    if micro_batches > 1 and criterion.target is not None:
+        raise ValueError(
+            f"lam: got a criterion with {criterion.weighting_in_words()} and {micro_batches} micro-batches in an optimizer step,"
+            " which are normalised together at its end, but every micro-batch has a lambda of its own; expected a number or"
+            " RelativeLam(r) as lam, or one micro-batch in a step"
+        )
     criterion.report = "mean"
     if criterion.rule is None:
         criterion.loss_divisor = 1  # see `divided_by`

@@ -288,7 +288,7 @@ class RobustTrainerMixin(_Base):
     def _mean_of_one(self, is_bad: Tensor, params: list[nn.Parameter]) -> Tensor:
         """The plain mean of a step of one micro-batch, over the rows of all processes. is_bad: a loss was NaN or infinite."""
         last = self.criterion.last
-        figures = [last.losses.sum(dtype=torch.float64), last._counted.sum().double(), is_bad.double()]
+        figures = [last.losses.sum(dtype=torch.float64), last.counted.sum().double(), is_bad.double()]
         total, rows, bad = self.accelerator.gather(torch.stack(figures)[None]).sum(0)
         self._drop_unless(bad == 0, params)
         return (total / rows.clamp(min=1)).float()

@@ -1,6 +1,6 @@
 """The robust loss `ABLoss`, and the parts that it is made of.
 
-    lam.py         RelativeLam: a lambda that the first training batch fixes
+    lam.py         RelativeLam, TargetESS: lambdas that the losses fix
     state.py       the state tensors and numbers of a robust loss, in the form in which operators take them
     arrival.py     a number on its way from a GPU to the host
     step.py        the phases of a deferred step, and what happens in each (also after a NaN)
@@ -21,8 +21,8 @@
 Each file imports only from files above it.
 """
 
-from .lam import RelativeLam
+from .lam import RelativeLam, TargetESS
 from .last import LastForward
 from .loss import ABLoss
 
-__all__ = ["ABLoss", "LastForward", "RelativeLam"]
+__all__ = ["ABLoss", "LastForward", "RelativeLam", "TargetESS"]

@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,10 @@ from .._scheduled import Counted
 from ..losses import CrossEntropy
 from . import finish, options
 from .collapse import Collapse
-from .lam import RelativeLam
+from .lam import RelativeLam, TargetESS
 from .last import LastForward, Memo
 from .normalizer import OWN, Deferred, Own, Shared
+from .options import StateOptions
 from .processes import Processes
 from .state import RobustState
 from .step import OPEN, DeferredStep
@@ -48,29 +49,6 @@ Rule = Callable[..., Tensor]  # losses -> W; it may also take groups, mask and u
 _AVERAGED = "if the state_dicts of several steps were averaged, leave lam and log_s out of the average"
 
 
-class StateOptions(TypedDict, total=False):
-    """The options of a `RobustState` besides lam."""
-
-    gamma: float
-    alpha: float
-    mix: float
-    init: str
-    normalizer: str
-    max_weight: float | None
-
-
-class LossOptions(StateOptions, total=False):
-    """The options of a `RobustLoss` besides its criterion."""
-
-    lam: float | Tensor | RelativeLam | None
-    process_group: torch.distributed.ProcessGroup | str | None
-    deferred: bool
-    loss_divisor: float
-    report: str
-    warn_of_collapse: bool
-    backend: str | None
-
-
 class RobustLoss(RobustState):
     """A robust loss: its criterion, its state, who settles its normaliser, and what the latest forward left behind."""
 
@@ -83,7 +61,7 @@ class RobustLoss(RobustState):
         self,
         criterion: Callable[..., Tensor] | None,
         *,
-        lam: float | Tensor | RelativeLam | None = None,
+        lam: float | Tensor | RelativeLam | TargetESS | None = None,
         process_group: torch.distributed.ProcessGroup | str | None = "auto",
         deferred: bool = False,
         loss_divisor: float = 1,
@@ -95,7 +73,9 @@ class RobustLoss(RobustState):
         if criterion is not None and not callable(criterion):
             raise TypeError(_not_a_criterion(criterion, type(self).__name__))
         if lam is None:
-            raise ValueError("lam: got None, expected a number other than 0 or RelativeLam(r); math.inf is the plain mean")
+            raise ValueError(
+                "lam: got None, expected a number other than 0, TargetESS(share) or RelativeLam(r); math.inf is the plain mean"
+            )
         shared = (Deferred if options.flag(deferred, "deferred") else Shared)(
             Processes(process_group), _checks.positive(loss_divisor, "loss_divisor")
         )
@@ -103,6 +83,8 @@ class RobustLoss(RobustState):
         self._shared = shared
         if deferred:
             options.check("deferred=True", vars(self))
+        if isinstance(lam, TargetESS):
+            options.check("TargetESS", vars(self))
         self.criterion = CrossEntropy() if criterion is None else criterion
         self.backend = backend
         self.memo = Memo(Collapse(options.flag(warn_of_collapse, "warn_of_collapse")))
@@ -190,7 +172,7 @@ class RobustLoss(RobustState):
         shared = self._shared
         return shared.step if isinstance(shared, Deferred) else None
 
-    def set_lam(self, value: float | Tensor | RelativeLam, reset: bool = True) -> None:
+    def set_lam(self, value: float | Tensor | RelativeLam | TargetESS, reset: bool = True) -> None:
         """Use another lambda from the next forward on.
 
         Args:
@@ -199,6 +181,7 @@ class RobustLoss(RobustState):
 
         Raises:
             RuntimeError: in the middle of a deferred step, or for an ABLoss with a rule.
+            ValueError: a TargetESS with deferred=True, or with an option that it does not use.
 
         >>> from absgd_fast import ABLoss
         >>> criterion = ABLoss(lam=math.inf)
@@ -209,9 +192,20 @@ class RobustLoss(RobustState):
         step = self.deferred_step
         if step is not None:
             step.check("set_lam")
+        self.check_lam(value)
         self._take_lam(value, reset)
         self.memo.collapse.restart()
         self._shared.processes.forget_agreement()
+
+    def check_lam(self, value: float | Tensor | RelativeLam | TargetESS) -> None:
+        """ValueError for a TargetESS with an option that it does not use, as in `set_lam`."""
+        if isinstance(value, TargetESS):
+            options.check("TargetESS", {**vars(self), "_given_lam": value, "deferred": self.deferred})
+
+    def _lam_changes(self) -> None:
+        memo = vars(self).get("memo")
+        if memo is not None:
+            memo.keep_lam(self.lam)
 
     def reset_parameters(self) -> None:
         """As `RobustState.reset_parameters`."""
@@ -223,6 +217,7 @@ class RobustLoss(RobustState):
         """lam log s, the running estimate of the DRO objective (ABSGD paper, Eq. 7 without r; docs/MATH.md §1.3), 0-d.
 
         At |lam| = inf, and while a RelativeLam is open, it is the plain mean loss of the latest forward (NaN before the first).
+        With a TargetESS it is that of the latest training forward alone, because lam is.
         """
         seen = self.memo.sample_stats is not None
         plain = self.last.mean_loss.to(self.log_s.dtype) if seen else self.log_s.new_tensor(math.nan)
@@ -251,6 +246,8 @@ class RobustLoss(RobustState):
         self.memo.collapse = copy.copy(self.memo.collapse)
 
     def __copy__(self) -> Self:
+        if not torch.compiler.is_compiling():
+            self._lam_changes()  # the copy has the same state tensors, and its forwards may write them
         copied = type(self).__new__(type(self))
         copied.__setstate__(self.__dict__)
         copied._own_parts()
@@ -264,7 +261,7 @@ class RobustLoss(RobustState):
     def _refusal(self, lam: Tensor, schedules: list[Counted]) -> str | None:
         """Why a saved lambda cannot be loaded; None if it can. schedules: those that continue when it is loaded."""
         relative = self.relative_lam is not None or any(isinstance(getattr(s, "lam", None), RelativeLam) for s in schedules)
-        if bool(lam.isnan()) and not relative:
+        if bool(lam.isnan()) and not relative and self.target is None:
             return f"the saved RelativeLam was not fixed yet; construct ABLoss with lam=RelativeLam(r); {_AVERAGED}"
         return None
 
@@ -299,6 +296,7 @@ class RobustLoss(RobustState):
             return
         if "lam" in known and self.rule is None:
             self._warn_of_another_lam(known["lam"])
+        self._lam_changes()
         super()._load_what_hooks_left(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _after_load(self) -> None:
@@ -309,7 +307,7 @@ class RobustLoss(RobustState):
         if step is not None:
             step.move("load")
         if not self.lam.is_meta:
-            self.lam_is_open = bool(self.lam.isnan())
+            self.lam_is_open = self.target is None and bool(self.lam.isnan())
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         step = self.deferred_step
@@ -474,10 +472,12 @@ class RobustLoss(RobustState):
 
     def weighting_in_words(self) -> str:
         """What makes the weights, for a warning. On a GPU it waits."""
-        return f"lam={float(self.lam):g}"
+        return f"lam={float(self.lam):g}" if self.target is None else f"lam={self._given_lam!r}"
 
     def extra_repr(self) -> str:
         """The numbers, for repr()."""
+        if self.target is not None:
+            return f"lam={self._given_lam!r}, mix={self.mix:g}"
         number = self.lam_number if self.lam.is_meta else float(self.lam)  # a tensor on the meta device has no value
         lam = f"RelativeLam({self.relative_lam})" if self.lam_is_open else f"{number:g}"
         return f"lam={lam}, gamma={self.gamma:g}, alpha={self.alpha:g}, mix={self.mix:g}, normalizer={self.normalizer!r}"
@@ -485,7 +485,7 @@ class RobustLoss(RobustState):
 
 def _not_a_criterion(given: object, class_name: str) -> str:
     """The error for a criterion that is not callable. The package absgd takes lambda in its place."""
-    is_lam = isinstance(given, (Tensor, RelativeLam)) or _numbers.real(given) is not None
+    is_lam = isinstance(given, (Tensor, RelativeLam, TargetESS)) or _numbers.real(given) is not None
     got = f"the {type(given).__name__} {given}" if is_lam else type(given).__name__
     hint = f"; lambda is a keyword: {class_name}(lam={given})" if is_lam else ""
     return f"criterion: got {got}, expected a callable that returns per-sample losses{hint}"

@@ -20,9 +20,9 @@ def conclude(criterion: RobustLoss, normalizer: Own | InStages, weighed: Weighed
 
     It is written for few attributes of modules: each takes ten times as long as one of a plain object.
     """
-    loss, sample_stats, weighing = weighed
+    loss, sample_stats, weighing, lam = weighed
     memo = criterion.memo
-    memo.remember(sample_stats, weighing)
+    memo.remember(sample_stats, weighing, lam)
     if update_state and not is_compiling():
         collapse = memo.collapse
         collapse.until_look -= 1

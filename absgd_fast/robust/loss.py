@@ -17,7 +17,7 @@ from ..losses import fused_spec
 from . import ignored, options
 from .base import RobustLoss, Rule
 from .conclude import conclude
-from .lam import RelativeLam
+from .lam import RelativeLam, TargetESS
 from .normalizer import OWN, InStages, Own, Samples
 from .paths import NOTHING, fused, general
 from .replay import run_once_or_again
@@ -47,7 +47,8 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
             torch.nn.CrossEntropyLoss(reduction="none") take the fast way: one kernel makes losses and weights.
         lam: temperature, required unless `rule` is given. lam > 0 attends to large losses (imbalance), lam < 0 to small ones
             (label noise). The closer to 0, the more unequal the weights. +-inf is the plain mean: W = 1, mix is ignored, log s
-            stays. A number or 0-d tensor other than 0, or `RelativeLam(r)`, which the first training batch turns into a number.
+            stays. A number or 0-d tensor other than 0, `TargetESS(share)`, which finds a lambda for each batch, or
+            `RelativeLam(r)`, which the first training batch turns into a number.
         gamma: share of the current batch in the moving average, in (0, 1].
         alpha: factor of the current batch's mean in the moving average, in (0, 1] (abalpha in the reference package).
         mix: how much of the plain mean is added to the weighted one; any finite number. 1 reproduces the authors' code for noisy
@@ -69,7 +70,7 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
             package has its own. See "Ignored rows".
         report: what the value of the forward is. "robust": the loss above, whose gradient is the value's own. "mean": the plain
             mean loss, which people log, with the same gradient. See "Reported value".
-        warn_of_collapse: warn once if the effective sample size stays below 5 % of the rows in 100 training forwards in a row.
+        warn_of_collapse: warn once if a small share of the rows has nearly all of the weight in 100 training forwards in a row.
             See "Collapsed weights".
         backend: "cuda", "triton", "cpu" or "reference" (plain torch); None: the fastest that can run.
 
@@ -96,13 +97,15 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
         NaN if a row has a nonfinite loss, and 0 if no row counts. The weighted value is `last.weighted_mean_loss`.
 
     Collapsed weights
-        Too small a |lam| gives nearly all of the weight to a small share of the rows, and the loss does not show it. A forward
-        has collapsed if ESS/n of its rows is below 0.05, or if all weights underflow to 0. One training forward in 100 is looked
-        at. If it has collapsed, every following forward is looked at too, until one has not collapsed. After 100 collapsed
-        forwards in a row there is one warning, which names lam and docs/lambda.md. A forward in which no row counts is passed
-        over. ESS/n is at least 1/n, so in forwards of at most 20 rows only an underflow of all weights is seen, also if these are
-        micro-batches of a larger batch. `set_lam`, `reset_parameters` and loading a state start the count anew, and the warning
-        may come again. On a GPU nothing waits for it. A compiled criterion is not looked at.
+        Too small a |lam| gives nearly all of the weight to a small share of the rows, and the loss does not show it. One training
+        forward in 100 is looked at. If its ESS/n is below the limit, every following forward is looked at too, as long as the
+        mean of ESS/n over these forwards is below it. After 100 of them there is one warning, which names lam and
+        docs/choosing-lambda.md. The limit is 0.17 if the weights fall with the loss (the weighted mean of the losses is below the
+        plain one, as with lam < 0), and 0.05 otherwise. Weights that all underflow to 0 have ESS 0. A forward in which no row
+        counts is passed over. ESS/n is at least 1/n, so forwards of at most 5 rows (20 if the weights rise with the loss) cannot
+        be warned of unless weights underflow, also if these are micro-batches of a larger batch. A model that has learned one of
+        fewer than 7 classes is not warned of either. `set_lam`, `reset_parameters` and loading a state start the count anew, and
+        the warning may come again. On a GPU nothing waits for it. A compiled criterion is not looked at.
 
     Evaluation
         In eval mode, under no_grad and with update=False the same value is computed, but neither log s nor `nonfinite_batches`
@@ -114,7 +117,7 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
         (lam, log s, gamma and others). So load a checkpoint on every process. In deferred mode the first micro-batch of a step
         and its end make one each. With report="robust" the micro-batches between them make none, and the processes may make
         different numbers of them. With report="mean" every forward makes one more, so in a step all processes must make equally
-        many. Each process returns its sum times R / n, so the average
+        many. A TargetESS makes four more in every training forward. Each process returns its sum times R / n, so the average
         of the gradients that DDP and FSDP make is the gradient of one big batch. Processes may have different numbers of rows.
         A process without rows must call the criterion with an empty batch, because all take part. A nonfinite loss on one
         process counts on all of them. In eval mode and under no_grad nothing is exchanged, and each process uses its own batch.
@@ -148,8 +151,8 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
 
     Raises:
         ValueError: lam is 0 or NaN; gamma or alpha is outside (0, 1]; an ignore_index that is not that of the criterion; options
-            that exclude each other (mix or max_weight with deferred=True, because they need log s' at once; a rule with an option
-            that it does not use).
+            that exclude each other (mix or max_weight with deferred=True, because they need log s' at once; a rule or a TargetESS
+            with an option that it does not use).
         TypeError: a criterion or a rule that is not callable, a rule that needs an argument which is not bound, a lam that is no
             number, a process_group of another type.
         RuntimeError: a backend that cannot run here.
@@ -166,7 +169,7 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
         self,
         criterion: Callable[..., Tensor] | None = None,
         *,
-        lam: float | Tensor | RelativeLam | None = None,
+        lam: float | Tensor | RelativeLam | TargetESS | None = None,
         gamma: float = 0.9,
         alpha: float = 1.0,
         mix: float = 0.0,
@@ -272,7 +275,7 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
             self._watch(loss)
         return loss
 
-    def set_lam(self, value: float | Tensor | RelativeLam, reset: bool = True) -> None:
+    def set_lam(self, value: float | Tensor | RelativeLam | TargetESS, reset: bool = True) -> None:
         """As described in `RobustLoss.set_lam`; RuntimeError for an ABLoss with a rule, which has no lambda."""
         if self.rule is not None:
             raise RuntimeError("set_lam: got a lambda for an ABLoss with a rule, which has none; expected an ABLoss(lam=...)")

@@ -25,7 +25,7 @@ _CONFIGURATION = (
     "loss_divisor",
     "report",
     "the number of classes",
-    "the r of RelativeLam",
+    "the r of RelativeLam or the share of TargetESS",
     "log s",
 )
 
@@ -78,12 +78,12 @@ class Processes:
             state.alpha,
             state.mix,
             state.max_weight,
-            state.bits,
+            state.bits if state.target is None else ops.flags("target", state.init),
             deferred,
             loss_divisor,
             state.reports_mean,
             classes,
-            (state.relative_lam or 0.0) if state.lam_is_open else 0.0,
+            state.target if state.target is not None else (state.relative_lam or 0.0) if state.lam_is_open else 0.0,
         )
         key = (fixed, stats.device)
         if self._configured is None or self._configured[0] != key:
@@ -100,6 +100,11 @@ class Processes:
             distributed.check_agreement(of_all[:, 3:].cpu(), _CONFIGURATION, _shown)
             self._agreed = key
         return of_all
+
+    def added(self, sums: Tensor) -> Tensor:
+        """Sums of any shape over all processes, which must be in this exchange too. sums: float64, those of this process."""
+        count = self.count()
+        return sums if count == 1 else distributed.exchange(sums.flatten(), self.group, count).sum(0).view(sums.shape)
 
     def total(self, sums: Tensor) -> Tensor:
         """The sums over all processes. sums: float64, those of this process.

@@ -37,7 +37,7 @@ def as_mean(normalizer: Own | InStages, weighed: Weighed) -> Tensor:
     Here n counts the rows of all who take part in the normaliser of a training forward. The value is NaN if a row of them is
     nonfinite, and 0 if none counts. It is summed in float64. No host waits for a GPU.
     """
-    loss, sample_stats, weighing = weighed
+    loss, sample_stats, weighing, _ = weighed
     with torch.no_grad():
         valid = sample_stats[2] > 0
         nonfinite = valid & ops.weights_of(sample_stats, weighing).isnan()

@@ -336,10 +336,10 @@ def in_the_second_half(step, steps_of_an_epoch=3):
     return math.inf if step < 2 * steps_of_an_epoch else truth.LAM
 
 
-def two_stage(way, unit="epoch"):
+def two_stage(way, unit="epoch", make=ab.TwoStage):
     """A module and its callbacks, with lambda from the third epoch on. way: who steps the schedule."""
     criterion = ab.ABLoss(lam=truth.LAM)
-    schedule = ab.TwoStage(criterion, lam=truth.LAM, start=2 if unit == "epoch" else 6, unit=unit)
+    schedule = make(criterion, truth.LAM, 2 if unit == "epoch" else 6, unit)
     if way == "callback":
         return Module(criterion), [RobustCallback(schedule)]
     return Module(criterion, schedule=schedule), [RobustCallback()]
@@ -388,17 +388,18 @@ def test_the_callback_saves_the_schedule():
 
 
 @pytest.mark.parametrize("way", ["callback", "scheduler"])
+@pytest.mark.parametrize("make", [ab.TwoStage, ab.Ramp])
 @pytest.mark.parametrize("stop", [1, 2, 3])
-def test_resume(way, stop, tmp_path):
+def test_resume(way, stop, make, tmp_path):
     """Saved at the end of an epoch, before, at and after the switch of lambda: the same bits as without the interruption."""
     options = dict(accumulate_grad_batches=4, gradient_clip_val=0.1)
-    module, callbacks = two_stage(way)
+    module, callbacks = two_stage(way, make=make)
     whole = fit(module, *callbacks, **options)
 
-    module, callbacks = two_stage(way)
+    module, callbacks = two_stage(way, make=make)
     keep = ModelCheckpoint(dirpath=tmp_path, save_last=True)
     fit(module, *callbacks, keep, epochs=stop, enable_checkpointing=True, **options)
-    module, callbacks = two_stage(way)
+    module, callbacks = two_stage(way, make=make)
     fit(module, *callbacks, ckpt_path=tmp_path / "last.ckpt", **options)
     assert truth.distance(module.net, whole.net) == 0
     assert module.criterion.log_s == whole.criterion.log_s and module.criterion.lam == truth.LAM
