@@ -128,10 +128,19 @@ def test_a_run_goes_on_from_every_step(model, tiny, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("method", [m for m in methods.METHODS if m not in Config().methods])
 def test_the_other_methods_go_on_from_every_step(method, tiny, monkeypatch):
-    """Their draws and weights of groups are part of the state: two epochs of three batches, the second with the rule."""
+    """Their draws and weights of groups are part of the state: two epochs of three batches, the second with the rule (a ramp:
+    with half of it)."""
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     config = Config(
-        model="mlp", noise="symmetric", methods=(method,), lam=0.7, warmup=0.5, epochs=2, batch_size=12, seeds=1, eta=1.0
+        model="mlp",
+        noise="symmetric",
+        methods=(method,),
+        lam=0.7,
+        warmup=1.0 if method == "ramp" else 0.5,
+        epochs=2,
+        batch_size=12,
+        seeds=1,
+        eta=1.0,
     )
     states = []
     never_stopped = list(train.runs(config, tiny, keep=lambda take, finished: states.append(copy.deepcopy(take()))))
@@ -609,6 +618,36 @@ def test_the_checkpoints_own_options_may_be_given(resumable, monkeypatch, never_
     monkeypatch.setattr(report, "html", lambda results: "")
     assert cli.main(["train", "--resume", "results", *QUICK, "--out", "./results/", "--checkpoint-every", "9"]) == 0
     assert untimed("results") == never_stopped
+
+
+YOUNGER = ("per_class", "share", "sign")  # options that the first checkpoints did not have
+
+
+def test_a_checkpoint_without_younger_options(resumable, good, monkeypatch, capsys, never_stopped):
+    """They had their defaults' effect. Another value is refused, here and where the training is complete."""
+    monkeypatch.setattr(report, "html", lambda results: "")
+    parts = checkpoint.load(resumable)
+    assert set(YOUNGER) <= parts["config"].keys()
+    parts["config"] = {name: value for name, value in parts["config"].items() if name not in YOUNGER}
+    checkpoint.save(resumable, parts)
+    older = resumable.read_bytes()
+    others = ["--per-class", "50", "--share", "0.5", "--sign", "-1"]
+
+    def say_no(file):
+        line = refused(capsys, "train", "--resume", "results", *others)
+        for words in ("per-class: {} was made without it, got 50", "share: {} was made with 0.95, got 0.5", "sign: {}"):
+            assert words.format(f"results/{file}") in line
+
+    say_no("checkpoint.pt")
+    assert resumable.read_bytes() == older
+    assert cli.main(["train", "--resume", "results", "--share", "0.95"]) == 0
+    assert untimed("results") == never_stopped
+    results = json.loads(Path("results/results.json").read_text())
+    results["config"] = {name: value for name, value in results["config"].items() if name not in YOUNGER}
+    Path("results/results.json").write_text(json.dumps(results))
+    capsys.readouterr()
+    say_no("results.json")
+    assert cli.main(["train", "--resume", "results", "--sign", "1"]) == 0
 
 
 def test_nothing_to_resume(capsys, in_an_empty_folder):

@@ -109,7 +109,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     content = Path(path).read_bytes()
     here = f"{path} ({len(content)} bytes)"
-    if problem := _damage(content):
+    if problem := damage(content):
         raise ValueError(f"{here} {problem}, expected a {FORMAT}")
     try:
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -123,7 +123,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     return found["parts"]
 
 
-def _damage(content: bytes) -> str | None:
+def damage(content: bytes) -> str | None:
     """The reason why these bytes are not a complete file of torch.save, or None if they are one."""
     if not content:
         return "is empty"

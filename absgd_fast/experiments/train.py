@@ -25,6 +25,7 @@ from absgd_fast import meta
 from absgd_fast._numbers import plain
 
 from . import data, methods
+from .audit import Watch
 from .checkpoint import digest, random_state, restore_random_state
 from .models import check_model, make_model
 
@@ -38,6 +39,7 @@ class Config:
 
     Args:
         dataset, data_root: as for data.load_source.
+        per_class: the number of training images of each class before imbalance; None: as many as every class has.
         imbalance: "none", or the kind of data.class_counts, "lt" or "step".
         rho: training samples of the largest class over those of the smallest, ≥ 1.
         noise: "none", or the kind of data.add_noise.
@@ -46,7 +48,9 @@ class Config:
         methods: names in methods.METHODS.
         lam, gamma, mix: as for ab.ABLoss.
         warmup: the fraction of the epochs that are trained with λ = inf, which is plain training, before λ = lam (two-stage
-            training, ABSGD paper, Sec. 3.6). Methods without a λ begin to weigh then.
+            training, ABSGD paper, Sec. 3.6). Methods without a λ begin to weigh then. The method ramp moves λ from inf to lam
+            during this fraction.
+        share, sign: of ab.TargetESS, for the method targetess.
         beta, reg: of weights.cvar.
         chi2_rho: the radius rho of weights.chi2.
         eta: of weights.GroupDRO; the groups are the labels.
@@ -58,10 +62,12 @@ class Config:
         batch_size: samples per step.
         weight_decay: as in torch.optim.SGD.
         seeds: the number of seeds; they are 0 … seeds − 1.
+        audit: whether to record the losses and the weights of each training sample (audit.Watch).
     """
 
     dataset: str = "digits"
     data_root: str | None = None
+    per_class: int | None = None
     imbalance: str = "none"
     rho: float = 100.0
     noise: str = "none"
@@ -72,6 +78,8 @@ class Config:
     gamma: float = 0.9
     mix: float = 0.0
     warmup: float = 0.3
+    share: float = 0.95
+    sign: int = 1
     beta: float = 0.5
     reg: float = 0.0
     chi2_rho: float = 0.5
@@ -84,6 +92,7 @@ class Config:
     batch_size: int = 64
     weight_decay: float = 1e-4
     seeds: int = 8
+    audit: bool = False
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():  # so that results.json can hold the scalars of NumPy too
@@ -91,7 +100,7 @@ class Config:
 
     @property
     def switch(self) -> int:
-        """The first epoch (counted from 0) with λ = lam."""
+        """The first epoch (counted from 0) with λ = lam, or the first in which the other methods with stages weigh."""
         return round(self.warmup * self.epochs)
 
     def check(self) -> None:
@@ -106,10 +115,15 @@ class Config:
                 )
             if self.mix != 0:
                 raise ValueError(f"mix: got {self.mix}, but method reference supports only 0; leave it out of the methods")
-        if self.dataset.startswith("digits"):
-            check_model(self.model, (1, 8, 8))
-        else:
-            check_model(self.model, (3, 32, 32))
+        check_model(self.model, data.SHAPES[self.dataset])
+
+    def check_source(self, source: data.Source) -> None:
+        """Raises ValueError if the data set has fewer images than per_class asks for. The message is one line."""
+        if self.per_class is not None and self.per_class > source.n_max:
+            raise ValueError(
+                f"per-class: got {self.per_class}, expected at most {source.n_max}, the number of training images that every "
+                f"class of {source.name} has"
+            )
 
     def _check_names(self) -> None:
         choices = {
@@ -130,12 +144,15 @@ class Config:
 
     def _check_numbers(self) -> None:
         rules = {
+            "per_class": (self.per_class is None or self.per_class >= 1, "at least 1"),
             "rho": (self.rho >= 1 and math.isfinite(self.rho), "a finite number ≥ 1"),
             "noise_rate": (0 <= self.noise_rate < 1, "a number in [0, 1)"),
             "lam": (self.lam != 0 and not math.isnan(self.lam), "a number other than 0 (inf for plain training)"),
             "gamma": (0 < self.gamma <= 1, "a number in (0, 1]"),
             "mix": (0 <= self.mix < math.inf, "a finite number ≥ 0"),
             "warmup": (0 <= self.warmup <= 1, "a fraction of the epochs in [0, 1]"),
+            "share": (0 < self.share < 1, "a number in (0, 1)"),
+            "sign": (self.sign in (1, -1), "1 (λ > 0) or -1 (λ < 0)"),
             "beta": (0 < self.beta <= 1, "a fraction of the batch in (0, 1]"),
             "reg": (0 <= self.reg < math.inf, "a finite number ≥ 0"),
             "chi2_rho": (0 <= self.chi2_rho < math.inf, "a finite number ≥ 0"),
@@ -161,6 +178,7 @@ def runs(
     on_epoch: Callable[[str, int], object] = lambda method, seed: None,
     keep: Callable[[Callable[[], State], bool], object] = lambda take, finished: None,
     state: State | None = None,
+    on_audit: Callable[[str, int, State], object] = lambda method, seed, parts: None,
 ) -> Iterator[Run]:
     """Trains every method of `config` on every seed and yields the result of each run when it is done.
 
@@ -172,6 +190,7 @@ def runs(
             state of the whole training at that moment. Write it (checkpoint.Keeper does) or copy it before keep returns.
         state: a state that take() returned. Training goes on from there, with the same results bit for bit on the same
             machine. The runs that were already finished are yielded again first.
+        on_audit: with config.audit, called as on_audit(method, seed, parts) at the end of a run; audit.save writes the parts.
 
     Yields:
         A dict per run, ready for JSON (a number that is not finite is None):
@@ -199,6 +218,7 @@ def runs(
     """
     config.check()
     source = source or data.load_source(config.dataset, config.data_root)
+    config.check_source(source)
     finished: list[Run] = list(state["finished"]) if state else []
     running: State | None = state["running"] if state else None
     yield from tuple(finished)
@@ -210,24 +230,39 @@ def runs(
         left = [m for m in config.methods[turn:] + config.methods[:turn] if (m, seed) not in done]
         if not left:
             continue
-        split = data.draw(source, seed, imbalance=config.imbalance, rho=config.rho, noise=config.noise, rate=config.noise_rate)
+        split = draw(config, source, seed)
         if not warm:
             _warm_up(config, source, split)
             warm = True
             if state:
                 restore_random_state(state["random"])  # after the warm-up, which may have drawn random numbers
         for method in left:
-            training = _Training(method, config, source, split, seed)
+            training = Training(method, config, source, split, seed)
             if running:  # the first run that is not finished
                 training.load_state_dict(running)
                 running = None
             take = partial(_state, finished, training)
             finished.append(training.run(partial(on_epoch, method, seed), partial(keep, take, False)))
+            if training.watch:
+                on_audit(method, seed, training.watch.parts(split, config.dataset, f"{config.dataset}, {method}, seed {seed}"))
             yield finished[-1]
             keep(partial(_state, finished, None), True)
 
 
-def _state(finished: list[Run], training: _Training | None) -> State:
+def draw(config: Config, source: data.Source, seed: int) -> data.Split:
+    """The split of one seed, as data.draw makes it with the settings of the experiment."""
+    return data.draw(
+        source,
+        seed,
+        per_class=config.per_class,
+        imbalance=config.imbalance,
+        rho=config.rho,
+        noise=config.noise,
+        rate=config.noise_rate,
+    )
+
+
+def _state(finished: list[Run], training: Training | None) -> State:
     """The state of the whole: the results so far, the run under way (None between two runs), and the global random generators."""
     running = training.state_dict() if training else None
     return {"finished": list(finished), "running": running, "random": random_state()}
@@ -238,16 +273,24 @@ def _warm_up(config: Config, source: data.Source, split: data.Split) -> None:
     few = slice(2 * config.batch_size)
     small = data.Split(split.x[few], split.y[few], split.y_true[few], split.x_test[:1], split.y_test[:1])
     for method in config.methods:
-        _Training(method, replace(config, epochs=2), source, small, 0).run(lambda: None, lambda: None)
+        Training(method, replace(config, epochs=2), source, small, 0).run(lambda: None, lambda: None)
 
 
-class _Training:
-    """The training of one method on one split. state_dict() has everything that changes, and may be called after any step."""
+class Training:
+    """The training of one method on one split. state_dict() has everything that changes, and may be called after any step.
 
-    def __init__(self, name: str, config: Config, source: data.Source, split: data.Split, seed: int) -> None:
+    Args:
+        name: of the method.
+        config, source, split, seed: as in runs().
+        make: makes the method. None: that of this name in methods.METHODS.
+    """
+
+    def __init__(
+        self, name: str, config: Config, source: data.Source, split: data.Split, seed: int, make: methods.Make | None = None
+    ) -> None:
         self.name, self.config, self.source, self.split, self.seed = name, config, source, split, seed
         self.model = make_model(config.model, source.shape, source.classes, seed)
-        self.method = methods.METHODS[name](self.model.parameters(), config, split, seed)
+        self.method = (make or methods.METHODS[name])(self.model.parameters(), config, split, seed)
         self.decay = torch.optim.lr_scheduler.MultiStepLR(
             self.method.optimizer, [round(0.6 * config.epochs), round(0.8 * config.epochs)], gamma=0.1
         )
@@ -260,8 +303,10 @@ class _Training:
         self.samples: Tensor | None = None
         self.step = 0
         self.weights: list[Tensor] = []
+        self.watch = Watch(len(split.y), source.classes) if config.audit else None
 
     def state_dict(self) -> State:
+        """The state, for load_state_dict() of another Training with the same arguments."""
         return {
             "method": self.name,
             "seed": self.seed,
@@ -275,9 +320,11 @@ class _Training:
             "samples": self.samples,
             "step": self.step,
             "weights": torch.cat(self.weights),
+            "watch": self.watch.state_dict() if self.watch else None,
         }
 
     def load_state_dict(self, state: State) -> None:
+        """Goes on where state_dict() was called. Raises ValueError if that was another method or seed."""
         if (state["method"], state["seed"]) != (self.name, self.seed):
             raise ValueError(f"the state is {state['method']}'s on seed {state['seed']}, not {self.name}'s on seed {self.seed}")
         self.model.load_state_dict(state["model"])
@@ -289,9 +336,11 @@ class _Training:
         self.history = {key: list(values) for key, values in state["history"].items()}
         self.seconds, self.epoch, self.samples, self.step = (state[key] for key in ("seconds", "epoch", "samples", "step"))
         self.weights = [state["weights"]]
+        if self.watch:
+            self.watch.load_state_dict(state["watch"])
 
-    def run(self, on_epoch: Callable[[], object], after_step: Callable[[], object]) -> Run:
-        """Trains to the end from where it stands, tests after each epoch, and returns the dict that runs() describes."""
+    def epochs(self, after_step: Callable[[], object]) -> Iterator[Tensor]:
+        """Trains to the end from where it stands. After each epoch it yields the predicted classes of the test images."""
         model, method, config, split = self.model, self.method, self.config, self.split
         while self.epoch < config.epochs:
             if self.samples is None:
@@ -307,16 +356,30 @@ class _Training:
                 self.seconds += time.perf_counter() - begun
                 given = method.weights()
                 self.weights.append(torch.ones(len(batch), dtype=torch.float32, device="cpu") if given is None else given)
+                if self.watch and self.watch.records(self.epoch, config.epochs):
+                    self._watch(batch, x, y, given)
                 self.step += 1
                 after_step()
             self.decay.step()
             method.after_epoch()
-            accuracy, balanced, recall = _test(model, split, self.source.classes)
+            predicted = _logits(model, split.x_test).argmax(1)
+            accuracy, balanced, _ = _tested(predicted, split, self.source.classes)
             weights = _mean_weights(torch.cat(self.weights), self.samples, split, self.source)
             for key, value in zip(self.history, (accuracy, balanced, *weights)):
                 self.history[key].append(value)
             self.epoch, self.samples = self.epoch + 1, None
+            yield predicted
+
+    def run(self, on_epoch: Callable[[], object], after_step: Callable[[], object]) -> Run:
+        """Trains to the end from where it stands, and returns its result()."""
+        for _ in self.epochs(after_step):
             on_epoch()
+        return self.result()
+
+    def result(self) -> Run:
+        """The dict that runs() describes, of the model as it is."""
+        model, split = self.model, self.split
+        accuracy, balanced, recall = _tested(_logits(model, split.x_test).argmax(1), split, self.source.classes)
         return {
             "method": self.name,
             "seed": self.seed,
@@ -330,6 +393,15 @@ class _Training:
             "epochs": self.history,
         }
 
+    def _watch(self, batch: Tensor, x: Tensor, y: Tensor, weights: Tensor | None) -> None:
+        """Adds a batch to the audit. None of this is timed."""
+        assert self.watch
+        logits = self.method.logits
+        if logits is None:  # those after the step, of a network in evaluation mode, whose statistics do not move
+            logits = _logits(self.model, x)
+            self.model.train()
+        self.watch.add(batch, logits, y, weights)
+
 
 def _mean_weights(
     weights: Tensor, samples: Tensor, split: data.Split, source: data.Source
@@ -341,9 +413,9 @@ def _mean_weights(
     return [_number(w) for w in per_class], _number(weights[~wrong].mean()), _number(weights[wrong].mean())
 
 
-def _test(model: nn.Module, split: data.Split, classes: int) -> tuple[float | None, float | None, list[float | None]]:
-    """Accuracy, mean recall over the classes, and the recall of each class, in percent."""
-    right = _logits(model, split.x_test).argmax(1) == split.y_test
+def _tested(predicted: Tensor, split: data.Split, classes: int) -> tuple[float | None, float | None, list[float | None]]:
+    """Accuracy, mean recall over the classes, and the recall of each class, in percent. predicted: classes of the test images."""
+    right = predicted == split.y_test
     counts = torch.bincount(split.y_test, minlength=classes)
     recall = 100 * torch.bincount(split.y_test[right], minlength=classes).float() / counts
     return _number(100 * right.double().mean()), _number(recall.nanmean()), [_number(r) for r in recall]
@@ -352,7 +424,9 @@ def _test(model: nn.Module, split: data.Split, classes: int) -> tuple[float | No
 @torch.no_grad()
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
     model.eval()
-    return torch.cat([model(part) for part in x.split(2000)])  # in parts, so that large test sets fit into memory
+    # In parts, so that large test sets fit into memory. 250 images at once take half the time of 2000 with the convolutions, and
+    # the same with the others.
+    return torch.cat([model(part) for part in x.split(250)])
 
 
 def _number(x: Tensor) -> float | None:

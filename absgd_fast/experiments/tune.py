@@ -1,0 +1,233 @@
+"""`ab.select` with the training loop of this package: which lambda suits a data set and a model.
+
+    results = tune(config, source, candidates, out="folder")      plain dict, ready for JSON; goes on after a kill
+    write(results, folder)                                        selection.json and tune.html
+
+All trainings have the same initial weights. The test set is looked at by the last training alone, and decides nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import shlex
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import absgd_fast as ab
+from absgd_fast.selection import Candidate, Selection, default_candidates
+
+from . import data, methods
+from .checkpoint import Keeper, load, random_state, restore_random_state, write_whole
+from .summary import environment
+from .train import Config, Run, Training, draw
+
+CHECKPOINT, RESULTS, PAGE = "checkpoint.pt", "selection.json", "tune.html"
+# the fields of Config that no candidate uses
+UNUSED = (
+    "methods",
+    "lam",
+    "warmup",
+    "share",
+    "sign",
+    "beta",
+    "reg",
+    "chi2_rho",
+    "eta",
+    "clean",
+    "l2rw_method",
+    "seeds",
+    "data_root",
+)
+
+
+def method_of(candidate: Candidate) -> methods.Make:
+    """The function that builds the method of a candidate, as those of methods.METHODS."""
+
+    def make(parameters: methods.Parameters, config: Config, split: data.Split, seed: int) -> methods.Method:
+        gamma: dict[str, Any] = {"gamma": config.gamma} if candidate.ramp else {}  # a TargetESS has none
+        loss, schedule = candidate.build(methods.LOSSES[config.loss][0](), config.epochs, mix=config.mix, **gamma)
+        optimizer = methods.momentum_sgd(parameters, config)
+        return methods.Method(loss, optimizer, schedule.step, lambda: loss.last.weights, {"loss": loss, "schedule": schedule})
+
+    return make
+
+
+class Trainer:
+    """The function that ab.select calls: it trains a candidate on a part of a split.
+
+    Args:
+        config, source, split, seed: as for train.Training.
+        every: steps between two checkpoints, as for checkpoint.Keeper.
+    """
+
+    def __init__(self, config: Config, source: data.Source, split: data.Split, seed: int, every: int = 0) -> None:
+        self.config, self.source, self.split, self.seed, self.every = config, source, split, seed, every
+
+    def __call__(
+        self, candidate: Candidate, train_idx: Tensor, holdout_idx: Tensor, budget: int, folder: Path | None
+    ) -> Generator[Any, None, Run]:
+        """Yields the predicted labels of the held-out images after each epoch.
+
+        The training on all images tests on the test set instead, yields its accuracy there, and returns Training.result().
+        """
+        whole, last = self.split, len(train_idx) == len(self.split.y)
+        split = whole if last else data.Split(*whole.part(train_idx), whole.x[holdout_idx], whole.y[holdout_idx])
+        training = Training(candidate.name, self.config, self.source, split, self.seed, method_of(candidate))
+        kept = _Kept(training, None if folder is None else folder / CHECKPOINT, self.every)
+        for epoch, predicted in enumerate(kept.epochs()):
+            yield training.history["accuracy"][epoch] / 100 if last else predicted
+        return training.result()
+
+
+class _Kept:
+    """A training whose state is kept in a file from time to time, together with the predictions of its earlier epochs."""
+
+    def __init__(self, training: Training, file: Path | None, every: int) -> None:
+        self.training, self.predictions = training, list[Tensor]()
+        self.keeper = None if file is None else Keeper(file, {"candidate": training.name}, every)
+        if file is not None and file.is_file():
+            state = load(file)["state"]
+            training.load_state_dict(state["training"])
+            self.predictions = list(state["predictions"].long())
+            restore_random_state(state["random"])
+
+    def epochs(self) -> Iterator[Tensor]:
+        """The predictions after each epoch, those from the file first."""
+        yield from list(self.predictions)
+        for predicted in self.training.epochs(self._after_step):
+            self.predictions.append(predicted)
+            yield predicted
+
+    def _after_step(self) -> None:
+        if self.keeper is not None:
+            self.keeper(self._state, False)
+
+    def _state(self) -> dict[str, Any]:
+        n = len(self.training.split.y_test)
+        predictions = torch.stack(self.predictions) if self.predictions else torch.empty(0, n, dtype=torch.int64, device="cpu")
+        return {"training": self.training.state_dict(), "predictions": predictions.to(torch.int16), "random": random_state()}
+
+
+def tune(
+    config: Config,
+    source: data.Source,
+    candidates: Sequence[Candidate] | None = None,
+    *,
+    goal: str = "accuracy",
+    holdout: float = 0.1,
+    seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    every: int = 0,
+    threads: int | None = None,
+    command: Iterable[str] = (),
+    progress: bool | Callable[[str, int, float], object] = True,
+) -> dict[str, Any]:
+    """Chooses a candidate by a held-out part of the training images, and trains it on all of them.
+
+    Args:
+        config: the data, the model and its training; `methods`, `lam` and `seeds` are not used.
+        source: its data set.
+        candidates: Candidates; None: the default ones of the goal.
+        goal, holdout, progress: as for ab.select.
+        seed: of the split, of the wrong labels, of the held-out part, of the initial weights and of the order of the batches.
+        out: the folder of the scores and checkpoints. If it has those of the same arguments, tuning goes on.
+        every: steps between two checkpoints; 0: 30 seconds.
+        threads, command: the number of CPU threads, and the words of the command line, for the report.
+
+    Returns:
+        A dict, ready for JSON (accuracies in percent): "config", "goal", "holdout", "seed", "chosen", "code", "reason", "table",
+        "scores", "rungs" (epochs at which candidates were compared), "window" (epochs that are averaged), "final" (the result of
+        the last training, as train.runs yields it), "command", "environment", "created".
+
+    Raises:
+        ValueError: a class has one training image alone, or as ab.select.
+        RuntimeError, OSError: as ab.select.
+    """
+    config.check()
+    config.check_source(source)
+    chosen_from = default_candidates(goal) if candidates is None else list(candidates)
+    split = draw(config, source, seed)
+    _check_classes(split.y, config)
+    settings = {name: value for name, value in asdict(config).items() if name not in UNUSED}
+    settings |= {"seed": seed, "data": source.fingerprint, "threads": threads}
+    selection = ab.select(
+        Trainer(config, source, split, seed, every),
+        chosen_from,
+        holdout=holdout,
+        goal=goal,
+        budget=config.epochs,
+        labels=split.y,
+        seed=seed,
+        out=out,
+        settings=settings,
+        progress=progress,
+    )
+    return _results(config, selection, goal, holdout, seed, threads) | {"command": shlex.join(command)}
+
+
+def _check_classes(labels: Tensor, config: Config) -> None:
+    """Raises ValueError if a class has a single image, with the options that give it a second one."""
+    counts = torch.bincount(labels)
+    alone = torch.nonzero(counts == 1).flatten().tolist()
+    if not alone:
+        return
+    ways = [f"a --rho of at most {int(counts.max()) / 2:g}"] if config.imbalance != "none" else []
+    named = f"class {', '.join(map(str, alone))} {'has' if len(alone) == 1 else 'have'}"
+    raise ValueError(
+        f"holdout: {named} a single training image, which cannot be held out and trained on; expected at least two images of"
+        f" each class: give {' or '.join([*ways, 'a larger --per-class'])}"
+    )
+
+
+def _results(config: Config, selection: Selection, goal: str, holdout: float, seed: int, threads: int | None) -> dict[str, Any]:
+    percent = ("score", "behind", "error")
+    settings = {name: value for name, value in asdict(config).items() if name not in UNUSED or name == "data_root"}
+    final: Run = selection.result
+    return {
+        "config": settings,
+        "goal": goal,
+        "holdout": holdout,
+        "seed": seed,
+        "chosen": selection.name,
+        "code": selection.best.code(config.epochs),
+        "reason": selection.reason,
+        "table": [row | {key: _percent(row[key]) for key in percent} for row in selection.table],
+        "scores": {name: [_percent(score) for score in scores] for name, scores in selection.scores.items()},
+        "rungs": selection.rungs,
+        "window": selection.window,
+        "held out": len(selection.holdout_idx),
+        "trained on": len(selection.train_idx),
+        "final": final,
+        "environment": environment(config, threads),
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _percent(fraction: float | None) -> float | None:
+    """A fraction in percent, with six digits."""
+    return None if fraction is None else float(f"{100 * fraction:.6g}")
+
+
+def write(results: dict[str, Any], folder: str | os.PathLike[str]) -> list[Path]:
+    """Writes selection.json and tune.html, each whole or not at all, and removes the checkpoints. Returns the paths."""
+    from .tune_report import html  # it needs matplotlib and jinja2
+
+    into = Path(folder)
+    into.mkdir(parents=True, exist_ok=True)
+    texts = {PAGE: html(results), RESULTS: json.dumps(results, indent=1, allow_nan=False) + "\n"}
+    for name, text in texts.items():
+        write_whole(into / name, text.encode())
+    for place in (*range(len(results["table"])), "refit"):
+        kept = into / f"candidate-{place}"
+        Keeper(kept / CHECKPOINT, {}).done()
+        with contextlib.suppress(OSError):  # it is not there, or a user's own files are in it
+            kept.rmdir()
+    return [into / name for name in reversed(texts)]

@@ -1,0 +1,132 @@
+"""The rule of select: which candidate is stopped early, and which one is chosen.
+
+A candidate is a curve: a score after each epoch and, if `train` yields predictions, which held-out samples were right. All
+comparisons are of the mean over the last epochs, and of one candidate with another on the same samples. So neither the noise of
+one epoch nor the difficulty of the held-out part counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+
+import torch
+from torch import Tensor
+
+# The parts of the budget after which candidates are compared and may be stopped. Learning rates are often cut by ten after 60 %.
+# Before that, TargetESS was 10 to 16 points behind on a long tail where it ended level.
+RUNGS = (0.7, 0.85)
+WINDOW = 0.1  # the part of the budget whose last epochs are averaged
+SPREAD = 3  # the spread from epoch to epoch is that of at least so many epochs
+STOPPED = 2.0  # so many standard errors (with the swings from epoch to epoch) behind the leader is hopeless
+# The lead over the first candidate, the plain mean, must exceed so many standard errors. This is no test of significance: of
+# four candidates that are equally good, another than the first one is chosen about every second time. That costs nothing then.
+CHOSEN = 0.5
+
+
+@dataclass
+class Curve:
+    """The scores of one candidate so far; right[e] is a vector of bools if predictions were yielded."""
+
+    scores: list[float] = field(default_factory=list)
+    right: list[Tensor] = field(default_factory=list)
+
+
+class Judge:
+    """Compares curves.
+
+    Args:
+        budget: the number of epochs of a candidate.
+        groups: (n) the class of each held-out sample for balanced accuracy; None: accuracy.
+    """
+
+    def __init__(self, budget: int, groups: Tensor | None = None) -> None:
+        self.budget = budget
+        self.window = max(1, round(WINDOW * budget))
+        self.member = None
+        if groups is not None:
+            self.member = torch.nn.functional.one_hot(groups.unique(return_inverse=True)[1]).double()  # (n, classes)
+
+    def score(self, right: Tensor) -> float:
+        """Accuracy of one epoch, or balanced accuracy: the mean recall of the classes. right: (n)."""
+        return float(self._mean(right.double()))
+
+    def _mean(self, values: Tensor) -> Tensor:
+        if self.member is None:
+            return values.mean()
+        return (values @ self.member / self.member.sum(0)).mean()
+
+    def level(self, curve: Curve, end: int) -> float:
+        """The mean score of the last epochs before `end`."""
+        return fmean(curve.scores[max(0, end - self.window) : end])
+
+    def lead(self, one: Curve, other: Curve, end: int) -> tuple[float, float]:
+        """How far one curve is ahead of another before epoch `end`, and the standard error of that.
+
+        With predictions the difference is taken sample by sample, and the error is that of another draw of the held-out samples.
+        Without them it is the spread of the scores from epoch to epoch, which is all that can be seen; NaN after one epoch alone.
+        Neither contains what another seed of the training would change.
+        """
+        lead = self.level(one, end) - self.level(other, end)
+        first = max(0, end - self.window)
+        if one.right and other.right:
+            differences = _average(one.right[first:end]) - _average(other.right[first:end])
+            return lead, self._error(differences)
+        return lead, math.hypot(*(_spread(c.scores[:end], self.window) for c in (one, other)))
+
+    def _error(self, differences: Tensor) -> float:
+        """The standard error of the mean of per-sample differences (n)."""
+        n = len(differences)
+        if n < 2:
+            return math.inf
+        if self.member is None:
+            return float(differences.std()) / math.sqrt(n)
+        counts = self.member.sum(0)
+        means = differences @ self.member / counts
+        squares = (differences - self.member @ means).square()
+        # a class with few samples gets two samples' worth of the spread within all classes
+        pooled = squares.sum() / max(1, n - len(counts))
+        spread = (squares @ self.member + 2 * pooled) / (counts + 1)
+        return float((spread / counts).sum().sqrt()) / len(counts)
+
+    def hopeless(self, curves: Sequence[Curve], end: int) -> list[int]:
+        """The curves that are clearly behind the leading one before epoch `end`: by more than chance and swings together."""
+        leader = max(curves, key=lambda curve: self.level(curve, end))
+        found = []
+        for i, curve in enumerate(curves):
+            lead, error = self.lead(leader, curve, end)
+            if lead > STOPPED * math.hypot(error, self._swing(leader, curve, end)) and lead > 0:
+                found.append(i)
+        return found
+
+    def _swing(self, one: Curve, other: Curve, end: int) -> float:
+        """The standard deviation of the lead from epoch to epoch, which is large while a learning rate is."""
+        swing = _spread([a - b for a, b in zip(one.scores[:end], other.scores[:end])], self.window)
+        return 0.0 if math.isnan(swing) and one.right and other.right else swing
+
+    def choose(self, curves: Sequence[Curve], plain: Curve | None) -> int:
+        """The curve with the best last epochs; but `plain`, if the best one's lead over it is at most CHOSEN standard errors."""
+        best = max(curves, key=lambda curve: self.level(curve, self.budget))
+        if plain is not None and best is not plain:
+            lead, error = self.lead(best, plain, self.budget)
+            if lead <= CHOSEN * error:
+                best = plain
+        return next(i for i, curve in enumerate(curves) if curve is best)
+
+
+def _spread(values: Sequence[float], window: int) -> float:
+    """The standard deviation of the last values; NaN, with which no comparison is true, if there is one value alone."""
+    last = values[-max(window, SPREAD) :]
+    return stdev(last) if len(last) > 1 else math.nan
+
+
+def _average(right: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(right)).double().mean(0)
+
+
+def rungs_of(budget: int, ramp: float) -> list[int]:
+    """The epochs after which candidates are compared: those of RUNGS that come clearly after a ramp, and before the end."""
+    parts = [part for part in RUNGS if part - ramp > 0.14]
+    return sorted({round(part * budget) for part in parts if 1 <= round(part * budget) < budget})
