@@ -15,6 +15,7 @@ from a checkout that is not installed.
 from importlib import metadata as _metadata
 
 from . import functional, meta, reference, weights
+from .audit import LabelAudit
 from .class_weights import adrw_weights, class_balanced_weights
 from .language_models import DFT, causal_lm_loss
 from .linear import LinearABLoss, linear_robust_loss
@@ -30,8 +31,9 @@ from .losses import (
     LogitAdjusted,
 )
 from .optim import ABSGD, ABAdagrad, ABAdam, ABAdamW, ABRMSprop
-from .robust import ABLoss, RelativeLam
-from .schedule import DRW, TLA, TwoStage, vs_tla_adrw
+from .robust import ABLoss, RelativeLam, TargetESS
+from .schedule import DRW, TLA, Ramp, TwoStage, vs_tla_adrw
+from .selection import Selection, select
 
 try:
     __version__ = _metadata.version("absgd_fast")
@@ -56,9 +58,13 @@ __all__ = [
     "CosineClassifier",
     "CrossEntropy",
     "Focal",
+    "LabelAudit",
     "LinearABLoss",
     "LogitAdjusted",
+    "Ramp",
     "RelativeLam",
+    "Selection",
+    "TargetESS",
     "TwoStage",
     "adrw_weights",
     "causal_lm_loss",
@@ -67,6 +73,7 @@ __all__ = [
     "linear_robust_loss",
     "meta",
     "reference",
+    "select",
     "vs_tla_adrw",
     "weights",
 ]

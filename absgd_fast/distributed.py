@@ -85,6 +85,27 @@ def exchange(row: Tensor, process_group: dist.ProcessGroup | str | None, count: 
     return out
 
 
+def add_up(x: Tensor, process_group: dist.ProcessGroup | str | None, count: int, name: str) -> None:
+    """Replace x by its sum over all processes.
+
+    Args:
+        x: of the same shape on all of them.
+        process_group: as for `ranks`.
+        count: the number of processes.
+        name: what the last dimension of x is, for the error.
+
+    Raises:
+        ValueError: the last dimension differs. Every process raises it, and x is as it was.
+    """
+    group = None if isinstance(process_group, str) else process_group
+    size = torch.tensor([x.shape[-1]], dtype=torch.int64, device=x.device)
+    sizes = size.new_empty((count, 1))
+    dist.all_gather(list(sizes.unbind()), size, group=group)
+    if bool((sizes != size).any()):
+        raise ValueError(f"{name}: got {sizes.flatten().tolist()} on the processes, expected the same number on all of them")
+    dist.all_reduce(x, group=group)
+
+
 def check_agreement(rows: Tensor, names: Sequence[str], show: Callable[[str, float], str]) -> None:
     """ValueError if a setting differs between the processes.
 

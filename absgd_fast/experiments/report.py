@@ -96,11 +96,12 @@ def html(results: dict[str, Any]) -> str:
         header=header,
         rows=body,
         explanation=EXPLANATION,
-        figures=[{"title": heading, "caption": caption, "svg": _svg(figure)} for heading, caption, figure in figures(results)],
+        figures=[{"title": heading, "caption": caption, "svg": svg(figure)} for heading, caption, figure in figures(results)],
     )
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """A figure as SVG in base64, for the src of an image."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return base64.b64encode(buffer.getvalue()).decode()
