@@ -179,9 +179,12 @@ def drawn():
 def trained():
     """What the experiments train and measure."""
     names = "absgd", "proportion", "random", "l2rw", "resample"
-    config = train.Config(methods=names, imbalance="lt", rho=3.0, epochs=2, seeds=1, batch_size=8, clean=2)
-    results = train.runs(config, SOURCE)
-    return [torch.tensor([run["train_loss"], run["accuracy"], *run["per_class_recall"]], **here) for run in results]
+    config = train.Config(methods=names, imbalance="lt", rho=3.0, epochs=2, seeds=1, batch_size=8, clean=2, audit=True)
+    audits: list = []
+    results = list(train.runs(config, SOURCE, on_audit=lambda method, seed, parts: audits.append(parts)))
+    return [parts["audit"]["sums"].to(torch.float32) for parts in audits] + [
+        torch.tensor([run["train_loss"], run["accuracy"], *run["per_class_recall"]], **here) for run in results
+    ]
 
 
 def table():
@@ -226,6 +229,8 @@ def table():
         )
         robust = partial(ab.ABLoss, backend=backend)
         add(f"RelativeLam{of}", lambda make=robust: make(lam=ab.RelativeLam(-0.3), mix=0.3, max_weight=1.1), of_robust, True)
+        add(f"TargetESS{of}", lambda make=robust: make(lam=ab.TargetESS(0.6), mix=0.3), of_robust, True)
+        add(f"TargetESS in stages{of}", lambda make=robust: make(lam=ab.TargetESS(0.6), loss_divisor=3), of_robust, True)
         per_sample = partial(nn.CrossEntropyLoss, reduction="none")
         add(f"ABLoss of a callable{of}", lambda make=robust: make(per_sample(), lam=0.7, loss_divisor=3), of_robust, True)
         add(
@@ -377,13 +382,16 @@ FACTORIES = {"tensor", "as_tensor", "scalar_tensor", "zeros", "ones", "empty", "
 FACTORIES |= {"rand", "randn", "randint", "randperm", "range"}
 INTEGERS = {"randint", "randperm", "arange"}  # of integers, unless somebody says otherwise
 # where torch's default is wanted, as in torch's own modules
-ON_DEFAULT_DEVICE = {
+# What users give to `select`, of any dtype and on any device.
+GIVEN = {("selection/run.py", "_score")} | {("selection/split.py", name) for name in ("_given", "_integers", "_tensor", "split")}
+ON_DEFAULT_DEVICE = GIVEN | {
+    ("audit.py", "__init__"),
     ("losses.py", "_keep_vectors"),  # the class vectors that the first forward is likely to ask for
     ("losses.py", "__init__"),  # CosineClassifier, a layer as torch.nn.Linear
     ("robust/state.py", "__init__"),
     ("weights/group_dro.py", "__init__"),
 }
-OF_ANY_DTYPE = {("losses.py", "__init__"), ("experiments/data.py", "add_noise")}  # the latter takes labels of any dtype
+OF_ANY_DTYPE = GIVEN | {("losses.py", "__init__"), ("experiments/data.py", "add_noise")}  # the latter takes labels of any dtype
 
 
 def calls(node, function=""):

@@ -14,7 +14,7 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob("*")
     if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}
 )
-MOST_LINES = {"README.md": 180, "docs/MATH.md": 300}
+MOST_LINES = {"README.md": 180, "docs/MATH.md": 330}
 MOST_UNFORMATTED = 40  # statements that keep a layout by hand
 
 SECTION = re.compile(r"^#+ (\d+(?:\.\d+)?) ", re.MULTILINE)
@@ -105,3 +105,10 @@ def test_documents_stay_short(document, limit):
 
 def test_few_statements_are_formatted_by_hand():
     assert sum(path.read_text().count("# fmt: " + "skip") for path in SOURCES) < MOST_UNFORMATTED
+
+
+def test_decisions_have_one_number_and_one_text():
+    listed = [int(n) for n in re.findall(r"^\| (\d+) \|", (ROOT / "DESIGN.md").read_text(), re.MULTILINE)]
+    written = [int(n) for page in DOCUMENTS for n in re.findall(r"^### (\d+)\. ", page.read_text(), re.MULTILINE)]
+    assert sorted(listed) == list(range(1, len(listed) + 1)), "numbers in DESIGN.md"
+    assert sorted(written) == sorted(listed), "headings in docs/design-*.md"

@@ -473,6 +473,8 @@ TABLE = {
         lambda v: functional.robust_weights(plain(2), -1.0, v),
         lambda v: pure(lam=v),
         lambda v: ab.RelativeLam(v),
+        lambda v: ab.TargetESS(v),
+        lambda v: ab.TargetESS(sign=v.sign()),
         lambda v: functional.weighted_momentum_step_([], None, [], plain(2), -1.0, lam=v, lr=0.1),
     ]),
 }  # fmt: skip
@@ -485,7 +487,7 @@ def test_what_requires_grad(name, number):
     value, f = plain(*shape).requires_grad_(), calls[number]
     if answer == "refused":
         with pytest.raises(
-            RuntimeError, match=f"not differentiable with respect to argument '({name}|r)'.*requires_grad.*detach"
+            RuntimeError, match=f"not differentiable with respect to argument '({name}|r|share|sign)'.*requires_grad.*detach"
         ):
             f(value)
         with torch.no_grad():

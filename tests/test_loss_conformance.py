@@ -891,6 +891,7 @@ TAKE_LABELS = {
     "moving": lambda x, y: ab.ABLoss(ab.VS([4, 3, 2, 1]), lam=0.5)(x, y, sample_weight=torch.arange(3.0)),
     "deferred": lambda x, y: ab.ABLoss(lam=0.5, deferred=True)(x, y, update=False),
     "RelativeLam": lambda x, y: ab.ABLoss(lam=ab.RelativeLam(0.5))(x, y),
+    "TargetESS": lambda x, y: ab.ABLoss(lam=ab.TargetESS(0.7))(x, y),
     "groups": lambda x, y: ab.ABLoss(rule=ab.weights.GroupDRO(2, 0.1))(x, y, groups=y % 2),
     "LinearABLoss": lambda x, y: ab.LinearABLoss(lam=0.5, chunk=2)(x, torch.eye(4), y),
     "compat.losses": lambda x, y: absgd_losses.ABLoss(0.5)(x, y),

@@ -128,6 +128,9 @@ def rows():
     add("ABLoss", two_forwards, lambda _, v: _with_lam(v), set_lam=(-0.3, 2))
     add("ABLoss", two_forwards, lambda _, v: _with_divisor(v), divisor=(1.7, 3))
     add("RelativeLam", two_forwards, lambda _, v: ab.ABLoss(lam=ab.RelativeLam(v)), r=(-0.3, 2))
+    add("TargetESS", two_forwards, lambda _, v: ab.ABLoss(lam=ab.TargetESS(v)), share=(0.3,))
+    add("TargetESS", two_forwards, lambda _, v: ab.ABLoss(lam=ab.TargetESS(0.7, v)), sign=(-1.0, 1))
+    add("LabelAudit", lambda audit: audit.sums, lambda _, v: ab.LabelAudit(v), n_samples=(3,))
     linear = {name: values for name, values in robust.items() if name not in ("mix", "max_weight")}
     add("LinearABLoss", of_head, one(ab.LinearABLoss, lam=0.7), lam=(-0.3, 2), chunk=3, **linear)
     add("LinearABLoss", of_head, one(ab.LinearABLoss, lam=0.7, normalizer="none"), max_weight=(1.1, 2))
@@ -169,6 +172,8 @@ def rows():
         lambda _, v: scheduled(partial(ab.ABLoss, lam=1), lambda c, v: ab.TwoStage(c, v, 1))(v),
         lam=(-0.3, 2),
     )
+    add("Ramp", two_epochs, lambda _, v: scheduled(partial(ab.ABLoss, lam=1), lambda c, v: ab.Ramp(c, 0.3, v))(v), length=2)
+    add("Ramp", two_epochs, lambda _, v: scheduled(partial(ab.ABLoss, lam=1), lambda c, v: ab.Ramp(c, v, 2))(v), lam=(-0.3, 2))
     add("DRW", two_epochs, lambda _, v: scheduled(ab.CrossEntropy, lambda c, v: ab.DRW(c, [0.5, 1.5, 1.0, 1.0], v))(v), start=1)
     add(
         "DRW",
@@ -461,6 +466,7 @@ def test_a_schedule_may_write_a_scalar_of_numpy(cls, backend):
 
 
 PUBLIC = {name: getattr(ab, name) for name in ab.__all__ if not inspect.ismodule(getattr(ab, name))}
+del PUBLIC["select"], PUBLIC["Selection"]  # tests/test_select.py has the numbers of the first; the second is a result
 PUBLIC |= {name: getattr(functional, name) for name in ("logit_loss", "robust_weights", "weighted_momentum_step_")}
 PUBLIC |= {name: getattr(weights, name) for name in weights.__all__}
 PUBLIC |= {"compat.losses.ABLoss": compat_losses.ABLoss}

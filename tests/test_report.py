@@ -42,6 +42,7 @@ SUBJECTS = {
     "plain": subject(lam=INF),
     "without a normaliser": subject(lam=-1.0, normalizer="none"),
     "relative lambda": subject(lam=ab.RelativeLam(0.5)),
+    "target": subject(lam=ab.TargetESS(0.7)),
     "focal": subject(ab.Focal, lam=0.7),
     "callable": subject(lambda: per_row, lam=0.7),
     "divided": subject(lam=0.7, loss_divisor=DIVISOR),

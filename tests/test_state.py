@@ -449,6 +449,7 @@ def test_lam_is_required():
         ("ABLoss", -0.5, r"criterion: got the float -0\.5, .*; lambda is a keyword: ABLoss\(lam=-0\.5\)$"),
         ("LinearABLoss", 2, r"criterion: got the int 2, .*: LinearABLoss\(lam=2\)$"),
         ("ABLoss", ab.RelativeLam(-0.5), r"ABLoss\(lam=RelativeLam\(-0\.5\)\)$"),
+        ("ABLoss", ab.TargetESS(0.6), r"ABLoss\(lam=TargetESS\(0\.6\)\)$"),
         ("ABLoss", "ce", "criterion: got str, expected a callable that returns per-sample losses$"),
         ("ABLoss", True, "criterion: got bool, expected a callable that returns per-sample losses$"),
     ],

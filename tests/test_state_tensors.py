@@ -32,6 +32,7 @@ COUNTS = [40, 15, 5]
 STATEFUL = {
     "ABLoss": (lambda: ab.ABLoss(lam=0.5), lambda m, x, **k: m(x, Y, **k)),
     "RelativeLam": (lambda: ab.ABLoss(lam=ab.RelativeLam(0.5)), lambda m, x, **k: m(x, Y, **k)),
+    "TargetESS": (lambda: ab.ABLoss(lam=ab.TargetESS(0.6)), lambda m, x, **k: m(x, Y, **k)),
     "callable": (lambda: ab.ABLoss(identity, lam=-0.5), lambda m, x, **k: m(x.square().sum(1), **k)),
     "LinearABLoss": (lambda: ab.LinearABLoss(lam=0.5), lambda m, x, **k: m(x, torch.eye(3), Y, **k)),
     "rule": (lambda: ab.ABLoss(rule=ab.weights.GroupDRO(2, eta=0.5)), lambda m, x, **k: m(x, Y, groups=GROUPS, **k)),
@@ -353,6 +354,7 @@ ON_META = {
     "TwoStage from the start": lambda: ab.TwoStage(ab.ABLoss(lam=0.5), ab.RelativeLam(0.25), 0).criterion,
     "Focal of the research code": lambda: repository.Focal(2.0, torch.tensor([1.0, 2.0, 3.0], device="cpu")),
     "research code": lambda: repository.ABLoss(300.0),
+    "LabelAudit": lambda: ab.LabelAudit(5),
 }
 
 
