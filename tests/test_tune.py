@@ -8,32 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from test_cli import ROOT, in_an_empty_folder, refused  # noqa: F401 (a fixture)
 
 from absgd_fast import __main__ as cli
 from absgd_fast.experiments import data, train, tune, tune_report
 from absgd_fast.selection import Candidate
 from absgd_fast.selection.record import FILE
 
-ROOT = Path(cli.__file__).resolve().parents[1]
 QUICK = ["tune", "--model", "linear", "--epochs", "6", "--noise", "symmetric", "--candidates", "inf,-2,-0.5"]
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def refused(capsys, *argv):
-    """Runs a command that must be refused with exit code 2 and one line on stderr; returns the line."""
-    assert cli.main(argv) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith("absgd-fast: ")
-    return err
 
 
 def without_times(results):

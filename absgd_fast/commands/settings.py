@@ -92,6 +92,13 @@ def settings(options: Mapping[str, Any]) -> dict[str, Any]:
     return {field.name: options[field.name] for field in fields(Config) if field.name in options}
 
 
+def check_counts(given: Mapping[str, Any]) -> None:
+    """Raises ValueError if --threads or --checkpoint-every was given and is too small."""
+    for name, least in (("threads", 1), ("checkpoint_every", 0)):
+        if name in given and given[name] < least:
+            raise ValueError(f"{name.replace('_', '-')}: got {given[name]}, expected at least {least}")
+
+
 def shown(value: object) -> str:
     """The value of an option as the user writes it."""
     return ",".join(value) if isinstance(value, tuple) else str(value)

@@ -10,8 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .audit import FOLDER as AUDITS
 from .common import PROGRAM, Refused, check_writable, fail, plain_console, require
-from .settings import add_experiment, add_methods, settings, shown, threads
+from .settings import add_experiment, add_methods, check_counts, settings, shown, threads
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,9 +72,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         config = Config(**saved.get("config", {}) | settings(given))
         require("train", ["rich", "jinja2", "matplotlib", "scipy"] + ["sklearn"] * config.dataset.startswith("digits"))
         config.check()
-        for name, least in (("threads", 1), ("checkpoint_every", 0)):
-            if name in given and given[name] < least:
-                raise ValueError(f"{name.replace('_', '-')}: got {given[name]}, expected at least {least}")
+        check_counts(given)
         check_writable(out)
         if not saved and file.exists():
             raise ValueError(
@@ -209,29 +208,19 @@ def _run_all(
     console: Console, config: Config, source: Source, out: Path, keeper: Keeper, state: dict[str, Any] | None, finished: list[Run]
 ) -> None:
     """Trains with a progress bar. It appends each run to `finished`, which still has them after Ctrl-C, and writes its audit."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
     from absgd_fast.experiments import audit
     from absgd_fast.experiments.train import runs
+    from absgd_fast.selection.progress import bar
 
-    columns = (
-        TextColumn("{task.description:<18}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("epochs"),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-    )
     before, trained = (state["finished"], _epochs_done(config, state)) if state else ([], 0)
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("starting", total=config.seeds * len(config.methods) * config.epochs, completed=trained)
+    with bar(console, 18) as progress:
+        task = progress.add_task("starting", total=config.seeds * len(config.methods) * config.epochs, completed=trained)
 
         def on_epoch(method: str, seed: int) -> None:
-            progress.update(bar, advance=1, description=f"seed {seed} {method}")
+            progress.update(task, advance=1, description=f"seed {seed} {method}")
 
         def on_audit(method: str, seed: int, parts: dict[str, Any]) -> None:
-            audit.save(out / "audit" / f"{method}-{seed}.pt", parts)
+            audit.save(out / AUDITS / f"{method}-{seed}.pt", parts)
 
         for run in runs(config, source, on_epoch, keeper, state, on_audit):
             finished.append(run)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import PROGRAM, Refused, check_writable, fail, plain_console, require
-from .settings import add_experiment, names, settings, threads
+from .settings import add_experiment, check_counts, names, settings, threads
 
 if TYPE_CHECKING:
     from .common import Subparsers
@@ -99,12 +99,11 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
         "goal": (given.get("goal", "accuracy") in DEFAULTS, f"one of {', '.join(DEFAULTS)}"),
         "holdout": (0 < given.get("holdout", 0.1) < 1, "a share of the training images in (0, 1)"),
         "seed": (given.get("seed", 0) >= 0, "at least 0"),
-        "threads": (given.get("threads", 1) >= 1, "at least 1"),
-        "checkpoint_every": (given.get("checkpoint_every", 0) >= 0, "at least 0"),
     }
     for name, (right, expected) in rules.items():
         if not right:
-            raise ValueError(f"{name.replace('_', '-')}: got {given[name]}, expected {expected}")
+            raise ValueError(f"{name}: got {given[name]}, expected {expected}")
+    check_counts(given)
     options: dict[str, Any] = {name: given[name] for name in ("goal", "holdout", "seed") if name in given}
     if "candidates" in given:
         options["candidates"] = [Candidate.named(text) for text in given["candidates"]]

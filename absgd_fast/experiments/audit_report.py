@@ -10,13 +10,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
 from .audit import Findings
 from .checkpoint import write_whole
+from .pages import rendered
 
 HEADER = ("rank", "index", "given", "predicted", "mean loss", "mean weight")
 COLUMNS = 8  # images in a row of the contact sheet
@@ -141,8 +141,8 @@ def caption(findings: Findings) -> str:
 
 def html(findings: Findings, by: str, top: int, png: bytes | None) -> str:
     """The text of audit.html. The page needs no other file."""
-    templates = Environment(loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined)
-    return templates.get_template("audit.html.jinja").render(
+    return rendered(
+        "audit.html.jinja",
         title=f"Label audit: {findings.title}" if findings.title else "Label audit",
         words=words(findings, by),
         header=_header(findings),

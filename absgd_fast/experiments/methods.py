@@ -102,6 +102,14 @@ def momentum_sgd(parameters: Parameters, config: Config) -> ab.ABSGD:
     return ab.ABSGD(parameters, config.lr, MOMENTUM, weight_decay=config.weight_decay)
 
 
+def scheduled(
+    parameters: Parameters, config: Config, loss: ab.ABLoss, schedule: ab.TwoStage | ab.Ramp, name: str = "schedule"
+) -> Method:
+    """The method of a loss whose λ a schedule moves after each epoch. name: of the schedule in a checkpoint."""
+    optimizer = momentum_sgd(parameters, config)
+    return Method(loss, optimizer, schedule.step, lambda: loss.last.weights, {"loss": loss, name: schedule})
+
+
 def _sgd(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
     # fused=True is torch's fastest step: the cost of ABSGD is measured against that
     optimizer = torch.optim.SGD(parameters, config.lr, MOMENTUM, weight_decay=config.weight_decay, fused=True)
@@ -114,16 +122,14 @@ def _absgd(parameters: Parameters, config: Config, split: data.Split, seed: int)
 
 def _two_stages(parameters: Parameters, config: Config, lam: float | ab.TargetESS, **options: Any) -> Method:
     loss = ab.ABLoss(LOSSES[config.loss][0](), lam=lam, mix=config.mix, **options)
-    stages, optimizer = ab.TwoStage(loss, lam, start=config.switch), momentum_sgd(parameters, config)
-    return Method(loss, optimizer, stages.step, lambda: loss.last.weights, {"loss": loss, "stages": stages})
+    return scheduled(parameters, config, loss, ab.TwoStage(loss, lam, start=config.switch), "stages")
 
 
 def _ramp(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
     if config.switch == 0:  # λ = lam from the start, as in two stages
         return _absgd(parameters, config, split, seed)
     loss = ab.ABLoss(LOSSES[config.loss][0](), lam=config.lam, mix=config.mix, gamma=config.gamma)
-    ramp, optimizer = ab.Ramp(loss, config.lam, length=config.switch, unit="epoch"), momentum_sgd(parameters, config)
-    return Method(loss, optimizer, ramp.step, lambda: loss.last.weights, {"loss": loss, "ramp": ramp})
+    return scheduled(parameters, config, loss, ab.Ramp(loss, config.lam, length=config.switch, unit="epoch"), "ramp")
 
 
 def _targetess(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:

@@ -18,12 +18,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
 from .checkpoint import write_whole
+from .pages import rendered
 from .plots import figures
 from .summary import BASELINE, by_method, changes, collect, environment, pair, summarise, time_ratios  # noqa: F401
 from .words import answers, changes_note, notes, plus_minus, title  # noqa: F401
@@ -87,8 +87,8 @@ def write(results: dict[str, Any], folder: str | os.PathLike[str]) -> list[Path]
 def html(results: dict[str, Any]) -> str:
     """The text of report.html. The page needs no other file, because it contains its plots."""
     header, body = rows(results)
-    templates = Environment(loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined)
-    return templates.get_template("report.html.jinja").render(
+    return rendered(
+        "report.html.jinja",
         results=results,
         title=title(results),
         answers=answers(results),

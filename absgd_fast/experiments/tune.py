@@ -54,8 +54,7 @@ def method_of(candidate: Candidate) -> methods.Make:
     def make(parameters: methods.Parameters, config: Config, split: data.Split, seed: int) -> methods.Method:
         gamma: dict[str, Any] = {"gamma": config.gamma} if candidate.ramp else {}  # a TargetESS has none
         loss, schedule = candidate.build(methods.LOSSES[config.loss][0](), config.epochs, mix=config.mix, **gamma)
-        optimizer = methods.momentum_sgd(parameters, config)
-        return methods.Method(loss, optimizer, schedule.step, lambda: loss.last.weights, {"loss": loss, "schedule": schedule})
+        return methods.scheduled(parameters, config, loss, schedule)
 
     return make
 

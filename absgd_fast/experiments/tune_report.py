@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.table import Table
 
+from .pages import rendered
 from .report import svg
-from .style import legend, make_axes
+from .style import DASHED, DOTTED, legend, make_axes
 from .words import minus, setting
 
 # Okabe and Ito's colours, and the line styles for what exceeds them
 COLOURS = ("#6b6b6b", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
-LINES: tuple[Any, ...] = ("-", (0, (4, 3)), (0, (1, 1.5)))
+LINES: tuple[Any, ...] = ("-", DASHED, DOTTED)
 SCORES = {"accuracy": "accuracy", "balanced": "balanced accuracy"}
 
 
@@ -145,8 +145,8 @@ CAPTION = (
 def html(results: dict[str, Any]) -> str:
     """The text of tune.html. The page needs no other file."""
     header, body = rows(results)
-    templates = Environment(loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined)
-    return templates.get_template("tune.html.jinja").render(
+    return rendered(
+        "tune.html.jinja",
         results=results,
         title=title(results),
         answers=answers(results),

@@ -43,7 +43,24 @@ class Samples(NamedTuple):
     score: Tensor | None = None
 
 
-class Own:
+class Exchanges:
+    """The exchanges of all who take part in a normaliser, and the lambda that a TargetESS finds by them."""
+
+    def gather(self, stats: Tensor, state: RobustState, classes: int) -> Tensor:
+        """(processes, 3 or more): the statistics of all processes (processes.py `Processes.gather`)."""
+        raise NotImplementedError
+
+    def added(self, sums: Tensor) -> Tensor:
+        """The sums over all who take part in a forward. sums: float64, of this batch, of any shape."""
+        raise NotImplementedError
+
+    def solved(self, state: RobustState, losses: Tensor, samples: Samples, classes: int) -> Solved:
+        """The lambda of a TargetESS, for the samples of all who take part (target.py)."""
+        _, mask, score = samples
+        return solve(state, losses, score, mask, lambda stats: self.gather(stats, state, classes), self.added)
+
+
+class Own(Exchanges):
     """This batch settles log s' by itself, within the operator that also weighs."""
 
     def gather(self, stats: Tensor, state: RobustState, classes: int) -> Tensor:
@@ -75,13 +92,8 @@ class Own:
         return *operators.robust_loss(losses, score, sample_weight, mask, *operands), operands[2]
 
     def added(self, sums: Tensor) -> Tensor:
-        """The sums over all who take part in a forward. sums: float64, of this batch, of any shape."""
+        """The sums of this batch."""
         return sums
-
-    def solved(self, state: RobustState, losses: Tensor, samples: Samples, classes: int) -> Solved:
-        """The lambda of a TargetESS, for the samples of all who take part (target.py)."""
-        _, mask, score = samples
-        return solve(state, losses, score, mask, lambda stats: self.gather(stats, state, classes), self.added)
 
     def totals(self, sums: Tensor) -> tuple[Tensor, float]:
         """Sums (any number of them) over all who take part in a forward, and the divisor of its loss. sums: of this batch."""
@@ -91,12 +103,8 @@ class Own:
 OWN = Own()
 
 
-class InStages:
+class InStages(Exchanges):
     """A normaliser that is settled before it weighs, because more than this batch has a part in it."""
-
-    def gather(self, stats: Tensor, state: RobustState, classes: int) -> Tensor:
-        """(processes, 3 or more): the statistics of all processes (processes.py `Processes.gather`)."""
-        raise NotImplementedError
 
     def weighing_normalizer(
         self, state: RobustState, operators: ops.Operators, partial_stats_of: PartialStatsOf, classes: int, update_state: bool
@@ -144,15 +152,6 @@ class InStages:
         given = losses, score, sample_weight, mask, settled, log_s, lam, bounded, mix, max_weight, mode
         return *operators.robust_apply(*given), lam
 
-    def added(self, sums: Tensor) -> Tensor:
-        """As `Own.added`."""
-        raise NotImplementedError
-
-    def solved(self, state: RobustState, losses: Tensor, samples: Samples, classes: int) -> Solved:
-        """As `Own.solved`."""
-        _, mask, score = samples
-        return solve(state, losses, score, mask, lambda stats: self.gather(stats, state, classes), self.added)
-
     def totals(self, sums: Tensor) -> tuple[Tensor, float]:
         """As `Own.totals`."""
         raise NotImplementedError
@@ -174,7 +173,7 @@ class Shared(InStages):
         return self.loss_divisor != 1 or self.processes.are_several()
 
     def gather(self, stats: Tensor, state: RobustState, classes: int) -> Tensor:
-        """As `InStages.gather`."""
+        """As `Exchanges.gather`."""
         return self.processes.gather(stats, state, self.deferred, self.loss_divisor, classes)
 
     def totals(self, sums: Tensor) -> tuple[Tensor, float]:
@@ -182,7 +181,7 @@ class Shared(InStages):
         return self.processes.total(sums), self.loss_divisor
 
     def added(self, sums: Tensor) -> Tensor:
-        """As `Own.added`, over all processes."""
+        """As `Exchanges.added`, over all processes."""
         return self.processes.added(sums)
 
     def weighing_normalizer(
@@ -305,7 +304,7 @@ class Kept(InStages):
         self._solved: Solved | None = None
 
     def gather(self, stats: Tensor, state: RobustState, classes: int) -> Tensor:
-        """As `InStages.gather`; a recomputation does not call it, because lambda is fixed by then."""
+        """As `Exchanges.gather`; a recomputation does not call it, because lambda is fixed by then."""
         return self._normalizer.gather(stats, state, classes)
 
     def weighing_normalizer(
@@ -317,7 +316,7 @@ class Kept(InStages):
         return self._settled
 
     def solved(self, state: RobustState, losses: Tensor, samples: Samples, classes: int) -> Solved:
-        """As `Own.solved`."""
+        """As `Exchanges.solved`."""
         if self._solved is None:
             self._solved = self._normalizer.solved(state, losses, samples, classes)
         return self._solved

@@ -126,9 +126,8 @@ class Contest:
     def _compare(self, running: Sequence[Entrant], rung: int) -> None:
         """Notes how far each candidate is behind, and stops those that are hopeless unless this is the end."""
         curves = [e.curve for e in running]
-        leader = max(curves, key=lambda curve: self.judge.level(curve, rung))
-        for entrant in running:
-            entrant.behind = self.judge.lead(leader, entrant.curve, rung)
+        for entrant, behind in zip(running, self.judge.behind(curves, rung)):
+            entrant.behind = behind
         if rung < self.budget:
             for i in self.judge.hopeless(curves, rung):
                 running[i].stopped = rung  # its training stays paused: it goes on if all others fail

@@ -6,7 +6,20 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+
+def bar(console: Console, width: int) -> Bar:
+    """A bar of rich that counts epochs: what is trained in `width` letters, the epochs, the time so far, and the time left."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    done = TextColumn(f"{{task.description:<{width}}}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("epochs")
+    return Bar(*done, TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(), console=console, transient=True)
 
 
 class Progress:
@@ -24,17 +37,8 @@ class Progress:
         self._total = total
         if wanted is True and importlib.util.find_spec("rich") is not None and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
 
-            columns = (
-                TextColumn("{task.description:<16}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("epochs"),
-            )
-            left = (TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
-            self._bar = Bar(*columns, *left, console=Console(stderr=True), transient=True)
+            self._bar = bar(Console(stderr=True), 16)
             self._task = self._bar.add_task("starting", total=total)
 
     def __enter__(self) -> Progress:

@@ -91,13 +91,21 @@ class Judge:
         spread = (squares @ self.member + 2 * pooled) / (counts + 1)
         return float((spread / counts).sum().sqrt()) / len(counts)
 
+    def leader(self, curves: Sequence[Curve], end: int) -> Curve:
+        """The curve with the best level before epoch `end`; the first of several."""
+        return max(curves, key=lambda curve: self.level(curve, end))
+
+    def behind(self, curves: Sequence[Curve], end: int) -> list[tuple[float, float]]:
+        """How far each curve is behind the leading one before epoch `end`, as `lead` says it."""
+        leader = self.leader(curves, end)
+        return [self.lead(leader, curve, end) for curve in curves]
+
     def hopeless(self, curves: Sequence[Curve], end: int) -> list[int]:
         """The curves that are clearly behind the leading one before epoch `end`: by more than chance and swings together."""
-        leader = max(curves, key=lambda curve: self.level(curve, end))
+        leader = self.leader(curves, end)
         found = []
-        for i, curve in enumerate(curves):
-            lead, error = self.lead(leader, curve, end)
-            if lead > STOPPED * math.hypot(error, self._swing(leader, curve, end)) and lead > 0:
+        for i, (lead, error) in enumerate(self.behind(curves, end)):
+            if lead > STOPPED * math.hypot(error, self._swing(leader, curves[i], end)) and lead > 0:
                 found.append(i)
         return found
 
@@ -108,7 +116,7 @@ class Judge:
 
     def choose(self, curves: Sequence[Curve], plain: Curve | None) -> int:
         """The curve with the best last epochs; but `plain`, if the best one's lead over it is at most CHOSEN standard errors."""
-        best = max(curves, key=lambda curve: self.level(curve, self.budget))
+        best = self.leader(curves, self.budget)
         if plain is not None and best is not plain:
             lead, error = self.lead(best, plain, self.budget)
             if lead <= CHOSEN * error:
