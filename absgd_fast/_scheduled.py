@@ -24,6 +24,11 @@ class Counted(Protocol):
 _schedules: WeakKeyDictionary[nn.Module, WeakSet[Counted]] = WeakKeyDictionary()
 
 
+def schedules_of(module: nn.Module) -> list[Counted]:
+    """The schedules that drive a module."""
+    return list(_schedules.get(module, ()))
+
+
 class Scheduled(ExactState):
     """A module that schedules drive. A checkpoint of it resumes them too.
 
@@ -51,7 +56,7 @@ class Scheduled(ExactState):
 
     def resumed_by(self, state_dict: dict[str, Any], prefix: str) -> list[Counted]:
         """The schedules that will continue when this state_dict is loaded."""
-        return [schedule for schedule in _schedules.get(self, ()) if prefix + schedule.COUNT in state_dict]
+        return [schedule for schedule in schedules_of(self) if prefix + schedule.COUNT in state_dict]
 
     def _load_what_hooks_left(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         schedules = self.resumed_by(state_dict, prefix)

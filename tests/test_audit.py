@@ -509,6 +509,18 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         assert words in capsys.readouterr().err
 
 
+def test_another_training_in_the_same_folder_leaves_no_audits_of_the_first(tmp_path, monkeypatch):
+    """Its other results are replaced too. A file of the user's own stays."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    for options in (["--methods", "sgd,absgd"], ["--methods", "absgd"], ["--methods", "sgd"]):
+        quick = [word for word in QUICK if word != "--audit" or options[1] != "sgd"]
+        assert cli.main([*quick, *options, "--out", "out"]) == 0
+        (tmp_path / "out" / "audit" / "mine.pt").touch()
+        seen.append(sorted(path.stem for path in (tmp_path / "out" / "audit").iterdir()))
+    assert seen == [["absgd-0", "mine", "sgd-0"], ["absgd-0", "mine"], ["mine"]]
+
+
 def test_how_long_it_is_recorded():
     """Half of the epochs, and at least ten."""
     seen = []

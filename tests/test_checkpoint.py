@@ -27,6 +27,7 @@ from torch import nn
 from absgd_fast import __main__ as cli
 from absgd_fast.experiments import checkpoint, data, methods, report, summary, train
 from absgd_fast.experiments.train import Config
+from absgd_fast.selection import draws
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -170,11 +171,11 @@ def test_random_states():
         return random.random(), random.gauss(0, 1), np.random.rand(), np.random.standard_normal(), torch.rand(1).item()  # noqa: NPY002
 
     draw()  # Python's and numpy's normal numbers come in pairs, of which the second is part of the state
-    before = checkpoint.random_state()
+    before = draws.random_state()
     buffer = io.BytesIO()
     torch.save(before, buffer)
     first, second = draw(), draw()
-    checkpoint.restore_random_state(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
+    draws.restore_random_state(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
     assert (first, second) == (draw(), draw())
 
 

@@ -182,6 +182,13 @@ def test_without_files_one_line_says_how_to_get_them(tmp_path, monkeypatch, name
     assert list(in_an_empty_folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["train", "tune"])
+def test_a_folder_that_cannot_be_opened_is_refused(command, capsys, in_an_empty_folder):
+    """As one that is not there: exit code 2, one line, nothing written."""
+    assert "File name too long" in refused(capsys, command, "--dataset", "mnist", "--data-root", "a" * 300)
+    assert list(in_an_empty_folder.iterdir()) == []
+
+
 def test_a_missing_file_is_named(tmp_path):
     idx_folder(tmp_path, ".gz")
     (tmp_path / (FILES[3] + ".gz")).unlink()

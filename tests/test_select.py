@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 import weakref
 from pathlib import Path
 
@@ -494,6 +495,53 @@ def test_a_last_training_that_fails():
     with pytest.raises(RuntimeError, match=r"a was chosen, but its training on all samples failed: MemoryError: too many"):
         ab.select(train, ["a"], n=10, budget=1, **QUIET)
     assert ab.select(train, ["a"], n=10, budget=1, refit=False, **QUIET).best == "a"
+
+
+@pytest.mark.parametrize("mistake", [NameError, UnboundLocalError, AttributeError, TypeError, ModuleNotFoundError, SyntaxError])
+def test_a_mistake_in_the_users_code_is_no_failure_of_a_candidate(mistake, tmp_path):
+    """It is raised as it is, nothing of it is on record, and the mended function goes on in the same folder."""
+    calls, mended = [], False
+
+    def train(candidate, train_idx, holdout_idx, budget):
+        for epoch in range(budget):
+            calls.append((candidate, epoch))
+            if candidate == "b" and epoch == 1 and not mended:
+                raise mistake("a typing error")
+            yield 0.5
+
+    with pytest.raises(mistake, match="a typing error"):
+        ab.select(train, ["a", "b", "c"], n=10, budget=2, refit=False, out=tmp_path, **QUIET)
+    assert "failed" not in (tmp_path / FILE).read_text()
+    mended = True
+    chosen = ab.select(train, ["a", "b", "c"], n=10, budget=2, refit=False, out=tmp_path, **QUIET)
+    assert [row["outcome"] for row in chosen.table] == ["chosen", "finished", "finished"]
+    assert calls.count(("a", 0)) == 1  # from the record
+
+
+def refitted(before, after, n=500, budget=20):
+    """A selection of one candidate whose share of right predictions is `before`, and `after` in the training on everything."""
+    labels = torch.zeros(10 * n, dtype=torch.int64)
+
+    def train(candidate, train_idx, holdout_idx, budget):
+        right = after if len(train_idx) == len(labels) else before
+        for _ in range(budget):
+            yield (torch.arange(n) >= right * n).long()
+
+    return ab.select(train, ["a"], labels=labels, holdout=range(n), budget=budget, **QUIET)
+
+
+@pytest.mark.parametrize("before, after", [(0.8, 0.1), (0.8, 0.7), (0.5, 0.0)])
+def test_a_last_training_that_collapses_is_seen(before, after):
+    words = rf"a was chosen with the score {before:.4f}, but its training on all samples ended at {after:.4f}"
+    with pytest.warns(UserWarning, match=words):
+        refitted(before, after)
+
+
+@pytest.mark.parametrize("before, after", [(0.8, 0.8), (0.8, 0.79), (0.1, 0.9)])
+def test_a_last_training_that_is_no_worse_is_not_warned_of(before, after):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refitted(before, after)
 
 
 def test_an_iterator_may_be_given_too_and_what_it_raises_at_its_end_is_nobodys():

@@ -1,6 +1,7 @@
 """TargetESS: a lambda for each batch, such that the effective sample size has a given share (MATH §1.7), against the oracle."""
 
 import copy
+import gc
 import math
 import pickle
 import warnings
@@ -309,6 +310,45 @@ def test_loading_keeps_the_target(one_backend, rng):
         fixed.load_state_dict(saved.state_dict())
     saved.reset_parameters()
     assert float(saved.lam) == INF and float(saved.log_s) == -INF and saved.target == 0.4
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("given", [0.5, ab.RelativeLam(0.5), torch.tensor(0.5)], ids=["a number", "RelativeLam", "a tensor"])
+def test_the_lambda_of_one_batch_does_not_become_a_fixed_one_unseen(sign, given, rng):
+    """A RelativeLam, too, takes the loaded number for its own: so the user is told whose it is."""
+    x = torch.tensor(rng.exponential(size=20), requires_grad=True)
+    saved = criterion_of(0.4, sign)
+    saved(x)
+    assert float(saved.state_dict()["target_share"]) == 0.4 * sign
+    loaded = ab.ABLoss(identity, lam=given).double()
+    name = r"TargetESS\(0\.4\)" if sign > 0 else r"TargetESS\(0\.4, sign=-1\)"
+    with pytest.warns(UserWarning, match=rf"which {name} chose for its last batch, but the constructor was given lam="):
+        loaded.load_state_dict(saved.state_dict())
+    assert torch.equal(loaded.lam, saved.lam) and "target_share" not in loaded.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduled = ab.ABLoss(identity, lam=given).double()
+        schedule = ab.TwoStage(scheduled, ab.TargetESS(0.4, sign), start=0)  # who replaces the constructor's lambda knows it
+        scheduled.load_state_dict(saved.state_dict())
+        assert schedule.criterion.target == 0.4 * sign
+
+
+def test_repr_has_every_digit():
+    for share in (0.95, 0.5, 1 - 1e-9, 1e-9, 1 / 3):
+        assert eval(repr(ab.TargetESS(share, -1)), {"TargetESS": ab.TargetESS}).signed_share == -share
+
+
+def test_deferred_is_refused_before_a_schedule_switches():
+    """Not at the switch, hours later."""
+    criterion = ab.ABLoss(lam=math.inf)
+    schedule = ab.TwoStage(criterion, ab.TargetESS(0.5), start=10)
+    with pytest.raises(ValueError, match=r"lam: got TargetESS\(0.5\) with deferred=True"):
+        criterion.deferred = True
+    assert not criterion.deferred
+    schedule.step()
+    del schedule
+    gc.collect()
+    criterion.deferred = True  # nobody will switch
 
 
 def test_set_lam_there_and_back(one_backend, rng):

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         if by == "weight" and not findings.weighed:
             raise ValueError(f"by: all samples of {file.stem} have the same weight; give --by loss, or another --run")
         check_writable(folder)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise Refused(error) from error
     console = plain_console()
     console.print(audit_report.table(findings, by, top))

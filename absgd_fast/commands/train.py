@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         fingerprint = source.fingerprint
         if saved and saved["source"] != fingerprint:
             raise ValueError(f"data: {file} was made with {saved['source']}; found {fingerprint}")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise Refused(error) from error
     about = {
         "config": asdict(config),
@@ -174,6 +174,7 @@ def _train_and_report(config: Config, source: Source, out: Path, about: dict[str
         if not finished:
             wrote = f"continue with {go_on}" if kept else "nothing was written"
             return fail(1, f"interrupted before the first run was finished; {wrote}")
+    _forget_audits(out, {f"{run['method']}-{run['seed']}" for run in finished if config.audit})
     results = report.collect(
         config, finished, command=about["command"], threads=torch.get_num_threads(), partial=partial, earlier=earlier
     )
@@ -183,6 +184,13 @@ def _train_and_report(config: Config, source: Source, out: Path, about: dict[str
     if not partial:
         keeper.done()
     return 1 if partial else 0
+
+
+def _forget_audits(out: Path, kept: Collection[str]) -> None:
+    """Removes the audits of an older training in `out`, whose other results are about to be replaced. kept: METHOD-SEED."""
+    for file in (out / AUDITS).glob("*-*.pt"):
+        if file.stem not in kept:
+            file.unlink()
 
 
 def _epochs_done(config: Config, state: dict[str, Any]) -> int:

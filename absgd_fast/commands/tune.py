@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         check_writable(out)
         source = data.load_source(config.dataset, config.data_root)
         config.check_source(source)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise Refused(error) from error
     used = threads(config, given.get("threads"), before)
     torch.set_num_threads(used)

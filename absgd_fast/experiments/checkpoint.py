@@ -11,11 +11,8 @@ file names. The format is that of torch.save: a zip file, which has a CRC-32 of 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import io
 import os
-import random
-import sys
 import time
 import zipfile
 from collections import Counter, OrderedDict
@@ -143,7 +140,7 @@ def damage(content: bytes) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------ digests and random state
+# ------------------------------------------------------------------------------------------------ digests
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -160,37 +157,6 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
-
-
-def random_state() -> dict[str, Any]:
-    """The state of the global random generators, as a part of a checkpoint: torch's for the CPU, Python's, and numpy's if in use.
-
-    The training loop draws from generators of its own. Layers such as dropout draw from torch's global one.
-    """
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if "numpy.random" in sys.modules:
-        name, keys, *others = sys.modules["numpy.random"].get_state()
-        state["numpy"] = (name, keys.tolist(), *others)
-    return state
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Restores a state that random_state() returned.
-
-    Example:
-        >>> import torch
-        >>> from absgd_fast.experiments.checkpoint import random_state, restore_random_state
-        >>> state = random_state()
-        >>> first = torch.rand(1)
-        >>> restore_random_state(state)
-        >>> torch.equal(first, torch.rand(1))
-        True
-    """
-    torch.set_rng_state(state["torch"])
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    if "numpy" in state:
-        importlib.import_module("numpy.random").set_state(state["numpy"])
 
 
 # ------------------------------------------------------------------------------------------------ when to save

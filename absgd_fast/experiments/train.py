@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from absgd_fast import meta
 from absgd_fast._numbers import plain
+from absgd_fast.selection.draws import random_state, restore_random_state
 
 from . import data, methods
 from .audit import Watch
-from .checkpoint import digest, random_state, restore_random_state
+from .checkpoint import digest
 from .models import check_model, make_model
 
 Run = dict[str, Any]  # the result of one method on one seed, as runs() describes it

@@ -23,9 +23,10 @@ from torch import Tensor
 
 import absgd_fast as ab
 from absgd_fast.selection import Candidate, Selection, default_candidates
+from absgd_fast.selection.draws import random_state, restore_random_state
 
 from . import data, methods
-from .checkpoint import Keeper, load, random_state, restore_random_state, write_whole
+from .checkpoint import Keeper, load, write_whole
 from .summary import environment
 from .train import Config, Run, Training, draw
 

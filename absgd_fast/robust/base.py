@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _backend, _checks, _numbers, ops
 from .._checkpointing import Replays
-from .._scheduled import Counted
+from .._scheduled import Counted, schedules_of
 from ..losses import CrossEntropy
 from . import finish, options
 from .collapse import Collapse
@@ -22,7 +22,7 @@ from .last import LastForward, Memo
 from .normalizer import OWN, Deferred, Own, Shared
 from .options import StateOptions
 from .processes import Processes
-from .state import RobustState
+from .state import TARGET, RobustState
 from .step import OPEN, DeferredStep
 
 if TYPE_CHECKING:
@@ -164,6 +164,8 @@ class RobustLoss(RobustState):
         self._refuse_with_rule(deferred=value)
         if value:
             options.check("deferred=True", vars(self))
+            for schedule in schedules_of(self):  # one that would give it such a lambda only later
+                self.check_lam(getattr(schedule, "lam", None), deferred=True)
         self._shared = (Deferred if value else Shared)(self._shared.processes, self._shared.loss_divisor)
 
     @property
@@ -197,10 +199,11 @@ class RobustLoss(RobustState):
         self.memo.collapse.restart()
         self._shared.processes.forget_agreement()
 
-    def check_lam(self, value: float | Tensor | RelativeLam | TargetESS) -> None:
-        """ValueError for a TargetESS with an option that it does not use, as in `set_lam`."""
+    def check_lam(self, value: object, deferred: bool | None = None) -> None:
+        """ValueError for a TargetESS with an option that it does not use, as in `set_lam`. deferred: None: `self.deferred`."""
         if isinstance(value, TargetESS):
-            options.check("TargetESS", {**vars(self), "_given_lam": value, "deferred": self.deferred})
+            deferred = self.deferred if deferred is None else deferred
+            options.check("TargetESS", {**vars(self), "_given_lam": value, "deferred": deferred})
 
     def _lam_changes(self) -> None:
         memo = vars(self).get("memo")
@@ -265,16 +268,6 @@ class RobustLoss(RobustState):
             return f"the saved RelativeLam was not fixed yet; construct ABLoss with lam=RelativeLam(r); {_AVERAGED}"
         return None
 
-    def _warn_of_another_lam(self, lam: Tensor) -> None:
-        """Say that the loaded lambda replaces the number given to the constructor, unless that was replaced before."""
-        given = self.lam_number
-        if self.lam_is_constructors and not math.isnan(given) and not self.has_lam(lam):
-            warnings.warn(
-                f"{type(self).__name__}: the loaded state has lam={float(lam):g}, but the constructor was given"
-                f" lam={given:g}; the loaded one holds. Construct the criterion with it, or call set_lam after loading",
-                stacklevel=2,
-            )
-
     def _load_what_hooks_left(
         self,
         state_dict: dict[str, Any],
@@ -287,6 +280,7 @@ class RobustLoss(RobustState):
     ) -> None:
         saved = {name: state_dict[prefix + name] for name in self.STATE if prefix + name in state_dict}
         known = {name: t for name, t in saved.items() if t.numel() == 1 and not t.is_meta}  # those with a value to look at
+        target = state_dict.pop(prefix + TARGET, None)
         refusal = self._refusal(known["lam"], self.resumed_by(state_dict, prefix)) if "lam" in known else None
         if refusal is not None:
             error_msgs.append(f"{prefix}lam: {refusal}")
@@ -295,7 +289,7 @@ class RobustLoss(RobustState):
             error_msgs.append(f"{prefix}log_s: got NaN, expected a number, or the -inf with which it starts; {_AVERAGED}")
             return
         if "lam" in known and self.rule is None:
-            self._warn_of_another_lam(known["lam"])
+            self.warn_of_another_lam(known["lam"], None if target is None or target.is_meta else float(target))
         self._lam_changes()
         super()._load_what_hooks_left(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 

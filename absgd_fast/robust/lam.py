@@ -113,4 +113,4 @@ class TargetESS:
         return self.share * self.sign
 
     def __repr__(self) -> str:
-        return f"TargetESS({self.share:g})" if self.sign > 0 else f"TargetESS({self.share:g}, sign=-1)"
+        return f"TargetESS({self.share})" if self.sign > 0 else f"TargetESS({self.share}, sign=-1)"

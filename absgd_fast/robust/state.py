@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +19,9 @@ from .lam import RampedLam, RelativeLam, TargetESS
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+TARGET = "target_share"  # in a state_dict: the share with the sign of lambda, with a TargetESS, which makes the saved lam
 
 
 class RobustState(Scheduled):
@@ -145,6 +149,29 @@ class RobustState(Scheduled):
         given = self.lam_number, float(saved.new_tensor(self.lam_number))
         return float(saved) in given or (not self.lam.is_meta and float(saved) == float(self.lam))
 
+    def warn_of_another_lam(self, lam: Tensor, target: float | None) -> None:
+        """Say that the loaded lambda replaces the one given to the constructor, unless that was replaced before.
+
+        target: the signed share, if the loaded lambda is that of the last batch of a TargetESS.
+        """
+        given = self.lam_number
+        if not self.lam_is_constructors:
+            return
+        if target is not None and self.target is None:
+            made_by = repr(TargetESS(abs(target), 1 if target > 0 else -1))
+            warnings.warn(
+                f"{type(self).__name__}: the loaded state has lam={float(lam):g}, which {made_by} chose for its last batch, but"
+                f" the constructor was given lam={self._given_lam}; the loaded number holds. Construct the criterion with"
+                f" {made_by}, or call set_lam after loading",
+                stacklevel=2,
+            )
+        elif not math.isnan(given) and not self.has_lam(lam):
+            warnings.warn(
+                f"{type(self).__name__}: the loaded state has lam={float(lam):g}, but the constructor was given"
+                f" lam={given:g}; the loaded one holds. Construct the criterion with it, or call set_lam after loading",
+                stacklevel=2,
+            )
+
     def reset_parameters(self) -> None:
         """Start anew: log s as at first, `nonfinite_batches` 0, and the lambda that was given last; a RelativeLam is open again.
 
@@ -249,6 +276,11 @@ class RobustState(Scheduled):
         return operators.robust_settle(partials, log_s, nonfinite, lam, reference, gamma, alpha, grad_multiplier, flags)
 
     # ---- nn.Module ----
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.target is not None:
+            destination[prefix + TARGET] = torch.tensor(self.target, dtype=torch.float64, device="cpu")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.lam

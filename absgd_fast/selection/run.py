@@ -15,6 +15,9 @@ from .._numbers import real
 from .draws import Draws
 from .rule import Curve, Judge
 
+# What a mistake in the user's code raises. It says nothing of a candidate, so it ends the selection and is not put on record.
+MISTAKES = (NameError, AttributeError, TypeError, ImportError, SyntaxError)
+
 
 class Failed(Exception):
     """A training that did not come to its end. The text says why; `__cause__` is what the user's function raised."""
@@ -59,8 +62,9 @@ class Run:
         """Trains until `end` epochs have their score; at the end of the budget the generator is run to its own end.
 
         Raises:
-            Failed: the user's function raised something, ended too early, or yielded a score that is not finite.
-            OSError: the user's function raised it. A full disk or a file that is not there says nothing of the candidate.
+            Failed: the user's function raised something else, ended too early, or yielded a score that is not finite.
+            OSError, and MISTAKES: the user's function raised it. A full disk, a file that is not there, or a name with a typing
+                error says nothing of the candidate.
             TypeError, ValueError: what it yielded is neither a score nor predictions.
         """
         with self._draws:
@@ -90,7 +94,7 @@ class Run:
                 self._generator = self._start()
             if hasattr(self._generator, "__next__"):
                 return next(self._generator)
-        except (StopIteration, OSError):
+        except (StopIteration, OSError, *MISTAKES):
             raise
         except Exception as error:
             _let_go(error)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,11 @@ def select(
         TypeError: an argument, or what `train` returns or yields, is of another type.
         RuntimeError: all candidates failed; the message has each reason.
         OSError: `train` raised it or `out` cannot be written. It is no failure of a candidate: call select again to go on.
+        NameError, AttributeError, TypeError, ImportError, SyntaxError: `train` raised it. Such a mistake in your code is no
+            failure of a candidate either: mend it, and call select again.
+
+    Warns:
+        UserWarning: the last training, on all samples, ended clearly below the same candidate in the contest.
 
     >>> def train(lam, train_idx, holdout_idx, budget):
     ...     for epoch in range(budget):
@@ -135,7 +141,7 @@ def select(
             result = None
             contest.forget()
             everything = torch.arange(total, device="cpu")
-            result = trainings.refit(best, winner, everything, bar)
+            result = trainings.refit(best, winner, everything, judge, bar)
     scores = {entrant.name: list(entrant.curve.scores) for entrant in contest.entrants}
     table, reason = contest.table(winner), _reason(contest, winner)
     return Selection(best, winner.name, result, table, scores, reason, rungs, judge.window, train_idx, holdout_idx)
@@ -164,8 +170,8 @@ class _Trainings:
         more = {"folder": folder_of(self.out, place)} if self.wants_folder else {}
         return self.train(candidate, samples.clone(), self.holdout_idx.clone(), self.budget, **more)
 
-    def refit(self, best: Any, winner: Entrant, samples: Tensor, bar: Progress) -> Any:
-        """Trains the chosen candidate on all samples, and returns what that returns."""
+    def refit(self, best: Any, winner: Entrant, samples: Tensor, judge: Judge, bar: Progress) -> Any:
+        """Trains the chosen candidate on all samples, and returns what that returns. Warns if it is clearly worse then."""
         run = winner.run.again(
             lambda: self.start(best, samples, "refit"),
             lambda epoch, score, right: bar.epoch(f"{winner.name}, all samples", epoch, score),
@@ -179,6 +185,13 @@ class _Trainings:
             ) from failure.__cause__
         finally:
             run.close()
+        if (fell := judge.fell(run.curve, winner.curve)) is not None:
+            warnings.warn(
+                f"select: {winner.name} was chosen with the score {fell[0]:.4f}, but its training on all samples ended at"
+                f" {fell[1]:.4f} on the same held-out samples, although they were among its training samples; it may have"
+                " collapsed, so look at it, or train it again with another seed",
+                stacklevel=3,
+            )
         return run.result
 
 

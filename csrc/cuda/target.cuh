@@ -67,10 +67,7 @@ __device__ __forceinline__ TargetSums<double> block_sums(TargetSums<T> own) {
   __syncthreads();
   TargetSums<double> total{0, 0, 0, 0};
   if (threadIdx.x != 0) return total;
-  for (int w = 0; w < int(blockDim.x) / kWarp; ++w) {
-    const TargetSums<T> s = of_warps[w];
-    total = {total.s1 + s.s1, total.s2 + s.s2, total.d1 + s.d1, total.d2 + s.d2};
-  }
+  for (int w = 0; w < int(blockDim.x) / kWarp; ++w) total.merge(of_warps[w]);
   return total;
 }
 

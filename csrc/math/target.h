@@ -54,6 +54,15 @@ struct TargetSums {
     d1 = d1 + finite_d * e;
     d2 = d2 + finite_d * e2;
   }
+
+  // Adds the sums over other samples.
+  template <class U>
+  ABSGD_FN void merge(const TargetSums<U>& o) {
+    s1 += o.s1;
+    s2 += o.s2;
+    d1 += o.d1;
+    d2 += o.d2;
+  }
 };
 
 // Solves share(u) = target by Newton's method on h(u) = sqrt(-log share(u)), which is a straight line for normally

@@ -66,7 +66,7 @@ void solve_target(RobustArgs& a) {
       cpu_kernels().target_sums(a, to.distances, solver.u, parts.data(), begin, end);
     });
     TargetSums<double> sums{0, 0, 0, 0};
-    for (const auto& p : parts) sums = {sums.s1 + p.s1, sums.s2 + p.s2, sums.d1 + p.d1, sums.d2 + p.d2};
+    for (const auto& p : parts) sums.merge(p);
     more = cpu_kernels().target_next(solver, sums);
   }
   a.lam = solver.lam(a.target_share, a.dtype == Dtype::f64 ? DBL_MAX : FLT_MAX);
