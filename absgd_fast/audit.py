@@ -94,7 +94,8 @@ class LabelAudit(ExactState):
         losses = losses.flatten().to(self.sums)
         weights = torch.ones_like(losses) if weights is None else weights.flatten().to(self.sums)
         rows = torch.stack([losses, weights, torch.ones_like(losses)])
-        counts = rows.isfinite().all(0) & (index >= 0) & (index < self.n_samples)
+        # inf - inf and NaN - NaN are NaN, which equals nothing; with isfinite an update takes 132 us instead of 92
+        counts = (losses - losses == weights - weights) & (index >= 0) & (index < self.n_samples)
         if mask is not None:
             counts &= mask.flatten()
         self.sums.index_add_(1, index.where(counts, 0), rows.where(counts, 0))

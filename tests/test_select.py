@@ -132,8 +132,7 @@ def test_the_standard_error_is_that_of_paired_samples(groups):
         return
     d, groups = a - b, np.array(groups)
     parts = [d[groups == g] for g in (0, 1, 4)]
-    pooled = sum(((p - p.mean()) ** 2).sum() for p in parts) / (100 - 3)
-    spread = [(((p - p.mean()) ** 2).sum() + 2 * pooled) / (len(p) + 1) for p in parts]
+    spread = [((p**2).sum() + 2 * (d**2).mean()) / (len(p) + 2) for p in parts]
     assert lead == pytest.approx(np.mean([p.mean() for p in parts]))
     assert error == pytest.approx(math.sqrt(sum(s / len(p) for s, p in zip(spread, parts))) / 3)
 
@@ -145,6 +144,21 @@ def test_a_class_of_one_held_out_sample_has_an_error_too():
     other[0] = False
     _, error = judge.lead(Curve([1.0], [right]), Curve([0.9], [other]), 1)
     assert math.isfinite(error) and error > 0
+
+
+@pytest.mark.parametrize("groups", [[0] * 9 + [1], [0] * 4 + [1] * 4 + [2] * 2, [0, 0, *range(8)]])
+@pytest.mark.parametrize("wrong", [[9], [8, 9], [0], [0, 9], list(range(10))])
+def test_a_difference_is_never_without_an_error(groups, wrong):
+    """Not even if it is the same in all samples of a class: one image must not stop a candidate."""
+    judge = Judge(10, torch.tensor(groups))
+    right = torch.ones(10, dtype=torch.bool)
+    other = right.clone()
+    other[wrong] = False
+    curves = [Curve([judge.score(r)] * 10, [r] * 10) for r in (right, other)]
+    lead, error = judge.lead(*curves, 10)
+    assert lead > 0 and error > 0.03
+    assert (judge.hopeless(curves, 7) == []) == (lead <= 2 * error)
+    assert len(wrong) > 1 or judge.hopeless(curves, 7) == []
 
 
 def test_balanced_accuracy():
@@ -490,15 +504,18 @@ def test_a_last_training_that_fails():
     def train(candidate, train_idx, holdout_idx, budget):
         yield 0.5
         if len(train_idx) == 10:
-            raise MemoryError("too many samples")
+            raise FloatingPointError("too many samples")
 
-    with pytest.raises(RuntimeError, match=r"a was chosen, but its training on all samples failed: MemoryError: too many"):
+    with pytest.raises(RuntimeError, match=r"a was chosen, but its training on all samples failed: FloatingPointError: too many"):
         ab.select(train, ["a"], n=10, budget=1, **QUIET)
     assert ab.select(train, ["a"], n=10, budget=1, refit=False, **QUIET).best == "a"
 
 
-@pytest.mark.parametrize("mistake", [NameError, UnboundLocalError, AttributeError, TypeError, ModuleNotFoundError, SyntaxError])
-def test_a_mistake_in_the_users_code_is_no_failure_of_a_candidate(mistake, tmp_path):
+MISTAKES = [NameError, UnboundLocalError, AttributeError, TypeError, ModuleNotFoundError, SyntaxError]
+
+
+@pytest.mark.parametrize("mistake", [*MISTAKES, MemoryError, torch.OutOfMemoryError, PermissionError])
+def test_what_says_nothing_of_a_candidate_is_no_failure_of_it(mistake, tmp_path):
     """It is raised as it is, nothing of it is on record, and the mended function goes on in the same folder."""
     calls, mended = [], False
 
@@ -516,6 +533,53 @@ def test_a_mistake_in_the_users_code_is_no_failure_of_a_candidate(mistake, tmp_p
     chosen = ab.select(train, ["a", "b", "c"], n=10, budget=2, refit=False, out=tmp_path, **QUIET)
     assert [row["outcome"] for row in chosen.table] == ["chosen", "finished", "finished"]
     assert calls.count(("a", 0)) == 1  # from the record
+
+
+def test_a_failure_is_warned_of_if_another_one_is_chosen():
+    with pytest.warns(
+        UserWarning, match=r"select: 4 of 5 candidates failed: raises: FloatingPointError: the loss is nan; nan: the"
+    ):
+        assert ab.select(failing, [*REASONS, "fine"], n=10, budget=4, refit=False, **QUIET).best == "fine"
+
+
+@pytest.mark.parametrize("block", [torch.no_grad, torch.enable_grad, lambda: torch.set_grad_enabled(False)])
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_yield_inside_no_grad_changes_no_other_training(block, outside):
+    """Nor the caller's, also where the training is stopped, fails, or is left in the middle."""
+    seen = []
+
+    def train(candidate, train_idx, holdout_idx, budget):
+        for epoch in range(budget):
+            seen.append(torch.is_grad_enabled())
+            with block():
+                within = torch.is_grad_enabled()
+                yield {"good": 0.9, "poor": 0.1}.get(candidate, 0.5)
+                assert torch.is_grad_enabled() == within
+            if candidate == "fails" and epoch == 3:
+                raise FloatingPointError
+
+    with torch.set_grad_enabled(outside):
+        with pytest.warns(UserWarning, match="1 of 4"):
+            chosen = ab.select(train, ["plain", "good", "poor", "fails"], n=20, budget=10, **QUIET)
+        assert torch.is_grad_enabled() == outside
+    assert chosen.best == "good" and torch.is_grad_enabled()
+    assert {row["candidate"]: row["epochs"] for row in chosen.table}["poor"] == 7
+    assert set(seen) == {outside}
+
+
+@pytest.mark.parametrize("block", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_a_yield_inside_a_block_that_would_hold_for_all_is_refused(block, tmp_path):
+    def train(candidate, train_idx, holdout_idx, budget):
+        for _ in range(budget):
+            with block():
+                yield 0.5
+
+    with pytest.raises(RuntimeError, match=r"it yielded inside `with torch\.\w+\(.*yield them after it"):
+        ab.select(train, ["a", "b"], n=20, budget=2, out=tmp_path, **QUIET)
+    assert not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+    assert (tmp_path / FILE).read_text().count("\n") == 1  # the arguments alone
+    with block():  # of the caller's own
+        assert ab.select(scripted(flat(a=0.5, b=0.6)), ["a", "b"], n=20, budget=2, **QUIET).best == "b"
 
 
 def refitted(before, after, n=500, budget=20):
@@ -577,7 +641,7 @@ def test_a_training_that_raises_frees_its_model():
             try:
                 raise KeyError("inside")
             except KeyError:
-                raise MemoryError("no memory left")  # noqa: B904  # its context has variables, too
+                raise FloatingPointError("the loss is nan")  # noqa: B904  # its context has variables, too
 
     with pytest.raises(RuntimeError, match=r"all 3 candidates failed"):
         ab.select(train, ["a", "b", "last"], n=20, budget=3, **QUIET)

@@ -81,8 +81,8 @@ class TargetESS:
 
     Args:
         share: in (0, 1). The closer to 1, the more equal the weights. With 0.95 the accuracy was within 0.3 points of the best
-            fixed lambda of a grid on three long tails, or above it, and within 0.2 points of plain SGD where nothing was wrong.
-            0.7 gained more on digits, and cost up to 1.2 points elsewhere (docs/choosing-lambda.md).
+            fixed lambda of a grid on five long tails, or above it, and lost at most 0.2 points to plain SGD where nothing was
+            wrong. 0.7 gained more on digits, and cost up to 1.2 points elsewhere (docs/choosing-lambda.md).
         sign: +1 attends to large losses (imbalance), -1 to small ones (label noise).
 
     Raises:

@@ -85,11 +85,10 @@ class Judge:
         if self.member is None:
             return float(differences.std()) / math.sqrt(n)
         counts = self.member.sum(0)
-        means = differences @ self.member / counts
-        squares = (differences - self.member @ means).square()
-        # a class with few samples gets two samples' worth of the spread within all classes
-        pooled = squares.sum() / max(1, n - len(counts))
-        spread = (squares @ self.member + 2 * pooled) / (counts + 1)
+        # The spread if both are equally good, around 0. Around the mean of its class a single sample would have none. A class
+        # with few samples gets two samples' worth of the spread of all.
+        squares = differences.square()
+        spread = (squares @ self.member + 2 * squares.mean()) / (counts + 2)
         return float((spread / counts).sum().sqrt()) / len(counts)
 
     def leader(self, curves: Sequence[Curve], end: int) -> Curve:

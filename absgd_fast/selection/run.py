@@ -13,14 +13,21 @@ from torch import Tensor
 
 from .._numbers import real
 from .draws import Draws
+from .modes import GradMode, shared
 from .rule import Curve, Judge
 
-# What a mistake in the user's code raises. It says nothing of a candidate, so it ends the selection and is not put on record.
+# What says nothing of a candidate, so it ends the selection and is not put on record: the machine, whose memory all candidates
+# share, and mistakes in the user's code.
+OF_THE_MACHINE = (OSError, MemoryError, torch.OutOfMemoryError)
 MISTAKES = (NameError, AttributeError, TypeError, ImportError, SyntaxError)
 
 
 class Failed(Exception):
     """A training that did not come to its end. The text says why; `__cause__` is what the user's function raised."""
+
+
+class PausedInside(RuntimeError):
+    """The user's function was paused where it must not be."""
 
 
 class Run:
@@ -51,7 +58,7 @@ class Run:
         self._labels, self._held_out, self._on_score = labels, held_out, on_score
         self._generator: Iterator[Any] | None = None
         self._yielded = 0
-        self._draws = Draws()
+        self._draws, self._grad_mode = Draws(), GradMode()
         self.result: Any = None
 
     def again(self, start: Callable[[], Iterator[Any]], on_score: Callable[[int, float, Tensor | None], object]) -> Run:
@@ -63,11 +70,11 @@ class Run:
 
         Raises:
             Failed: the user's function raised something else, ended too early, or yielded a score that is not finite.
-            OSError, and MISTAKES: the user's function raised it. A full disk, a file that is not there, or a name with a typing
-                error says nothing of the candidate.
+            OF_THE_MACHINE, MISTAKES: the user's function raised one of them.
             TypeError, ValueError: what it yielded is neither a score nor predictions.
+            PausedInside: it yielded inside a block whose mode would hold for the others too.
         """
-        with self._draws:
+        with self._draws, self._grad_mode:
             self._advance(end)
 
     def _advance(self, end: int) -> None:
@@ -89,12 +96,15 @@ class Run:
             self._generator = None
 
     def _next(self) -> Any:
+        before = shared()
         try:
             if self._generator is None:
                 self._generator = self._start()
             if hasattr(self._generator, "__next__"):
-                return next(self._generator)
-        except (StopIteration, OSError, *MISTAKES):
+                value = next(self._generator)
+                _check_modes(before)
+                return value
+        except (StopIteration, PausedInside, *OF_THE_MACHINE, *MISTAKES):
             raise
         except Exception as error:
             _let_go(error)
@@ -108,7 +118,8 @@ class Run:
         """Ends the training; its memory is freed."""
         ended, self._generator = self._generator, None
         if isinstance(ended, Generator):
-            with contextlib.suppress(Exception):  # what a user's function raises while it ends changes no score
+            # what a user's function raises while it ends changes no score
+            with self._draws, self._grad_mode, contextlib.suppress(Exception):
                 ended.close()
 
     def _take(self, value: Any) -> None:
@@ -149,6 +160,16 @@ class Run:
             raise ValueError("labels: train yields predictions, so select must know the labels: labels=...")
         right = predicted == self._labels
         return self._judge.score(right), right
+
+
+def _check_modes(before: dict[str, bool]) -> None:
+    """RuntimeError if the user's function was paused inside a block that changes the modes of all."""
+    for block, on in shared().items():
+        if on != before[block]:
+            raise PausedInside(
+                f"train: it yielded inside `with {block}`, which would hold for the other candidates too; compute the predictions"
+                " inside that block, and yield them after it"
+            )
 
 
 def _let_go(error: BaseException | None) -> None:

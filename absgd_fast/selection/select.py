@@ -85,12 +85,15 @@ def select(
             arguments, or `train` yields something else.
         TypeError: an argument, or what `train` returns or yields, is of another type.
         RuntimeError: all candidates failed; the message has each reason.
-        OSError: `train` raised it or `out` cannot be written. It is no failure of a candidate: call select again to go on.
+            (`PausedInside`) `train` yields inside `torch.inference_mode()` or `torch.autocast`.
+        OSError, MemoryError, torch.OutOfMemoryError: `train` raised it, or `out` cannot be written. It is no failure of a
+            candidate: call select again to go on.
         NameError, AttributeError, TypeError, ImportError, SyntaxError: `train` raised it. Such a mistake in your code is no
             failure of a candidate either: mend it, and call select again.
 
     Warns:
-        UserWarning: the last training, on all samples, ended clearly below the same candidate in the contest.
+        UserWarning: some candidates failed; or the last training, on all samples, ended clearly below the same candidate in the
+            contest.
 
     >>> def train(lam, train_idx, holdout_idx, budget):
     ...     for epoch in range(budget):
@@ -111,7 +114,7 @@ def select(
         "goal": goal,
         "budget": budget,
         "n": (total := len(train_idx) + len(holdout_idx)),
-        "held-out samples": _digest(holdout_idx),
+        "held-out samples (holdout, seed)": _digest(holdout_idx),
         "labels": None if known is None else _digest(known),
     }
     arguments |= _plain(settings or {}, arguments)
@@ -136,6 +139,7 @@ def select(
             contest.close()
         if winner is None:
             raise _all_failed(contest, trainings.out)
+        _warn_of_failures(contest)
         best, result = chosen_from[contest.entrants.index(winner)], winner.run.result
         if refit:
             result = None
@@ -202,6 +206,14 @@ def _all_failed(contest: Contest, folder: Path | None) -> RuntimeError:
     error = RuntimeError(f"select: all {len(failed)} candidates failed: {reasons}{kept}")
     error.__cause__ = next((f.__cause__ for f in failed if f is not None and f.__cause__ is not None), None)
     return error
+
+
+def _warn_of_failures(contest: Contest) -> None:
+    """Says which candidates failed although another one was chosen."""
+    failed = [e for e in contest.entrants if e.failed is not None]
+    if failed:
+        reasons = failures([e.name for e in failed], [str(e.failed) for e in failed])
+        warnings.warn(f"select: {len(failed)} of {len(contest.entrants)} candidates failed: {reasons}", stacklevel=3)
 
 
 def _reason(contest: Contest, winner: Entrant) -> str:
