@@ -98,9 +98,8 @@ class Cell:
 
     @property
     def seeds(self):
-        """The seeds. The rule of select was made while looking at seeds below 10, so it is judged on others."""
-        first = 10 if self.section == "noise" else 0
-        return range(first, first + self.of.seeds)
+        """The seeds. The rule of select and the default share were chosen by seeds below 10, so they are judged on others."""
+        return range(10, 10 + self.of.seeds)
 
     @property
     def of(self):
