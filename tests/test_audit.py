@@ -509,6 +509,59 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         assert words in capsys.readouterr().err
 
 
+SHOWN = 200
+
+
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory):
+    """A folder with the audits of trainings on 1100 samples, of which the files have some images."""
+    folder = tmp_path_factory.mktemp("audited")
+    argv = [*QUICK[:4], "3", *QUICK[5:], "--methods", "sgd,resample,cvar", "--out", str(folder)]
+    assert cli.main(argv) == 0
+    return folder
+
+
+@pytest.mark.parametrize("by", ["loss", "weight"])
+def test_the_first_of_both_rankings_have_their_images(by, audited):
+    found = files.load(audited / "audit" / "cvar-0.pt")
+    first = {ranking: found.audit.ranked(ranking)[:SHOWN].tolist() for ranking in ("loss", "weight")}
+    assert set(first["loss"]) != set(first["weight"])  # or else nothing is seen here
+    assert sorted(found.image_index.tolist()) == sorted({*first["loss"], *first["weight"]})
+    split = train.draw(train.Config(noise="symmetric", noise_rate=0.2), train.data.load_source("digits"), 0)
+    assert torch.equal(found.images, files.pixels(split.x[found.image_index]))
+    sheet = audit_report.sheet(found, by, SHOWN)
+    ranks = [int(axes.get_title().split()[0].removeprefix("#")) for axes in sheet.axes if axes.get_title()]
+    assert ranks == list(range(1, SHOWN + 1)) and "The contact sheet" not in audit_report.words(found, by, SHOWN)
+
+
+@pytest.mark.parametrize("method", ["sgd", "resample"])
+def test_without_weights_there_is_one_ranking(method, audited):
+    found = files.load(audited / "audit" / f"{method}-0.pt")
+    assert found.image_index.tolist() == found.audit.ranked()[:SHOWN].tolist()
+
+
+def test_the_samples_without_an_image_are_counted(audited, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    assert cli.main(["audit", str(audited), "--top", "230"]) == 0
+    sentence = "The contact sheet shows 200 of the 230 samples of the table: 30 have no image in the file."
+    assert sentence in " ".join(capsys.readouterr().out.split()) and sentence in (audited / "audit.html").read_text()
+    assert cli.main(["audit", str(audited), "--top", "200"]) == 0
+    assert "The contact sheet shows" not in capsys.readouterr().out + (audited / "audit.html").read_text()
+
+
+def test_both_reasons_to_leave_samples_out(monkeypatch):
+    monkeypatch.setattr(audit_report, "IMAGES", 3)
+    found = files.Findings(filled(BATCHES), torch.zeros(N, dtype=torch.long), images=torch.zeros(N, 1, 2, 2).byte())
+    whole = dataclasses.replace(found, image_index=torch.arange(N))
+    assert audit_report.words(whole, "loss", N).endswith(" shows 3 of the 7 samples of the table: a sheet has at most 3.")
+    four = dataclasses.replace(found, images=found.images[:4], image_index=torch.arange(4))
+    assert audit_report.words(four, "loss", 100).endswith(
+        " shows 3 of the 7 samples of the table: 3 have no image in the file, and a sheet has at most 3."
+    )
+    none = dataclasses.replace(found, images=None)
+    assert "The contact sheet" not in audit_report.words(none, "loss", N)
+
+
 def test_another_training_in_the_same_folder_leaves_no_audits_of_the_first(tmp_path, monkeypatch):
     """Its other results are replaced too. A file of the user's own stays."""
     monkeypatch.chdir(tmp_path)

@@ -1034,3 +1034,33 @@ def test_the_bar(monkeypatch, capsys):
 def test_constants_of_the_rule():
     """What docs/choosing-lambda.md says of the rule."""
     assert (rule.RUNGS, rule.WINDOW, rule.STOPPED, rule.CHOSEN) == ((0.7, 0.85), 0.1, 2.0, 0.5)
+
+
+@pytest.mark.parametrize("number", [-1, -1.0, np.float64(-1), np.int64(-1), torch.tensor(-1), torch.tensor(-1.0)])
+def test_the_code_of_any_number(number):
+    candidate = Candidate("y", number, ramp=0.3)
+    assert type(candidate.lam) is float and candidate == Candidate("y", -1.0, 0.3)
+    assert candidate.code(10).splitlines() == [
+        "criterion = ab.ABLoss(lam=-1.0)",
+        "schedule = ab.Ramp(criterion, lam=-1.0, length=3)  # schedule.step() after each epoch",
+    ]
+
+
+@pytest.mark.parametrize("lam", [-1, math.inf, ab.RelativeLam(-0.5), ab.TargetESS(0.7, sign=-1)])
+@pytest.mark.parametrize("loss", [ab.ABLoss, ab.LinearABLoss])
+@pytest.mark.parametrize("unit", ["epoch", "step"])
+@pytest.mark.parametrize("options", [{}, {"gamma": 0.5, "alpha": 1.0}, {"normalizer": "batch", "max_weight": None}, {"mix": 0.5}])
+def test_the_code_has_the_options_that_differ_from_the_defaults(lam, loss, unit, options):
+    if (isinstance(lam, ab.TargetESS) and "gamma" in options) or (loss is ab.LinearABLoss and "mix" in options):
+        with pytest.raises(ValueError, match=r"gamma: got|mix: got"):  # as build refuses it
+            Candidate("a", lam).code(10, loss=loss, unit=unit, **options)
+        return
+    candidate = Candidate("a", lam, 0.0 if isinstance(lam, ab.TargetESS) else 0.3)
+    code = candidate.code(10, loss=loss, unit=unit, **options)
+    criterion, schedule = candidate.build(None, 10, loss=loss, unit=unit, **options)
+    exec(code, names := {"ab": ab})
+    made = names["criterion"]
+    assert type(made) is loss and all(getattr(made, n) == getattr(criterion, n) for n in ("gamma", "mix", "normalizer"))
+    assert "alpha" not in code and "max_weight" not in code and ("gamma" in code) == ("gamma" in options)
+    if "schedule" in names:
+        assert names["schedule"].unit == schedule.unit and names["schedule"].length == schedule.length

@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from test_cli import ROOT, in_an_empty_folder, refused  # noqa: F401 (a fixture)
 from absgd_fast import __main__ as cli
 from absgd_fast.experiments import data, train, tune, tune_report
 from absgd_fast.selection import Candidate
+from absgd_fast.selection.candidates import DEFAULTS
 from absgd_fast.selection.record import FILE
 
 QUICK = ["tune", "--model", "linear", "--epochs", "6", "--noise", "symmetric", "--candidates", "inf,-2,-0.5"]
@@ -164,6 +166,130 @@ def test_a_candidate_that_fails_is_reported(monkeypatch, capsys, in_an_empty_fol
     assert note in " ".join(capsys.readouterr().out.split()) and note in page.read_text()
 
 
+def spoiled(monkeypatch, which):
+    """Makes a parameter NaN after the second epoch of a training for which which(candidate, split) holds."""
+    whole = tune.method_of
+
+    def method_of(candidate):
+        def make(parameters, config, split, seed):
+            parameters = list(parameters)
+            method = whole(candidate)(parameters, config, split, seed)
+            step = method.after_epoch
+
+            def after_epoch():
+                step()
+                if which(candidate, split) and method.stateful["schedule"].count >= 2:
+                    parameters[0].data.fill_(math.nan)
+
+            method.after_epoch = after_epoch
+            return method
+
+        return make
+
+    monkeypatch.setattr(tune, "method_of", method_of)
+
+
+NOT_FINITE = "FloatingPointError: the logits of the held-out images are not finite after epoch"
+
+
+def test_networks_that_have_become_nan_are_no_choice(capsys, in_an_empty_folder):
+    """The argmax of NaN is class 0, so each would have an accuracy. The second call takes the failures from the record."""
+    argv = [*QUICK, "--lr", "1e12", "--epochs", "4", "--out", "x"]
+    for _ in range(2):
+        assert cli.main(argv) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and "all 3 candidates failed" in err and err.count(f"{NOT_FINITE} 1") == 3
+
+
+def test_the_others_go_on_when_a_network_becomes_nan(monkeypatch, capsys, in_an_empty_folder):
+    spoiled(monkeypatch, lambda candidate, split: candidate.name == "-2")
+    assert cli.main([*QUICK, "--out", "x"]) == 0
+    inf, two, half = read(in_an_empty_folder / "x")["table"]
+    assert two["outcome"] == f"failed: {NOT_FINITE} 2" and two["epochs"] == 1
+    assert capsys.readouterr().err == ""  # the report says it, and select's warning would say it again
+    assert {inf["outcome"], half["outcome"]} <= {"chosen", "finished", "stopped after 4 of 6", "stopped after 5 of 6"}
+
+
+def test_a_training_that_goes_on_becomes_nan_in_the_same_epoch(monkeypatch, tmp_path):
+    """The predictions of its first epoch come from the checkpoint, which was written before the second one was judged."""
+    spoiled(monkeypatch, lambda candidate, split: True)
+    source = data.load_source("digits")
+    config, split = train.Config(methods=("absgd",), model="linear", epochs=4), data.draw(source, 0)
+    seen = []
+    for _ in range(2):
+        training = tune.Trainer(config, source, split, 0, every=1)(
+            Candidate.named("-1"), torch.arange(1000), torch.arange(1000, 1100), 4, tmp_path
+        )
+        seen.append(next(training))
+        with pytest.raises(FloatingPointError, match="the logits of the held-out images are not finite after epoch 2"):
+            next(training)
+        assert len(tune.load(tmp_path / tune.CHECKPOINT)["state"]["predictions"]) == 1
+    assert torch.equal(*seen)
+
+
+def test_a_last_training_that_becomes_nan_is_no_result(monkeypatch, capsys, in_an_empty_folder):
+    spoiled(monkeypatch, lambda candidate, split: len(split.y) == 1100)
+    assert cli.main([*QUICK, "--out", "x"]) == 1
+    err = capsys.readouterr().err
+    assert "was chosen, but" in err and "the logits of the test images are not finite after epoch 2" in err
+    assert not (in_an_empty_folder / "x" / tune.RESULTS).exists()
+
+
+CODE = {
+    "-2": "criterion = ab.ABLoss(lam=-2.0, gamma=0.5, mix=0.5)",
+    "inf": 'criterion = ab.ABLoss(lam=float("inf"), gamma=0.5, mix=0.5)  # the plain mean',
+    "ess0.7": "criterion = ab.ABLoss(lam=ab.TargetESS(0.7), mix=0.5)",
+}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_the_code_has_the_options(name, capsys, in_an_empty_folder):
+    argv = ["tune", "--model", "linear", "--epochs", "3", "--gamma", "0.5", "--mix", "0.5", f"--candidates={name}", "--out", "x"]
+    assert cli.main(argv) == 0
+    results = read(in_an_empty_folder / "x")
+    assert results["code"].splitlines()[0] == CODE[name] and CODE[name] in capsys.readouterr().out
+    assert CODE[name] in html.unescape((in_an_empty_folder / "x" / tune.PAGE).read_text())
+
+
+@pytest.mark.parametrize("candidate", [Candidate("now", -1.0), Candidate.named("-1"), Candidate.named("ess0.7")])
+def test_a_candidate_is_trained_with_these_options(candidate):
+    config, split = train.Config(gamma=0.5, mix=0.25), data.draw(data.load_source("digits"), 0)
+    loss = tune.method_of(candidate)(torch.nn.Linear(64, 10).parameters(), config, split, 0).loss
+    assert loss.mix == 0.25 and loss.gamma == (0.9 if candidate.name == "ess0.7" else 0.5)
+
+
+@pytest.mark.parametrize(
+    "options, goal",
+    [
+        ([], "accuracy"),
+        (["--noise", "symmetric"], "accuracy"),
+        (["--imbalance", "lt"], "balanced"),
+        (["--imbalance", "step", "--noise", "symmetric", "--noise-rate", "0.1"], "balanced"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_the_goal_suits_the_data(options, goal, capsys, in_an_empty_folder):
+    """Without --goal. Given, it is the same for the folder; another one is refused."""
+    argv = ["tune", "--model", "linear", "--epochs", "2", "--rho", "10", *options, "--out", "x"]
+    assert cli.main(argv) == 0
+    results = read(in_an_empty_folder / "x")
+    assert results["goal"] == goal and [row["candidate"] for row in results["table"]] == list(DEFAULTS[goal])
+    assert cli.main([*argv, "--goal", goal]) == 0
+    capsys.readouterr()
+    (other,) = DEFAULTS.keys() - {goal}
+    assert f"goal: it was made with '{goal}', got '{other}'" in refused(capsys, *argv, "--goal", other)
+    assert cli.main(argv) == 0
+    assert read(in_an_empty_folder / "x")["goal"] == goal
+
+
+def test_no_option_of_other_commands_is_listed(capsys, in_an_empty_folder):
+    assert cli.main([*QUICK, "--epochs", "2", "--out", "x"]) == 0
+    assert cli.main(["tune", "--help"]) == 0
+    listed, known = read(in_an_empty_folder / "x")["config"], capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')}" in known for name in listed)
+    assert "<dt>audit</dt>" not in (in_an_empty_folder / "x" / tune.PAGE).read_text()
+
+
 def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys, in_an_empty_folder):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
@@ -291,6 +417,38 @@ def test_what_a_class_of_one_image_needs(options):
     rho = float(re.search(r"--rho of at most ([\d.]+)", str(raised.value))[1])
     config = train.Config(methods=("absgd",), model="linear", epochs=1, imbalance=options["imbalance"], rho=rho)
     assert tune.tune(config, source, [Candidate.named("inf")], progress=False)["chosen"] == "inf"
+
+
+@pytest.mark.parametrize(
+    "options, advice",
+    [
+        ({"imbalance": "lt", "rho": 100.0}, "give a --rho of at most 55"),
+        ({"imbalance": "lt", "rho": 100.0, "per_class": 110}, "give a --rho of at most 55"),
+        ({"imbalance": "lt", "rho": 100.0, "per_class": 60}, "give a --rho of at most 30"),  # 110 are still too few for 100
+        ({"imbalance": "lt", "rho": 50.0, "per_class": 60}, "give a --rho of at most 30 or a larger --per-class"),
+        ({"imbalance": "lt", "rho": 50.0, "per_class": 1}, "give a larger --per-class"),
+        ({"per_class": 1}, "give a larger --per-class"),
+    ],
+    ids=str,
+)
+def test_the_advice_can_be_followed(options, advice):
+    """Digits have 110 images of each class, which is also the default of --per-class."""
+    config = train.Config(methods=("absgd",), model="linear", epochs=1, **options)
+    with pytest.raises(ValueError, match=f": {advice}$"):
+        tune.tune(config, data.load_source("digits"), progress=False)
+
+
+def test_a_data_set_with_too_few_images_gets_no_advice():
+    source = data.Source("tiny", 2, torch.zeros(8, 1, 2, 2), torch.arange(8) % 2, None, n_max=1, n_test=3)
+    with pytest.raises(ValueError, match="each class, which tiny does not have with these options$"):
+        tune.tune(train.Config(methods=("absgd",), model="linear", epochs=1), source, progress=False)
+
+
+def test_wrong_labels_may_leave_a_single_image():
+    """Then a rho that is already small enough for the counts is too large."""
+    config = train.Config(methods=("absgd",), imbalance="lt", rho=50.0)
+    with pytest.raises(ValueError, match="give a smaller --rho$"):
+        tune._check_classes(torch.tensor([0, 0, 1]), config, data.load_source("digits"))
 
 
 def test_only_checkpoints_are_removed(tmp_path):

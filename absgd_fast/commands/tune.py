@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,11 @@ def add_parser(commands: Subparsers) -> None:
         allow_abbrev=False,
     )
     add_experiment(tune)
-    tune.add_argument("--goal", help="accuracy (wrong labels) or balanced (rare classes) (default: accuracy)")
+    tune.add_argument(
+        "--goal",
+        help="accuracy (wrong labels) or balanced (rare classes) (default: balanced with --imbalance, also if there is --noise "
+        "too; else accuracy)",
+    )
     defaults = "; ".join(f"{goal}: {','.join(candidates)}" for goal, candidates in DEFAULTS.items())
     tune.add_argument(
         "--candidates",
@@ -74,10 +79,11 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         raise Refused(error) from error
     used = threads(config, given.get("threads"), before)
     torch.set_num_threads(used)
+    more: dict[str, Any] = {"threads": used, "command": [PROGRAM, *argv], "progress": _progress(config.epochs)}
     try:
-        results = tune.tune(
-            config, source, **options, out=out, threads=used, command=[PROGRAM, *argv], progress=_progress(config.epochs)
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"select: \d+ of \d+ candidates failed", UserWarning)  # the report says it
+            results = tune.tune(config, source, **options, out=out, **more)
     except ValueError as error:
         raise Refused(error) from error
     except RuntimeError as error:

@@ -26,7 +26,7 @@ from . import checkpoint, data
 # How long a training is recorded: this share of its epochs, and at least so many. Early losses tell wrong labels from right ones
 # better than late ones, unless a training is so short that it memorises nothing (docs/audit.md has the measurements).
 SHARE, AT_LEAST = 0.5, 10
-SHOWN = 200  # images in a file that train writes: of the most suspicious samples
+SHOWN = 200  # samples whose images are in a file that train writes: so many that are first by loss, and as many by weight
 
 # key: what it holds; the first two are required
 KEYS = {
@@ -76,6 +76,8 @@ class Watch:
     def parts(self, split: data.Split, dataset: str, title: str) -> dict[str, Any]:
         """The parts of a file: everything about all samples, and the images of the most suspicious ones."""
         first = self.audit.ranked()[:SHOWN]
+        if weighed(self.audit):  # or else `audit` refuses to rank by weight
+            first = torch.cat([first, (other := self.audit.ranked("weight")[:SHOWN])[~torch.isin(other, first)]])
         found = {
             "audit": dict(self.audit.state_dict()),
             "labels": split.y.to(torch.int16),
@@ -86,6 +88,12 @@ class Watch:
             "title": title,
         }
         return found | ({"classes": list(names)} if (names := data.CLASS_NAMES.get(dataset)) else {})
+
+
+def weighed(audit: LabelAudit) -> bool:
+    """Whether the weights differ between the samples. With the plain mean all of them are 1."""
+    weights = audit.mean_weight[audit.count > 0]
+    return len(weights) > 0 and float(weights.max() - weights.min()) > 1e-6 * float(weights.abs().max())
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -128,9 +136,8 @@ class Findings:
 
     @property
     def weighed(self) -> bool:
-        """Whether the weights differ between the samples. With the plain mean all of them are 1."""
-        weights = self.audit.mean_weight[self.audit.count > 0]
-        return len(weights) > 0 and float(weights.max() - weights.min()) > 1e-6 * float(weights.abs().max())
+        """Whether the weights differ between the samples."""
+        return weighed(self.audit)
 
     def name(self, label: int) -> str:
         """A class as the reader sees it."""

@@ -46,8 +46,8 @@ def rows(findings: Findings, by: str, top: int | None = None) -> list[dict[str, 
     ]
 
 
-def words(findings: Findings, by: str) -> str:
-    """What the audit found, in one or two sentences."""
+def words(findings: Findings, by: str, top: int) -> str:
+    """What the audit found, and how many of the `top` samples the contact sheet leaves out, in a few sentences."""
     n, unseen = findings.audit.n_samples, int((findings.audit.count == 0).sum())
     text = f"{n:,} training samples, ranked by their average {by} while the network was trained."
     if unseen:
@@ -59,7 +59,26 @@ def words(findings: Findings, by: str) -> str:
     if found := findings.precision(by):
         k, share = found
         text += f" {k:,} labels were flipped: of the {k:,} most suspicious samples {100 * share:.1f} % are among these."
-    return text
+    return text + _left_out(findings, by, top)
+
+
+def _left_out(findings: Findings, by: str, top: int) -> str:
+    """The sentence about the samples of the table that are not on the contact sheet. Without images there is neither."""
+    if findings.images is None:
+        return ""
+    shown, pictured = len(rows(findings, by, top)), len(_pictured(findings, by, top))
+    reasons = [f"{shown - pictured:,} have no image in the file"] if pictured < shown else []
+    if pictured > IMAGES:
+        reasons.append(f"a sheet has at most {IMAGES}")
+    if not reasons:
+        return ""
+    return f" The contact sheet shows {min(pictured, IMAGES):,} of the {shown:,} samples of the table: {', and '.join(reasons)}."
+
+
+def _pictured(findings: Findings, by: str, top: int) -> list[dict[str, Any]]:
+    """Those of the `top` rows whose sample has an image."""
+    known = set() if findings.images is None or findings.image_index is None else set(findings.image_index.tolist())
+    return [row for row in rows(findings, by, top) if row["index"] in known]
 
 
 def _cells(findings: Findings, row: dict[str, Any]) -> list[str]:
@@ -75,7 +94,7 @@ def _header(findings: Findings) -> list[str]:
 
 def table(findings: Findings, by: str, top: int) -> Table:
     """The most suspicious samples as a rich table."""
-    out = Table(title=findings.title or None, caption=words(findings, by), box=box.SIMPLE_HEAD, caption_justify="left")
+    out = Table(title=findings.title or None, caption=words(findings, by, top), box=box.SIMPLE_HEAD, caption_justify="left")
     for name in _header(findings):
         named = name in ("given", "predicted")  # on a narrow terminal long names take several lines, and numbers stay whole
         out.add_column(name, justify="left" if named or name == "flipped" else "right", no_wrap=not named)
@@ -104,7 +123,7 @@ def sheet(findings: Findings, by: str, top: int) -> Figure | None:
     if findings.images is None or findings.image_index is None:
         return None
     place = {i: j for j, i in enumerate(findings.image_index.tolist())}
-    found = [row for row in rows(findings, by, top) if row["index"] in place][:IMAGES]
+    found = _pictured(findings, by, top)[:IMAGES]
     if not found:
         return None
     columns = min(COLUMNS, len(found))
@@ -144,7 +163,7 @@ def html(findings: Findings, by: str, top: int, png: bytes | None) -> str:
     return rendered(
         "audit.html.jinja",
         title=f"Label audit: {findings.title}" if findings.title else "Label audit",
-        words=words(findings, by),
+        words=words(findings, by, top),
         header=_header(findings),
         rows=[(_cells(findings, row), row["flipped"]) for row in rows(findings, by, top)],
         sheet=None if png is None else base64.b64encode(png).decode(),

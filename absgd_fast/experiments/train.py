@@ -341,7 +341,7 @@ class Training:
             self.watch.load_state_dict(state["watch"])
 
     def epochs(self, after_step: Callable[[], object]) -> Iterator[Tensor]:
-        """Trains to the end from where it stands. After each epoch it yields the predicted classes of the test images."""
+        """Trains to the end from where it stands. After each epoch it yields the logits of the test images."""
         model, method, config, split = self.model, self.method, self.config, self.split
         while self.epoch < config.epochs:
             if self.samples is None:
@@ -363,13 +363,13 @@ class Training:
                 after_step()
             self.decay.step()
             method.after_epoch()
-            predicted = _logits(model, split.x_test).argmax(1)
-            accuracy, balanced, _ = _tested(predicted, split, self.source.classes)
+            logits = _logits(model, split.x_test)
+            accuracy, balanced, _ = _tested(logits.argmax(1), split, self.source.classes)
             weights = _mean_weights(torch.cat(self.weights), self.samples, split, self.source)
             for key, value in zip(self.history, (accuracy, balanced, *weights)):
                 self.history[key].append(value)
             self.epoch, self.samples = self.epoch + 1, None
-            yield predicted
+            yield logits
 
     def run(self, on_epoch: Callable[[], object], after_step: Callable[[], object]) -> Run:
         """Trains to the end from where it stands, and returns its result()."""

@@ -46,15 +46,21 @@ UNUSED = (
     "l2rw_method",
     "seeds",
     "data_root",
+    "audit",
 )
+
+
+def options_of(candidate: Candidate, config: Config) -> dict[str, Any]:
+    """The options of the criterion of a candidate, as for Candidate.build."""
+    gamma: dict[str, Any] = {} if isinstance(candidate.lam, ab.TargetESS) else {"gamma": config.gamma}  # a TargetESS has none
+    return gamma | {"mix": config.mix}
 
 
 def method_of(candidate: Candidate) -> methods.Make:
     """The function that builds the method of a candidate, as those of methods.METHODS."""
 
     def make(parameters: methods.Parameters, config: Config, split: data.Split, seed: int) -> methods.Method:
-        gamma: dict[str, Any] = {"gamma": config.gamma} if candidate.ramp else {}  # a TargetESS has none
-        loss, schedule = candidate.build(methods.LOSSES[config.loss][0](), config.epochs, mix=config.mix, **gamma)
+        loss, schedule = candidate.build(methods.LOSSES[config.loss][0](), config.epochs, **options_of(candidate, config))
         return methods.scheduled(parameters, config, loss, schedule)
 
     return make
@@ -77,21 +83,32 @@ class Trainer:
         """Yields the predicted labels of the held-out images after each epoch.
 
         The training on all images tests on the test set instead, yields its accuracy there, and returns Training.result().
+
+        Raises:
+            FloatingPointError: a logit of these images is not finite. Its argmax would be class 0, a score like any other.
         """
         whole, last = self.split, len(train_idx) == len(self.split.y)
         split = whole if last else data.Split(*whole.part(train_idx), whole.x[holdout_idx], whole.y[holdout_idx])
         training = Training(candidate.name, self.config, self.source, split, self.seed, method_of(candidate))
-        kept = _Kept(training, None if folder is None else folder / CHECKPOINT, self.every)
+        tested = "test images" if last else "held-out images"
+        kept = _Kept(training, None if folder is None else folder / CHECKPOINT, self.every, tested)
         for epoch, predicted in enumerate(kept.epochs()):
             yield training.history["accuracy"][epoch] / 100 if last else predicted
         return training.result()
 
 
 class _Kept:
-    """A training whose state is kept in a file from time to time, together with the predictions of its earlier epochs."""
+    """A training whose state is kept in a file from time to time, together with the predictions of its earlier epochs.
 
-    def __init__(self, training: Training, file: Path | None, every: int) -> None:
-        self.training, self.predictions = training, list[Tensor]()
+    An epoch whose logits are not all finite ends it before its predictions are kept, so those in the file are of finite ones.
+
+    Args:
+        training, file, every: the training, its file (None: there is none), and the steps between two writes.
+        tested: what the predictions are of, for the error.
+    """
+
+    def __init__(self, training: Training, file: Path | None, every: int, tested: str) -> None:
+        self.training, self.tested, self.predictions = training, tested, list[Tensor]()
         self.keeper = None if file is None else Keeper(file, {"candidate": training.name}, every)
         if file is not None and file.is_file():
             state = load(file)["state"]
@@ -100,11 +117,13 @@ class _Kept:
             restore_random_state(state["random"])
 
     def epochs(self) -> Iterator[Tensor]:
-        """The predictions after each epoch, those from the file first."""
+        """The predictions after each epoch, those from the file first. Raises FloatingPointError if logits are not finite."""
         yield from list(self.predictions)
-        for predicted in self.training.epochs(self._after_step):
-            self.predictions.append(predicted)
-            yield predicted
+        for logits in self.training.epochs(self._after_step):
+            if not logits.isfinite().all():
+                raise FloatingPointError(f"the logits of the {self.tested} are not finite after epoch {self.training.epoch}")
+            self.predictions.append(logits.argmax(1))
+            yield self.predictions[-1]
 
     def _after_step(self) -> None:
         if self.keeper is not None:
@@ -121,7 +140,7 @@ def tune(
     source: data.Source,
     candidates: Sequence[Candidate] | None = None,
     *,
-    goal: str = "accuracy",
+    goal: str | None = None,
     holdout: float = 0.1,
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
@@ -136,7 +155,8 @@ def tune(
         config: the data, the model and its training; `methods`, `lam` and `seeds` are not used.
         source: its data set.
         candidates: Candidates; None: the default ones of the goal.
-        goal, holdout, progress: as for ab.select.
+        goal: as for ab.select. None: goal_of(config).
+        holdout, progress: as for ab.select.
         seed: of the split, of the wrong labels, of the held-out part, of the initial weights and of the order of the batches.
         out: the folder of the scores and checkpoints. If it has those of the same arguments, tuning goes on.
         every: steps between two checkpoints; 0: 30 seconds.
@@ -153,9 +173,10 @@ def tune(
     """
     config.check()
     config.check_source(source)
+    goal = goal_of(config) if goal is None else goal
     chosen_from = default_candidates(goal) if candidates is None else list(candidates)
     split = draw(config, source, seed)
-    _check_classes(split.y, config)
+    _check_classes(split.y, config, source)
     settings = {name: value for name, value in asdict(config).items() if name not in UNUSED}
     settings |= {"seed": seed, "data": source.fingerprint, "threads": threads}
     selection = ab.select(
@@ -173,17 +194,34 @@ def tune(
     return _results(config, selection, goal, holdout, seed, threads) | {"command": shlex.join(command)}
 
 
-def _check_classes(labels: Tensor, config: Config) -> None:
-    """Raises ValueError if a class has a single image, with the options that give it a second one."""
+def goal_of(config: Config) -> str:
+    """The goal if none is given: "balanced" if the classes differ in size, whether labels are wrong too or not; else "accuracy".
+
+    With rare classes accuracy hardly sees them, and the candidates for it, λ < 0, turn away from their large losses.
+    """
+    return "accuracy" if config.imbalance == "none" else "balanced"
+
+
+def _check_classes(labels: Tensor, config: Config, source: data.Source) -> None:
+    """Raises ValueError if a class has a single image, with the options that may give it a second one."""
     counts = torch.bincount(labels)
     alone = torch.nonzero(counts == 1).flatten().tolist()
     if not alone:
         return
-    ways = [f"a --rho of at most {int(counts.max()) / 2:g}"] if config.imbalance != "none" else []
+    asked = source.n_max if config.per_class is None else config.per_class
+    needed, ways = 2.0, list[str]()
+    if config.imbalance != "none":
+        needed = 2 * config.rho
+        if asked >= 2:
+            # a smaller one than that if only the wrong labels have left a single image
+            ways.append(f"a --rho of at most {asked / 2:g}" if needed > asked else "a smaller --rho")
+    if asked < source.n_max and needed <= source.n_max:
+        ways.append("a larger --per-class")
+    what_to_do = f": give {' or '.join(ways)}" if ways else f", which {source.name} does not have with these options"
     named = f"class {', '.join(map(str, alone))} {'has' if len(alone) == 1 else 'have'}"
     raise ValueError(
         f"holdout: {named} a single training image, which cannot be held out and trained on; expected at least two images of"
-        f" each class: give {' or '.join([*ways, 'a larger --per-class'])}"
+        f" each class{what_to_do}"
     )
 
 
@@ -197,7 +235,7 @@ def _results(config: Config, selection: Selection, goal: str, holdout: float, se
         "holdout": holdout,
         "seed": seed,
         "chosen": selection.name,
-        "code": selection.best.code(config.epochs),
+        "code": selection.best.code(config.epochs, **options_of(selection.best, config)),
         "reason": selection.reason,
         "table": [row | {key: _percent(row[key]) for key in percent} for row in selection.table],
         "scores": {name: [_percent(score) for score in scores] for name, scores in selection.scores.items()},

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import _checks
+from torch import Tensor
+
+from .. import _checks, _numbers
 from ..robust import ABLoss, RelativeLam, TargetESS
 from ..schedule import Ramp, TwoStage
 
@@ -20,12 +23,12 @@ class Candidate:
 
     Args:
         name: how tables and reports call it. Two candidates of one selection must have different names.
-        lam: lambda, as for `ABLoss`; infinity is the plain mean.
+        lam: lambda, as for `ABLoss`; infinity is the plain mean. A number of any kind, 0-d tensors too, is kept as a float.
         ramp: the part of the training, from 0 to 1, after which `lam` is reached (`Ramp`); 0: `lam` from the first step on.
 
     Raises:
         TypeError: lam is no number, or ramp is given together with a `TargetESS`.
-        ValueError: the name is empty, lam is 0 or NaN, or ramp lies outside [0, 1].
+        ValueError: the name is empty, lam is 0, NaN or a tensor on the meta device, or ramp lies outside [0, 1].
 
     >>> candidate = Candidate("gentle", -2.0, ramp=0.3)
     >>> criterion, schedule = candidate.build(None, 10)
@@ -42,13 +45,15 @@ class Candidate:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
             raise ValueError(f"name: got {self.name!r}, expected a text that is not empty")
-        if not 0 <= _checks.finite(self.ramp, "ramp") <= 1:
+        ramp = _checks.finite(self.ramp, "ramp")
+        if not 0 <= ramp <= 1:
             raise ValueError(f"ramp: got {self.ramp!r}, expected the part of the training, a number from 0 to 1")
+        object.__setattr__(self, "ramp", ramp)
         if isinstance(self.lam, TargetESS):
             if self.ramp:
                 raise TypeError(f"ramp: got {self.ramp!r} together with a TargetESS, which has no ramp; leave ramp out")
         elif not isinstance(self.lam, RelativeLam):
-            _checks.lam(self.lam)
+            object.__setattr__(self, "lam", _number(self.lam))
 
     @classmethod
     def named(cls, text: str) -> Candidate:
@@ -76,21 +81,34 @@ class Candidate:
                 " and a share in (0, 1) such as ess0.7"
             ) from error
 
-    def code(self, length: int) -> str:
-        """The lines of code that stand for `build(None, length)`.
+    def code(self, length: int, *, unit: str = "epoch", loss: Callable[..., Any] = ABLoss, **options: Any) -> str:
+        """The lines of code that stand for `build(None, length, unit=unit, loss=loss, **options)`.
 
-        >>> print(Candidate.named("-0.5").code(40))
-        criterion = ab.ABLoss(lam=-0.5)
+        Args:
+            length, unit, loss, **options: as for `build`. Options that are at the default of `ABLoss` are left out.
+
+        Raises:
+            As `build`: code that could not run is not shown.
+
+        >>> print(Candidate.named("-0.5").code(40, gamma=0.5, mix=0.0))
+        criterion = ab.ABLoss(lam=-0.5, gamma=0.5)
         schedule = ab.Ramp(criterion, lam=-0.5, length=12)  # schedule.step() after each epoch
         """
-        lam = repr(self.lam) if isinstance(self.lam, float) else f"ab.{self.lam!r}"
+        self.build(None, length, unit=unit, loss=loss, **options)
+        # LinearABLoss takes those of all robust losses as **options, with the defaults of ABLoss
+        defaults = {name: parameter.default for name, parameter in inspect.signature(ABLoss).parameters.items()}
+        changed = {name: value for name, value in options.items() if name not in defaults or value != defaults[name]}
+        given = ", ".join(f"{name}={_written(value)}" for name, value in {"lam": self.lam, **changed}.items())
+        line = f"criterion = ab.{getattr(loss, '__name__', 'ABLoss')}({given})"
         if isinstance(self.lam, float) and math.isinf(self.lam):
-            return 'criterion = ab.ABLoss(lam=float("inf"))  # the plain mean, as torch.nn.CrossEntropyLoss()'
-        lines = [f"criterion = ab.ABLoss(lam={lam})"]
-        if self.ramp:
-            length = max(1, round(self.ramp * length))
-            lines.append(f"schedule = ab.Ramp(criterion, lam={lam}, length={length})  # schedule.step() after each epoch")
-        return "\n".join(lines)
+            same = ", as torch.nn.CrossEntropyLoss()" if loss is ABLoss and not changed else ""
+            return f"{line}  # the plain mean{same}"
+        if not self.ramp:
+            return line
+        length = max(1, round(self.ramp * length))
+        more = "" if unit == "epoch" else f", unit={unit!r}"
+        ramp = f"schedule = ab.Ramp(criterion, lam={_written(self.lam)}, length={length}{more})"
+        return f"{line}\n{ramp}  # schedule.step() after each {unit}"
 
     def build(
         self,
@@ -122,6 +140,22 @@ class Candidate:
         if self.ramp and not isinstance(self.lam, TargetESS):
             return made, Ramp(made, self.lam, max(1, round(self.ramp * length)), unit)
         return made, TwoStage(made, self.lam, 0, unit)
+
+
+def _number(lam: float | Tensor) -> float:
+    """A lambda as Python's own float, which a report can print and a record can compare."""
+    _checks.lam(lam)
+    if isinstance(lam, Tensor) and not _checks.has_values(lam):
+        raise ValueError("lam: got a tensor without a value (on the meta device, or of FakeTensorMode), expected a number")
+    return float(_checks.lam(float(lam)))  # again, because the value of a tensor on a GPU was not looked at
+
+
+def _written(value: object) -> str:
+    """A lambda or the value of an option as Python code."""
+    if isinstance(value, (RelativeLam, TargetESS)):
+        return f"ab.{value!r}"
+    value = _numbers.plain(value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)
+    return f'float("{value}")' if isinstance(value, float) and not math.isfinite(value) else repr(value)
 
 
 DEFAULTS = {"accuracy": ("inf", "-2", "-1", "-0.5"), "balanced": ("inf", "ess0.95", "ess0.9", "ess0.7")}

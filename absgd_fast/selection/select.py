@@ -134,12 +134,9 @@ def select(
             bar,
         )
         try:
-            winner = contest.decide(rungs)
+            winner = _chosen(contest, contest.decide(rungs), trainings.out)
         finally:
             contest.close()
-        if winner is None:
-            raise _all_failed(contest, trainings.out)
-        _warn_of_failures(contest)
         best, result = chosen_from[contest.entrants.index(winner)], winner.run.result
         if refit:
             result = None
@@ -208,12 +205,15 @@ def _all_failed(contest: Contest, folder: Path | None) -> RuntimeError:
     return error
 
 
-def _warn_of_failures(contest: Contest) -> None:
-    """Says which candidates failed although another one was chosen."""
+def _chosen(contest: Contest, winner: Entrant | None, folder: Path | None) -> Entrant:
+    """The winner. RuntimeError if all candidates failed; a warning if some did."""
     failed = [e for e in contest.entrants if e.failed is not None]
+    if winner is None:
+        raise _all_failed(contest, folder)
     if failed:
         reasons = failures([e.name for e in failed], [str(e.failed) for e in failed])
         warnings.warn(f"select: {len(failed)} of {len(contest.entrants)} candidates failed: {reasons}", stacklevel=3)
+    return winner
 
 
 def _reason(contest: Contest, winner: Entrant) -> str:
