@@ -23,7 +23,7 @@ class TwoStage(LamSchedule):
     The constructor sets lambda = inf at once. When lambda changes, log s starts anew (`ABLoss.set_lam`). To resume a training,
     construct the criterion and the schedule, and then load the state_dict of the criterion, which has the count too. The
     schedule's own state_dict may be loaded before or after it. If the criterion was loaded before the schedule was made, load the
-    schedule's too.
+    schedule's too. A lambda that you had set by hand may become that of its stage: set it again after loading.
 
     Args:
         criterion: the `ABLoss`.
