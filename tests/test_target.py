@@ -319,12 +319,12 @@ def test_the_lambda_of_one_batch_does_not_become_a_fixed_one_unseen(sign, given,
     x = torch.tensor(rng.exponential(size=20), requires_grad=True)
     saved = criterion_of(0.4, sign)
     saved(x)
-    assert float(saved.state_dict()["target_share"]) == 0.4 * sign
+    assert float(saved.state_dict()["target"]) == 0.4 * sign
     loaded = ab.ABLoss(identity, lam=given).double()
     name = r"TargetESS\(0\.4\)" if sign > 0 else r"TargetESS\(0\.4, sign=-1\)"
     with pytest.warns(UserWarning, match=rf"which {name} chose for its last batch, but the constructor was given lam="):
         loaded.load_state_dict(saved.state_dict())
-    assert torch.equal(loaded.lam, saved.lam) and "target_share" not in loaded.state_dict()
+    assert torch.equal(loaded.lam, saved.lam) and "target" not in loaded.state_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scheduled = ab.ABLoss(identity, lam=given).double()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-TARGET = "target_share"  # in a state_dict: the share with the sign of lambda, with a TargetESS, which makes the saved lam
+TARGET = "target"  # in a state_dict too, with a TargetESS, which makes the saved lam; the name of the attribute
 
 
 class RobustState(Scheduled):
