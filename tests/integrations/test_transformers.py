@@ -335,7 +335,7 @@ def test_evaluation(tmp_path, criterion):
         losses = (ab.CrossEntropy() if criterion == "absgd" else ab.Focal())(logits, y)
     assert metrics["eval_loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
     assert metrics["eval_accuracy"] == pytest.approx(float((logits.argmax(1) == y).float().mean()))
-    assert torch.equal(torch.from_numpy(predicted.predictions), logits)
+    torch.testing.assert_close(torch.from_numpy(predicted.predictions), logits)  # batches of another size are rounded otherwise
     assert all(torch.equal(before[name], t) for name, t in trainer.criterion.state_dict().items())
 
 
@@ -367,8 +367,9 @@ def test_outputs(tmp_path, output):
     truth.assert_same(trainer.model.net, wanted())
     predicted = trainer.predict(cases.Rows(x, y)).predictions
     logits = trainer.model.net(x).detach()
-    assert torch.equal(torch.as_tensor(predicted if output == "tensor" else predicted[0]), logits)
-    assert output == "tensor" or torch.equal(torch.as_tensor(predicted[1]), logits[:, 0])
+    torch.testing.assert_close(torch.as_tensor(predicted if output == "tensor" else predicted[0]), logits)
+    if output != "tensor":
+        torch.testing.assert_close(torch.as_tensor(predicted[1]), logits[:, 0])
 
 
 # ---- labels of tokens --------------------------------------------------------------------------------------------------------
