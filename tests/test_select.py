@@ -601,6 +601,14 @@ def test_a_last_training_that_collapses_is_seen(before, after):
         refitted(before, after)
 
 
+def test_scores_of_other_samples_are_not_compared_with_the_contest():
+    """`absgd-fast tune` trains with predictions of the held-out part, and at last with scores of the test set."""
+    right = torch.ones(100, dtype=torch.bool)
+    before, again = Curve([1.0] * 10, [right] * 10), Curve([0.9] * 10)
+    assert Judge(10).fell(again, before) is None
+    assert Judge(10).fell(Curve([0.0] * 10, [~right] * 10), before) == (1.0, 0.0)
+
+
 @pytest.mark.parametrize("before, after", [(0.8, 0.8), (0.8, 0.79), (0.1, 0.9)])
 def test_a_last_training_that_is_no_worse_is_not_warned_of(before, after):
     with warnings.catch_warnings():

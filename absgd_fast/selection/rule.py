@@ -127,7 +127,10 @@ class Judge:
         """(level before, level of a second training) if that is clearly below the first one's; None if it is not.
 
         It is meant for a second training on more samples, the held-out ones among them, which should score higher.
+        Scores do not compare with predictions: `absgd-fast tune` ends with scores of the test set.
         """
+        if bool(again.right) != bool(before.right):
+            return None
         lead, error = self.lead(before, again, self.budget)
         if lead > FELL * math.hypot(error, self._swing(before, again, self.budget)):
             return self.level(before, self.budget), self.level(again, self.budget)
