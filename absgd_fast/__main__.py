@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from absgd_fast.commands import audit, bench, doctor, train, tune
+from absgd_fast.commands import audit, bench, doctor, report, train, tune
 from absgd_fast.commands.common import PROGRAM, Parser, Refused, fail
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ COMMANDS: dict[str, Callable[[Subparsers], None]] = {
     "train": train.add_parser,
     "tune": tune.add_parser,
     "audit": audit.add_parser,
+    "report": report.add_parser,
     "bench": bench.add_parser,
 }
 

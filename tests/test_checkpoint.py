@@ -86,7 +86,25 @@ class Jitter(nn.Module):
 def tiny():
     """33 images of 3 classes to train on, coloured, shifted and mirrored while training."""
     images = torch.randint(0, 256, (50, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return data.Source("tiny", 3, images, torch.arange(50) % 3, None, n_max=11, n_test=5, augment=True)
+    return data.Source("tiny", 3, images, torch.arange(50) % 3, None, n_max=11, n_test=5, augment="crop-flip")
+
+
+COMPOSED = (
+    "sgd+sam",
+    "absgd+sam@sam_rho=0.5",
+    "absgd+mixup",
+    "sgd+mixup+balanced",
+    "targetess+balanced",
+    "sgd+crt",
+    "absgd+lws",
+    "sgd+tau",
+    "absgd:focal+drw@drw_start=0.5",
+    "sgd:vs+tla+adrw@drw_start=0.5",
+    "absgd:ldam",
+    "reference:sce",
+    "absgd@lr_schedule=cosine",
+    "absgd@trainable=fc",
+)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch says so once, to whoever is first
@@ -127,7 +145,7 @@ def test_a_run_goes_on_from_every_step(model, tiny, tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch says so once, to whoever is first
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("method", [m for m in methods.METHODS if m not in Config().methods])
+@pytest.mark.parametrize("method", [*(m for m in methods.METHODS if m not in Config().methods), *COMPOSED])
 def test_the_other_methods_go_on_from_every_step(method, tiny, monkeypatch):
     """Their draws and weights of groups are part of the state: two epochs of three batches, the second with the rule (a ramp:
     with half of it)."""
@@ -542,9 +560,9 @@ FORMAT = checkpoint.FORMAT
         ),
         (
             lambda good: torch_file(
-                {"format": FORMAT, "version": 1, "parts": {"config": {"tau": 1.0}, "threads": 1, "source": "", "state": {}}}
+                {"format": FORMAT, "version": 1, "parts": {"config": {"tilt": 1.0}, "threads": 1, "source": "", "state": {}}}
             ),
-            ["was made with the options tau", "this absgd_fast does not know"],
+            ["was made with the options tilt", "this absgd_fast does not know"],
         ),
     ],
 )
@@ -701,7 +719,20 @@ def test_cifar_is_shifted_as_ever_and_told_from_other_images(tmp_path, capsys, m
     torch.set_num_threads(2)  # CIFAR's default; the checkpoint's number comes back all the same
     Path("there").mkdir()
     cifar_folder(tmp_path / "there", "cifar10", python3_pickle(2))
-    options = ["train", "--dataset", "cifar10", "--data-root", "there", "--model", "cnn", "--epochs", "3", "--seeds", "1"]
+    options = [
+        "train",
+        "--dataset",
+        "cifar10",
+        "--data-root",
+        "there",
+        "--no-digests",
+        "--model",
+        "cnn",
+        "--epochs",
+        "3",
+        "--seeds",
+        "1",
+    ]
     options += ["--methods", "absgd,sgd", "--batch-size", "30", "--threads", "1"]
     assert cli.main([*options, "--out", "never"]) == 0
     steps, keep = itertools.count(1), checkpoint.Keeper.__call__

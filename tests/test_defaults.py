@@ -166,7 +166,7 @@ def weighted_step(backend):
 
 
 IMAGES = torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(2), **here)
-SOURCE = data.Source("made", 3, IMAGES, torch.arange(60, device="cpu") % 3, None, n_max=13, n_test=7, augment=True)
+SOURCE = data.Source("made", 3, IMAGES, torch.arange(60, device="cpu") % 3, None, n_max=13, n_test=7, augment="crop-flip")
 
 
 def drawn():
@@ -391,7 +391,7 @@ ON_DEFAULT_DEVICE = GIVEN | {
     ("robust/state.py", "__init__"),
     ("weights/group_dro.py", "__init__"),
 }
-OF_ANY_DTYPE = GIVEN | {("losses.py", "__init__"), ("experiments/data.py", "add_noise")}  # the latter takes labels of any dtype
+OF_ANY_DTYPE = GIVEN | {("losses.py", "__init__"), ("experiments/noise.py", "add_noise")}  # the latter takes labels of any dtype
 
 
 def calls(node, function=""):

@@ -1,9 +1,11 @@
 """The data sets in idx files: reading, what is wrong with a bad file, where files are found, and trainings on them."""
 
 import gzip
+import hashlib
 import json
 import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from absgd_fast.experiments import data, idx, report, train
 from absgd_fast.experiments.train import Config
 
 PER_CLASS = 6
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
@@ -50,7 +53,7 @@ def idx_folder(folder, end="", dot="-", per_class=PER_CLASS):
 @pytest.mark.parametrize("dot", ["-", "."])
 def test_idx_files_come_back_as_written(tmp_path, end, dot):
     x, y, x_test, y_test = idx_folder(tmp_path, end, dot).values()
-    loaded = idx.load_idx(str(tmp_path), "mnist")
+    loaded = idx.load_idx(str(tmp_path), "mnist", digests=False)
     for images, labels, (given_x, given_y) in ((*loaded[:2], (x, y)), (*loaded[2:], (x_test, y_test))):
         assert images.shape == (len(given_y), 1, 28, 28) and images.dtype == torch.uint8 and labels.dtype == torch.int64
         assert torch.equal(images[:, 0], torch.from_numpy(given_x.astype(np.uint8))) and labels.tolist() == given_y.tolist()
@@ -60,7 +63,7 @@ def test_a_plain_file_comes_before_a_packed_one(tmp_path):
     idx_folder(tmp_path, ".gz")
     plain = contents()
     (tmp_path / FILES[1]).write_bytes(idx_bytes(plain[FILES[1]][::-1]))
-    assert idx.load_idx(tmp_path, "kmnist")[1].tolist() == plain[FILES[1]][::-1].tolist()
+    assert idx.load_idx(tmp_path, "kmnist", digests=False)[1].tolist() == plain[FILES[1]][::-1].tolist()
 
 
 def test_a_large_file_is_read_in_parts(tmp_path):
@@ -109,7 +112,7 @@ def test_a_bad_idx_file_is_named(tmp_path, file, content, message, zipped):
     if not zipped and content == IMAGES[:-20]:
         message = "which cannot hold the 60 × 28 × 28 = 47040 values of its header"  # known before it is read
     with pytest.raises(ValueError, match="idx[13]-ubyte") as caught:
-        idx.load_idx(tmp_path, "fashion-mnist")
+        idx.load_idx(tmp_path, "fashion-mnist", digests=False)
     assert str(bad) in str(caught.value) and message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -127,8 +130,43 @@ def test_a_damaged_gzip_file_is_named(tmp_path, change, message):
     bad = tmp_path / (FILES[0] + ".gz")
     bad.write_bytes(change(bad.read_bytes()))
     with pytest.raises(ValueError, match="is not the idx file that is expected") as caught:
-        idx.load_idx(tmp_path, "fashion-mnist")
+        idx.load_idx(tmp_path, "fashion-mnist", digests=False)
     assert str(bad) in str(caught.value) and message in str(caught.value)
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+@pytest.mark.parametrize("name", idx.DATASETS)
+@pytest.mark.parametrize("file", range(4))
+def test_a_file_with_other_values_is_refused(tmp_path, monkeypatch, name, end, file):
+    """In one line with both digests, which are those of `git hash-object`; packing does not change them."""
+    written = list(idx_folder(tmp_path, end).values())
+    ids = []
+    for values in written:
+        content = idx_bytes(values)
+        ids.append(hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
+    monkeypatch.setitem(idx.DIGESTS, name, (*ids[:file], known := idx.DIGESTS[name][file], *ids[file + 1 :]))
+    with pytest.raises(ValueError, match="is not the file that is distributed") as caught:
+        idx.load_idx(tmp_path, name)
+    line = str(caught.value)
+    assert all(word in line for word in (f"{tmp_path / FILES[file]}{end}", ids[file], known, idx.GET[name], "--no-digests"))
+    assert "\n" not in line
+    with pytest.raises(ValueError, match="--no-digests"):
+        data.load_source(name, tmp_path)
+    monkeypatch.setitem(idx.DIGESTS, name, tuple(ids))
+    assert torch.equal(idx.load_idx(tmp_path, name)[0], idx.load_idx(tmp_path, name, digests=False)[0])
+
+
+def test_the_known_digests_are_of_sha1():
+    known = [digest for digests in idx.DIGESTS.values() for digest in digests]
+    assert list(idx.DIGESTS) == list(idx.DATASETS) and len(set(known)) == 12
+    assert all(len(digest) == 40 and set(digest) <= set("0123456789abcdef") for digest in known)
+
+
+@pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
+def test_debians_files_are_the_known_ones():
+    """Though its gzip files are packed otherwise than the distributed ones."""
+    x, y, x_test, y_test = idx.load_idx(FASHION_MNIST, "fashion-mnist")
+    assert x.shape == (60000, 1, 28, 28) and torch.bincount(y).tolist() == [6000] * 10 and len(x_test) == len(y_test) == 10000
 
 
 # ------------------------------------------------------------------------------------------------ where the files are
@@ -137,7 +175,7 @@ def test_a_damaged_gzip_file_is_named(tmp_path, change, message):
 @pytest.mark.parametrize("inside", [".", "fashion-mnist", "FashionMNIST/raw"])
 def test_the_folder_or_the_one_around_it(tmp_path, inside):
     idx_folder(tmp_path / inside)
-    assert len(idx.load_idx(tmp_path, "fashion-mnist")[0]) == 10 * PER_CLASS
+    assert len(idx.load_idx(tmp_path, "fashion-mnist", digests=False)[0]) == 10 * PER_CLASS
 
 
 @pytest.mark.parametrize("where", ["home", "dirs", "prefix"])
@@ -148,9 +186,9 @@ def test_shared_data_is_found(tmp_path, monkeypatch, where):
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
     share = tmp_path / where / "share" if where == "prefix" else tmp_path / where
     idx_folder(share / "datasets" / "kmnist", per_class=3)
-    assert len(idx.load_idx(None, "kmnist")[0]) == 30
+    assert len(idx.load_idx(None, "kmnist", digests=False)[0]) == 30
     idx_folder(tmp_path / "home" / "datasets" / "kmnist", per_class=4)
-    assert len(idx.load_idx(None, "kmnist")[0]) == 40
+    assert len(idx.load_idx(None, "kmnist", digests=False)[0]) == 40
 
 
 def test_folders_of_shared_data(monkeypatch):
@@ -195,16 +233,16 @@ def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"no file t10k-labels-idx1-ubyte or t10k-labels-idx1-ubyte\.gz in .*mnist has four"
     ):
-        idx.load_idx(tmp_path, "mnist")
+        idx.load_idx(tmp_path, "mnist", digests=False)
     with pytest.raises(ValueError, match="use one of mnist, fashion-mnist, kmnist"):
-        idx.load_idx(tmp_path, "emnist")
+        idx.load_idx(tmp_path, "emnist", digests=False)
 
 
 def test_every_class_has_training_images(tmp_path):
     idx_folder(tmp_path)
     (tmp_path / FILES[1]).write_bytes(idx_bytes(np.arange(60) % 9))
-    with pytest.raises(ValueError, match="kmnist: a class has no training images"):
-        data.load_source("kmnist", tmp_path)
+    with pytest.raises(ValueError, match="kmnist: class 9 has no training images"):
+        data.load_source("kmnist", tmp_path, digests=False)
 
 
 # ------------------------------------------------------------------------------------------------ in a training
@@ -222,8 +260,8 @@ MISTAKEN = {
 @pytest.mark.parametrize("name", idx.DATASETS)
 def test_asymmetric_noise_is_the_papers(tmp_path, name):
     idx_folder(tmp_path, per_class=40)
-    source = data.load_source(name, tmp_path)
-    assert source.shape == data.SHAPES[name] == (1, 28, 28) and source.n_max == 40 and not source.augment
+    source = data.load_source(name, tmp_path, digests=False)
+    assert source.shape == data.SHAPES[name] == (1, 28, 28) and source.n_max == 40 and source.augment == "none"
     split = data.draw(source, 0, noise="asymmetric", rate=0.4)
     assert {(a, b) for a, b in zip(split.y_true.tolist(), split.y.tolist()) if a != b} == MISTAKEN[name]
     torch.testing.assert_close(split.x.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
@@ -231,11 +269,28 @@ def test_asymmetric_noise_is_the_papers(tmp_path, name):
     assert source.images.dtype == torch.uint8  # the source is not changed by drawing
 
 
+def test_nines_and_fours_of_mnist(tmp_path):
+    """Nines are class 0 and dominate; the test images are MNIST's own."""
+    idx_folder(tmp_path, per_class=40)
+    every = data.load_source("mnist", tmp_path, digests=False)
+    source = data.load_source("mnist-9-4", tmp_path, digests=False)
+    assert source.shape == data.SHAPES["mnist-9-4"] == (1, 28, 28) and (source.classes, source.n_max) == (2, 40)
+    assert [source.class_name(c) for c in (0, 1)] == ["9", "4"] and source.mapping is None
+    for (images, labels), (of_all, labels_of_all) in zip(
+        ((source.images, source.labels), source.test), ((every.images, every.labels), every.test)
+    ):
+        assert len(labels) == ((labels_of_all == 9) | (labels_of_all == 4)).sum() > 0
+        for label, digit in ((0, 9), (1, 4)):
+            assert torch.equal(images[labels == label], of_all[labels_of_all == digit])
+    split = data.draw(source, 0, imbalance="step", rho=20)
+    assert torch.bincount(split.y).tolist() == [40, 2] and torch.bincount(split.y_test).tolist() == [2, 2]
+
+
 @pytest.mark.parametrize("source", ["digits", "fashion-mnist"])
 def test_images_per_class(tmp_path, source):
     """The seed chooses them, imbalance comes after, and the test set stays whole."""
     idx_folder(tmp_path, per_class=40)
-    source = data.load_source(source, tmp_path)
+    source = data.load_source(source, tmp_path, digests=False)
     whole, few, other = (data.draw(source, seed, per_class=n) for seed, n in ((0, None), (0, 20), (1, 20)))
     assert torch.bincount(few.y).tolist() == [20] * 10 and not torch.equal(few.x, other.x)
     assert torch.equal(few.y_test, whole.y_test) and len(few.x_test) == len(whole.x_test)
@@ -256,7 +311,7 @@ def test_a_training_on_idx_files(tmp_path, model, monkeypatch, capsys, in_an_emp
     monkeypatch.setattr(report, "html", lambda results: "")
     idx_folder(tmp_path / "files", ".gz")
     options = ["--dataset", "fashion-mnist", "--data-root", "files", "--model", model, "--per-class", "5", "--epochs", "14"]
-    options += ["--methods", "sgd,absgd", "--seeds", "1", "--batch-size", "10", "--lr", "0.05", "--lam", "-5"]
+    options += ["--no-digests", "--methods", "sgd,absgd", "--seeds", "1", "--batch-size", "10", "--lr", "0.05", "--lam", "-5"]
     assert cli.main(["train", *options, "--out", "results"]) == 0
     results = json.loads((in_an_empty_folder / "results" / "results.json").read_text())
     assert results["environment"]["threads"] == 1 and results["config"]["per_class"] == 5

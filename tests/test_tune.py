@@ -16,6 +16,7 @@ from test_cli import ROOT, in_an_empty_folder, refused  # noqa: F401 (a fixture)
 
 from absgd_fast import __main__ as cli
 from absgd_fast.experiments import data, train, tune, tune_report
+from absgd_fast.experiments.method import Setup
 from absgd_fast.selection import Candidate
 from absgd_fast.selection.candidates import DEFAULTS
 from absgd_fast.selection.record import FILE
@@ -171,15 +172,14 @@ def spoiled(monkeypatch, which):
     whole = tune.method_of
 
     def method_of(candidate):
-        def make(parameters, config, split, seed):
-            parameters = list(parameters)
-            method = whole(candidate)(parameters, config, split, seed)
+        def make(setup):
+            method = whole(candidate)(setup)
             step = method.after_epoch
 
             def after_epoch():
                 step()
-                if which(candidate, split) and method.stateful["schedule"].count >= 2:
-                    parameters[0].data.fill_(math.nan)
+                if which(candidate, setup.split) and method.stateful["schedule"].count >= 2:
+                    setup.parameters[0].data.fill_(math.nan)
 
             method.after_epoch = after_epoch
             return method
@@ -254,7 +254,7 @@ def test_the_code_has_the_options(name, capsys, in_an_empty_folder):
 @pytest.mark.parametrize("candidate", [Candidate("now", -1.0), Candidate.named("-1"), Candidate.named("ess0.7")])
 def test_a_candidate_is_trained_with_these_options(candidate):
     config, split = train.Config(gamma=0.5, mix=0.25), data.draw(data.load_source("digits"), 0)
-    loss = tune.method_of(candidate)(torch.nn.Linear(64, 10).parameters(), config, split, 0).loss
+    loss = tune.method_of(candidate)(Setup(list(torch.nn.Linear(64, 10).parameters()), config, split, 10, 0)).loss
     assert loss.mix == 0.25 and loss.gamma == (0.9 if candidate.name == "ess0.7" else 0.5)
 
 

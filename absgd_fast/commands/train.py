@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from .audit import FOLDER as AUDITS
 from .common import PROGRAM, Refused, check_writable, fail, plain_console, require
-from .settings import add_experiment, add_methods, check_counts, settings, shown, threads
+from .settings import add_experiment, add_methods, check_counts, of_data, settings, shown, threads
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from absgd_fast.experiments.checkpoint import Keeper
+    from absgd_fast.experiments.config import Config
     from absgd_fast.experiments.data import Source
-    from absgd_fast.experiments.train import Config, Run
+    from absgd_fast.experiments.placing import Processes
+    from absgd_fast.experiments.train import Run
 
     from .common import Subparsers
 
@@ -49,6 +51,18 @@ def add_parser(commands: Subparsers) -> None:
         help=f"continue the training of DIR/{CHECKPOINT} with its options; the results are those of a training without a stop",
     )
     train.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="a table of a paper, or of your own NAME.toml: trains each of its cells into DIR/CELL, goes on where it stopped, "
+        "and writes a report of all; list prints the names",
+    )
+    train.add_argument("--cell", metavar="CELL", help="only this cell of the recipe, or those whose names begin like this")
+    train.add_argument(
+        "--scale",
+        metavar="SHARE",
+        help="a small version of the recipe: share of the images and of the epochs, such as 0.1 or data=0.1,epochs=0.5",
+    )
+    train.add_argument(
         "--audit", action="store_true", help="record which training samples look mislabelled; `absgd-fast audit DIR` shows them"
     )
     train.set_defaults(run=run)
@@ -56,12 +70,32 @@ def add_parser(commands: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     """Trains, or goes on with a training; prints and writes the results."""
+    given = vars(arguments)
+    if "recipe" in given:
+        from .recipe import run_recipe
+
+        return run_recipe(given, argv, train, CHECKPOINT)
+    if only := [f"--{name}" for name in ("cell", "scale") if name in given]:
+        raise Refused(f"{only[0]} is for --recipe")
+    return train(given, argv)
+
+
+def train(given: Mapping[str, Any], argv: Sequence[str], recipe: Mapping[str, Any] | None = None) -> int:
+    """Trains one experiment.
+
+    Args:
+        given: the options that were given, by name.
+        argv: the words of the command line.
+        recipe: of a cell of a recipe: what its report says about it (recipe.about).
+    """
     import torch
 
     from absgd_fast.experiments import data
-    from absgd_fast.experiments.train import Config
+    from absgd_fast.experiments.config import Config
+    from absgd_fast.experiments.placing import Placing, Processes
+    from absgd_fast.experiments.train import check_processes, runs
 
-    given, before = vars(arguments), torch.get_num_threads()
+    before = torch.get_num_threads()
     out = Path(given.get("resume", given.get("out", OUT)))
     file, saved = out / CHECKPOINT, {}
     try:
@@ -70,7 +104,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
                 return _already_complete(out, given)
             saved = _read(file, given)
         config = Config(**saved.get("config", {}) | settings(given))
-        require("train", ["rich", "jinja2", "matplotlib", "scipy"] + ["sklearn"] * config.dataset.startswith("digits"))
+        require("train", ["rich", "jinja2", "matplotlib", "scipy", *of_data(config)])
         config.check()
         check_counts(given)
         check_writable(out)
@@ -79,7 +113,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
                 f"out: {file} belongs to a training that is not finished; continue it with --resume {out}, give another folder, "
                 "or delete the file"
             )
-        source = data.load_source(config.dataset, config.data_root)
+        source = data.load_source(config.dataset, config.data_root, **config.reading)
         config.check_source(source)
         fingerprint = source.fingerprint
         if saved and saved["source"] != fingerprint:
@@ -93,18 +127,28 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         "every": given.get("checkpoint_every", saved.get("every", 0)),
         "command": saved.get("command", [PROGRAM, *argv]),
         "environments": saved.get("environments", []),
+        "recipe": saved.get("recipe", recipe),
     }
     torch.set_num_threads(about["threads"])
+    processes = Processes(Placing(config.device).device)
     try:
-        return _train_and_report(config, source, out, about, saved.get("state"))
+        check_processes(config, processes)
+        if processes.main:
+            return _train_and_report(config, source, out, about, saved.get("state"), processes)
+        for _ in runs(config, source, state=saved.get("state"), processes=processes):
+            pass  # the first process prints and writes
+        return 0
+    except ValueError as error:
+        raise Refused(error) from error
     finally:
+        processes.close()
         torch.set_num_threads(before)
 
 
 def _read(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of a checkpoint. Raises ValueError if an option that was given together with --resume differs from its own."""
     from absgd_fast.experiments.checkpoint import load
-    from absgd_fast.experiments.train import Config
+    from absgd_fast.experiments.config import Config
 
     saved = load(file)
     if missing := [name for name in ("config", "source", "threads", "state") if name not in saved]:
@@ -118,13 +162,14 @@ def _read(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _already_complete(out: Path, given: Mapping[str, Any]) -> int:
     """Prints that the training in `out` is complete. Raises ValueError if it is not."""
-    from absgd_fast.experiments.train import Config
+    from absgd_fast.experiments.config import Config
 
     file = out / "results.json"
     try:
         results = json.loads(file.read_text())
         complete, was = results["partial"] is False, asdict(Config()) | results["config"]
-        was |= {"lam": float(was["lam"]), "methods": tuple(was["methods"]), "threads": results["environment"]["threads"]}
+        was |= {"lam": float(was["lam"]), "threads": results["environment"]["threads"]}
+        was |= {name: tuple(value) for name, value in was.items() if isinstance(value, list)}
     except (OSError, ValueError, KeyError, TypeError):  # no results, or another program's
         complete = False
     if not complete:
@@ -154,7 +199,9 @@ def _must_agree(file: Path, made_with: Mapping[str, Any], given: Mapping[str, An
         raise ValueError("; ".join(wrong))
 
 
-def _train_and_report(config: Config, source: Source, out: Path, about: dict[str, Any], state: dict[str, Any] | None) -> int:
+def _train_and_report(
+    config: Config, source: Source, out: Path, about: dict[str, Any], state: dict[str, Any] | None, processes: Processes
+) -> int:
     import torch
 
     from absgd_fast.experiments import report, summary
@@ -168,16 +215,18 @@ def _train_and_report(config: Config, source: Source, out: Path, about: dict[str
         _print_resumed(console, config, state, summary.changes([*earlier, here]))
     partial = kept = False
     try:
-        _run_all(console, config, source, out, keeper, state, finished)
+        _run_all(console, config, source, out, keeper, state, finished, processes)
     except KeyboardInterrupt:
         partial, kept = True, keeper.interrupted()
         if not finished:
             wrote = f"continue with {go_on}" if kept else "nothing was written"
             return fail(1, f"interrupted before the first run was finished; {wrote}")
-    _forget_audits(out, {f"{run['method']}-{run['seed']}" for run in finished if config.audit})
+    _forget_audits(out, {_audit_name(run["method"], run["seed"]) for run in finished if config.audit})
     results = report.collect(
         config, finished, command=about["command"], threads=torch.get_num_threads(), partial=partial, earlier=earlier
     )
+    if about["recipe"]:
+        results["recipe"] = about["recipe"]
     _print_results(console, results, report.write(results, out))
     if kept:
         console.print(f"continue with: {go_on}", soft_wrap=True)
@@ -187,10 +236,15 @@ def _train_and_report(config: Config, source: Source, out: Path, about: dict[str
 
 
 def _forget_audits(out: Path, kept: Collection[str]) -> None:
-    """Removes the audits of an older training in `out`, whose other results are about to be replaced. kept: METHOD-SEED."""
+    """Removes the audits of an older training in `out`, whose other results are about to be replaced. kept: their names."""
     for file in (out / AUDITS).glob("*-*.pt"):
         if file.stem not in kept:
             file.unlink()
+
+
+def _audit_name(method: str, seed: int) -> str:
+    # no system refuses these letters in the name of a file, as some do with the colon of a specification
+    return f"{method.replace(':', '_')}-{seed}"
 
 
 def _epochs_done(config: Config, state: dict[str, Any]) -> int:
@@ -213,7 +267,14 @@ def _print_resumed(console: Console, config: Config, state: dict[str, Any], chan
 
 
 def _run_all(
-    console: Console, config: Config, source: Source, out: Path, keeper: Keeper, state: dict[str, Any] | None, finished: list[Run]
+    console: Console,
+    config: Config,
+    source: Source,
+    out: Path,
+    keeper: Keeper,
+    state: dict[str, Any] | None,
+    finished: list[Run],
+    processes: Processes,
 ) -> None:
     """Trains with a progress bar. It appends each run to `finished`, which still has them after Ctrl-C, and writes its audit."""
     from absgd_fast.experiments import audit
@@ -228,9 +289,9 @@ def _run_all(
             progress.update(task, advance=1, description=f"seed {seed} {method}")
 
         def on_audit(method: str, seed: int, parts: dict[str, Any]) -> None:
-            audit.save(out / AUDITS / f"{method}-{seed}.pt", parts)
+            audit.save(out / AUDITS / f"{_audit_name(method, seed)}.pt", parts)
 
-        for run in runs(config, source, on_epoch, keeper, state, on_audit):
+        for run in runs(config, source, on_epoch, keeper, state, on_audit, processes):
             finished.append(run)
             if not console.is_terminal and run not in before:  # without a terminal there is no progress bar
                 console.print(

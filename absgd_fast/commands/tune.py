@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import PROGRAM, Refused, check_writable, fail, plain_console, require
-from .settings import add_experiment, check_counts, names, settings, threads
+from .settings import add_experiment, check_counts, names, of_data, settings, threads
 
 if TYPE_CHECKING:
     from .common import Subparsers
@@ -69,11 +69,11 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     out = Path(given.get("out", OUT))
     try:
         config = Config(**settings(given), methods=("absgd",))
-        require("tune", ["rich", "jinja2", "matplotlib"] + ["sklearn"] * config.dataset.startswith("digits"))
+        require("tune", ["rich", "jinja2", "matplotlib", *of_data(config)])
         config.check()
         options = _options(given)
         check_writable(out)
-        source = data.load_source(config.dataset, config.data_root)
+        source = data.load_source(config.dataset, config.data_root, **config.reading)
         config.check_source(source)
     except (ValueError, OSError) as error:
         raise Refused(error) from error

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..audit import COUNT, LabelAudit
-from . import checkpoint, data
+from . import checkpoint, data, images
 
 # How long a training is recorded: this share of its epochs, and at least so many. Early losses tell wrong labels from right ones
 # better than late ones, unless a training is so short that it memorises nothing (docs/audit.md has the measurements).
@@ -73,7 +73,7 @@ class Watch:
         self.audit.load_state_dict(state["audit"])
         self.votes.copy_(state["votes"])
 
-    def parts(self, split: data.Split, dataset: str, title: str) -> dict[str, Any]:
+    def parts(self, split: data.Split, source: data.Source, title: str) -> dict[str, Any]:
         """The parts of a file: everything about all samples, and the images of the most suspicious ones."""
         first = self.audit.ranked()[:SHOWN]
         if weighed(self.audit):  # or else `audit` refuses to rank by weight
@@ -83,11 +83,12 @@ class Watch:
             "labels": split.y.to(torch.int16),
             "true_labels": split.y_true.to(torch.int16),
             "predictions": self.votes.argmax(1).to(torch.int16),
-            "images": pixels(split.x[first]),
+            "images": pixels(images.as_tensor(split.x[first])),
             "image_index": first,
             "title": title,
         }
-        return found | ({"classes": list(names)} if (names := data.CLASS_NAMES.get(dataset)) else {})
+        names = source.class_names or data.CLASS_NAMES.get(source.name)
+        return found | ({"classes": list(names)} if names else {})
 
 
 def weighed(audit: LabelAudit) -> bool:

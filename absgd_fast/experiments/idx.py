@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import math
 import os
 import struct
@@ -33,13 +34,36 @@ GET = {
 }
 DATASETS = tuple(GET)
 
+# The object id that git gives to each unpacked file, in the order of _FILES: `gzip -dc FILE.gz | git hash-object --stdin`.
+# How a file is packed does not change it.
+DIGESTS = {
+    "mnist": (
+        "bbce27659e0fc2b7ed2a64c127849380a477099b",
+        "d6b4c5db3b52063d543fb397aede09aba0dc5234",
+        "1170b2cae98de7a524b163fcc379ac8f00925b12",
+        "d1c3a970612bbd2df47a3c0697f82bd394abc450",
+    ),
+    "fashion-mnist": (
+        "ff2f5a96367a3c1656f09c93649f07143ff8b11e",
+        "30424ca2ea876655f5bba14f9f07132769687975",
+        "37bac79bc6f002d965f363e0b20514904504a4d9",
+        "2195a4d0957e013db98d03e51697e2315816cce2",
+    ),
+    "kmnist": (
+        "3cf037df1ccd08cf71c7e9465ca6bc729e79a251",
+        "180cd088d65c3b75d97d046ad75476d1176666e0",
+        "1adcabe5a6e822ca4ae03c51ca387e9ca736ad11",
+        "6e9269c40e2642f2ac5bda1536e4a56c582e5be1",
+    ),
+}
+
 _IN_TORCHVISION = {"mnist": "MNIST/raw", "fashion-mnist": "FashionMNIST/raw", "kmnist": "KMNIST/raw"}
 _FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 _NAMES = f"{', '.join(_FILES)}; each may end in .gz"
 _DEFLATE = 1032  # the most bytes that one byte of a gzip file can stand for
 
 
-def load_idx(root: str | os.PathLike[str] | None, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def load_idx(root: str | os.PathLike[str] | None, name: str, digests: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loads one of the three data sets.
 
     Its files are train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte. Each may
@@ -50,13 +74,14 @@ def load_idx(root: str | os.PathLike[str] | None, name: str) -> tuple[Tensor, Te
             (FashionMNIST/raw). None looks into the folder datasets/NAME of the system's shared data: XDG_DATA_HOME,
             XDG_DATA_DIRS, /usr/local/share, /usr/share and share of the Python installation.
         name: "mnist", "fashion-mnist" or "kmnist".
+        digests: refuse files that do not hold what the distributed ones hold (DIGESTS).
 
     Returns:
         (x_train, y_train, x_test, y_test): images uint8 (N, 1, 28, 28) with values 0…255, labels int64 (N,).
 
     Raises:
-        ValueError: an unknown name, a file that does not hold what its name says, or images and labels that do not belong
-            together (the message names the files).
+        ValueError: an unknown name, a file that does not hold what its name says, images and labels that do not belong together,
+            or a file of another digest (the message names the files).
         FileNotFoundError: a file is missing. The message says how to get it.
 
     Example:
@@ -67,8 +92,36 @@ def load_idx(root: str | os.PathLike[str] | None, name: str) -> tuple[Tensor, Te
     """
     if name not in GET:
         raise ValueError(f"load_idx: unknown data set {name!r}; use one of {', '.join(DATASETS)}")
-    x, y, x_test, y_test = (_find(_folder(root, name), file, name) for file in _FILES)
-    return (*_read_pair(x, y), *_read_pair(x_test, y_test))
+    files = [_find(_folder(root, name), file, name) for file in _FILES]
+    x, y, x_test, y_test = (*_read_pair(*files[:2]), *_read_pair(*files[2:]))
+    if digests:
+        for path, values, known in zip(files, (x[:, 0], y.byte(), x_test[:, 0], y_test.byte()), DIGESTS[name]):
+            check_digest(path, digest(values), known, "git hash-object", GET[name])
+    return x, y, x_test, y_test
+
+
+def digest(values: Tensor) -> str:
+    """The object id that git gives to the idx file of these values: the sha1 of "blob SIZE", a zero byte, and the file.
+
+    Example:
+        >>> import torch
+        >>> from absgd_fast.experiments.idx import digest
+        >>> digest(torch.tensor([7, 2, 1], dtype=torch.uint8))
+        '5adae06ba6bb492e9bd9e7e10d4accd3f29cda6c'
+    """
+    head = bytes((0, 0, 8, values.dim())) + struct.pack(f">{values.dim()}I", *values.shape)
+    sha = hashlib.sha1(f"blob {len(head) + values.numel()}\0".encode() + head, usedforsecurity=False)
+    sha.update(values.contiguous().view(-1).numpy().data)
+    return sha.hexdigest()
+
+
+def check_digest(path: Path, found: str, expected: str, kind: str, get: str) -> None:
+    """Raises ValueError if the digest of a file is not the known one. get: how to get the right file."""
+    if found != expected:
+        raise ValueError(
+            f"{path} is not the file that is distributed ({kind} {found}, expected {expected}): {get}, or take it all the same "
+            "with --no-digests (digests=False)"
+        )
 
 
 def read_idx(path: str | os.PathLike[str], dimensions: int) -> Tensor:

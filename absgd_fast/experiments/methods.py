@@ -5,15 +5,16 @@ ramp, targetess                            other choices of λ: it moves to its 
 term, eg, cvar, chi2, groupdro             other weightings (absgd_fast.weights)
 l2rw                                       weights from a clean batch (absgd_fast.meta)
 proportion, resample, hard-mining, random  the methods that the L2RW paper compares with (Sec. 4.1)
+
+EXTRAS has what is added to a method: sam, mixup, balanced sampling, and the classifier stages tau, crt and lws.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from math import inf
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,124 +22,57 @@ from torch import Tensor, nn
 import absgd_fast as ab
 
 from . import data
-
-if TYPE_CHECKING:
-    from .train import Config
-
-MOMENTUM = 0.9  # the reference package has no other, so all methods use it
-
-# name: (our fused loss, torch's counterpart)
-LOSSES = {"ce": (ab.CrossEntropy, nn.CrossEntropyLoss)}
+from .method import Method, Setup, Stateful
+from .sam import SAM
 
 Weighting = Callable[..., Tensor]  # losses, and groups if it has such an argument → weights of mean 1
 
 
-class Stateful(Protocol):
-    """Whatever has a state that a checkpoint must hold."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state as tensors and plain values."""
-        ...
-
-    def load_state_dict(self, state: Any, /) -> object:
-        """Puts back what state_dict() gave."""
-        ...
+Make = Callable[[Setup], Method]  # builds a method
 
 
-@dataclass
-class Method:
-    """One way of training, as the loop in train.py uses it.
-
-    Args:
-        loss: loss(logits, labels) → the loss of a batch.
-        optimizer: a torch optimizer for all parameters of the model.
-        after_epoch: called after each epoch.
-        weights: weights() → the (B,) weights of the batch just trained on, 1 on average; None = all are 1.
-        stateful: by name, everything beside the optimizer whose state a checkpoint must hold.
-
-    Attributes:
-        logits: the logits of the batch just trained on, before the step; None for a method that does not show them.
-    """
-
-    loss: Callable[[Tensor, Tensor], Tensor]
-    optimizer: torch.optim.Optimizer
-    after_epoch: Callable[[], None] = lambda: None
-    weights: Callable[[], Tensor | None] = lambda: None
-    stateful: dict[str, Stateful] = field(default_factory=dict)
-    logits: Tensor | None = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        self.stateful = {"optimizer": self.optimizer} | self.stateful
-
-    def choose(self, batch: Tensor) -> Tensor:
-        """The indices of the samples to train on when it is the turn of those in `batch`."""
-        return batch
-
-    def step(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
-        """Forward, backward and the optimizer's step."""
-        logits = model(images)
-        loss = self.loss(logits, labels)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.logits = logits.detach()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of each part of `stateful`, by name."""
-        return {name: part.state_dict() for name, part in self.stateful.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what state_dict() gave."""
-        for name, part in self.stateful.items():
-            part.load_state_dict(state[name])
-
-
-Parameters = Iterable[nn.Parameter]
-Make = Callable[[Parameters, "Config", data.Split, int], Method]  # builds a method from (parameters, config, split, seed)
-
-
-def momentum_sgd(parameters: Parameters, config: Config) -> ab.ABSGD:
-    """The optimizer of all methods whose time is not that of torch's."""
-    return ab.ABSGD(parameters, config.lr, MOMENTUM, weight_decay=config.weight_decay)
-
-
-def scheduled(
-    parameters: Parameters, config: Config, loss: ab.ABLoss, schedule: ab.TwoStage | ab.Ramp, name: str = "schedule"
-) -> Method:
+def scheduled(setup: Setup, loss: ab.ABLoss, schedule: ab.TwoStage | ab.Ramp, name: str = "schedule") -> Method:
     """The method of a loss whose λ a schedule moves after each epoch. name: of the schedule in a checkpoint."""
-    optimizer = momentum_sgd(parameters, config)
-    return Method(loss, optimizer, schedule.step, lambda: loss.last.weights, {"loss": loss, name: schedule})
+    return Method(setup, loss, setup.sgd(), lambda: loss.last.weights, {name: schedule}, {"loss": loss})
 
 
-def _sgd(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
-    # fused=True is torch's fastest step: the cost of ABSGD is measured against that
-    optimizer = torch.optim.SGD(parameters, config.lr, MOMENTUM, weight_decay=config.weight_decay, fused=True)
-    return Method(LOSSES[config.loss][1](), optimizer)
+def _sgd(setup: Setup) -> Method:
+    # torch's own loss where it has one, and fused=True, its fastest step: the cost of ABSGD is measured against them. The other
+    # losses are the mean over the batch of the loss per sample, which is ABSGD's at λ = ∞.
+    plain: nn.Module = nn.CrossEntropyLoss() if setup.config.loss == "ce" and setup.mixup is None else _plain(setup)
+    return Method(setup, plain, setup.sgd(torch.optim.SGD, fused=True))
 
 
-def _absgd(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
-    return _two_stages(parameters, config, config.lam, gamma=config.gamma)
+def _plain(setup: Setup) -> ab.ABLoss:
+    return ab.ABLoss(setup.criterion, lam=inf)
 
 
-def _two_stages(parameters: Parameters, config: Config, lam: float | ab.TargetESS, **options: Any) -> Method:
-    loss = ab.ABLoss(LOSSES[config.loss][0](), lam=lam, mix=config.mix, **options)
-    return scheduled(parameters, config, loss, ab.TwoStage(loss, lam, start=config.switch), "stages")
+def _absgd(setup: Setup) -> Method:
+    return _two_stages(setup, setup.config.lam, gamma=setup.config.gamma)
 
 
-def _ramp(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
+def _two_stages(setup: Setup, lam: float | ab.TargetESS, **options: Any) -> Method:
+    loss = ab.ABLoss(setup.criterion, lam=lam, mix=setup.config.mix, **options)
+    return scheduled(setup, loss, ab.TwoStage(loss, lam, start=setup.config.switch), "stages")
+
+
+def _ramp(setup: Setup) -> Method:
+    config = setup.config
     if config.switch == 0:  # λ = lam from the start, as in two stages
-        return _absgd(parameters, config, split, seed)
-    loss = ab.ABLoss(LOSSES[config.loss][0](), lam=config.lam, mix=config.mix, gamma=config.gamma)
-    return scheduled(parameters, config, loss, ab.Ramp(loss, config.lam, length=config.switch, unit="epoch"), "ramp")
+        return _absgd(setup)
+    loss = ab.ABLoss(setup.criterion, lam=config.lam, mix=config.mix, gamma=config.gamma)
+    return scheduled(setup, loss, ab.Ramp(loss, config.lam, length=config.switch, unit="epoch"), "ramp")
 
 
-def _targetess(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
-    return _two_stages(parameters, config, ab.TargetESS(config.share, config.sign))
+def _targetess(setup: Setup) -> Method:
+    return _two_stages(setup, ab.TargetESS(setup.config.share, setup.config.sign))
 
 
-def _reference(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
+def _reference(setup: Setup) -> Method:
     from absgd.losses import ABLoss
     from absgd.optimizers import ABSGD
+
+    config = setup.config
 
     class Kept(nn.Module):
         """Keeps the per-sample losses for weights(), because the package does not show its weights."""
@@ -147,7 +81,7 @@ def _reference(parameters: Parameters, config: Config, split: data.Split, seed: 
 
         def __init__(self) -> None:
             super().__init__()
-            self.criterion = LOSSES[config.loss][1](reduction="none")
+            self.criterion = nn.CrossEntropyLoss(reduction="none") if config.loss == "ce" else setup.criterion
 
         def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
             self.last = self.criterion(logits, labels)
@@ -167,6 +101,9 @@ def _reference(parameters: Parameters, config: Config, split: data.Split, seed: 
             for name, value in state.items():
                 setattr(loss, name, value)
 
+        def step(self) -> None:
+            loss.updateLambda()
+
     criterion = Kept()
     # updateLambda counts its calls from 0 and switches λ on at call number milestone − 1. One call comes before the first epoch
     # and one after each epoch, so λ starts in the same epoch as in _absgd.
@@ -176,27 +113,27 @@ def _reference(parameters: Parameters, config: Config, split: data.Split, seed: 
     def weights() -> Tensor | None:
         return None if loss.ablambda is None else torch.exp(criterion.last.detach() / loss.ablambda) / loss.u.detach()
 
-    optimizer = ABSGD(parameters, config.lr, weight_decay=config.weight_decay)
-    return Method(loss, optimizer, loss.updateLambda, weights, {"loss": State()})
+    # the package's optimizer has momentum 0.9 and no other
+    optimizer = ABSGD(setup.parameters, config.lr, weight_decay=config.weight_decay)
+    return Method(setup, loss, optimizer, weights, {"loss": State()})
 
 
-def _term(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
+def _term(setup: Setup) -> Method:
     """TERM with t = 1/λ is ABLoss with the normaliser of each batch (MATH §4.1)."""
-    return _two_stages(parameters, config, config.lam, normalizer="batch")
+    return _two_stages(setup, setup.config.lam, normalizer="batch")
 
 
-def _eg(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
+def _eg(setup: Setup) -> Method:
     """Exponentiated gradient is TERM with λ < 0 (MATH §4.1)."""
-    return _two_stages(parameters, config, -abs(config.lam), normalizer="batch")
+    return _two_stages(setup, -abs(setup.config.lam), normalizer="batch")
 
 
 class _FromEpoch:
     """The plain mean before epoch `start`, a weighting from then on: the two stages of a method without λ."""
 
-    def __init__(self, config: Config, weighting: Weighting, start: int, grouped: bool = False) -> None:
-        criterion = LOSSES[config.loss][0]()
-        self.plain = ab.ABLoss(criterion, lam=inf)
-        self.robust = ab.ABLoss(criterion, rule=weighting, mix=config.mix)
+    def __init__(self, setup: Setup, weighting: Weighting, start: int, grouped: bool = False) -> None:
+        self.plain = _plain(setup)
+        self.robust = ab.ABLoss(setup.criterion, rule=weighting, mix=setup.config.mix)
         self.start, self.grouped, self.epoch, self.used = start, grouped, 0, self.plain
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -215,28 +152,27 @@ class _FromEpoch:
         self.robust.load_state_dict(state["robust"])
 
 
-def _by_weighting(
-    parameters: Parameters, config: Config, weighting: Weighting, start: int = 0, grouped: bool = False, **stateful: Stateful
-) -> Method:
-    loss, optimizer = _FromEpoch(config, weighting, start, grouped), momentum_sgd(parameters, config)
-    return Method(loss, optimizer, loss.step, lambda: loss.used.last.weights, stateful | {"loss": loss})
+def _by_weighting(setup: Setup, weighting: Weighting, start: int = 0, grouped: bool = False, **stateful: Stateful) -> Method:
+    loss = _FromEpoch(setup, weighting, start, grouped)
+    return Method(setup, loss, setup.sgd(), lambda: loss.used.last.weights, {"loss": loss}, stateful)
 
 
-def _cvar(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
-    return _by_weighting(parameters, config, partial(ab.weights.cvar, beta=config.beta, reg=config.reg), config.switch)
+def _cvar(setup: Setup) -> Method:
+    config = setup.config
+    return _by_weighting(setup, partial(ab.weights.cvar, beta=config.beta, reg=config.reg), config.switch)
 
 
-def _chi2(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
-    return _by_weighting(parameters, config, partial(ab.weights.chi2, rho=config.chi2_rho), config.switch)
+def _chi2(setup: Setup) -> Method:
+    return _by_weighting(setup, partial(ab.weights.chi2, rho=setup.config.chi2_rho), setup.config.switch)
 
 
-def _groupdro(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
-    weighting = ab.weights.GroupDRO(int(split.y.max()) + 1, config.eta)
-    return _by_weighting(parameters, config, weighting, config.switch, grouped=True)
+def _groupdro(setup: Setup) -> Method:
+    weighting = ab.weights.GroupDRO(len(setup.counts), setup.config.eta).to(setup.placing.device)
+    return _by_weighting(setup, weighting, setup.config.switch, grouped=True)
 
 
-def _hard_mining(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
-    return _by_weighting(parameters, config, hardest, grouped=True)
+def _hard_mining(setup: Setup) -> Method:
+    return _by_weighting(setup, hardest, grouped=True)
 
 
 def hardest(losses: Tensor, groups: Tensor) -> Tensor:
@@ -261,35 +197,22 @@ def hardest(losses: Tensor, groups: Tensor) -> Tensor:
     return torch.zeros_like(losses).index_fill_(0, kept, len(losses) / max(len(kept), 1))
 
 
-class _Draws:
-    """The random numbers of one method. After --resume the stream goes on where it stopped."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = data.generator(seed, data.METHOD)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.generator.set_state(state["generator"])
-
-
-def _random(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
+def _random(setup: Setup) -> Method:
     """Rectified Gaussian weights (L2RW paper, Eq. 16)."""
-    draws = _Draws(seed)
 
     def weighting(losses: Tensor) -> Tensor:
-        w = torch.randn(len(losses), generator=draws.generator, dtype=torch.float32, device="cpu").clamp(min=0)
-        return len(losses) * w / w.sum().clamp(min=1e-12)
+        w = torch.randn(len(losses), generator=method.draws.generator, dtype=torch.float32, device="cpu").clamp(min=0)
+        return (len(losses) * w / w.sum().clamp(min=1e-12)).to(losses.device)
 
-    return _by_weighting(parameters, config, weighting, draws=draws)
+    method = _by_weighting(setup, weighting)
+    return method
 
 
-def _proportion(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
+def _proportion(setup: Setup) -> Method:
     """The weight of a sample is inversely proportional to the size of its class."""
+    split, plain = setup.split, _plain(setup)
     counts = torch.bincount(split.y)
-    weight = len(split.y) / (counts.clamp(min=1) * (counts > 0).sum()).float()
-    plain = ab.ABLoss(LOSSES[config.loss][0](), lam=inf)
+    weight = (len(split.y) / (counts.clamp(min=1) * (counts > 0).sum()).float()).to(setup.placing.device)
     last = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -297,25 +220,12 @@ def _proportion(parameters: Parameters, config: Config, split: data.Split, seed:
         last = weight[labels]
         return plain(logits, labels, sample_weight=last)
 
-    return Method(loss, momentum_sgd(parameters, config), weights=lambda: last)
+    return Method(setup, loss, setup.sgd(), weights=lambda: last)
 
 
-class _Resampling(Method):
-    """Draws every sample of a batch by first drawing a class, all equally likely, and then one of its training samples."""
-
-    chances: Tensor  # (N,) proportional to the probability of each training sample
-    draws: _Draws
-
-    def choose(self, batch: Tensor) -> Tensor:
-        return torch.multinomial(self.chances, len(batch), replacement=True, generator=self.draws.generator)
-
-
-def _resample(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
-    optimizer = momentum_sgd(parameters, config)
-    loss = ab.ABLoss(LOSSES[config.loss][0](), lam=inf)
-    draws = _Draws(seed)
-    method = _Resampling(loss, optimizer, stateful={"draws": draws})
-    method.draws, method.chances = draws, 1 / torch.bincount(split.y)[split.y].double()
+def _resample(setup: Setup) -> Method:
+    method = Method(setup, _plain(setup), setup.sgd())
+    _balanced(method)
     return method
 
 
@@ -327,24 +237,22 @@ class _Reweighting(Method):
     """
 
     clean: tuple[Tensor, Tensor]  # images, right labels
-    how: str  # the method argument of ab.meta.l2rw_loss
-    draws: _Draws
 
     def step(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         x, y = self.clean
         few = torch.randperm(len(y), generator=self.draws.generator, device="cpu")[: 2 * len(labels)]
-        loss, weights = ab.meta.l2rw_loss(model, self.loss, (images, labels), (x[few], y[few]), self.how, return_weights=True)
+        clean = self.setup.placing.images(x[few]), y[few].to(labels.device)
+        how = self.setup.config.l2rw_method
+        loss, weights = ab.meta.l2rw_loss(model, self.loss, (images, labels), clean, how, return_weights=True)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.weights = lambda: len(weights) * weights
 
 
-def _l2rw(parameters: Parameters, config: Config, split: data.Split, seed: int) -> Method:
-    optimizer = momentum_sgd(parameters, config)
-    draws = _Draws(seed)
-    method = _Reweighting(LOSSES[config.loss][0](), optimizer, stateful={"draws": draws})
-    method.draws, method.clean, method.how = draws, data.clean_part(split, config.clean), config.l2rw_method
+def _l2rw(setup: Setup) -> Method:
+    method = _Reweighting(setup, setup.criterion, setup.sgd())
+    method.clean = data.clean_part(setup.split, setup.config.clean)
     return method
 
 
@@ -369,3 +277,54 @@ METHODS: dict[str, Make] = {
 # The methods that have λ = lam, and those that begin with plain training (--warmup).
 OF_LAM = ("absgd", "ramp", "reference", "term", "eg")
 IN_STAGES = (*OF_LAM, "targetess", "cvar", "chi2", "groupdro")
+
+
+def build(name: str, setup: Setup) -> Method:
+    """The method of this name in METHODS, with the extras of its setup."""
+    method = METHODS[name](setup)
+    for extra in setup.extras:
+        EXTRAS[extra](method)
+    return method
+
+
+# ------------------------------------------------------------------------------------------------ extras
+
+
+def _balanced(method: Method) -> None:
+    """Class-balanced sampling: first a class is drawn, all equally likely, and then one of its training samples."""
+    method.chances = 1 / torch.bincount(method.setup.split.y)[method.setup.split.y].double()
+
+
+def _sam(method: Method) -> None:
+    method.sam = SAM(method.optimizer, method.setup.config.sam_rho)
+
+
+def _nothing(method: Method) -> None:
+    """Of the extras that work elsewhere: mixup in Setup, the classifier stages after the training (train.Training)."""
+
+
+# name: what it does to a Method that was made
+EXTRAS: dict[str, Callable[[Method], None]] = {
+    "sam": _sam,
+    "mixup": _nothing,
+    "balanced": _balanced,
+    "tau": _nothing,
+    "crt": _nothing,
+    "lws": _nothing,
+}
+# extra: {method: why they do not go together}
+WITHOUT = {
+    "sam": {
+        "l2rw": "whose step has three passes of its own",
+        "reference": "whose normaliser moves with every forward, so it would move twice a step",
+        "random": "whose weights would be others in each of the two passes",
+        "groupdro": "whose weights would move twice a step",
+    },
+    "mixup": {
+        "l2rw": "which weighs samples of one label",
+        "groupdro": "whose groups are the labels, and a mixed image has two",
+        "proportion": "whose weights are those of a label, and a mixed image has two",
+        "hard-mining": "whose groups are the labels, and a mixed image has two",
+    },
+    "balanced": {"resample": "which samples like this already"},
+}

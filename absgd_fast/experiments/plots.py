@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from .style import FEW, STYLES, bar, legend, log_if_wide, make_axes, mark_switch
+from .style import FEW, STYLES, bar, legend, log_if_wide, make_axes, mark_switch, style_of
 from .summary import BASELINE, RunsOf, by_method, head_to_tail, judged
 from .train import Run
 
@@ -63,7 +63,7 @@ def _numbers(values: Sequence[float | None]) -> list[float]:
 def _accuracy(results: dict[str, Any], runs_of: RunsOf) -> Plot:
     figure, axes = make_axes("epoch", "balanced accuracy on the test set, %", size=(6.4 if len(runs_of) <= FEW else 8.4, 3.8))
     for method, mine in runs_of.items():
-        line_and_band(axes, mine.values(), "balanced_accuracy", label=method, linewidth=1.8, **STYLES[method])
+        line_and_band(axes, mine.values(), "balanced_accuracy", label=method, linewidth=1.8, **style_of(method, runs_of))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     mark_switch(axes, results)
     legend(axes, len(runs_of))
@@ -100,7 +100,7 @@ def _recall(runs_of: RunsOf) -> Plot:
             yerr=std if len(recall) > 1 else None,
             label=method,
             error_kw={"elinewidth": 0.8, "ecolor": "#222222"},
-            **bar(method),
+            **bar(method, runs_of),
         )
     labels = [f"{name}\n{images}".replace(" ", "\n") for _, name, images in groups]
     axes.set_xticks(range(len(groups)), labels)
@@ -159,7 +159,7 @@ def _clean_and_flipped(results: dict[str, Any], runs_of: RunsOf) -> Plot:
                 markevery=max(1, len(average) // 10),
                 markersize=5,
                 linewidth=1.6,
-                **STYLES[method],
+                **style_of(method, runs_of),
             )
             drawn += average.tolist()
     axes.axhline(1, color=STYLES[BASELINE]["color"], linewidth=1, linestyle="--")
@@ -181,7 +181,7 @@ def _seconds(runs_of: RunsOf) -> Plot:
     figure, axes = make_axes("seconds of training per run", "", size=(6.4, 0.9 + 0.55 * len(runs_of)))
     for place, (method, mine) in enumerate(runs_of.items()):
         values = [run["seconds"] for run in mine.values()]
-        axes.barh(place, mean(values), 0.6, alpha=0.85, **bar(method))
+        axes.barh(place, mean(values), 0.6, alpha=0.85, **bar(method, runs_of))
         axes.plot(values, [place] * len(values), "|", color="#111111", markersize=12)
         axes.annotate(
             f"mean {mean(values):.3g} s", (max(values), place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9

@@ -1,9 +1,10 @@
-"""The look of the plots: a colour and a line style for each method, axes, legends and marks."""
+"""The look of the plots: a colour, a line style and a marker for each method, axes, legends and marks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -32,7 +33,57 @@ STYLES: dict[str, dict[str, Any]] = {
     "hard-mining": {"color": "#E69F00", "linestyle": DOTTED},
     "random": {"color": "#000000", "linestyle": DOTTED},
 }
+# The markers of what follows the method in a specification; when there are more, they begin again.
+MARKERS = ("o", "s", "^", "D", "v", "X", "P", "<", "p", ">", "*", "h")
+HATCHES = ("//", "..", "xx", "\\\\", "++", "oo", "--", "**", "||")
 FEW = 4  # a legend inside the axes has room for so many entries
+
+
+def base_of(name: str) -> str:
+    """The METHOD of a specification METHOD[+EXTRA...][:LOSS...][@SETTING=VALUE...].
+
+    Example:
+        >>> from absgd_fast.experiments.style import base_of
+        >>> base_of("absgd+sam:vs+tla@nu=1.5")
+        'absgd'
+    """
+    return re.split("[+:@]", name, maxsplit=1)[0]
+
+
+def style_of(name: str, all_names: Iterable[str] = ()) -> dict[str, Any]:
+    """The style of a method's line, as keyword arguments of matplotlib's plot.
+
+    The colour and the line style are those of its METHOD in STYLES. The marker stands for the rest of the specification, so
+    sgd:sce and absgd:sce have the same one, and a method that stands alone has none. The same names have the same styles in
+    whatever order they are given. From the thirteenth marker on they are repeated.
+
+    Args:
+        name: a specification, METHOD[+EXTRA...][:LOSS...][@SETTING=VALUE...].
+        all_names: the specifications of everything that is shown together; `name` may be missing.
+
+    Returns:
+        {"color", "linestyle"}, and "marker" and "markersize" for more than a METHOD. An unknown METHOD is drawn in black.
+
+    Example:
+        >>> from absgd_fast.experiments.style import style_of
+        >>> style_of("sgd")
+        {'color': '#6b6b6b', 'linestyle': '-'}
+        >>> style_of("absgd:sce", ["sgd:ldam", "sgd:sce"])["marker"]
+        's'
+
+    Source: Okabe and Ito 2008, Color universal design (the colours).
+    """
+    style = STYLES.get(base_of(name), {"color": "#000000", "linestyle": "-"})
+    rest = name.removeprefix(base_of(name))
+    if not rest:
+        return dict(style)
+    return {**style, "marker": MARKERS[_place(rest, all_names) % len(MARKERS)], "markersize": 4.5}
+
+
+def _place(rest: str, all_names: Iterable[str]) -> int:
+    """The place of a specification's rest among those of all names, counted from 0."""
+    rests: Sequence[str] = sorted({rest, *(name.removeprefix(base_of(name)) for name in all_names)} - {""})
+    return rests.index(rest)
 
 
 def make_axes(xlabel: str, ylabel: str, size: tuple[float, float] = (6.4, 3.8)) -> tuple[Figure, Axes]:
@@ -53,10 +104,12 @@ def legend(axes: Axes, entries: int, **options: Any) -> None:
     axes.legend(frameon=False, **options | beside)
 
 
-def bar(method: str) -> dict[str, Any]:
-    """The colour of a method's bar. It is hatched if the method's line is dashed or dotted, because methods share colours."""
-    style = STYLES[method]
+def bar(method: str, all_names: Iterable[str] = ()) -> dict[str, Any]:
+    """The colour of a method's bar, as style_of. It is hatched if the line is dashed, dotted or marked."""
+    style = style_of(method, all_names)
     hatch = {DASHED: "//", DOTTED: ".."}.get(style["linestyle"])
+    if "marker" in style:  # the line's own hatch, if any, comes first
+        hatch = (hatch or "") + HATCHES[MARKERS.index(style["marker"]) % len(HATCHES)]
     return {"color": style["color"]} | ({"hatch": hatch, "edgecolor": "white", "linewidth": 0} if hatch else {})
 
 
@@ -68,7 +121,7 @@ def switch_of(config: dict[str, Any]) -> int:
 def mark_switch(axes: Axes, results: dict[str, Any]) -> None:
     """Draws a line at the epoch in which λ, or the weighting of a method without λ, is switched on, or a ramp has reached λ."""
     c = results["config"]
-    switch, switched = switch_of(c), [m for m in c["methods"] if m in IN_STAGES]
+    switch, switched = switch_of(c), [m for m in map(base_of, c["methods"]) if m in IN_STAGES]
     with_lam = {"targetess", *OF_LAM}
     label = "full λ" if "ramp" in switched else "λ on" if with_lam & set(switched) else "weights on"
     if 0 < switch < c["epochs"] and switched:

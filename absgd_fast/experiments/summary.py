@@ -9,6 +9,7 @@ import datetime
 import importlib.metadata
 import math
 import os
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -74,7 +75,7 @@ def environment(config: Config, threads: int | None) -> dict[str, Any]:
     here = _backend.report()
     # str() because torch.__version__ is of a subclass of str, which a checkpoint does not take
     found: dict[str, Any] = {name: str(here[name]) for name in ("python", "torch")} | {"absgd_fast": here["version"]}
-    if "reference" in config.methods:
+    if "reference" in map(base, config.methods):
         found["absgd"] = importlib.metadata.version("absgd")
     return found | {
         "backend": here["selected for CPU tensors"],
@@ -132,10 +133,15 @@ def pair(runs: Iterable[Run], baseline: str = BASELINE) -> dict[str, dict[str, d
     return pairs
 
 
+def base(method: str) -> str:
+    """The name in METHODS that the specification of a method begins with."""
+    return re.split("[+:@]", method, maxsplit=1)[0]
+
+
 def by_method(runs: Iterable[Run]) -> RunsOf:
-    """{method: {seed: run}}, with the methods in the order of METHODS (plain SGD first)."""
+    """{method: {seed: run}}, with the methods in the order of METHODS (plain SGD first), and else as they come."""
     runs = list(runs)
-    methods = sorted({run["method"] for run in runs}, key=list(METHODS).index)
+    methods = sorted(dict.fromkeys(run["method"] for run in runs), key=lambda m: (m != BASELINE, list(METHODS).index(base(m))))
     return {m: {run["seed"]: run for run in runs if run["method"] == m} for m in methods}
 
 

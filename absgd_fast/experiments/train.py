@@ -10,164 +10,31 @@ compared seed by seed.
 
 from __future__ import annotations
 
-import importlib.util
-import math
+import copy
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from absgd_fast import meta
-from absgd_fast._numbers import plain
 from absgd_fast.selection.draws import random_state, restore_random_state
 
-from . import data, methods
+from . import criteria, data, images, methods, spec
 from .audit import Watch
 from .checkpoint import digest
-from .models import check_model, make_model
+from .config import Config
+from .method import Setup
+from .models import float32_default, last_block, make_model
+from .models import split as split_model
+from .placing import Placing, Processes
+from .recording import Recorder, confusion, number, tested
+from .stages import STAGES
 
 Run = dict[str, Any]  # the result of one method on one seed, as runs() describes it
 State = dict[str, Any]  # tensors and plain values, which checkpoint.save takes
-
-
-@dataclass(frozen=True)
-class Config:
-    """One experiment. The fields are the options of `absgd-fast train`, with `_` instead of `-`.
-
-    Args:
-        dataset, data_root: as for data.load_source.
-        per_class: the number of training images of each class before imbalance; None: as many as every class has.
-        imbalance: "none", or the kind of data.class_counts, "lt" or "step".
-        rho: training samples of the largest class over those of the smallest, ≥ 1.
-        noise: "none", or the kind of data.add_noise.
-        noise_rate: the probability in [0, 1) that a training label is flipped.
-        loss: a name in methods.LOSSES.
-        methods: names in methods.METHODS.
-        lam, gamma, mix: as for ab.ABLoss.
-        warmup: the fraction of the epochs that are trained with λ = inf, which is plain training, before λ = lam (two-stage
-            training, ABSGD paper, Sec. 3.6). Methods without a λ begin to weigh then. The method ramp moves λ from inf to lam
-            during this fraction.
-        share, sign: of ab.TargetESS, for the method targetess.
-        beta, reg: of weights.cvar.
-        chi2_rho: the radius rho of weights.chi2.
-        eta: of weights.GroupDRO; the groups are the labels.
-        clean: the number of training images of each class whose right label l2rw knows (data.clean_part).
-        l2rw_method: how l2rw computes its weights, as for meta.l2rw_loss.
-        model: as for models.make_model.
-        epochs: the number of passes over the training set.
-        lr: the learning rate, which is divided by 10 after 60 % and again after 80 % of the epochs.
-        batch_size: samples per step.
-        weight_decay: as in torch.optim.SGD.
-        seeds: the number of seeds; they are 0 … seeds − 1.
-        audit: whether to record the losses and the weights of each training sample (audit.Watch).
-    """
-
-    dataset: str = "digits"
-    data_root: str | None = None
-    per_class: int | None = None
-    imbalance: str = "none"
-    rho: float = 100.0
-    noise: str = "none"
-    noise_rate: float = 0.4
-    loss: str = "ce"
-    methods: tuple[str, ...] = ("sgd", "absgd", "reference")
-    lam: float = -0.5
-    gamma: float = 0.9
-    mix: float = 0.0
-    warmup: float = 0.3
-    share: float = 0.95
-    sign: int = 1
-    beta: float = 0.5
-    reg: float = 0.0
-    chi2_rho: float = 0.5
-    eta: float = 0.01
-    clean: int = 10
-    l2rw_method: str = "jvp"
-    model: str = "mlp"
-    epochs: int = 120
-    lr: float = 0.1
-    batch_size: int = 64
-    weight_decay: float = 1e-4
-    seeds: int = 8
-    audit: bool = False
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():  # so that results.json can hold the scalars of NumPy too
-            object.__setattr__(self, name, plain(value))
-
-    @property
-    def switch(self) -> int:
-        """The first epoch (counted from 0) with λ = lam, or the first in which the other methods with stages weigh."""
-        return round(self.warmup * self.epochs)
-
-    def check(self) -> None:
-        """Raises ValueError for the first bad setting. The message is one line: what was given and what is allowed."""
-        self._check_names()
-        self._check_numbers()
-        if "reference" in self.methods:
-            if importlib.util.find_spec("absgd") is None:
-                raise ValueError(
-                    "method reference needs the package absgd, which is not installed: pip install absgd==0.0.1, "
-                    "or leave reference out of the methods"
-                )
-            if self.mix != 0:
-                raise ValueError(f"mix: got {self.mix}, but method reference supports only 0; leave it out of the methods")
-        check_model(self.model, data.SHAPES[self.dataset])
-
-    def check_source(self, source: data.Source) -> None:
-        """Raises ValueError if the data set has fewer images than per_class asks for. The message is one line."""
-        if self.per_class is not None and self.per_class > source.n_max:
-            raise ValueError(
-                f"per-class: got {self.per_class}, expected at most {source.n_max}, the number of training images that every "
-                f"class of {source.name} has"
-            )
-
-    def _check_names(self) -> None:
-        choices = {
-            "dataset": data.DATASETS,
-            "imbalance": ("none", *data.IMBALANCES),
-            "noise": ("none", *data.NOISES),
-            "loss": tuple(methods.LOSSES),
-            "l2rw_method": meta.METHODS,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"unknown {name.replace('_', '-')} {getattr(self, name)!r}; use one of {', '.join(allowed)}")
-        for method in self.methods:
-            if method not in methods.METHODS:
-                raise ValueError(f"unknown method {method!r}; use some of {','.join(methods.METHODS)}")
-        if not self.methods or len(set(self.methods)) < len(self.methods):
-            raise ValueError(f"methods: got {','.join(self.methods)!r}, expected each method at most once, e.g. sgd,absgd")
-
-    def _check_numbers(self) -> None:
-        rules = {
-            "per_class": (self.per_class is None or self.per_class >= 1, "at least 1"),
-            "rho": (self.rho >= 1 and math.isfinite(self.rho), "a finite number ≥ 1"),
-            "noise_rate": (0 <= self.noise_rate < 1, "a number in [0, 1)"),
-            "lam": (self.lam != 0 and not math.isnan(self.lam), "a number other than 0 (inf for plain training)"),
-            "gamma": (0 < self.gamma <= 1, "a number in (0, 1]"),
-            "mix": (0 <= self.mix < math.inf, "a finite number ≥ 0"),
-            "warmup": (0 <= self.warmup <= 1, "a fraction of the epochs in [0, 1]"),
-            "share": (0 < self.share < 1, "a number in (0, 1)"),
-            "sign": (self.sign in (1, -1), "1 (λ > 0) or -1 (λ < 0)"),
-            "beta": (0 < self.beta <= 1, "a fraction of the batch in (0, 1]"),
-            "reg": (0 <= self.reg < math.inf, "a finite number ≥ 0"),
-            "chi2_rho": (0 <= self.chi2_rho < math.inf, "a finite number ≥ 0"),
-            "eta": (0 <= self.eta < math.inf, "a finite number ≥ 0"),
-            "clean": (self.clean >= 1, "at least 1"),
-            "epochs": (self.epochs >= 1, "at least 1"),
-            "lr": (0 < self.lr < math.inf, "a finite number > 0"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "a finite number ≥ 0"),
-            "seeds": (self.seeds >= 1, "at least 1"),
-        }
-        for name, (right, expected) in rules.items():
-            if not right:
-                raise ValueError(f"{name.replace('_', '-')}: got {getattr(self, name)}, expected {expected}")
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -180,6 +47,7 @@ def runs(
     keep: Callable[[Callable[[], State], bool], object] = lambda take, finished: None,
     state: State | None = None,
     on_audit: Callable[[str, int, State], object] = lambda method, seed, parts: None,
+    processes: Processes | None = None,
 ) -> Iterator[Run]:
     """Trains every method of `config` on every seed and yields the result of each run when it is done.
 
@@ -191,6 +59,8 @@ def runs(
             state of the whole training at that moment. Write it (checkpoint.Keeper does) or copy it before keep returns.
         state: a state that take() returned. Training goes on from there, with the same results bit for bit on the same
             machine. The runs that were already finished are yielded again first.
+        processes: those that train together, started by torchrun; None: this one alone. Each trains on its part of every batch
+            (Processes.part), and records the weights and the predictions of that part. All of them test on all test images.
         on_audit: with config.audit, called as on_audit(method, seed, parts) at the end of a run; audit.save writes the parts.
 
     Yields:
@@ -202,9 +72,14 @@ def runs(
             train_loss                     mean plain loss over the training set after the last epoch
             train_counts                   training samples of each class, by their true label
             parameters                     sha256 of the trained model's state_dict, in its order (checkpoint.digest)
+            flipped_confusion              of the training samples with a wrong label: C × C counts, true class × prediction
             epochs                         lists with an entry per epoch: accuracy, balanced_accuracy; class_weight, the C mean
                                            robust weights of the samples with this label in the steps of the epoch;
-                                           clean_weight and flipped_weight, the means over right and over wrong labels
+                                           clean_weight and flipped_weight, the means over right and over wrong labels; ess, the
+                                           mean ESS/n of the batches; lam and log_s, λ and log s at the end; train_accuracy,
+                                           percent of the labels that the network predicts while it trains; flipped_as_true and
+                                           flipped_as_given, percent of the samples with a wrong label that it predicts as their
+                                           true class, and as this label
 
     Raises:
         ValueError, FileNotFoundError, ImportError: as Config.check and data.load_source.
@@ -218,7 +93,7 @@ def runs(
     Source: ABSGD paper, Sec. 4 (protocol) and Fig. 4 (weights per class).
     """
     config.check()
-    source = source or data.load_source(config.dataset, config.data_root)
+    source = source or data.load_source(config.dataset, config.data_root, **config.reading)
     config.check_source(source)
     finished: list[Run] = list(state["finished"]) if state else []
     running: State | None = state["running"] if state else None
@@ -233,21 +108,37 @@ def runs(
             continue
         split = draw(config, source, seed)
         if not warm:
-            _warm_up(config, source, split)
+            _warm_up(config, source, split, processes)
             warm = True
             if state:
                 restore_random_state(state["random"])  # after the warm-up, which may have drawn random numbers
         for method in left:
-            training = Training(method, config, source, split, seed)
-            if running:  # the first run that is not finished
+            training = Training(method, config, source, split, seed, processes=processes)
+            torch.manual_seed(seed)  # dropout draws from the global generator
+            if state and running:  # the first run that is not finished
                 training.load_state_dict(running)
+                restore_random_state(state["random"])  # torch's too, which has just been seeded
                 running = None
             take = partial(_state, finished, training)
             finished.append(training.run(partial(on_epoch, method, seed), partial(keep, take, False)))
             if training.watch:
-                on_audit(method, seed, training.watch.parts(split, config.dataset, f"{config.dataset}, {method}, seed {seed}"))
+                on_audit(method, seed, training.watch.parts(split, source, f"{config.dataset}, {method}, seed {seed}"))
             yield finished[-1]
             keep(partial(_state, finished, None), True)
+
+
+# Their weights or their samples are those of one process.
+_OF_ONE_PROCESS = ("l2rw", "reference", "cvar", "chi2", "groupdro", "hard-mining", "random")
+
+
+def check_processes(config: Config, processes: Processes) -> None:
+    """Raises ValueError if several processes cannot train the methods together."""
+    alone = [text for text in config.methods if spec.parse(text, config).method in _OF_ONE_PROCESS]
+    if processes.world > 1 and (alone or config.audit):
+        what = f"method {', '.join(alone)}" if alone else "--audit"
+        raise ValueError(f"{what}: got {processes.world} processes of torchrun, expected one; leave it out or start one process")
+    if processes.world > config.batch_size:
+        raise ValueError(f"batch-size: got {config.batch_size}, expected at least {processes.world}, one image for each process")
 
 
 def draw(config: Config, source: data.Source, seed: int) -> data.Split:
@@ -260,6 +151,7 @@ def draw(config: Config, source: data.Source, seed: int) -> data.Split:
         rho=config.rho,
         noise=config.noise,
         rate=config.noise_rate,
+        background=config.background,
     )
 
 
@@ -269,42 +161,59 @@ def _state(finished: list[Run], training: Training | None) -> State:
     return {"finished": list(finished), "running": running, "random": random_state()}
 
 
-def _warm_up(config: Config, source: data.Source, split: data.Split) -> None:
+def _warm_up(config: Config, source: data.Source, split: data.Split, processes: Processes | None) -> None:
     """Trains each method for a few steps and drops the result, so that loading code on first use is not timed."""
     few = slice(2 * config.batch_size)
     small = data.Split(split.x[few], split.y[few], split.y_true[few], split.x_test[:1], split.y_test[:1])
+    short = replace(config, epochs=2, stage_epochs=1)
     for method in config.methods:
-        Training(method, replace(config, epochs=2), source, small, 0).run(lambda: None, lambda: None)
+        Training(method, short, source, small, 0, processes=processes).run(lambda: None, lambda: None)
 
 
 class Training:
     """The training of one method on one split. state_dict() has everything that changes, and may be called after any step.
 
     Args:
-        name: of the method.
+        name: the specification of the method (spec.parse).
         config, source, split, seed: as in runs().
-        make: makes the method. None: that of this name in methods.METHODS.
+        make: makes the method. None: that of the specification.
+        processes: as in runs().
     """
 
     def __init__(
-        self, name: str, config: Config, source: data.Source, split: data.Split, seed: int, make: methods.Make | None = None
+        self,
+        name: str,
+        config: Config,
+        source: data.Source,
+        split: data.Split,
+        seed: int,
+        make: methods.Make | None = None,
+        processes: Processes | None = None,
     ) -> None:
-        self.name, self.config, self.source, self.split, self.seed = name, config, source, split, seed
-        self.model = make_model(config.model, source.shape, source.classes, seed)
-        self.method = (make or methods.METHODS[name])(self.model.parameters(), config, split, seed)
-        self.decay = torch.optim.lr_scheduler.MultiStepLR(
-            self.method.optimizer, [round(0.6 * config.epochs), round(0.8 * config.epochs)], gamma=0.1
-        )
+        self.spec = spec.parse(name, config) if make is None else spec.parse("absgd", config)
+        self.name, self.config, self.source, self.split, self.seed = name, self.spec.config(config), source, split, seed
+        self.placing = Placing(config.device, config.amp, config.channels_last)
+        head = criteria.head(self.config.loss)
+        self.model = self.placing.model(make_model(config.model, source.shape, source.classes, seed, head))
+        setup = Setup(list(self.model.parameters()), self.config, split, source.classes, seed, self.spec.extras, self.placing)
+        with float32_default():  # or a normaliser would be a float64 where that is torch's default
+            self.method = methods.build(self.spec.method, setup) if make is None else make(setup)
+        self.processes = processes
+        self.net = self._wrapped()  # what the steps use: in DistributedDataParallel if there are several processes
+        self.decay = self.config.decay(self.method.optimizer)
         self.order = data.generator(seed, data.ORDER)
-        keys = ("accuracy", "balanced_accuracy", "class_weight", "clean_weight", "flipped_weight")
-        self.history: dict[str, list[Any]] = {key: [] for key in keys}
+        self.recorder = Recorder(split, source.classes)
         self.seconds = 0.0
         self.epoch = 0
-        # Of the epoch under way: the order of its samples (None between two epochs), its finished steps, and their weights.
+        # Of the epoch under way: the order of its samples (None between two epochs), and its finished steps.
         self.samples: Tensor | None = None
         self.step = 0
-        self.weights: list[Tensor] = []
         self.watch = Watch(len(split.y), source.classes) if config.audit else None
+
+    @property
+    def history(self) -> dict[str, list[Any]]:
+        """The series with an entry per epoch."""
+        return self.recorder.history
 
     def state_dict(self) -> State:
         """The state, for load_state_dict() of another Training with the same arguments."""
@@ -315,12 +224,11 @@ class Training:
             "parts": self.method.state_dict(),
             "decay": self.decay.state_dict(),
             "order": self.order.get_state(),
-            "history": self.history,
+            "recorder": self.recorder.state_dict(),
             "seconds": self.seconds,
             "epoch": self.epoch,
             "samples": self.samples,
             "step": self.step,
-            "weights": torch.cat(self.weights),
             "watch": self.watch.state_dict() if self.watch else None,
         }
 
@@ -334,42 +242,75 @@ class Training:
         self.method.optimizer._opt_called = True  # type: ignore[attr-defined]  # torch sets it in LRScheduler.__init__
         self.decay.load_state_dict(state["decay"])
         self.order.set_state(state["order"])
-        self.history = {key: list(values) for key, values in state["history"].items()}
+        self.recorder.load_state_dict(state["recorder"])
         self.seconds, self.epoch, self.samples, self.step = (state[key] for key in ("seconds", "epoch", "samples", "step"))
-        self.weights = [state["weights"]]
         if self.watch:
             self.watch.load_state_dict(state["watch"])
 
     def epochs(self, after_step: Callable[[], object]) -> Iterator[Tensor]:
         """Trains to the end from where it stands. After each epoch it yields the logits of the test images."""
-        model, method, config, split = self.model, self.method, self.config, self.split
-        while self.epoch < config.epochs:
+        method, split = self.method, self.split
+        while self.epoch < self.config.epochs:
             if self.samples is None:
-                self.samples, self.step, self.weights = torch.randperm(len(split.y), generator=self.order, device="cpu"), 0, []
-            model.train()
-            for batch in self.samples.split(config.batch_size)[self.step :]:
-                batch = method.choose(batch)
-                x, y = split.x[batch], split.y[batch]
-                if self.source.augment:
-                    x = data.augment(x, self.order)
-                begun = time.perf_counter()
-                method.step(model, x, y)
-                self.seconds += time.perf_counter() - begun
-                given = method.weights()
-                self.weights.append(torch.ones(len(batch), dtype=torch.float32, device="cpu") if given is None else given)
-                if self.watch and self.watch.records(self.epoch, config.epochs):
-                    self._watch(batch, x, y, given)
+                self.samples, self.step = method.choose(torch.randperm(len(split.y), generator=self.order, device="cpu")), 0
+                self.recorder.begin()
+            self._train_mode()
+            chosen = self._parts(self.samples.split(self.config.batch_size))
+            for batch, x in zip(chosen[self.step :], self._batches(chosen)):
+                self._one_step(batch, x)
                 self.step += 1
                 after_step()
+            if self.placing.device.type == "cuda":  # the steps that the GPU has still to do are part of the time
+                begun = time.perf_counter()
+                self.placing.wait()
+                self.seconds += time.perf_counter() - begun
             self.decay.step()
             method.after_epoch()
-            logits = _logits(model, split.x_test)
-            accuracy, balanced, _ = _tested(logits.argmax(1), split, self.source.classes)
-            weights = _mean_weights(torch.cat(self.weights), self.samples, split, self.source)
-            for key, value in zip(self.history, (accuracy, balanced, *weights)):
-                self.history[key].append(value)
+            logits = self._logits(self.model, split.x_test)
+            self.recorder.end(logits.argmax(1), method.robust)
             self.epoch, self.samples = self.epoch + 1, None
             yield logits
+
+    def _batches(self, chosen: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The images of the batches of this epoch that are left."""
+        config = self.config
+        augment = config.augment or self.source.augment
+        return images.batches(
+            self.split.x, chosen, augment=augment, seed=self.seed, epoch=self.epoch, first=self.step, workers=config.workers
+        )
+
+    def _one_step(self, batch: Tensor, x: Tensor) -> None:
+        x, y = self.placing.images(x), self.split.y[batch].to(self.placing.device)
+        begun = time.perf_counter()
+        self.method.step(self.net, x, y)
+        self.seconds += time.perf_counter() - begun
+        weights = self.method.weights()
+        self.recorder.add(batch, weights, self.method.logits)
+        if self.watch and self.watch.records(self.epoch, self.config.epochs):
+            self._watch(batch, x, y, weights)
+
+    def _wrapped(self) -> nn.Module:
+        return self.model if self.processes is None else self.processes.wrap(self.model)
+
+    def _parts(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """This process's parts of the batches. A part that is too small is left out: batch normalisation needs two samples."""
+        parts = list(batches) if self.processes is None else [self.processes.part(batch) for batch in batches]
+        normalised = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
+        return [part for part in parts if len(part) > normalised]
+
+    def _train_mode(self) -> None:
+        """Puts the network into training mode. After the warm-up, what is not `trainable` is left as it is."""
+        self.model.train()
+        if self.config.trainable == "all" or self.epoch < self.config.switch:
+            return
+        features, classifier = split_model(self.model)
+        features.eval()
+        self.model.requires_grad_(False)
+        moving = [classifier] + ([last_block(self.model).train()] if self.config.trainable == "fc+lb" else [])
+        for part in moving:
+            part.requires_grad_(True)
+        if self.net is self.model or self.epoch == self.config.switch:
+            self.net = self._wrapped()
 
     def run(self, on_epoch: Callable[[], object], after_step: Callable[[], object]) -> Run:
         """Trains to the end from where it stands, and returns its result()."""
@@ -378,9 +319,10 @@ class Training:
         return self.result()
 
     def result(self) -> Run:
-        """The dict that runs() describes, of the model as it is."""
-        model, split = self.model, self.split
-        accuracy, balanced, recall = _tested(_logits(model, split.x_test).argmax(1), split, self.source.classes)
+        """The dict that runs() describes, of the model as it is, with the classifier stage of the method."""
+        split, classes, model = self.split, self.source.classes, self._staged()
+        accuracy, balanced, recall = tested(self._logits(model, split.x_test).argmax(1), split, classes)
+        logits = self._logits(model, split.x)
         return {
             "method": self.name,
             "seed": self.seed,
@@ -388,48 +330,43 @@ class Training:
             "balanced_accuracy": balanced,
             "per_class_recall": recall,
             "seconds": self.seconds,
-            "train_loss": _number(nn.functional.cross_entropy(_logits(model, split.x), split.y)),
-            "train_counts": torch.bincount(split.y_true, minlength=self.source.classes).tolist(),
+            "train_loss": number(nn.functional.cross_entropy(logits, split.y)),
+            "train_counts": data.train_counts(split, classes),
+            "flipped_confusion": confusion(logits.argmax(1), split, classes),
             "parameters": digest(model.state_dict()),
             "epochs": self.history,
         }
+
+    def _staged(self) -> nn.Module:
+        """The network whose classifier is that of the classifier stage, or the network itself."""
+        if (stage := spec.stage_of(self.spec)) is None:
+            return self.model
+        features, classifier = split_model(self.model)
+        begun = time.perf_counter()
+        cached = torch.cat([part.cpu() for part in self._outputs(features, self.split.x)])
+        new = STAGES[stage](copy.deepcopy(classifier).cpu(), cached, self.split.y, self.config, self.seed)
+        self.seconds += time.perf_counter() - begun
+        return nn.Sequential(features, new.to(self.placing.device))
+
+    def _outputs(self, model: nn.Module, x: Any) -> Iterator[Tensor]:
+        # In parts, so that large test sets fit into memory. 250 images at once take half the time of 2000 with the convolutions,
+        # and the same with the others.
+        model.eval()
+        with torch.no_grad(), self.placing.autocast():
+            for part in images.whole(x, size=250, workers=self.config.workers):
+                yield model(self.placing.images(part)).float()
+
+    def _logits(self, model: nn.Module, x: Any) -> Tensor:
+        """The logits of all images, on the CPU."""
+        return torch.cat([part.cpu() for part in self._outputs(model, x)])
 
     def _watch(self, batch: Tensor, x: Tensor, y: Tensor, weights: Tensor | None) -> None:
         """Adds a batch to the audit. None of this is timed."""
         assert self.watch
         logits = self.method.logits
         if logits is None:  # those after the step, of a network in evaluation mode, whose statistics do not move
-            logits = _logits(self.model, x)
-            self.model.train()
-        self.watch.add(batch, logits, y, weights)
-
-
-def _mean_weights(
-    weights: Tensor, samples: Tensor, split: data.Split, source: data.Source
-) -> tuple[list[float | None], float | None, float | None]:
-    """The mean weight of each class (by the labels that training sees), of the right labels, and of the wrong ones."""
-    y, wrong = split.y[samples], split.y[samples] != split.y_true[samples]
-    counts = torch.bincount(y, minlength=source.classes)
-    per_class = torch.zeros(source.classes, dtype=torch.float64, device="cpu").index_add_(0, y, weights.double()) / counts
-    return [_number(w) for w in per_class], _number(weights[~wrong].mean()), _number(weights[wrong].mean())
-
-
-def _tested(predicted: Tensor, split: data.Split, classes: int) -> tuple[float | None, float | None, list[float | None]]:
-    """Accuracy, mean recall over the classes, and the recall of each class, in percent. predicted: classes of the test images."""
-    right = predicted == split.y_test
-    counts = torch.bincount(split.y_test, minlength=classes)
-    recall = 100 * torch.bincount(split.y_test[right], minlength=classes).float() / counts
-    return _number(100 * right.double().mean()), _number(recall.nanmean()), [_number(r) for r in recall]
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, x: Tensor) -> Tensor:
-    model.eval()
-    # In parts, so that large test sets fit into memory. 250 images at once take half the time of 2000 with the convolutions, and
-    # the same with the others.
-    return torch.cat([model(part) for part in x.split(250)])
-
-
-def _number(x: Tensor) -> float | None:
-    """A float with six digits, or None if JSON has no number for it."""
-    return float(f"{float(x):.6g}") if math.isfinite(x) else None
+            self.model.eval()
+            with torch.no_grad():
+                logits = self.model(x)
+            self._train_mode()
+        self.watch.add(batch, logits.cpu(), y.cpu(), None if weights is None else weights.cpu())

@@ -25,8 +25,9 @@ import absgd_fast as ab
 from absgd_fast.selection import Candidate, Selection, default_candidates
 from absgd_fast.selection.draws import random_state, restore_random_state
 
-from . import data, methods
+from . import criteria, data, methods
 from .checkpoint import Keeper, load, write_whole
+from .method import Method, Setup
 from .summary import environment
 from .train import Config, Run, Training, draw
 
@@ -42,6 +43,11 @@ UNUSED = (
     "reg",
     "chi2_rho",
     "eta",
+    "sam_rho",
+    "mixup_alpha",
+    "tau",
+    "stage_epochs",
+    "stage_lr",
     "clean",
     "l2rw_method",
     "seeds",
@@ -59,9 +65,9 @@ def options_of(candidate: Candidate, config: Config) -> dict[str, Any]:
 def method_of(candidate: Candidate) -> methods.Make:
     """The function that builds the method of a candidate, as those of methods.METHODS."""
 
-    def make(parameters: methods.Parameters, config: Config, split: data.Split, seed: int) -> methods.Method:
-        loss, schedule = candidate.build(methods.LOSSES[config.loss][0](), config.epochs, **options_of(candidate, config))
-        return methods.scheduled(parameters, config, loss, schedule)
+    def make(setup: Setup) -> Method:
+        loss, schedule = candidate.build(setup.criterion, setup.config.epochs, **options_of(candidate, setup.config))
+        return methods.scheduled(setup, loss, schedule)
 
     return make
 
@@ -235,7 +241,7 @@ def _results(config: Config, selection: Selection, goal: str, holdout: float, se
         "holdout": holdout,
         "seed": seed,
         "chosen": selection.name,
-        "code": selection.best.code(config.epochs, **options_of(selection.best, config)),
+        "code": _code(selection.best, config),
         "reason": selection.reason,
         "table": [row | {key: _percent(row[key]) for key in percent} for row in selection.table],
         "scores": {name: [_percent(score) for score in scores] for name, scores in selection.scores.items()},
@@ -247,6 +253,17 @@ def _results(config: Config, selection: Selection, goal: str, holdout: float, se
         "environment": environment(config, threads),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _code(candidate: Candidate, config: Config) -> str:
+    """The lines that make the criterion of a candidate, with its loss, and their schedules."""
+    lines = candidate.code(config.epochs, **options_of(candidate, config))
+    if config.loss == "ce":
+        return lines
+    loss, schedules = criteria.code(config)
+    plain = ", as torch.nn.CrossEntropyLoss()"  # it is another loss here
+    lines = lines.replace("ab.ABLoss(", "ab.ABLoss(loss, ").replace(plain, "")
+    return "\n".join(part for part in (f"loss = {loss}", lines, schedules) if part)
 
 
 def _percent(fraction: float | None) -> float | None:

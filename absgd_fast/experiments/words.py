@@ -7,7 +7,7 @@ from statistics import mean, median
 from typing import Any
 
 from .methods import OF_LAM
-from .summary import BASELINE, RunsOf, by_method, head_to_tail, judged, stderr, time_ratios
+from .summary import BASELINE, RunsOf, base, by_method, head_to_tail, judged, stderr, time_ratios
 from .train import Run
 
 
@@ -158,6 +158,8 @@ def setting(config: dict[str, Any]) -> str:
         parts.append(f"{ {'lt': 'long-tailed', 'step': 'step-imbalanced'}[config['imbalance']] } ρ = {config['rho']:g}")
     if config["noise"] != "none":
         parts.append(f"{100 * config['noise_rate']:g} % {config['noise']} label noise")
+    if config.get("loss", "ce") != "ce":
+        parts.append(f"loss {config['loss']}")
     return ", ".join([*parts, config["model"]])
 
 
@@ -166,10 +168,11 @@ def title(results: dict[str, Any]) -> str:
     c = results["config"]
     seeds = len({run["seed"] for run in results["runs"]})
     lams = []
-    if set(c["methods"]) & set(OF_LAM):
+    bases = set(map(base, c["methods"]))
+    if bases & set(OF_LAM):
         lam = c["lam"] if isinstance(c["lam"], str) else f"{c['lam']:g}"
         lams.append(f"λ = {minus(lam)}")
-    if "targetess" in c["methods"]:
+    if "targetess" in bases:
         lams.append(f"ESS/n = {c['share']:g}" + " with λ < 0" * (c["sign"] < 0))
     return ", ".join([setting(c), *lams, f"{seeds} seed{'s' * (seeds != 1)}"])
 

@@ -1,0 +1,89 @@
+"""`absgd-fast train --recipe NAME`: the cells of a recipe, one training after the other, and the report of them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import Refused
+from .settings import settings
+
+if TYPE_CHECKING:
+    from absgd_fast.experiments.recipes import Cell, Recipe
+
+OF_RECIPE = ("recipe", "cell", "scale", "out", "resume")
+
+
+Train = Callable[[Mapping[str, Any], Sequence[str], Mapping[str, Any]], int]
+
+
+def run_recipe(given: Mapping[str, Any], argv: Sequence[str], train: Train, checkpoint: str) -> int:
+    """Trains the cells that are chosen into OUT/CELL. A cell that is complete stays, and one that was stopped goes on.
+
+    Options that are given stand above those of the recipe.
+
+    Args:
+        given, argv: the options that were given, by name, and the words of the command line.
+        train: trains one cell, as train.train.
+        checkpoint: the name of the file that an unfinished training has in its folder.
+    """
+    from absgd_fast.experiments import recipes
+
+    from . import report
+
+    if given["recipe"] == "list":
+        for name in recipes.names():
+            print(f"{name}: {recipes.load(name).title} ({recipes.load(name).source})")
+        return 0
+    if "resume" in given:
+        raise Refused("resume: the same command with --recipe goes on by itself; leave --resume out")
+    try:
+        recipe = recipes.load(given["recipe"])
+        cells = recipe.choose(given["cell"]) if "cell" in given else list(recipe.cells.values())
+        scale = recipes.parse_scale(given["scale"]) if "scale" in given else None
+    except (ValueError, OSError) as error:
+        raise Refused(error) from error
+    out = Path(given.get("out", f"absgd-{recipe.name}"))
+    planned = [(cell, _options(cell, given, scale)) for cell in cells]  # all of them, before the first one is trained
+    for cell, options in planned:
+        folder = out / cell.name
+        begun = (folder / checkpoint).is_file() or (folder / "results.json").is_file()
+        print(f"{recipe.name}, {cell.title}")
+        code = train(options | {"resume" if begun else "out": str(folder)}, argv, about(recipe, cell))
+        if code:
+            return code
+    return report.write([str(out)], out) if len(cells) > 1 else 0
+
+
+def _options(cell: Cell, given: Mapping[str, Any], scale: tuple[float, float] | None) -> dict[str, Any]:
+    """The options of a cell: those of the recipe, made small, and above them those that were given."""
+    from absgd_fast.experiments import data, recipes
+    from absgd_fast.experiments.config import Config
+
+    options = cell.settings | {"methods": tuple(cell.methods.values())}
+    try:
+        config = Config(**options | settings(given))
+        config.check()
+        if scale is not None:
+            source = data.load_source(config.dataset, config.data_root, **config.reading)
+            options = recipes.scaled(options, *scale, source.n_max)
+    except (ValueError, OSError) as error:
+        raise Refused(f"{cell.name}: {error}") from error
+    return options | {name: value for name, value in given.items() if name not in OF_RECIPE}
+
+
+def about(recipe: Recipe, cell: Cell) -> dict[str, Any]:
+    """What a report says about a cell: its place in the recipe, and the numbers that the paper reports."""
+    return {
+        "name": recipe.name,
+        "cell": cell.name,
+        "title": cell.title,
+        "recipe_title": recipe.title,
+        "source": recipe.source,
+        "metric": recipe.metric,
+        "notes": list(recipe.notes),
+        "seeds_reported": recipe.seeds_reported,
+        "rows": {spec: row for row, spec in cell.methods.items()},
+        "reported": {row: list(value) for row, value in cell.reported.items()},
+    }

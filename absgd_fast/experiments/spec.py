@@ -1,0 +1,162 @@
+"""The specification of a method of `absgd-fast train`: what is compared, in one word.
+
+    METHOD[+EXTRA...][:LOSS[+SCHEDULE...]][@SETTING=VALUE...]
+
+    absgd                      the method alone, with the loss and the settings of the experiment
+    absgd:sce@lam=-1           with symmetric cross-entropy, and a λ of its own
+    sgd+sam:vs+tla+adrw        plain SGD with sharpness-aware minimisation, on the loss of Wang et al. 2023
+
+parse(text, config) returns a Spec or says in one line what is wrong with the text.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from .criteria import LOSSES, SCALED, SCHEDULES
+from .methods import EXTRAS, METHODS, WITHOUT
+
+if TYPE_CHECKING:
+    from .config import Config
+
+# What all methods of an experiment share: the data, the network, the budget, and where it runs.
+SHARED = {
+    *(
+        "dataset",
+        "data_root",
+        "digests",
+        "image_size",
+        "augment",
+        "workers",
+        "per_class",
+        "imbalance",
+        "rho",
+        "noise",
+        "noise_rate",
+    ),
+    *("background", "methods", "loss", "model", "epochs", "batch_size", "seeds", "audit", "device", "amp", "channels_last"),
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A method of an experiment.
+
+    Attributes:
+        text: as it was given.
+        method: a name in methods.METHODS.
+        extras: names in methods.EXTRAS.
+        loss: a name in criteria.LOSSES.
+        schedules: names in criteria.SCHEDULES.
+        settings: fields of Config that differ for this method.
+    """
+
+    text: str
+    method: str
+    extras: tuple[str, ...]
+    loss: str
+    schedules: tuple[str, ...]
+    settings: dict[str, Any]
+
+    def config(self, config: Config) -> Config:
+        """The settings of the experiment as this method sees them."""
+        return replace(config, loss="+".join((self.loss, *self.schedules)), **self.settings)
+
+
+def parse(text: str, config: Config) -> Spec:
+    """The specification in a text.
+
+    Args:
+        text: METHOD[+EXTRA...][:LOSS[+SCHEDULE...]][@SETTING=VALUE...].
+        config: of the experiment. It has the loss of a method that names none.
+
+    Raises:
+        ValueError: an unknown name, or parts that do not go together. The message is one line.
+
+    Example:
+        >>> from absgd_fast.experiments.spec import parse
+        >>> from absgd_fast.experiments.train import Config
+        >>> spec = parse("absgd+sam:vs+tla@lam=5", Config())
+        >>> spec.method, spec.extras, spec.loss, spec.schedules, spec.settings
+        ('absgd', ('sam',), 'vs', ('tla',), {'lam': 5.0})
+    """
+    named, *given = text.split("@")
+    of_method, _, of_loss = named.partition(":")
+    method, *extras = of_method.split("+")
+    known(method, METHODS, "method", text)
+    for extra in extras:
+        known(extra, EXTRAS, "extra", text)
+    loss, *schedules = (of_loss or config.loss).split("+")
+    check_loss(loss, schedules)
+    spec = Spec(text, method, tuple(extras), loss, tuple(schedules), dict(_setting(one, text, config) for one in given))
+    _check_together(spec)
+    return spec
+
+
+def check_loss(loss: str, schedules: Iterable[str]) -> None:
+    """Raises ValueError unless LOSS[+SCHEDULE...] names a loss and schedules that it can have."""
+    schedules, text = list(schedules), "+".join((loss, *schedules))
+    known(loss, LOSSES, "loss", text)
+    for name in schedules:
+        known(name, SCHEDULES, "schedule", text)
+    if len(set(schedules)) < len(schedules):
+        raise ValueError(f"loss {text}: a schedule is named twice")
+    if "tla" in schedules and loss not in SCALED:
+        raise ValueError(f"loss {text}: tla switches a scale of the logits off, which only {' and '.join(SCALED)} have")
+    weighted = [name for name in schedules if name in ("drw", "adrw")]
+    if loss.startswith("cb-") and weighted:
+        raise ValueError(
+            f"loss {text}: {loss} has class weights from the first step, {weighted[0]} brings them later; use "
+            f"{loss[3:]}+{weighted[0]}"
+        )
+    if len(weighted) > 1:
+        raise ValueError(f"loss {text}: drw and adrw are two choices of the class weights; give one of them")
+
+
+def known(name: str, names: Iterable[str], kind: str, text: str) -> None:
+    """Raises ValueError unless `name` is one of the names. The message has the nearest one."""
+    names = list(names)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        where = "" if name == text else f" in {text!r}"
+        raise ValueError(f"unknown {kind} {name!r}{where}; {hint}use one of {', '.join(names)}")
+
+
+def _setting(given: str, text: str, config: Config) -> tuple[str, Any]:
+    """The name and the value of NAME=VALUE."""
+    name, equals, value = given.partition("=")
+    name = name.replace("-", "_")
+    if not equals:
+        raise ValueError(f"method {text!r}: got @{given}, expected @SETTING=VALUE, such as @lam=-0.5")
+    defaults = {field.name: field.default for field in fields(config)}
+    known(name, [n for n in defaults if n not in SHARED], "setting of a method", text)
+    kind: Any = type(defaults[name])
+    try:
+        if kind is tuple:
+            return name, tuple(float(part) for part in value.split("/"))
+        return name, kind(value)
+    except ValueError:
+        expected = {float: "a number", int: "a whole number", tuple: "numbers with / between them"}[kind]
+        raise ValueError(f"method {text!r}: {name} is {expected}, got {value!r}") from None
+
+
+def _check_together(spec: Spec) -> None:
+    """Raises ValueError for parts that do not go together."""
+    if len(set(spec.extras)) < len(spec.extras):
+        raise ValueError(f"method {spec.text!r}: an extra is named twice")
+    for extra in spec.extras:
+        if spec.method in WITHOUT.get(extra, {}):
+            raise ValueError(f"method {spec.text!r}: {extra} does not go with {spec.method}, {WITHOUT[extra][spec.method]}")
+    if len(stages := [extra for extra in spec.extras if extra in ("tau", "crt", "lws")]) > 1:
+        raise ValueError(f"method {spec.text!r}: {' and '.join(stages)} each replace the classifier; give one of them")
+    if spec.loss.endswith("ldam") and stages and stages[0] != "crt":
+        raise ValueError(f"method {spec.text!r}: ldam's cosine classifier has no norms, so {stages[0]} has nothing to change")
+
+
+def stage_of(spec: Spec) -> str | None:
+    """The classifier stage after the training, "tau", "crt" or "lws", or None."""
+    return next((extra for extra in spec.extras if extra in ("tau", "crt", "lws")), None)
