@@ -103,6 +103,7 @@ def test_verdict(mine, base, verdict):
         ("absgd:sce@lam=-1", ["sgd", "sgd:sce"], "sgd:sce"),
         ("absgd:sce", ["sgd", "sgd:ce+drw", "absgd"], None),
         ("absgd:vs+tla", ["sgd:vs", "sgd:vs+tla"], "sgd:vs+tla"),
+        ("absgd:vs+tla", ["sgd:vs"], None),
         ("absgd+sam:vs", ["sgd:vs", "sgd+sam:vs", "sgd+mixup:vs"], "sgd+sam:vs"),
         ("absgd:vs", ["sgd+sam:vs"], None),  # that would be the difference of two things
         ("sgd+sam", ["sgd", "sgd+sam"], "sgd"),

@@ -49,8 +49,7 @@ def run_recipe(given: Mapping[str, Any], argv: Sequence[str], train: Train, chec
     for cell, options in planned:
         folder = out / cell.name
         begun = (folder / checkpoint).is_file() or (folder / "results.json").is_file()
-        print(f"{recipe.name}, {cell.title}")
-        code = train(options | {"resume" if begun else "out": str(folder)}, argv, about(recipe, cell))
+        code = train(options | {"resume" if begun else "out": str(folder)}, argv, about(recipe, cell, scale))
         if code:
             return code
     return report.write([str(out)], out) if len(cells) > 1 else 0
@@ -73,16 +72,18 @@ def _options(cell: Cell, given: Mapping[str, Any], scale: tuple[float, float] | 
     return options | {name: value for name, value in given.items() if name not in OF_RECIPE}
 
 
-def about(recipe: Recipe, cell: Cell) -> dict[str, Any]:
+def about(recipe: Recipe, cell: Cell, scale: tuple[float, float] | None) -> dict[str, Any]:
     """What a report says about a cell: its place in the recipe, and the numbers that the paper reports."""
+    small = [] if scale is None else [f"Made small: {scale[0]:g} of the images of each class, and {scale[1]:g} of the epochs."]
     return {
         "name": recipe.name,
         "cell": cell.name,
+        "order": list(recipe.cells).index(cell.name),
         "title": cell.title,
         "recipe_title": recipe.title,
         "source": recipe.source,
         "metric": recipe.metric,
-        "notes": list(recipe.notes),
+        "notes": [*small, *recipe.notes],
         "seeds_reported": recipe.seeds_reported,
         "rows": {spec: row for row, spec in cell.methods.items()},
         "reported": {row: list(value) for row, value in cell.reported.items()},

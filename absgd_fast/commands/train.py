@@ -56,7 +56,9 @@ def add_parser(commands: Subparsers) -> None:
         help="a table of a paper, or of your own NAME.toml: trains each of its cells into DIR/CELL, goes on where it stopped, "
         "and writes a report of all; list prints the names",
     )
-    train.add_argument("--cell", metavar="CELL", help="only this cell of the recipe, or those whose names begin like this")
+    train.add_argument(
+        "--cell", metavar="CELL", help="only these cells of the recipe, with commas; the beginning of a name will do"
+    )
     train.add_argument(
         "--scale",
         metavar="SHARE",
@@ -208,6 +210,8 @@ def _train_and_report(
     from absgd_fast.experiments.checkpoint import Keeper
 
     console, finished = plain_console(), list["Run"]()
+    if about["recipe"]:
+        console.print(f"{about['recipe']['name']}, {about['recipe']['title']}")
     earlier, here = about["environments"], summary.environment(config, about["threads"])
     keeper = Keeper(out / CHECKPOINT, about | {"environments": earlier + [here] * (here not in earlier)}, about["every"])
     go_on = f"{PROGRAM} train --resume {shlex.quote(str(out))}"
@@ -304,7 +308,8 @@ def _print_results(console: Console, results: dict[str, Any], paths: Sequence[Pa
     """Prints the table, the answer, the warnings, and the paths of the written files."""
     from absgd_fast.experiments import report
 
-    console.print(report.table(results))
+    # rich takes 80 columns where there is no terminal, which would cut the numbers of a long table off
+    console.print(report.table(results), width=console.width if console.is_terminal else max(console.width, 130))
     console.print(report.answers(results)["help"])
     for note in report.notes(results):
         console.print(note)

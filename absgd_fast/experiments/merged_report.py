@@ -227,7 +227,8 @@ def notes(cells: Sequence[Cell], results: dict[str, Any]) -> list[str]:
         if different := changes(cell.environments):
             parts = ", ".join(f"{name} ({' and '.join(map(str, several))})" for name, several in different.items())
             found.append(f"{cell.title}: its trainings differ in {parts}. This may change the last bits of their results.")
-    return found
+    said = {cell.recipe.get("recipe_title", ""): cell.recipe.get("notes", ()) for cell in cells}
+    return found + [f"{title}: {' '.join(of_recipe)}" for title, of_recipe in said.items() if of_recipe]
 
 
 def _group(title: str, source: str, cells: Sequence[dict[str, Any]], results: dict[str, Any]) -> dict[str, Any]:

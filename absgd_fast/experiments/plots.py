@@ -155,11 +155,9 @@ def _clean_and_flipped(results: dict[str, Any], runs_of: RunsOf) -> Plot:
                 epochs,
                 average,
                 label=f"{method}, {label}",
-                marker=marker,
                 markevery=max(1, len(average) // 10),
-                markersize=5,
                 linewidth=1.6,
-                **style_of(method, runs_of),
+                **style_of(method, runs_of) | {"marker": marker, "markersize": 5},
             )
             drawn += average.tolist()
     axes.axhline(1, color=STYLES[BASELINE]["color"], linewidth=1, linestyle="--")

@@ -12,6 +12,7 @@ parse(text, config) returns a Spec or says in one line what is wrong with the te
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,17 @@ class Spec:
     def config(self, config: Config) -> Config:
         """The settings of the experiment as this method sees them."""
         return replace(config, loss="+".join((self.loss, *self.schedules)), **self.settings)
+
+
+def base(text: str) -> str:
+    """The METHOD of a specification.
+
+    Example:
+        >>> from absgd_fast.experiments.spec import base
+        >>> base("absgd+sam:vs+tla@nu=1.5")
+        'absgd'
+    """
+    return re.split("[+:@]", text, maxsplit=1)[0]
 
 
 def parse(text: str, config: Config) -> Spec:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from .methods import IN_STAGES, OF_LAM
+from .spec import base as base_of
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart. Methods of the same colour differ in their line style. The
 # order of the methods is that of methods.METHODS.
@@ -37,17 +37,6 @@ STYLES: dict[str, dict[str, Any]] = {
 MARKERS = ("o", "s", "^", "D", "v", "X", "P", "<", "p", ">", "*", "h")
 HATCHES = ("//", "..", "xx", "\\\\", "++", "oo", "--", "**", "||")
 FEW = 4  # a legend inside the axes has room for so many entries
-
-
-def base_of(name: str) -> str:
-    """The METHOD of a specification METHOD[+EXTRA...][:LOSS...][@SETTING=VALUE...].
-
-    Example:
-        >>> from absgd_fast.experiments.style import base_of
-        >>> base_of("absgd+sam:vs+tla@nu=1.5")
-        'absgd'
-    """
-    return re.split("[+:@]", name, maxsplit=1)[0]
 
 
 def style_of(name: str, all_names: Iterable[str] = ()) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import datetime
 import importlib.metadata
 import math
 import os
-import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from typing import Any
 from absgd_fast import _backend
 
 from .methods import METHODS
+from .spec import base
 from .train import Config, Run
 
 RunsOf = dict[str, dict[int, Run]]  # {method: {seed: run}}
@@ -131,11 +131,6 @@ def pair(runs: Iterable[Run], baseline: str = BASELINE) -> dict[str, dict[str, d
                 differences = [mine[seed][metric] - base[seed][metric] for seed in shared]
                 pairs[method][metric] = {"mean": mean(differences), "stderr": stderr(differences), "n": len(shared)}
     return pairs
-
-
-def base(method: str) -> str:
-    """The name in METHODS that the specification of a method begins with."""
-    return re.split("[+:@]", method, maxsplit=1)[0]
 
 
 def by_method(runs: Iterable[Run]) -> RunsOf:

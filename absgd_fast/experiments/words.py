@@ -7,7 +7,8 @@ from statistics import mean, median
 from typing import Any
 
 from .methods import OF_LAM
-from .summary import BASELINE, RunsOf, base, by_method, head_to_tail, judged, stderr, time_ratios
+from .spec import base
+from .summary import BASELINE, RunsOf, by_method, head_to_tail, judged, stderr, time_ratios
 from .train import Run
 
 
