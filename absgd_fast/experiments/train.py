@@ -199,6 +199,7 @@ class Training:
         with float32_default():  # or a normaliser would be a float64 where that is torch's default
             self.method = methods.build(self.spec.method, setup) if make is None else make(setup)
         self.processes = processes
+        self.frozen = False  # whether a part of the network is not trained any more
         self.net = self._wrapped()  # what the steps use: in DistributedDataParallel if there are several processes
         self.decay = self.config.decay(self.method.optimizer)
         self.order = data.generator(seed, data.ORDER)
@@ -304,13 +305,15 @@ class Training:
         if self.config.trainable == "all" or self.epoch < self.config.switch:
             return
         features, classifier = split_model(self.model)
+        moving = [classifier] + ([last_block(self.model)] if self.config.trainable == "fc+lb" else [])
         features.eval()
-        self.model.requires_grad_(False)
-        moving = [classifier] + ([last_block(self.model).train()] if self.config.trainable == "fc+lb" else [])
         for part in moving:
-            part.requires_grad_(True)
-        if self.net is self.model or self.epoch == self.config.switch:
-            self.net = self._wrapped()
+            part.train()
+        if not self.frozen:
+            self.model.requires_grad_(False)
+            for part in moving:
+                part.requires_grad_(True)
+            self.net, self.frozen = self._wrapped(), True
 
     def run(self, on_epoch: Callable[[], object], after_step: Callable[[], object]) -> Run:
         """Trains to the end from where it stands, and returns its result()."""
