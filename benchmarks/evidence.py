@@ -4,7 +4,7 @@
     python -m benchmarks.evidence --tables
 
 Each cell of a part is one `absgd-fast train --recipe` in a process of its own, with one thread. Its results are in DIR/PART/CELL,
-and the program goes on with what it finds there. The numbers of a part that is complete go to results/evidence-PART.json beside this
+and the program goes on with what it finds there. The numbers of a complete part go to results/evidence-PART.json beside this
 file, and `absgd-fast report DIR/PART` shows its plots. `--tables` trains nothing and prints the tables of all parts.
 
     digits-noise, digits-imbalance    the recipes as they are: 8 seeds, 1100 images, 120 epochs

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import absgd_fast as ab
-from absgd_fast.experiments import criteria, data, methods, stages, train
+from absgd_fast.experiments import criteria, data, methods, stages, train, words
 from absgd_fast.experiments.config import Config
 from absgd_fast.experiments.mixup import Mixup
 from absgd_fast.experiments.placing import Placing
@@ -254,3 +254,9 @@ def test_precision_and_memory_format_are_used():
     assert plain["parameters"] != half["parameters"]
     assert plain["train_loss"] == pytest.approx(half["train_loss"], rel=0.05)
     assert Placing("cpu").device == torch.device("cpu")
+
+
+def test_class_counts_in_words():
+    counted = lambda *counts: {"runs": [{"train_counts": list(counts)}] * 2}  # noqa: E731
+    assert words.class_counts(counted(110, 11)) == "training images of each class: 110, 11"
+    assert words.class_counts(counted(*[5] * 20, 30)) == "training images: 130 in 21 classes, 30 to 5 of a class"

@@ -305,9 +305,10 @@ def _run_all(
 
 
 def _print_results(console: Console, results: dict[str, Any], paths: Sequence[Path]) -> None:
-    """Prints the table, the answer, the warnings, and the paths of the written files."""
+    """Prints the class counts, the table, the answer, the warnings, and the paths of the written files."""
     from absgd_fast.experiments import report
 
+    console.print(report.class_counts(results))
     # rich takes 80 columns where there is no terminal, which would cut the numbers of a long table off
     console.print(report.table(results), width=console.width if console.is_terminal else max(console.width, 130))
     console.print(report.answers(results)["help"])

@@ -26,7 +26,7 @@ from .checkpoint import write_whole
 from .pages import rendered
 from .plots import figures
 from .summary import BASELINE, by_method, changes, collect, environment, pair, summarise, time_ratios  # noqa: F401
-from .words import answers, changes_note, notes, plus_minus, title  # noqa: F401
+from .words import answers, changes_note, class_counts, notes, plus_minus, title  # noqa: F401
 
 
 def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -114,6 +114,15 @@ def _cost(method: str, runs_of: RunsOf, seeds: Sequence[int]) -> str:
     return f"{text}: {', and '.join(parts)}. Only forward, loss, backward and step are timed."
 
 
+def class_counts(results: dict[str, Any]) -> str:
+    """The number of training images of each class, by its right label; of more than 20 classes, their range."""
+    runs = results["runs"]
+    counts = [mean(of_class) for of_class in zip(*(run["train_counts"] for run in runs))]
+    if len(counts) > 20:
+        return f"training images: {sum(counts):g} in {len(counts)} classes, {max(counts):g} to {min(counts):g} of a class"
+    return f"training images of each class: {', '.join(f'{count:g}' for count in counts)}"
+
+
 def changes_note(changed: dict[str, list[Any]]) -> str:
     """Sentences about summary.changes(), which must not be empty."""
     parts = [f"{name} ({', then '.join(map(str, values))})" for name, values in changed.items()]
