@@ -34,7 +34,8 @@ def run_recipe(given: Mapping[str, Any], argv: Sequence[str], train: Train, chec
 
     if given["recipe"] == "list":
         for name in recipes.names():
-            print(f"{name}: {recipes.load(name).title} ({recipes.load(name).source})")
+            recipe = recipes.load(name)
+            print(f"{name}: {recipe.title} ({recipe.source})")
         return 0
     if "resume" in given:
         raise Refused("resume: the same command with --recipe goes on by itself; leave --resume out")

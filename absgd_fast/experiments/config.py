@@ -145,11 +145,11 @@ class Config:
         """Raises ValueError for the first bad setting. The message is one line: what was given and what is allowed."""
         self._check_names()
         self._check_numbers()
-        specs = [spec.parse(text, self) for text in self.methods]
-        for one in specs:
-            one.config(self)._check_numbers()
+        for one in [spec.parse(text, self) for text in self.methods]:
+            own = one.config(self)
+            own._check_numbers()
             if one.method == "reference":
-                _check_reference(one, one.config(self))
+                _check_reference(own)
             if one.method == "l2rw" and self.amp != "none":
                 raise ValueError(f"amp: got {self.amp}, but method l2rw supports only none; leave it out of the methods")
         Placing(self.device, self.amp, self.channels_last).check()
@@ -181,7 +181,7 @@ class Config:
             if getattr(self, name) not in allowed:
                 names = ", ".join(a for a in allowed if a is not None)
                 raise ValueError(f"unknown {name.replace('_', '-')} {getattr(self, name)!r}; use one of {names}")
-        spec.check_loss(*_parts(self.loss))
+        spec.check_loss(self.loss)
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"methods: got {','.join(self.methods)!r}, expected each method at most once, e.g. sgd,absgd")
 
@@ -237,12 +237,7 @@ class Config:
                 raise ValueError(f"{name.replace('_', '-')}: got {getattr(self, name)}, expected {expected}")
 
 
-def _parts(loss: str) -> tuple[str, list[str]]:
-    name, *schedules = loss.split("+")
-    return name, schedules
-
-
-def _check_reference(one: spec.Spec, config: Config) -> None:
+def _check_reference(config: Config) -> None:
     """Raises ValueError if the package absgd cannot be compared with these settings."""
     if importlib.util.find_spec("absgd") is None:
         raise ValueError(

@@ -21,9 +21,8 @@ from torch import Tensor
 
 from .merged import Cell, loss_of
 from .merged_panels import LETTER, LOOK, WIDTH, legend_size, make_panels
-from .plots import Plot
-from .style import base_of, log_if_wide, mark_switch, style_of
-from .summary import head_to_tail
+from .plots import Plot, class_groups, mean_std, numbers
+from .style import base_of, log_if_wide, mark_switch, plain, style_of
 from .train import Run
 
 ROOM = 7  # lines that one panel can hold
@@ -42,7 +41,7 @@ def series(key: str) -> Values:
 
     def values(run: Run) -> list[float] | None:
         found = run["epochs"].get(key) or []
-        return None if all(v is None for v in found) else [math.nan if v is None else v for v in found]
+        return None if all(v is None for v in found) else numbers(found)
 
     return values
 
@@ -67,8 +66,7 @@ def over_seeds(lines: Sequence[Sequence[float]]) -> tuple[list[float], list[floa
     """(mean, std) of each epoch over the seeds. NaN is missing, and a single value has the std 0."""
     length = max(map(len, lines))
     table = torch.tensor([[*line, *[math.nan] * (length - len(line))] for line in lines], dtype=torch.float64, device="cpu")
-    average, n = table.nanmean(0), table.isfinite().sum(0)
-    spread = ((table - average).square().nansum(0) / (n - 1).clamp_min(1)).sqrt()
+    average, spread = mean_std(table)
     return average.tolist(), spread.tolist()
 
 
@@ -226,7 +224,7 @@ def _kept(epochs: int, most: int) -> list[int]:
 
 
 def _finish(axes: Axes, plot: Lines, cell: Cell, drawn: Sequence[str], heading: str) -> None:
-    _plain(axes)
+    plain(axes)
     axes.set_title(heading, loc="left", pad=15)  # above the word of mark_switch
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     if plot.level is not None:
@@ -236,26 +234,12 @@ def _finish(axes: Axes, plot: Lines, cell: Cell, drawn: Sequence[str], heading: 
     mark_switch(axes, {"config": cell.config | {"methods": methods}})
 
 
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
 # ------------------------------------------------------------------------------------------------ classes
 
 
 def _groups(runs: Sequence[Run]) -> list[tuple[list[int], str]]:
-    """[(classes, label)] from most to fewest training images. Above 12 classes, about ten groups of several classes."""
-    order, counts = head_to_tail(runs)
-    size = 1 if len(order) <= 12 else math.ceil(len(order) / 10)
-    found = []
-    for start in range(0, len(order), size):
-        classes = order[start : start + size]
-        most, fewest = f"{counts[classes[0]]:g}", f"{counts[classes[-1]]:g}"
-        name = f"{classes[0]}" if size == 1 else f"{len(classes)} classes"
-        found.append((classes, f"{name}\n({most if most == fewest else f'{most}–{fewest}'})"))
-    return found
+    """[(classes, label)] of plots.class_groups. Above 12 classes, about ten groups of several classes."""
+    return [(classes, f"{name}\n({images})") for classes, name, images in class_groups(runs, most=12)]
 
 
 def _columns(table: Tensor, groups: Sequence[tuple[list[int], str]]) -> Tensor:
@@ -264,7 +248,7 @@ def _columns(table: Tensor, groups: Sequence[tuple[list[int], str]]) -> Tensor:
 
 
 def _table(rows: Sequence[Sequence[float | None]]) -> Tensor:
-    return torch.tensor([[math.nan if v is None else v for v in row] for row in rows], dtype=torch.float64, device="cpu")
+    return torch.tensor([numbers(row) for row in rows], dtype=torch.float64, device="cpu")
 
 
 def recall(cell: Cell, names: Sequence[str]) -> Plot | None:
@@ -348,7 +332,7 @@ def class_weights(cell: Cell, names: Sequence[str]) -> Plot | None:
         for number, line in enumerate(table):
             here.plot([place + 1 for place in kept], [line[place] for place in kept], color=colours(number), linewidth=1.2)
             drawn += line
-        _plain(here)
+        plain(here)
         here.axhline(1, color="#6b6b6b", linewidth=1, linestyle="--")
         here.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
         _name(here, place, wide, len(shown), cell.rows[name], "epoch", "mean weight")

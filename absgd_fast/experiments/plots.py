@@ -36,8 +36,8 @@ def figures(results: dict[str, Any]) -> list[Plot]:
 
 def _over_seeds(runs: Iterable[Run], key: str) -> tuple[Any, Any]:
     """(mean, std) over the seeds of a per-epoch series, each an array (epochs,)."""
-    series = torch.tensor([_numbers(run["epochs"][key]) for run in runs], dtype=torch.float64, device="cpu")
-    return _mean_std(series)
+    series = torch.tensor([numbers(run["epochs"][key]) for run in runs], dtype=torch.float64, device="cpu")
+    return mean_std(series)
 
 
 def line_and_band(axes: Axes, runs: Iterable[Run], key: str, *, color: str, **style: Any) -> Any:
@@ -49,14 +49,15 @@ def line_and_band(axes: Axes, runs: Iterable[Run], key: str, *, color: str, **st
     return average
 
 
-def _mean_std(series: Tensor) -> tuple[Any, Any]:
+def mean_std(series: Tensor) -> tuple[Any, Any]:
     """(mean, std) along the first dimension of a tensor, as numpy arrays. NaN counts as missing."""
     average, n = series.nanmean(0), series.isfinite().sum(0)
     variance = (series - average).square().nansum(0) / (n - 1).clamp_min(1)
     return average.numpy(), variance.sqrt().numpy()
 
 
-def _numbers(values: Sequence[float | None]) -> list[float]:
+def numbers(values: Sequence[float | None]) -> list[float]:
+    """The values, with NaN for None."""
     return [math.nan if v is None else v for v in values]
 
 
@@ -70,28 +71,28 @@ def _accuracy(results: dict[str, Any], runs_of: RunsOf) -> Plot:
     return "Accuracy while training", "Mean over the seeds. The band is ± one standard deviation.", figure
 
 
-def _groups(runs: Iterable[Run]) -> list[tuple[list[int], str, str]]:
-    """[(classes, name, images)] from most to fewest training images. Above 20 classes, about ten groups of several classes."""
+def class_groups(runs: Iterable[Run], most: int = 20) -> list[tuple[list[int], str, str]]:
+    """[(classes, name, images)] from most to fewest training images. More than `most` classes make about ten groups."""
     order, counts = head_to_tail(runs)
-    size = 1 if len(order) <= 20 else math.ceil(len(order) / 10)
+    size = 1 if len(order) <= most else math.ceil(len(order) / 10)
     groups = []
     for start in range(0, len(order), size):
         classes = order[start : start + size]
-        most, fewest = f"{counts[classes[0]]:g}", f"{counts[classes[-1]]:g}"
+        largest, smallest = f"{counts[classes[0]]:g}", f"{counts[classes[-1]]:g}"
         name = f"{classes[0]}" if size == 1 else f"{len(classes)} classes"
-        groups.append((classes, name, most if most == fewest else f"{most}–{fewest}"))
+        groups.append((classes, name, largest if largest == smallest else f"{largest}–{smallest}"))
     return groups
 
 
 def _recall(runs_of: RunsOf) -> Plot:
-    groups = _groups([run for mine in runs_of.values() for run in mine.values()])
+    groups = class_groups([run for mine in runs_of.values() for run in mine.values()])
     size = (6.4 if len(runs_of) <= FEW else 11, 3.8)
     figure, axes = make_axes("class, from most to fewest training images (their number below)", "recall on the test set, %", size)
     width = 0.8 / len(runs_of)
     for i, (method, mine) in enumerate(runs_of.items()):
-        recall = torch.tensor([_numbers(run["per_class_recall"]) for run in mine.values()], dtype=torch.float64, device="cpu")
+        recall = torch.tensor([numbers(run["per_class_recall"]) for run in mine.values()], dtype=torch.float64, device="cpu")
         recall = torch.stack([recall[:, classes].nanmean(1) for classes, _, _ in groups], 1)
-        average, std = _mean_std(recall)
+        average, std = mean_std(recall)
         places = [place + (i - (len(runs_of) - 1) / 2) * width for place in range(len(groups))]
         axes.bar(
             places,
@@ -111,9 +112,9 @@ def _recall(runs_of: RunsOf) -> Plot:
 
 
 def _weights(results: dict[str, Any], method: str, mine: dict[int, Run]) -> Plot:
-    groups = _groups(mine.values())
+    groups = class_groups(mine.values())
     series = torch.tensor(
-        [[_numbers(epoch) for epoch in run["epochs"]["class_weight"]] for run in mine.values()], dtype=torch.float64, device="cpu"
+        [[numbers(epoch) for epoch in run["epochs"]["class_weight"]] for run in mine.values()], dtype=torch.float64, device="cpu"
     ).nanmean(0)  # (epochs, C)
     figure, axes = make_axes("epoch", f"mean robust weight under {method}")
     colours = colormaps["viridis"].resampled(len(groups) + 1)  # the last one, light yellow, cannot be seen on white

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .criteria import LOSSES, SCALED, SCHEDULES
 from .methods import EXTRAS, METHODS, WITHOUT
+from .stages import STAGES
 
 if TYPE_CHECKING:
     from .config import Config
@@ -101,16 +102,16 @@ def parse(text: str, config: Config) -> Spec:
     known(method, METHODS, "method", text)
     for extra in extras:
         known(extra, EXTRAS, "extra", text)
+    check_loss(of_loss or config.loss)
     loss, *schedules = (of_loss or config.loss).split("+")
-    check_loss(loss, schedules)
     spec = Spec(text, method, tuple(extras), loss, tuple(schedules), dict(_setting(one, text, config) for one in given))
     _check_together(spec)
     return spec
 
 
-def check_loss(loss: str, schedules: Iterable[str]) -> None:
-    """Raises ValueError unless LOSS[+SCHEDULE...] names a loss and schedules that it can have."""
-    schedules, text = list(schedules), "+".join((loss, *schedules))
+def check_loss(text: str) -> None:
+    """Raises ValueError unless the text is LOSS[+SCHEDULE...], a loss and schedules that it can have."""
+    loss, *schedules = text.split("+")
     known(loss, LOSSES, "loss", text)
     for name in schedules:
         known(name, SCHEDULES, "schedule", text)
@@ -132,10 +133,15 @@ def known(name: str, names: Iterable[str], kind: str, text: str) -> None:
     """Raises ValueError unless `name` is one of the names. The message has the nearest one."""
     names = list(names)
     if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        where = "" if name == text else f" in {text!r}"
-        raise ValueError(f"unknown {kind} {name!r}{where}; {hint}use one of {', '.join(names)}")
+        raise ValueError(unknown(kind, name, names, "" if name == text else f" in {text!r}"))
+
+
+def unknown(kind: str, name: str, allowed: Iterable[str], where: str = "") -> str:
+    """The message about a name that is not allowed, with the nearest one that is. where: what is said behind the name."""
+    allowed = list(allowed)
+    near = difflib.get_close_matches(str(name), allowed, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"unknown {kind} {name!r}{where}; {hint}use one of {', '.join(allowed)}"
 
 
 def _setting(given: str, text: str, config: Config) -> tuple[str, Any]:
@@ -163,12 +169,12 @@ def _check_together(spec: Spec) -> None:
     for extra in spec.extras:
         if spec.method in WITHOUT.get(extra, {}):
             raise ValueError(f"method {spec.text!r}: {extra} does not go with {spec.method}, {WITHOUT[extra][spec.method]}")
-    if len(stages := [extra for extra in spec.extras if extra in ("tau", "crt", "lws")]) > 1:
+    if len(stages := [extra for extra in spec.extras if extra in STAGES]) > 1:
         raise ValueError(f"method {spec.text!r}: {' and '.join(stages)} each replace the classifier; give one of them")
     if spec.loss.endswith("ldam") and stages and stages[0] != "crt":
         raise ValueError(f"method {spec.text!r}: ldam's cosine classifier has no norms, so {stages[0]} has nothing to change")
 
 
 def stage_of(spec: Spec) -> str | None:
-    """The classifier stage after the training, "tau", "crt" or "lws", or None."""
-    return next((extra for extra in spec.extras if extra in ("tau", "crt", "lws")), None)
+    """The classifier stage after the training, a name in stages.STAGES, or None."""
+    return next((extra for extra in spec.extras if extra in STAGES), None)

@@ -81,10 +81,15 @@ def make_axes(xlabel: str, ylabel: str, size: tuple[float, float] = (6.4, 3.8)) 
     axes = figure.subplots()
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
+    plain(axes)
+    return figure, axes
+
+
+def plain(axes: Axes) -> None:
+    """Leaves two sides of the frame out, and draws a light grid behind everything."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def legend(axes: Axes, entries: int, **options: Any) -> None:

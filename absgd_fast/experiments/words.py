@@ -116,8 +116,7 @@ def _cost(method: str, runs_of: RunsOf, seeds: Sequence[int]) -> str:
 
 def class_counts(results: dict[str, Any]) -> str:
     """The number of training images of each class, by its right label; of more than 20 classes, their range."""
-    runs = results["runs"]
-    counts = [mean(of_class) for of_class in zip(*(run["train_counts"] for run in runs))]
+    _, counts = head_to_tail(results["runs"])
     if len(counts) > 20:
         return f"training images: {sum(counts):g} in {len(counts)} classes, {max(counts):g} to {min(counts):g} of a class"
     return f"training images of each class: {', '.join(f'{count:g}' for count in counts)}"

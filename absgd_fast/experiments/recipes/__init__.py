@@ -25,7 +25,6 @@ names() has the recipes of this package, load() reads one of them or a file of t
 
 from __future__ import annotations
 
-import difflib
 import math
 import sys
 from collections.abc import Collection, Mapping
@@ -39,6 +38,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+from ..spec import parse, unknown
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -131,7 +132,7 @@ class Recipe:
             if len(found) > 1:
                 raise ValueError(f"recipe {self.name}: {name!r} begins {len(found)} cells: {', '.join(found)}; name one of them")
             if not found:
-                raise ValueError(f"recipe {self.name}: {_unknown('cell', name, self.cells)}")
+                raise ValueError(f"recipe {self.name}: {unknown('cell', name, self.cells)}")
             chosen[found[0]] = self.cells[found[0]]
         if not chosen:
             raise ValueError(f"recipe {self.name}: no cell is named; use some of {', '.join(self.cells)}")
@@ -176,7 +177,7 @@ def load(name_or_path: str) -> Recipe:
     elif name_or_path in names():
         content = (resources.files(__name__) / f"{name_or_path}.toml").read_bytes()
     else:
-        raise ValueError(f"{_unknown('recipe', name_or_path, names())}, or the path of a file that ends in .toml")
+        raise ValueError(f"{unknown('recipe', name_or_path, names())}, or the path of a file that ends in .toml")
     try:
         given = tomllib.loads(content.decode())
     except UnicodeDecodeError as error:
@@ -251,7 +252,7 @@ def _recipe(name: str, given: dict[str, Any]) -> Recipe:
     _check_keys(given, _KEYS, where, ("title", "methods", "cells"))
     metric, notes, seeds = given.get("metric", METRICS[0]), given.get("notes", []), given.get("seeds_reported")
     if metric not in METRICS:
-        raise ValueError(f"{where}{_unknown('metric', metric, METRICS)}")
+        raise ValueError(f"{where}{unknown('metric', metric, METRICS)}")
     if not all(isinstance(note, str) for note in notes):
         raise ValueError(f"{where}notes: expected a list of texts, got {notes!r}")
     if seeds is not None and seeds < 1:
@@ -278,7 +279,7 @@ def _cell(name: str, given: Any, settings: dict[str, Any], rows: dict[str, str],
     changed = _rows(given.get("methods", {}), f"{where}[cells.{name}.methods]")
     for row in changed:
         if row not in rows:
-            raise ValueError(f"{where}[cells.{name}.methods]: {_unknown('row', row, rows)}, which stand in [methods]")
+            raise ValueError(f"{where}[cells.{name}.methods]: {unknown('row', row, rows)}, which stand in [methods]")
     settings = {**settings, **_settings(given.get("settings", {}), f"{where}[cells.{name}.settings]")}
     methods = {row: text for row, text in {**rows, **changed}.items() if text}
     if not methods:
@@ -292,13 +293,12 @@ def _cell(name: str, given: Any, settings: dict[str, Any], rows: dict[str, str],
 
 def _check_methods(methods: dict[str, str], settings: dict[str, Any], here: str) -> None:
     """Raises ValueError unless each row is a specification that no other row has."""
-    from .. import spec
     from ..config import Config
 
     config, row_of = Config(**settings), dict[str, str]()
     for row, text in methods.items():
         try:
-            spec.parse(text, config)
+            parse(text, config)
         except ValueError as error:
             raise ValueError(f"{here} {row!r}: {error}") from None
         if text in row_of:
@@ -313,7 +313,7 @@ def _check_keys(given: dict[str, Any], kinds: Mapping[str, type], where: str, ne
     names = {**_EXPECTED, list: "a list", dict: "a table"}
     for key, value in given.items():
         if key not in kinds:
-            raise ValueError(f"{where}{_unknown('key', key, kinds)}")
+            raise ValueError(f"{where}{unknown('key', key, kinds)}")
         if type(value) is not kinds[key]:
             raise ValueError(f"{where}{key}: expected {names[kinds[key]]}, got {value!r}")
     for key in needed:
@@ -347,7 +347,7 @@ def _settings(given: dict[str, Any], where: str) -> dict[str, Any]:
         if name == "methods":
             raise ValueError(f"{where}: methods are no setting of a recipe; give each of them a row in [methods]")
         if name not in allowed:
-            raise ValueError(f"{where}: {_unknown('setting', name, allowed)}")
+            raise ValueError(f"{where}: {unknown('setting', name, allowed)}")
         kind = kinds[name]
         if kind is tuple and isinstance(value, list) and all(type(v) in (int, float) for v in value):
             settings[name] = tuple(float(v) for v in value)
@@ -365,10 +365,3 @@ def _kind(hint: Any) -> type:
     if get_origin(hint) in (Union, UnionType):
         return next(arg for arg in get_args(hint) if arg is not type(None))
     return get_origin(hint) or hint
-
-
-def _unknown(kind: str, name: str, allowed: Collection[str]) -> str:
-    """The message about a name that is not allowed, with the nearest one that is."""
-    near = difflib.get_close_matches(str(name), allowed, 1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"unknown {kind} {name!r}; {hint}use one of {', '.join(allowed)}"
