@@ -1,21 +1,17 @@
 """Device, precision and memory format of a training, and the processes of torchrun (this file is the program of each)."""
 
 import contextlib
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import needs_gloo, torchrun
 
 from absgd_fast.experiments.models import make_model
 from absgd_fast.experiments.placing import Placing, Processes
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -275,9 +271,6 @@ def test_how_the_processes_meet(device, backend, gpus, monkeypatch):
     assert calls[-2:] == [backend, "end"]
 
 
-needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
-
-
 @needs_gloo
 def test_a_group_that_runs_already_is_left_running(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
@@ -324,9 +317,7 @@ def train_in_a_process(folder):
 
 @needs_gloo
 def test_two_processes_of_torchrun(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = torchrun([__file__, str(tmp_path)], tmp_path)
     assert done.returncode == 0, done.stderr
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert [(f["rank"], f["world"], f["main"], f["gpu"]) for f in found] == [(0, 2, True, "cuda:0"), (1, 2, False, "cuda:1")]

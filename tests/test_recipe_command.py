@@ -1,12 +1,10 @@
 """`absgd-fast train --recipe`: the cells of a recipe one after the other, into folders of their own; and train under torchrun."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from test_cli import ROOT, in_an_empty_folder, refused  # noqa: F401 (a fixture)
+from test_cli import in_an_empty_folder, refused  # noqa: F401 (a fixture)
+from two_processes import torchrun
 
 from absgd_fast import __main__ as cli
 from absgd_fast.experiments import checkpoint
@@ -130,14 +128,7 @@ def test_two_processes_train_as_one(in_an_empty_folder):
     """Batches of 64 on two processes, 32 each: the same gradients, up to rounding, and the normaliser of the whole batch."""
     methods = "sgd,absgd@lam=0.7,absgd+sam:vs+tla+adrw@lam=5,resample"
     options = ["train", "--model", "linear", "--methods", methods, "--per-class", "64", "--epochs", "3", "--seeds", "1"]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "absgd_fast"]
-    done = subprocess.run(
-        [*launch, *options, "--out", "two"], env=environment, capture_output=True, text=True, timeout=250, check=False
-    )
+    done = torchrun(["-m", "absgd_fast", *options, "--out", "two"], in_an_empty_folder)
     assert done.returncode == 0, done.stderr
     assert cli.main([*options, "--out", "one"]) == 0
     two, one = ({run["method"]: run for run in results(in_an_empty_folder / name)["runs"]} for name in ("two", "one"))
@@ -150,12 +141,7 @@ def test_two_processes_train_as_one(in_an_empty_folder):
 
 
 def test_methods_of_one_process_are_refused_under_several(in_an_empty_folder):
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "absgd_fast"]
-    command = [*launch, "train", "--methods", "sgd,l2rw", "--epochs", "1", "--seeds", "1"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    options = ["train", "--methods", "sgd,l2rw", "--epochs", "1", "--seeds", "1"]
+    done = torchrun(["-m", "absgd_fast", *options], in_an_empty_folder)
     assert done.returncode != 0 and "method l2rw: got 2 processes of torchrun, expected one" in done.stderr
     assert not (in_an_empty_folder / "absgd-results").exists()

@@ -1,13 +1,17 @@
-"""Two processes that talk through gloo."""
+"""Two processes that talk through gloo: run(), in which a function meets itself, and torchrun(), which starts a program."""
 
 import os
+import subprocess
+import sys
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
 
 needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
@@ -44,3 +48,26 @@ def run(body, tmp_path, *args):
     assert not errors, "\n".join(errors)
     assert not alive, f"still running after two minutes: {alive}"
     assert [process.exitcode for process in ranks] == [0] * RANKS
+
+
+# At a free port. Without an address torchrun asks for the full name of the machine, and its processes for the address of that
+# name; where nothing answers these questions, such as in a sandbox without a network, they wait for minutes.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+
+
+def torchrun(arguments, folder):
+    """`torchrun --nproc-per-node 2 ARGUMENTS...` in `folder`, as a CompletedProcess with its output as text."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [*TORCHRUN, "--nproc-per-node", str(RANKS), *arguments]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes) as started:
+        try:
+            out, err = started.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            started.terminate()  # so that it ends its processes too; killed, it would leave them running
+            out, err = started.communicate()
+            pytest.fail(f"still running after five minutes: {command}\n{out}\n{err}")
+    return subprocess.CompletedProcess(command, started.returncode, out, err)

@@ -8,14 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import two_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 COMMAND = re.compile(r"Run it with: (.+)")
-LAUNCHERS = {
-    "python": [sys.executable],
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],  # at a free port
-}
+LAUNCHERS = {"python": [sys.executable], "torchrun": two_processes.TORCHRUN}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
