@@ -828,3 +828,22 @@ def test_config_refuses_the_reference_where_it_cannot_follow(monkeypatch):
     monkeypatch.setitem(sys.modules, "absgd", None)  # as if not installed
     with pytest.raises(ValueError, match="pip install absgd==0.0.1"):
         SHORT.check()
+
+
+def test_the_epochs_may_look_at_some_of_the_test_images(digits):
+    """The training and its end are the same; the epochs' accuracies are those on these images, which are always the same ones."""
+    config = replace(SHORT, methods=("absgd",), epochs=2)
+    few = replace(config, test_images=7)
+    (whole,), (some,), (again,) = ([*train.runs(one, digits)] for one in (config, few, few))
+    different = {"accuracy", "balanced_accuracy"}
+    for one, other in ((some, again), (whole, some)):
+        assert all(one[key] == other[key] for key in one if key not in ("seconds", "epochs"))
+        assert all(one["epochs"][key] == other["epochs"][key] for key in one["epochs"] if key not in different)
+    assert some["epochs"] == again["epochs"]
+    assert all(round(accuracy * 7 / 100, 3).is_integer() for accuracy in some["epochs"]["accuracy"])
+    split = data.draw(digits, 0)
+    looked_at = data.some_test_images(split, 7)
+    assert len(looked_at.y_test) == 7 and torch.equal(looked_at.x, split.x)
+    places = [torch.nonzero((split.x_test == image).flatten(1).all(1)).item() for image in looked_at.x_test]
+    assert places == sorted(places) and torch.equal(split.y_test[places], looked_at.y_test)
+    assert data.some_test_images(split, 600) is data.some_test_images(split, None) is split

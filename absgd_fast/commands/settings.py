@@ -106,6 +106,7 @@ def add_methods(parser: argparse.ArgumentParser) -> None:
     add("stage-epochs", "crt, lws: passes over the features")
     add("stage-lr", "crt, lws: learning rate")
     add("seeds", "number of runs per method, each on a split of its own")
+    add("test-images", "test images that are looked at after each epoch; at the end it is all of them (default: always all)")
 
 
 def _adder(group: argparse._ArgumentGroup) -> Callable[..., None]:
@@ -119,7 +120,7 @@ def _adder(group: argparse._ArgumentGroup) -> Callable[..., None]:
         if isinstance(value, bool):
             group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=f"{text} (default: {shown(value)})")
         elif value is None:  # the text says what happens without
-            group.add_argument(f"--{name}", type=int if name == "per-class" else str, help=text, **more)
+            group.add_argument(f"--{name}", type=int if name in ("per-class", "test-images") else str, help=text, **more)
         else:
             kind = numbers if isinstance(value, tuple) else type(value)
             group.add_argument(f"--{name}", type=kind, help=f"{text} (default: {shown(value)})", **more)

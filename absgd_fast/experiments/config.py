@@ -58,6 +58,7 @@ class Config:
         trainable: what is trained after the warm-up: "all", "fc" (the classifier), or "fc+lb" (and the last block).
         device, amp, channels_last: as for placing.Placing.
         seeds: the number of seeds; they are 0 … seeds − 1.
+        test_images: after each epoch the network is tested on so many of the test images, at the end on all; None: always on all.
         audit: whether to record the losses and the weights of each training sample (audit.Watch).
     """
 
@@ -118,6 +119,7 @@ class Config:
     amp: str = "none"
     channels_last: bool = False
     seeds: int = 8
+    test_images: int | None = None
     audit: bool = False
 
     def __post_init__(self) -> None:
@@ -231,6 +233,7 @@ class Config:
             "batch_size": (self.batch_size >= 1, "at least 1"),
             "weight_decay": (0 <= self.weight_decay < inf, at_least_0),
             "seeds": (self.seeds >= 1, "at least 1"),
+            "test_images": (self.test_images is None or self.test_images >= 1, "at least 1"),
         }
         for name, (right, expected) in rules.items():
             if not right:

@@ -261,6 +261,14 @@ def _choose(source: Source, keep: Sequence[int | None], random: torch.Generator)
     return torch.cat(train_of), torch.cat(test_of)
 
 
+def some_test_images(split: Split, count: int | None) -> Split:
+    """The split with `count` of its test images, the same ones in every call. None, or more than there are, keeps all of them."""
+    if count is None or count >= len(split.y_test):
+        return split
+    some = torch.randperm(len(split.y_test), generator=torch.Generator("cpu").manual_seed(0), device="cpu")[:count].sort().values
+    return replace(split, x_test=split.x_test[some], y_test=split.y_test[some])
+
+
 def clean_part(split: Split, per_class: int) -> tuple[Tensor, Tensor]:
     """The clean samples of L2RW: images and right labels of the first `per_class` training samples of each class.
 

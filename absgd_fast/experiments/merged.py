@@ -29,7 +29,7 @@ METRIC = "balanced_accuracy"  # what methods are compared by, unless a recipe sa
 AHEAD, BEHIND, ALIKE = "ahead", "behind", "not told apart"
 
 # What may differ between the trainings of a cell: how many runs there are, where the data lie, and where and how fast it runs.
-_FREE = frozenset(["methods", "seeds", "audit", "data_root", "workers", "device", "digests", "channels_last"])
+_FREE = frozenset(["methods", "seeds", "test_images", "audit", "data_root", "workers", "device", "digests", "channels_last"])
 
 # The settings of a method: the METHODs, EXTRAs, LOSSes and SCHEDULEs that read them. They may differ between the trainings of a
 # cell too; a method whose setting differs is then named with it, as in absgd@lam=-1. All other settings are the cell's.

@@ -24,6 +24,7 @@ from .merged_panels import LETTER, LOOK, WIDTH, legend_size, make_panels
 from .plots import Plot, class_groups, mean_std, numbers
 from .style import base_of, log_if_wide, mark_switch, plain, style_of
 from .train import Run
+from .words import tested_on
 
 ROOM = 7  # lines that one panel can hold
 PANELS = 6  # methods that have a panel each, in the plots of many classes
@@ -381,7 +382,7 @@ def confusion(cell: Cell, names: Sequence[str]) -> Plot | None:
 
 def accuracy(cell: Cell, names: Sequence[str]) -> Plot | None:
     """The accuracy that the cell's methods are compared by, over the epochs."""
-    label = f"{cell.metric.replace('_', ' ')} on the test set, %"
+    label = f"{cell.metric.replace('_', ' ')} on {tested_on(cell.config)}, %"
     return lines(replace(LINES[0], columns=[("", label, series(cell.metric))]), cell, names)
 
 

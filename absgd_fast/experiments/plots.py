@@ -18,6 +18,7 @@ from torch import Tensor
 from .style import FEW, STYLES, bar, legend, log_if_wide, make_axes, mark_switch, style_of
 from .summary import BASELINE, RunsOf, by_method, head_to_tail, judged
 from .train import Run
+from .words import tested_on
 
 Plot = tuple[str, str, Figure]  # title, caption, figure
 
@@ -62,7 +63,11 @@ def numbers(values: Sequence[float | None]) -> list[float]:
 
 
 def _accuracy(results: dict[str, Any], runs_of: RunsOf) -> Plot:
-    figure, axes = make_axes("epoch", "balanced accuracy on the test set, %", size=(6.4 if len(runs_of) <= FEW else 8.4, 3.8))
+    figure, axes = make_axes(
+        "epoch",
+        f"balanced accuracy on {tested_on(results['config'])}, %",
+        size=(6.4 if len(runs_of) <= FEW else 8.4, 3.8),
+    )
     for method, mine in runs_of.items():
         line_and_band(axes, mine.values(), "balanced_accuracy", label=method, linewidth=1.8, **style_of(method, runs_of))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

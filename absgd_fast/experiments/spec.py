@@ -39,7 +39,8 @@ SHARED = {
         "noise",
         "noise_rate",
     ),
-    *("background", "methods", "loss", "model", "epochs", "batch_size", "seeds", "audit", "device", "amp", "channels_last"),
+    *("background", "methods", "loss", "model", "epochs", "batch_size", "seeds", "test_images", "audit", "device", "amp"),
+    "channels_last",
 }
 
 

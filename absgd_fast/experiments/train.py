@@ -60,7 +60,7 @@ def runs(
         state: a state that take() returned. Training goes on from there, with the same results bit for bit on the same
             machine. The runs that were already finished are yielded again first.
         processes: those that train together, started by torchrun; None: this one alone. Each trains on its part of every batch
-            (Processes.part), and records the weights and the predictions of that part. All of them test on all test images.
+            (Processes.part), and records the weights and the predictions of that part. All of them test on the same images.
         on_audit: with config.audit, called as on_audit(method, seed, parts) at the end of a run; audit.save writes the parts.
 
     Yields:
@@ -73,13 +73,13 @@ def runs(
             train_counts                   training samples of each class, by their true label
             parameters                     sha256 of the trained model's state_dict, in its order (checkpoint.digest)
             flipped_confusion              of the training samples with a wrong label: C × C counts, true class × prediction
-            epochs                         lists with an entry per epoch: accuracy, balanced_accuracy; class_weight, the C mean
-                                           robust weights of the samples with this label in the steps of the epoch;
-                                           clean_weight and flipped_weight, the means over right and over wrong labels; ess, the
-                                           mean ESS/n of the batches; lam and log_s, λ and log s at the end; train_accuracy,
-                                           percent of the labels that the network predicts while it trains; flipped_as_true and
-                                           flipped_as_given, percent of the samples with a wrong label that it predicts as their
-                                           true class, and as this label
+            epochs                         lists with an entry per epoch: accuracy, balanced_accuracy, on config.test_images of
+                                           the test images; class_weight, the C mean robust weights of the samples with this label
+                                           in the steps of the epoch; clean_weight and flipped_weight, the means over right and
+                                           over wrong labels; ess, the mean ESS/n of the batches; lam and log_s, both at the
+                                           end; train_accuracy, percent of the labels that the network predicts while it trains;
+                                           flipped_as_true and flipped_as_given, percent of the samples with a wrong label that it
+                                           predicts as their true class, and as this label
 
     Raises:
         ValueError, FileNotFoundError, ImportError: as Config.check and data.load_source.
@@ -203,7 +203,8 @@ class Training:
         self.net = self._wrapped()  # what the steps use: in DistributedDataParallel if there are several processes
         self.decay = self.config.decay(self.method.optimizer)
         self.order = data.generator(seed, data.ORDER)
-        self.recorder = Recorder(split, source.classes)
+        self.looked_at = data.some_test_images(split, config.test_images)
+        self.recorder = Recorder(self.looked_at, source.classes)
         self.seconds = 0.0
         self.epoch = 0
         # Of the epoch under way: the order of its samples (None between two epochs), and its finished steps.
@@ -249,7 +250,7 @@ class Training:
             self.watch.load_state_dict(state["watch"])
 
     def epochs(self, after_step: Callable[[], object]) -> Iterator[Tensor]:
-        """Trains to the end from where it stands. After each epoch it yields the logits of the test images."""
+        """Trains to the end from where it stands. After each epoch it yields the logits of the test images that are looked at."""
         method, split = self.method, self.split
         while self.epoch < self.config.epochs:
             if self.samples is None:
@@ -267,7 +268,7 @@ class Training:
                 self.seconds += time.perf_counter() - begun
             self.decay.step()
             method.after_epoch()
-            logits = self._logits(self.model, split.x_test)
+            logits = self._logits(self.model, self.looked_at.x_test)
             self.recorder.end(logits.argmax(1), method.robust)
             self.epoch, self.samples = self.epoch + 1, None
             yield logits

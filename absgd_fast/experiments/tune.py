@@ -35,6 +35,7 @@ CHECKPOINT, RESULTS, PAGE = "checkpoint.pt", "selection.json", "tune.html"
 # the fields of Config that no candidate uses
 UNUSED = (
     "methods",
+    "test_images",
     "lam",
     "warmup",
     "share",

@@ -158,6 +158,12 @@ def notes(results: dict[str, Any]) -> list[str]:
     return found
 
 
+def tested_on(config: dict[str, Any]) -> str:
+    """The images behind the accuracies of the epochs, in words."""
+    count = config.get("test_images")  # results of an older version have no such setting
+    return "the test set" if count is None else f"at most {count} test images"
+
+
 def setting(config: dict[str, Any]) -> str:
     """The data and the model of an experiment in one line."""
     parts = [config["dataset"]]
