@@ -9,9 +9,9 @@ file, its plot of memorised labels to docs/, and `absgd-fast report DIR/PART` sh
 prints the tables of docs/evidence.md.
 
     digits-noise, digits-imbalance    the recipes as they are: 8 seeds, 1100 images of one size
-    fashion-noise                     300 images of each class, 30 epochs: a CNN that memorises wrong labels
+    fashion-noise                     250 images of each class, 30 epochs: a CNN that memorises wrong labels
     fashion-noise-short               the same with 6 epochs: it does not
-    fashion-imbalance                 1000 images of the largest class, 20 epochs
+    fashion-imbalance                 600 images of the largest class, 20 epochs
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from absgd_fast.experiments import merged, merged_report, recipes
 from absgd_fast.experiments.checkpoint import write_whole
 from absgd_fast.experiments.merged_panels import LOOK
 from absgd_fast.experiments.merged_plots import PLOTS
+from absgd_fast.experiments.words import plus_minus
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -56,9 +57,9 @@ CNN = ("--channels-last", "--test-images", "1000", "--per-class")
 PARTS = {
     "digits-noise": Part("digits-noise"),
     "digits-imbalance": Part("digits-imbalance"),
-    "fashion-noise": Part("fashion-noise", (*CNN, "300", "--epochs", "30"), "memorised.png"),
-    "fashion-noise-short": Part("fashion-noise", (*CNN, "300", "--epochs", "6"), "memorised-short.png"),
-    "fashion-imbalance": Part("fashion-imbalance", (*CNN, "1000", "--epochs", "20")),
+    "fashion-noise": Part("fashion-noise", (*CNN, "250", "--epochs", "30"), "memorised.png"),
+    "fashion-noise-short": Part("fashion-noise", (*CNN, "250", "--epochs", "6"), "memorised-short.png"),
+    "fashion-imbalance": Part("fashion-imbalance", (*CNN, "600", "--epochs", "20")),
 }
 
 
@@ -113,7 +114,7 @@ def read(name: str) -> dict[str, Any]:
 
 def differences(results: dict[str, Any]) -> str:
     """What ABSGD adds to SGD on the same loss, in points, as a Markdown table."""
-    return _table(results, "to_baseline", lambda entry: merged_report.plus_minus(entry, "stderr", 1, signed=True))
+    return _table(results, "to_baseline", lambda entry: plus_minus(entry, "stderr", 1, signed=True))
 
 
 def memorised(results: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ with pytest.MonkeyPatch.context() as patch:  # benchmarks are no part of the pac
         cases,
         choosing_lambda,
         device,
+        evidence,
         gpu_folder,
         gpu_report,
         imbalance,
@@ -24,6 +25,7 @@ with pytest.MonkeyPatch.context() as patch:  # benchmarks are no part of the pac
         ramp,
         run,
         timing,
+        train_loop,
     )
 
 CPU = torch.device("cpu")

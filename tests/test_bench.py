@@ -1,5 +1,6 @@
 """The benchmarks: the oracle stops whoever is wrong, and what is reported says so. No timing is asserted."""
 
+import dataclasses
 import json
 import math
 from functools import partial
@@ -23,6 +24,7 @@ from bench_cases import (  # noqa: F401 (fixtures)
     same_path,
     timing,
     tiny,
+    train_loop,
 )
 
 import absgd_fast as ab
@@ -279,6 +281,21 @@ def test_steps_of_l2rw_are_measured(threads):
         assert m["ratio"]["q1"] <= m["ratio"]["median"] <= m["ratio"]["q3"] and m["memory"] > 0
         assert m["distance"] < (0.2 if name == "finite_difference" else 1e-3), name
     assert found["methods"]["jvp"]["most"] == 2.8 and found["methods"]["unrolled"]["most"] is None
+
+
+@pytest.mark.deep
+def test_the_loop_of_train_is_measured(threads, tmp_path, monkeypatch, capsys):
+    threads(1)
+    config = dataclasses.replace(train_loop.EPOCH, dataset="digits", model="linear", per_class=20, batch_size=16)
+    found = train_loop.measure(config, rounds=2, files=3, size=32)
+    assert found["epoch"]["ratio"].keys() == found["epoch"]["most"].keys() == {"sgd", "absgd"}
+    assert all(0 < ratio["q1"] <= ratio["median"] <= ratio["q3"] for ratio in found["epoch"]["ratio"].values())
+    assert found["folder"]["images_per_second"].keys() == {"folder", "tensor", "reading"}
+    monkeypatch.setattr(train_loop, "measure", lambda rounds: found)
+    assert train_loop.main(["--out", str(tmp_path / "out.json")]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["folder"] == found["folder"]
+    out = capsys.readouterr().out
+    assert out.count("of the plain loop's time") == 2 and "of the throughput of a tensor; folder" in out
 
 
 def test_imbalance_is_measured(tmp_path, capsys):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import absgd_fast as ab
-from absgd_fast.experiments import cifar, data, methods, models, report, style, train
+from absgd_fast.experiments import cifar, data, methods, models, report, style, train, tune
 from absgd_fast.experiments.method import Setup
 from absgd_fast.experiments.train import Config
 
@@ -785,6 +785,21 @@ def test_report_of_one_run_of_many_classes():
     assert report.html(results).count("<figure") == 4
     alone = report.collect(Config(methods=("sgd",), epochs=3, seeds=1), results["runs"][:1])
     assert report.html(alone).count("<figure") == 3
+
+
+@pytest.mark.parametrize("module", ["report", "tune_report"])
+def test_the_results_are_written_even_if_the_page_cannot_be(module, tmp_path, monkeypatch):
+    """A plot that cannot be drawn costs no training."""
+
+    def broken(results):
+        raise RuntimeError("no such font")
+
+    monkeypatch.setattr(f"absgd_fast.experiments.{module}.html", broken)
+    writes, name = {"report": (report.write, "results.json"), "tune_report": (tune.write, "selection.json")}[module]
+    with pytest.raises(RuntimeError, match="no such font"):
+        writes({"table": []}, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert json.loads((tmp_path / name).read_text()) == {"table": []}
 
 
 def test_results_json_is_strict_and_complete(tmp_path, digits):

@@ -74,14 +74,15 @@ def table(results: dict[str, Any]) -> Table:
 def write(results: dict[str, Any], folder: str | os.PathLike[str]) -> list[Path]:
     """Writes results.json and report.html into `folder`, which is created if there is none. Returns their paths.
 
-    A reader never finds half a file, because each file is written under another name and then renamed.
+    A reader never finds half a file, because each file is written under another name and then renamed. The results come first, so
+    that they are there even if a plot cannot be drawn.
     """
     into = Path(folder)
-    texts = {"results.json": json.dumps(results, indent=1, allow_nan=False) + "\n", "report.html": html(results)}
     into.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        write_whole(into / name, text.encode())
-    return [into / name for name in texts]
+    numbers, page = into / "results.json", into / "report.html"
+    write_whole(numbers, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+    write_whole(page, html(results).encode())
+    return [numbers, page]
 
 
 def html(results: dict[str, Any]) -> str:

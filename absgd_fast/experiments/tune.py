@@ -273,17 +273,19 @@ def _percent(fraction: float | None) -> float | None:
 
 
 def write(results: dict[str, Any], folder: str | os.PathLike[str]) -> list[Path]:
-    """Writes selection.json and tune.html, each whole or not at all, and removes the checkpoints. Returns the paths."""
+    """Writes selection.json and tune.html, each whole or not at all, and removes the checkpoints. Returns the paths.
+
+    The results come first, so that they are there even if a plot cannot be drawn.
+    """
     from .tune_report import html  # it needs matplotlib and jinja2
 
     into = Path(folder)
     into.mkdir(parents=True, exist_ok=True)
-    texts = {PAGE: html(results), RESULTS: json.dumps(results, indent=1, allow_nan=False) + "\n"}
-    for name, text in texts.items():
-        write_whole(into / name, text.encode())
+    write_whole(into / RESULTS, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+    write_whole(into / PAGE, html(results).encode())
     for place in (*range(len(results["table"])), "refit"):
         kept = into / f"candidate-{place}"
         Keeper(kept / CHECKPOINT, {}).done()
         with contextlib.suppress(OSError):  # it is not there, or a user's own files are in it
             kept.rmdir()
-    return [into / name for name in reversed(texts)]
+    return [into / RESULTS, into / PAGE]
