@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import absgd_fast as ab
-from absgd_fast.experiments.stages import STAGES, cached_features, class_balanced, crt, lws, tau_normalised
+from absgd_fast.experiments.stages import STAGES, class_balanced, crt, lws, tau_normalised
 
 GIVEN = dict(epochs=3, lr=0.1, batch_size=8, weight_decay=0.0, momentum=0.9, seed=0)
 CONFIG = SimpleNamespace(tau=1.0, stage_epochs=10, stage_lr=0.1, batch_size=64, weight_decay=1e-4, momentum=0.9)
@@ -220,37 +220,3 @@ def test_errors(message, call):
 
 
 # ---- features ------------------------------------------------------------------------------------------------------------
-
-
-class Watched(torch.nn.Module):
-    """A layer that notes how it was called."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.calls = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Dropout(0.5)), []
-
-    def forward(self, x):
-        self.calls.append((len(x), self.training, self.inner.training, self.inner[0].training, torch.is_grad_enabled()))
-        if x.isnan().any():
-            raise KeyError
-        return self.inner(x)
-
-
-@pytest.mark.parametrize("rows", [0, 3, 7])
-def test_cached_features(rows):
-    module, x = Watched().double(), torch.arange(2.0 * rows, dtype=torch.float64).view(rows, 2)
-    module.inner[0].eval()  # frozen statistics stay frozen
-    module.inner[0].running_mean += 1
-    found = cached_features(module, x, size=3)
-    torch.testing.assert_close(found, (x - 1) / math.sqrt(1 + 1e-5))
-    assert not found.requires_grad
-    assert module.calls == [(n, False, False, False, False) for n in {0: [0], 3: [3], 7: [3, 3, 1]}[rows]]
-    assert [m.training for m in module.modules()] == [True, True, False, True]
-    assert torch.equal(module.inner[0].running_mean, torch.ones(2, dtype=torch.float64))
-
-
-def test_cached_features_restores_the_modes_after_an_error():
-    module = Watched()
-    with pytest.raises(KeyError):
-        cached_features(module, torch.full((2, 2), math.nan))
-    assert all(m.training for m in module.modules())

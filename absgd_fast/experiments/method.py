@@ -20,6 +20,7 @@ from .criteria import Schedule
 from .mixup import Mixup
 from .placing import Placing
 from .sam import SAM, running_statistics_kept
+from .stages import class_balanced
 
 if TYPE_CHECKING:
     from .config import Config
@@ -106,7 +107,7 @@ class Method:
 
     Attributes:
         logits: the logits of the batch just trained on, before the step; None for a method that does not show them.
-        chances: (N,) the probabilities of the training samples, up to a factor; None = each comes once an epoch.
+        balanced: whether an epoch draws its samples by stages.class_balanced; otherwise each comes once.
     """
 
     setup: Setup
@@ -116,7 +117,7 @@ class Method:
     schedules: dict[str, Schedule] = field(default_factory=dict)
     stateful: dict[str, Stateful] = field(default_factory=dict)
     logits: Tensor | None = field(default=None, init=False)
-    chances: Tensor | None = field(default=None, init=False)
+    balanced: bool = field(default=False, init=False)
     sam: SAM | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -137,9 +138,7 @@ class Method:
 
     def choose(self, order: Tensor) -> Tensor:
         """The indices of the samples to train on in an epoch. order: (N,) a permutation of all of them."""
-        if self.chances is None:
-            return order
-        return torch.multinomial(self.chances, len(order), replacement=True, generator=self.draws.generator)
+        return class_balanced(self.setup.split.y, len(order), self.draws.generator) if self.balanced else order
 
     def step(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         """Forward, backward and the optimizer's step."""

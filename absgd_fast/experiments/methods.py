@@ -292,7 +292,7 @@ def build(name: str, setup: Setup) -> Method:
 
 def _balanced(method: Method) -> None:
     """Class-balanced sampling: first a class is drawn, all equally likely, and then one of its training samples."""
-    method.chances = 1 / torch.bincount(method.setup.split.y)[method.setup.split.y].double()
+    method.balanced = True
 
 
 def _sam(method: Method) -> None:

@@ -4,7 +4,7 @@
     crt    a fresh classifier is trained with class-balanced sampling
     lws    every class's weights are multiplied by a factor that is trained with class-balanced sampling
 
-STAGES has them by name, with one signature. The features come from cached_features(), because the stages do not change them.
+STAGES has them by name, with one signature. Their features are computed once, because the stages do not change them.
 Source of all: Kang et al. 2020, "Decoupling Representation and Classifier for Long-Tailed Recognition", Sec. 4.
 """
 
@@ -22,37 +22,6 @@ from .. import _numbers
 
 if TYPE_CHECKING:
     from .config import Config
-
-
-def cached_features(features: nn.Module, x: Tensor, size: int = 250) -> Tensor:
-    """The features of images, computed once in eval mode.
-
-    Args:
-        features: the network without its last layer.
-        x: (n, ...) images, on the device of the network.
-        size: how many images it gets at a time.
-
-    Returns:
-        (n, d) features, without a graph. Each module is in training or eval mode as before.
-
-    Example:
-        >>> from absgd_fast.experiments.stages import cached_features
-        >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.9))
-        >>> cached_features(network, torch.ones(3, 1, 2), size=2)
-        tensor([[1., 1.],
-                [1., 1.],
-                [1., 1.]])
-        >>> network.training
-        True
-    """
-    modes = [(module, module.training) for module in features.modules()]
-    features.eval()
-    try:
-        with torch.no_grad():
-            return torch.cat([features(part) for part in x.split(size)])
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def tau_normalised(classifier: nn.Module, tau: float) -> nn.Linear:
@@ -255,8 +224,7 @@ def _checked(features: Tensor, labels: Tensor, classes: int, width: int | None =
     if features.dim() != 2 or labels.shape != features.shape[:1] or not len(labels) or width not in (None, features.shape[1]):
         d = "d" if width is None else width
         raise ValueError(
-            f"stage: got features {tuple(features.shape)} and labels {tuple(labels.shape)}, expected (n, {d}) and (n,) with "
-            "n >= 1; cached_features makes them"
+            f"stage: got features {tuple(features.shape)} and labels {tuple(labels.shape)}, expected (n, {d}) and (n,), n >= 1"
         )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
