@@ -129,9 +129,9 @@ def test_the_page_has_the_tables(name):
 def test_the_numbers_are_those_of_the_recipes():
     """Every row and every cell of the recipe is there, with the settings of the recipe and the options above it."""
     for name, part in evidence.PARTS.items():
-        recipe, results = evidence.recipes.load(part.recipe), evidence.read(name)
-        assert [cell["title"] for cell in results["cells"]] == [cell.title for cell in recipe.cells.values()]
-        for cell, of_recipe in zip(results["cells"], recipe.cells.values(), strict=True):
+        results = evidence.read(name)
+        assert len(part.cells) >= 2 and [cell["title"] for cell in results["cells"]] == [c.title for c in part.cells.values()]
+        for cell, of_recipe in zip(results["cells"], part.cells.values(), strict=True):
             kept = part.options[part.options.index("--methods") + 1].split(",") if "--methods" in part.options else None
             rows = {row: spec for row, spec in of_recipe.methods.items() if kept is None or spec in kept}
             assert {method["row"]: method["method"] for method in cell["methods"]} == rows and len(rows) >= 6

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import absgd_fast as ab
-from absgd_fast.experiments import cifar, data, methods, models, report, style, train, tune
+from absgd_fast.experiments import cifar, data, methods, models, report, style, summary, train, tune
 from absgd_fast.experiments.method import Setup
 from absgd_fast.experiments.train import Config
 
@@ -862,3 +862,51 @@ def test_the_epochs_may_look_at_some_of_the_test_images(digits):
     places = [torch.nonzero((split.x_test == image).flatten(1).all(1)).item() for image in looked_at.x_test]
     assert places == sorted(places) and torch.equal(split.y_test[places], looked_at.y_test)
     assert data.some_test_images(split, 600) is data.some_test_images(split, None) is split
+
+
+@pytest.mark.parametrize(
+    "methods, judged",
+    [
+        (("sgd:sce", "term", "absgd@lam=2"), "absgd@lam=2"),
+        (("sgd:sce", "term"), "term"),
+        (("sgd:sce",), "sgd:sce"),
+        ((), None),
+    ],
+)
+def test_the_report_judges_absgd_first(methods, judged):
+    assert summary.judged(summary.by_method(made_up([3, 4], methods=methods)["runs"])) == judged
+
+
+@pytest.mark.parametrize(
+    "methods, words, absent",
+    [
+        (("sgd", "absgd@lam=2"), ["λ = 2"], ["0.5"]),
+        (("sgd", "absgd@lam=2", "ramp"), [], ["λ ="]),
+        (("absgd", "ramp"), ["λ = −0.5"], []),
+        (("targetess@share=0.7@sign=-1",), ["ESS/n = 0.7 with λ < 0"], ["λ ="]),
+        (("targetess@share=0.7", "targetess"), [], ["ESS"]),
+    ],
+)
+def test_the_title_names_what_all_methods_have(methods, words, absent):
+    results = made_up([3, 4], methods=()) | {}
+    results["config"]["methods"] = list(methods)
+    text = report.title(results)
+    assert all(word in text for word in words) and not any(word in text for word in absent), text
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"model": "linear", "trainable": "fc+lb"}, "the model has no residual blocks"),
+        ({"model": "linear", "augment": "randaugment"}, "augment: got randaugment, expected none or crop-flip"),
+    ],
+)
+def test_settings_that_the_data_or_the_model_lack_are_refused_early(options, words, digits):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Config(**options).check_source(digits)
+
+
+def test_batch_normalisation_needs_two_images(digits):
+    config = Config(model="preact", batch_size=1, epochs=1, seeds=1, methods=("sgd",), per_class=2)
+    with pytest.raises(ValueError, match="^batch-size: 1 leaves no batch of two images in a process"):
+        list(train.runs(config, digits))

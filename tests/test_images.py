@@ -559,3 +559,25 @@ def test_randaugment_draws_two_changes_of_fourteen(monkeypatch):
 def test_randaugment_refuses(arguments):
     with pytest.raises(ValueError, match=r"expected 0 or more, of a magnitude in \[0, 10\]"):
         augment.randaugment(Image.new("RGB", (4, 4)), Random(0), **arguments)
+
+
+@pytest.mark.parametrize("share, counts", [(1.0, [6, 4, 2]), (0.5, [3, 2, 1]), (0.2, [1, 1, 1])])
+def test_a_share_of_each_class(tmp_path, share, counts):
+    """The classes of a folder have their own sizes, and a share of the data has the same imbalance."""
+    image_folder(tmp_path)
+    source = data.load_source("folder", tmp_path, image_size=16)
+    config = train.Config(dataset="folder", data_root=str(tmp_path), image_size=16, model="linear", data_share=share)
+    config.check_source(source)
+    split = train.draw(config, source, 0)
+    assert split.y.bincount().tolist() == counts
+    assert set(split.x.names()) <= set(source.images.names())
+
+
+@pytest.mark.parametrize("options", [{"per_class": 2}, {"imbalance": "step", "rho": 2.0}])
+def test_a_share_and_numbers_of_images_are_refused(tmp_path, options):
+    image_folder(tmp_path)
+    source = data.load_source("folder", tmp_path, image_size=16)
+    with pytest.raises(ValueError, match="^data-share: got 0.5, expected 1 here"):
+        train.Config(model="linear", data_share=0.5, **options).check_source(source)
+    with pytest.raises(ValueError, match="^data-share: got 0.5, expected 1 here"):
+        train.Config(model="linear", data_share=0.5).check_source(data.load_source("digits"))

@@ -119,6 +119,24 @@ def test_another_recipe_in_the_same_folder_is_refused(recipe, capsys):
     assert (recipe / "x/noisy/results.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "first, words",
+    [
+        (["--scale", "data=0.5"], "per-class: x/noisy/results.json was made with 15, got 30"),
+        (["--lam", "3"], "lam: x/noisy/results.json was made with 3.0, got -0.5"),
+        (["--weight-decay", "0.01"], "weight-decay: x/noisy/results.json was made with 0.01, got 0.0001"),
+    ],
+)
+def test_a_training_with_other_options_is_not_taken_for_the_recipe(first, words, recipe, capsys):
+    """Settings that the second command does not name count too, with their defaults."""
+    command = ["train", "--recipe", "two.toml", "--cell", "noisy", "--seeds", "1", "--out", "x"]
+    assert cli.main([*command, *first]) == 0
+    capsys.readouterr()
+    assert cli.main([*command, *first]) == 0 and "this training is complete" in capsys.readouterr().out
+    assert cli.main(command) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_the_names_are_listed(capsys):
     assert cli.main(["train", "--recipe", "list"]) == 0
     assert "absgd-table1: Imbalanced CIFAR" in capsys.readouterr().out

@@ -356,6 +356,13 @@ SCALED = [
 ]
 
 
+@pytest.mark.parametrize(
+    "settings, expected", [({"epochs": 9}, {"epochs": 9, "data_share": 0.1}), ({"per_class": 50}, {"per_class": 5})]
+)
+def test_scaled_keeps_a_natural_imbalance(settings, expected):
+    assert recipes.scaled(settings, 0.1, 1, 5, natural=True) == expected
+
+
 @pytest.mark.parametrize("settings,share,epochs,expected", SCALED)
 def test_scaled(settings, share, epochs, expected):
     before = dict(settings)

@@ -132,7 +132,7 @@ def test_every_loss_is_in_the_table():
 def test_loss(name):
     made, schedules = criteria.make(Config(loss=name, **NUMBERS), COUNTS)
     torch.testing.assert_close(made(X, Y), MADE[name](X, Y), rtol=0, atol=0)
-    assert schedules == {}
+    assert list(schedules) == ["tce"] * (name == "tce")
     plain, _ = criteria.make(Config(loss=name, epochs=10), COUNTS)  # with the default numbers it is another loss
     assert (name == "ce") == torch.equal(plain(X, Y), MADE[name](X, Y))
 
@@ -142,6 +142,7 @@ def test_loss(name):
     {
         "focal+drw": ab.Focal(1.5, BALANCED),
         "ldam+adrw": ab.LDAM(COUNTS, 0.4, 20.0, BY_NU),
+        "tce": ab.GCE(0.6, 0.4, prune=True),
         "cdt+tla": ab.CrossEntropy(),
         "vs+tla+adrw": ab.LogitAdjusted(COUNTS, 0.8, BY_NU),
     }.items(),
@@ -161,10 +162,42 @@ def test_printed_code_makes_the_same_loss(loss):
     scope = {"ab": ab, "counts": COUNTS}
     exec(f"loss = {expression}\n{lines}", scope)
     made, schedules = criteria.make(config, COUNTS)
-    for _ in range(10):
+    for epoch in range(10):
+        if loss == "tce" and epoch == START:
+            words, _, later = lines.partition(": ")
+            assert words == f"# after {START} epochs"
+            exec(later, scope)
         assert torch.equal(scope["loss"](X, Y), made(X, Y))
         for name, schedule in schedules.items():
-            schedule.step(), scope[name].step()
+            schedule.step(), name == "tce" or scope[name].step()
+
+
+def test_truncation_leaves_samples_out():
+    """With p <= k the gradient is 0, as in Zhang & Sabuncu 2018, Sec. 3.3; the others keep theirs. A checkpoint knows it."""
+    made, schedules = criteria.make(Config(loss="tce", **NUMBERS), COUNTS)
+    gradients = []
+    for state in ({"epoch": START - 1}, {"epoch": START}):
+        schedules["tce"].load_state_dict(state)
+        assert schedules["tce"].state_dict() == state
+        x = X.clone().requires_grad_()
+        made(x, Y).sum().backward()
+        gradients.append(x.grad)
+    small = X.softmax(1).gather(1, Y[:, None]).squeeze(1) <= 0.4
+    assert small.tolist() == [True, False, False]
+    assert (gradients[0].abs().sum(1) > 0).all()
+    assert torch.equal(gradients[1], gradients[0] * ~small[:, None])
+
+
+def test_an_empty_loss_and_a_setting_given_twice_are_refused():
+    for text, expected in (("sgd:", "expected a loss behind the colon"), ("absgd@lam=1@lam=2", "a setting is given twice")):
+        with pytest.raises(ValueError, match=expected):
+            parse(text, Config())
+
+
+@pytest.mark.parametrize("method", ["sgd@lr-schedule=cosin", "absgd@trainable=everything", "l2rw@l2rw-method=fast"])
+def test_names_among_the_settings_of_a_method_are_checked(method):
+    with pytest.raises(ValueError, match=f"^unknown {method.partition('@')[2].partition('=')[0]} '"):
+        Config(methods=(method,)).check()
 
 
 def test_a_class_without_labels_counts_as_one():

@@ -44,7 +44,10 @@ def plain_console() -> Console:
     """A console of rich that prints every text as it is. In names and paths, [red] and :cat: are no markup."""
     from rich.console import Console
 
-    return Console(markup=False, emoji=False, highlight=False)
+    console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:  # rich takes 80 columns there, which would cut the numbers of a long table off
+        console.width = max(console.width, 130)
+    return console
 
 
 def require(command: str, modules: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,10 +68,12 @@ def _options(cell: Cell, given: Mapping[str, Any], scale: tuple[float, float] | 
         config.check()
         if scale is not None:
             source = data.load_source(config.dataset, config.data_root, **config.reading)
-            options = recipes.scaled(options, *scale, source.n_max)
+            options = recipes.scaled(options, *scale, source.n_max, source.natural)
     except (ValueError, OSError) as error:
         raise Refused(f"{cell.name}: {error}") from error
-    return options | {name: value for name, value in given.items() if name not in OF_RECIPE}
+    # All settings, those with their defaults too: a training that was made with another value is not this one.
+    whole = asdict(Config(**options | settings(given)))
+    return whole | {name: value for name, value in given.items() if name not in OF_RECIPE}
 
 
 def about(recipe: Recipe, cell: Cell, scale: tuple[float, float] | None) -> dict[str, Any]:

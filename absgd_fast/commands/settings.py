@@ -28,6 +28,7 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
     )
     add("digests", "refuse files of a standard data set that are not the known ones; --no-digests takes them")
     add("per-class", "training images of each class before imbalance (default: as many as the smallest class has)")
+    add("data-share", "share of the training images of each class, of folders and index files")
     add("imbalance", "none, lt (long-tailed) or step")
     add("rho", "number of images of the largest class over that of the smallest")
     add("noise", "none, symmetric (also called uniform), asymmetric or background")
@@ -63,7 +64,7 @@ def _add_loss(parser: argparse.ArgumentParser) -> None:
     add("mix", "weight of the plain mean loss, which is added")
     add("focal-gamma", "focal: exponent γ")
     add("gce-q", "gce, tce: exponent q")
-    add("gce-k", "tce: the probability below which the loss is truncated")
+    add("gce-k", "tce: samples with a smaller probability of their label are left out")
     add("sce-alpha", "sce: factor of the cross-entropy")
     add("sce-beta", "sce: factor of the reverse cross-entropy")
     add("ldam-margin", "ldam: the largest margin")
@@ -72,7 +73,7 @@ def _add_loss(parser: argparse.ArgumentParser) -> None:
     add("vs-tau", "vs, la: factor τ of the logarithm of the class frequencies")
     add("cb-beta", "cb-…, drw: β of the class-balanced weights")
     add("nu", "adrw: exponent ν of the class weights")
-    add("drw-start", "drw, adrw, tla: fraction of the epochs before they begin")
+    add("drw-start", "drw, adrw, tla, tce: fraction of the epochs before they begin")
 
 
 def add_methods(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
@@ -247,8 +248,8 @@ def _forget_audits(out: Path, kept: Collection[str]) -> None:
 
 
 def _audit_name(method: str, seed: int) -> str:
-    # no system refuses these letters in the name of a file, as some do with the colon of a specification
-    return f"{method.replace(':', '_')}-{seed}"
+    # no system refuses these letters in the name of a file, as some do with the colon and the slash of a specification
+    return f"{re.sub('[:/]', '_', method)}-{seed}"
 
 
 def _epochs_done(config: Config, state: dict[str, Any]) -> int:
@@ -309,8 +310,7 @@ def _print_results(console: Console, results: dict[str, Any], paths: Sequence[Pa
     from absgd_fast.experiments import report
 
     console.print(report.class_counts(results))
-    # rich takes 80 columns where there is no terminal, which would cut the numbers of a long table off
-    console.print(report.table(results), width=console.width if console.is_terminal else max(console.width, 130))
+    console.print(report.table(results))
     console.print(report.answers(results)["help"])
     for note in report.notes(results):
         console.print(note)

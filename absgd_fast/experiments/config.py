@@ -13,7 +13,7 @@ from absgd_fast import meta
 from absgd_fast._numbers import plain
 
 from . import data, images, spec
-from .models import check_model
+from .models import check_model, last_block, make_model
 from .placing import Placing
 
 
@@ -24,6 +24,7 @@ class Config:
     Args:
         dataset, data_root: as for data.load_source.
         per_class: the number of training images of each class before imbalance; None: as many as every class has.
+        data_share: the share of the training images of each class that is kept, of data whose classes have sizes of their own.
         imbalance: "none", or the kind of data.class_counts, "lt" or "step".
         rho: training samples of the largest class over those of the smallest, ≥ 1.
         noise: "none", or the kind of data.add_noise.
@@ -44,7 +45,7 @@ class Config:
         focal_gamma, gce_q, gce_k (of tce), sce_alpha, sce_beta, ldam_margin, ldam_scale, vs_gamma, vs_tau (of la too): of the
             losses.
         cb_beta, nu: of the class weights, ab.class_balanced_weights (cb-…, drw) and ab.adrw_weights (adrw).
-        drw_start: the fraction of the epochs before the schedules of the loss switch.
+        drw_start: the fraction of the epochs before the schedules of the loss switch, and before tce leaves samples out.
         sam_rho, mixup_alpha: of the extras sam and mixup.
         tau, stage_epochs, stage_lr: of the classifier stages tau, crt and lws (stages.py).
         clean: the number of training images of each class whose right label l2rw knows (data.clean_part).
@@ -65,6 +66,7 @@ class Config:
     dataset: str = "digits"
     data_root: str | None = None
     per_class: int | None = None
+    data_share: float = 1.0
     imbalance: str = "none"
     rho: float = 100.0
     noise: str = "none"
@@ -149,6 +151,7 @@ class Config:
         self._check_numbers()
         for one in [spec.parse(text, self) for text in self.methods]:
             own = one.config(self)
+            own._check_names()
             own._check_numbers()
             if one.method == "reference":
                 _check_reference(own)
@@ -165,7 +168,16 @@ class Config:
                 f"per-class: got {self.per_class}, expected at most {source.n_max}, the number of training images that every "
                 f"class of {source.name} has"
             )
+        if self.data_share < 1 and (self.per_class is not None or self.imbalance != "none" or not source.natural):
+            raise ValueError(
+                f"data-share: got {self.data_share:g}, expected 1 here; it is for folders and index files without per-class and "
+                "imbalance, which say by themselves how many images are kept"
+            )
+        if self.augment == "randaugment" and isinstance(source.images, torch.Tensor):
+            raise ValueError("augment: got randaugment, expected none or crop-flip; only the images of a folder have randaugment")
         check_model(self.model, source.shape)
+        if self.trainable == "fc+lb":
+            last_block(make_model(self.model, source.shape, source.classes, 0))  # or it says that there is none
         if self.background >= source.classes:
             raise ValueError(f"background: got {self.background}, expected a class below {source.classes}")
 
@@ -192,6 +204,7 @@ class Config:
         positive, at_least_0, share = "a finite number > 0", "a finite number ≥ 0", "a number in (0, 1)"
         rules = {
             "per_class": (self.per_class is None or self.per_class >= 1, "at least 1"),
+            "data_share": (0 < self.data_share <= 1, "a number in (0, 1]"),
             "rho": (self.rho >= 1 and finite(self.rho), "a finite number ≥ 1"),
             "noise_rate": (0 <= self.noise_rate < 1, "a number in [0, 1)"),
             "background": (self.background >= 0, "a class, at least 0"),

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 import absgd_fast as ab
+from absgd_fast import _codes
 from absgd_fast.losses import VS, LogitLoss
+from absgd_fast.ops import LossSpec
 
 if TYPE_CHECKING:
     from .config import Config
@@ -23,6 +25,38 @@ class _Kind(NamedTuple):
     counted: bool = False
 
 
+class TCE(ab.GCE):
+    """GCE that is truncated at k: while `pruning`, samples with p <= k have no gradient, as in Zhang & Sabuncu 2018, Sec. 3.3."""
+
+    pruning = False
+
+    def spec(self, logits: Tensor) -> LossSpec:
+        """As LogitLoss.spec; while pruning, that of GCE(prune=True)."""
+        spec = super().spec(logits)
+        return spec._replace(bits=spec.bits | _codes.PRUNE) if self.pruning else spec
+
+
+class Truncation:
+    """Switches the pruning of a TCE on after `start` epochs. Before, no sample has a large p, and all would be left out."""
+
+    def __init__(self, loss: TCE, start: int) -> None:
+        self.loss, self.start = loss, start
+        self.load_state_dict({"epoch": 0})
+
+    def step(self) -> None:
+        """Call it after each epoch."""
+        self.load_state_dict({"epoch": self.epoch + 1})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of finished epochs."""
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state: Any, /) -> None:
+        """Puts back what state_dict() gave."""
+        self.epoch = state["epoch"]
+        self.loss.pruning = self.epoch >= self.start
+
+
 _KINDS = {
     "ce": _Kind(ab.CrossEntropy),
     "focal": _Kind(ab.Focal, ("focal_gamma",)),
@@ -31,7 +65,7 @@ _KINDS = {
     "vs": _Kind(ab.VS, ("vs_gamma", "vs_tau"), counted=True),
     "cdt": _Kind(ab.CDT, ("vs_gamma",), counted=True),
     "gce": _Kind(ab.GCE, ("gce_q",)),
-    "tce": _Kind(ab.GCE, ("gce_q", "gce_k")),
+    "tce": _Kind(TCE, ("gce_q", "gce_k")),
     "sce": _Kind(ab.SCE, ("sce_alpha", "sce_beta")),
 }
 CLASS_BALANCED = ("ce", "focal", "ldam")  # the losses of the ABSGD paper's Table 2 that have a class-balanced version
@@ -85,6 +119,8 @@ def make(config: Config, counts: Sequence[int]) -> tuple[LogitLoss, dict[str, Sc
     if name.startswith("cb-"):
         loss.set_weight(ab.class_balanced_weights(counts, config.cb_beta))
     start, made = round(config.drw_start * config.epochs), dict[str, Schedule]()
+    if isinstance(loss, TCE):
+        made["tce"] = Truncation(loss, start)
     for schedule in schedules:
         if schedule == "drw":
             made["drw"] = ab.DRW(loss, ab.class_balanced_weights(counts, config.cb_beta), start)
@@ -110,7 +146,9 @@ def code(config: Config) -> tuple[str, str]:
         "tla": f"tla = ab.TLA(loss, start={start})",
     }
     stepped = [f"{lines[schedule]}  # {schedule}.step() after each epoch" for schedule in schedules]
-    return f"ab.{kind.make.__name__}({', '.join(given)})", "\n".join(stepped)
+    if kind.make is TCE:
+        stepped.append(f"# after {start} epochs: loss = ab.GCE({', '.join(given)}, prune=True)")
+    return f"ab.{'GCE' if kind.make is TCE else kind.make.__name__}({', '.join(given)})", "\n".join(stepped)
 
 
 def head(loss: str) -> str:

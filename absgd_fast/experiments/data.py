@@ -202,6 +202,7 @@ def draw(
     seed: int,
     *,
     per_class: int | None = None,
+    share: float = 1.0,
     imbalance: str = "none",
     rho: float = 100.0,
     noise: str = "none",
@@ -218,6 +219,7 @@ def draw(
         seed: determines all choices.
         per_class: the number of training images of each class before imbalance, at most source.n_max. None takes n_max, or all
             images of a source.natural without imbalance.
+        share: the share of these images of each class that is kept, at least one of a class; only where all images are taken.
         imbalance: "none", or the kind of class_counts.
         rho: as for class_counts.
         noise: "none", or the kind of add_noise.
@@ -234,7 +236,8 @@ def draw(
         raise ValueError(f"asymmetric noise of {source.name} needs to know its superclasses: {source.unmapped}")
     keep: Sequence[int | None] = [n_max] * source.classes
     if source.natural and per_class is None:
-        keep = [None] * source.classes
+        counts = torch.bincount(source.labels, minlength=source.classes).tolist()
+        keep = [None if share == 1 else max(1, round(share * count)) for count in counts]
     if imbalance != "none":
         keep = class_counts(n_max, source.classes, imbalance, rho)
     train, held_back = _choose(source, keep, generator(seed, SPLIT))

@@ -37,7 +37,7 @@ _READERS: dict[str, tuple[str, ...]] = {
     "loss": (),  # it is part of a method's name
     "lam": OF_LAM,
     "gamma": ("absgd", "ramp", "reference"),
-    "mix": (*IN_STAGES, "proportion", "hard-mining"),
+    "mix": (*IN_STAGES, "hard-mining", "random"),
     "warmup": IN_STAGES,
     **dict.fromkeys(("share", "sign"), ("targetess",)),
     **dict.fromkeys(("beta", "reg"), ("cvar",)),
@@ -53,7 +53,7 @@ _READERS: dict[str, tuple[str, ...]] = {
     "vs_gamma": ("vs", "cdt"),
     "vs_tau": ("vs", "la"),
     "nu": ("adrw",),
-    "drw_start": ("drw", "adrw", "tla"),
+    "drw_start": ("drw", "adrw", "tla", "tce"),
     "sam_rho": ("sam",),
     "mixup_alpha": ("mixup",),
     "tau": ("tau",),

@@ -34,6 +34,7 @@ SHARED = {
         "augment",
         "workers",
         "per_class",
+        "data_share",
         "imbalance",
         "rho",
         "noise",
@@ -98,7 +99,9 @@ def parse(text: str, config: Config) -> Spec:
         ('absgd', ('sam',), 'vs', ('tla',), {'lam': 5.0})
     """
     named, *given = text.split("@")
-    of_method, _, of_loss = named.partition(":")
+    of_method, colon, of_loss = named.partition(":")
+    if colon and not of_loss:
+        raise ValueError(f"method {text!r}: expected a loss behind the colon, such as {of_method}:sce")
     method, *extras = of_method.split("+")
     known(method, METHODS, "method", text)
     for extra in extras:
@@ -106,6 +109,8 @@ def parse(text: str, config: Config) -> Spec:
     check_loss(of_loss or config.loss)
     loss, *schedules = (of_loss or config.loss).split("+")
     spec = Spec(text, method, tuple(extras), loss, tuple(schedules), dict(_setting(one, text, config) for one in given))
+    if len(spec.settings) < len(given):
+        raise ValueError(f"method {text!r}: a setting is given twice")
     _check_together(spec)
     return spec
 

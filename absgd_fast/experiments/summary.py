@@ -142,7 +142,9 @@ def by_method(runs: Iterable[Run]) -> RunsOf:
 
 def judged(runs_of: RunsOf) -> str | None:
     """The method that the report judges: absgd, or else the first other method. None if there is only plain SGD."""
-    return next((m for m in runs_of if m != BASELINE), None)
+    others = [m for m in runs_of if m != BASELINE]
+    weighing = [m for m in others if base(m) != BASELINE]
+    return next((m for m in others if base(m) == "absgd"), next(iter(weighing or others), None))
 
 
 def head_to_tail(runs: Iterable[Run]) -> tuple[list[int], list[float]]:

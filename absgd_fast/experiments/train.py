@@ -147,6 +147,7 @@ def draw(config: Config, source: data.Source, seed: int) -> data.Split:
         source,
         seed,
         per_class=config.per_class,
+        share=config.data_share,
         imbalance=config.imbalance,
         rho=config.rho,
         noise=config.noise,
@@ -298,7 +299,12 @@ class Training:
         """This process's parts of the batches. A part that is too small is left out: batch normalisation needs two samples."""
         parts = list(batches) if self.processes is None else [self.processes.part(batch) for batch in batches]
         normalised = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
-        return [part for part in parts if len(part) > normalised]
+        if not (kept := [part for part in parts if len(part) > normalised]):
+            raise ValueError(
+                f"batch-size: {self.config.batch_size} leaves no batch of two images in a process, which the batch normalisation "
+                f"of {self.config.model} needs; use a larger one"
+            )
+        return kept
 
     def _train_mode(self) -> None:
         """Puts the network into training mode. After the warm-up, what is not `trainable` is left as it is."""

@@ -183,13 +183,24 @@ def title(results: dict[str, Any]) -> str:
     c = results["config"]
     seeds = len({run["seed"] for run in results["runs"]})
     lams = []
-    bases = set(map(base, c["methods"]))
-    if bases & set(OF_LAM):
-        lam = c["lam"] if isinstance(c["lam"], str) else f"{c['lam']:g}"
-        lams.append(f"λ = {minus(lam)}")
-    if "targetess" in bases:
-        lams.append(f"ESS/n = {c['share']:g}" + " with λ < 0" * (c["sign"] < 0))
+    lam, share, sign = (_of_all(c, key, of) for key, of in (("lam", OF_LAM), ("share", _ESS), ("sign", _ESS)))
+    if lam is not None:
+        lams.append(f"λ = {minus(f'{lam:g}')}")
+    if share is not None and sign is not None:
+        lams.append(f"ESS/n = {share:g}" + " with λ < 0" * (sign < 0))
     return ", ".join([setting(c), *lams, f"{seeds} seed{'s' * (seeds != 1)}"])
+
+
+_ESS = ("targetess",)
+
+
+def _of_all(config: dict[str, Any], key: str, of: Sequence[str]) -> float | None:
+    """The value of a setting in all methods that have it; None if they differ, or there are none."""
+    found = set()
+    for method in (method for method in config["methods"] if base(method) in of):
+        own = {name.replace("-", "_"): value for name, _, value in (one.partition("=") for one in method.split("@")[1:])}
+        found.add(float(own.get(key, config[key])))
+    return found.pop() if len(found) == 1 else None
 
 
 def _images(count: float) -> str:

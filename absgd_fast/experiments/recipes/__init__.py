@@ -216,7 +216,7 @@ def parse_scale(text: str) -> tuple[float, float]:
     return shares.get("data", 1.0), shares.get("epochs", 1.0)
 
 
-def scaled(settings: Mapping[str, Any], data: float, epochs: float, source_n_max: int) -> dict[str, Any]:
+def scaled(settings: Mapping[str, Any], data: float, epochs: float, source_n_max: int, natural: bool = False) -> dict[str, Any]:
     """The settings of a smaller experiment, for a first look at a table. The sizes of the batches stay.
 
         per_class = max(1, round(n_max · data))       epochs = max(1, round(epochs · share))
@@ -226,6 +226,7 @@ def scaled(settings: Mapping[str, Any], data: float, epochs: float, source_n_max
         data: the share of the training images that is kept, in (0, 1]. 1 leaves per_class as it is.
         epochs: the share of the epochs, in (0, 1]. It holds for those of a classifier stage too.
         source_n_max: n_max of data.Source, the images that every class has.
+        natural: of data.Source. Then data_share keeps this share of each class, and the imbalance stays.
 
     Example:
         >>> from absgd_fast.experiments.recipes import scaled
@@ -235,7 +236,9 @@ def scaled(settings: Mapping[str, Any], data: float, epochs: float, source_n_max
     from ..config import Config
 
     new = dict(settings)
-    if data != 1:
+    if data != 1 and natural and "per_class" not in new:
+        new["data_share"] = data
+    elif data != 1:
         new["per_class"] = max(1, round(new.get("per_class", source_n_max) * data))
     if epochs != 1:
         for name in ("epochs", "stage_epochs"):
