@@ -53,19 +53,20 @@ def interleave(runs, seconds, device=CPU):
     return times
 
 
-def interleave_long(runs, rounds, before=lambda: None):
+def interleave_long(runs, rounds, before=lambda: None, clock=perf_counter):
     """{name: [seconds in each round]} for {name: callable}. A turn is one call; use this for calls that take long.
 
     before: a function that is called before each turn and is not timed.
+    clock: time.process_time gives the CPU time of this process, in which the load of the machine does not count.
     """
     times = {name: [] for name in runs}
     for names in turns(list(runs), rounds):
         for name in names:
             before()
             with uncollected():
-                start = perf_counter()
+                start = clock()
                 runs[name]()
-                times[name].append(perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 

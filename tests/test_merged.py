@@ -253,8 +253,8 @@ MARKDOWN = """## A table
 | ABSGD | **74.00 ± 1.53** | 50.00 |
 | absgd:sce | – | 10.00 |
 
-Accuracy. Mean ± standard error over the seeds, in percent, after the last epoch. **Bold**: ahead of its baseline by more than \
-two standard errors of the difference, which is paired by seed. The baseline is sgd with the same loss. 1 to 3 seeds.
+Accuracy. Mean ± standard error over the seeds, in percent, after the last epoch. **Bold** and ▼: ahead of or behind its baseline \
+by more than two standard errors of the difference, which is paired by seed. The baseline is sgd with the same loss. 1 to 3 seeds.
 
 ### Beside the numbers of Q 2023
 
@@ -277,6 +277,11 @@ def test_markdown(tmp_path, trained, capsys):
     cells, _ = merge(tmp_path)
     assert merged_report.markdown(merged.numbers(cells)) == MARKDOWN
     assert "ABSGD" in merged_report.tables(merged.numbers(cells))[0].columns[0]._cells
+
+
+def test_markdown_marks_what_is_behind(tmp_path, trained):
+    write(tmp_path / "a", trained, accuracies={"sgd": [70, 72, 74], "absgd": [69, 70, 73]})
+    assert "| 70.67 ± 1.20 ▼ |" in merged_report.markdown(merged.numbers(merge(tmp_path)[0]))
 
 
 # ------------------------------------------------------------------------------------------------ styles

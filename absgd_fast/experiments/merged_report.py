@@ -43,7 +43,7 @@ EXPLANATION = (
     "Mean ± standard error over the seeds, in percent, after the last epoch. ▲ and ▼: ahead of or behind its baseline by more "
     f"than two standard errors of the difference, which is paired by seed. The baseline is {BASELINE} with the same loss."
 )
-EXPLANATION_MARKDOWN = EXPLANATION.replace("▲ and ▼: ahead of or behind", "**Bold**: ahead of")
+EXPLANATION_MARKDOWN = EXPLANATION.replace("▲ and ▼:", "**Bold** and ▼:")
 
 
 # ------------------------------------------------------------------------------------------------ tables
@@ -138,7 +138,8 @@ def _results_of(cells: Sequence[dict[str, Any]]) -> list[list[str]]:
     body = []
     for row, methods in matrix(cells):
         texts = [value(method, cell["metric"]) for method, cell in zip(methods, cells)]
-        body.append([_escaped(row), *(f"**{t}**" if verdict(m) == AHEAD else t for t, m in zip(texts, methods))])
+        looks = {AHEAD: "**{}**", BEHIND: "{} " + MARKS[BEHIND]}
+        body.append([_escaped(row), *(looks.get(verdict(m) or ALIKE, "{}").format(t) for t, m in zip(texts, methods))])
     return body
 
 
