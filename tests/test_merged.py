@@ -254,7 +254,8 @@ MARKDOWN = """## A table
 | absgd:sce | – | 10.00 |
 
 Accuracy. Mean ± standard error over the seeds, in percent, after the last epoch. **Bold** and ▼: ahead of or behind its \
-baseline by more than two standard errors of the difference, which is paired by seed. The baseline is sgd with the same loss. 1 to 3 seeds.
+baseline by more than two standard errors of the difference, which is paired by seed. The baseline is sgd with the same loss. \
+1 to 3 seeds.
 
 ### Beside the numbers of Q 2023
 
