@@ -310,6 +310,7 @@ def train_in_a_process(folder):
         "gpu": str(Placing("cuda").device),
         "running": dist.is_initialized(),
     }
+    del wrapped  # before the group ends, see close()
     processes.close()
     found["ended"] = not dist.is_initialized()
     torch.save(found, f"{folder}/{processes.rank}.pt")

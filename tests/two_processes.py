@@ -65,9 +65,11 @@ def torchrun(arguments, folder):
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes) as started:
         try:
-            out, err = started.communicate(timeout=300)
+            out, err = started.communicate(timeout=200)  # less than a test may take
         except subprocess.TimeoutExpired:
             started.terminate()  # so that it ends its processes too; killed, it would leave them running
-            out, err = started.communicate()
-            pytest.fail(f"still running after five minutes: {command}\n{out}\n{err}")
+            out, err = started.communicate(timeout=60)
+            pytest.fail(f"still running after 200 seconds: {command}\n{out}\n{err}")
+        finally:
+            started.kill()  # if it still runs: leaving the block waits for it
     return subprocess.CompletedProcess(command, started.returncode, out, err)

@@ -1,5 +1,6 @@
 """Where and in which precision a network is trained, and the processes of torchrun that train it together."""
 
+import gc
 import re
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -180,8 +181,13 @@ class Processes:
         return batch[self.rank * share : (self.rank + 1) * share]
 
     def close(self) -> None:
-        """Ends torch.distributed if this object started it. A second call does nothing."""
+        """Ends torch.distributed if this object started it. A second call does nothing. Let go of all wrapped models before.
+
+        A wrapped model that is freed after the group may hang the process. It then frees the group too, and torch (2.13, gloo)
+        waits for a thread of the group, which waits for Python's global lock, which is held meanwhile.
+        """
         if self._started:
+            gc.collect()  # wrapped models that only cycles of references keep
             dist.destroy_process_group()
             self._started = False
 
