@@ -142,6 +142,17 @@ def test_the_names_are_listed(capsys):
     assert "absgd-table1: Imbalanced CIFAR" in capsys.readouterr().out
 
 
+def test_two_processes_train_a_recipe(recipe):
+    """Each of them finds out by itself which cells are left; one of them writes."""
+    command = ["-m", "absgd_fast", "train", "--recipe", "two.toml", "--seeds", "1", "--epochs", "1", "--out", "x"]
+    for _ in range(2):
+        done = torchrun(command, recipe)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.count("this training is complete") == 4
+    assert sorted(path.name for path in (recipe / "x").iterdir()) == ["clean", "noisy", "report.html", "report.json", "report.md"]
+    assert "71.5" in (recipe / "x/report.md").read_text()
+
+
 def test_two_processes_train_as_one(in_an_empty_folder):
     """Batches of 64 on two processes, 32 each: the same gradients, up to rounding, and the normaliser of the whole batch."""
     methods = "sgd,absgd@lam=0.7,absgd+sam:vs+tla+adrw@lam=5,resample"

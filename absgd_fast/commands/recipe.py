@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -54,7 +55,8 @@ def run_recipe(given: Mapping[str, Any], argv: Sequence[str], train: Train, chec
         code = train(options | {"resume" if begun else "out": str(folder)}, argv, about(recipe, cell, scale))
         if code:
             return code
-    return report.write([str(out)], out) if len(cells) > 1 else 0
+    # Of several processes the first one writes the results, and the others may be here before it is done.
+    return report.write([str(out)], out) if len(cells) > 1 and os.environ.get("RANK", "0") == "0" else 0
 
 
 def _options(cell: Cell, given: Mapping[str, Any], scale: tuple[float, float] | None) -> dict[str, Any]:
