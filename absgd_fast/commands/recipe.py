@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from absgd_fast._backend import rank_of_launch
 
 from .common import Refused
 from .settings import settings
@@ -56,7 +57,7 @@ def run_recipe(given: Mapping[str, Any], argv: Sequence[str], train: Train, chec
         if code:
             return code
     # Of several processes the first one writes the results, and the others may be here before it is done.
-    return report.write([str(out)], out) if len(cells) > 1 and os.environ.get("RANK", "0") == "0" else 0
+    return report.write([str(out)], out) if len(cells) > 1 and rank_of_launch() == 0 else 0
 
 
 def _options(cell: Cell, given: Mapping[str, Any], scale: tuple[float, float] | None) -> dict[str, Any]:
