@@ -7,7 +7,6 @@ ABSGD_FAST_ISA       forces an instruction set of the CPU kernels: "avx512", "av
 TRITON_INTERPRET     Triton's own: with 1 its kernels run on the CPU, slowly, and "triton" can be forced for CPU tensors
 XDG_DATA_HOME        the user's folder of shared data, where `absgd-fast train` looks for data sets
 XDG_DATA_DIRS        the system's, separated by colons
-RANK                 torchrun's: the number of this process
 """
 
 from __future__ import annotations
@@ -301,8 +300,3 @@ def _quietly_select(device: str) -> str:
             return select(torch.device(device))
         except (RuntimeError, ValueError) as error:
             return str(error)
-
-
-def rank_of_launch() -> int:
-    """The number of this process among all that torchrun started together; 0 outside torchrun. It needs no process group."""
-    return int(os.environ.get("RANK", "0"))

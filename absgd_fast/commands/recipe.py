@@ -7,8 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from absgd_fast._backend import rank_of_launch
-
 from .common import Refused
 from .settings import settings
 
@@ -32,6 +30,7 @@ def run_recipe(given: Mapping[str, Any], argv: Sequence[str], train: Train, chec
         checkpoint: the name of the file that an unfinished training has in its folder.
     """
     from absgd_fast.experiments import recipes
+    from absgd_fast.experiments.placing import Placing, Processes
 
     from . import report
 
@@ -50,14 +49,18 @@ def run_recipe(given: Mapping[str, Any], argv: Sequence[str], train: Train, chec
         raise Refused(error) from error
     out = Path(given.get("out", f"absgd-{recipe.name}"))
     planned = [(cell, _options(cell, given, scale)) for cell in cells]  # all of them, before the first one is trained
-    for cell, options in planned:
-        folder = out / cell.name
-        begun = (folder / checkpoint).is_file() or (folder / "results.json").is_file()
-        code = train(options | {"resume" if begun else "out": str(folder)}, argv, about(recipe, cell, scale))
-        if code:
-            return code
-    # Of several processes the first one writes the results, and the others may be here before it is done.
-    return report.write([str(out)], out) if len(cells) > 1 and rank_of_launch() == 0 else 0
+    processes = Processes(Placing(planned[0][1]["device"]).device)  # of all cells: torch starts one group only from a launch
+    try:
+        for cell, options in planned:
+            folder = out / cell.name
+            begun = (folder / checkpoint).is_file() or (folder / "results.json").is_file()
+            code = train(options | {"resume" if begun else "out": str(folder)}, argv, about(recipe, cell, scale))
+            if code:
+                return code
+    finally:
+        processes.close()
+    # The first process writes the results, and the others may be here before it is done.
+    return report.write([str(out)], out) if len(cells) > 1 and processes.main else 0
 
 
 def _options(cell: Cell, given: Mapping[str, Any], scale: tuple[float, float] | None) -> dict[str, Any]:
