@@ -75,12 +75,12 @@ PARTS = {
 }
 
 
-def train(name: str, cell: str, out: Path, more: tuple[str, ...] = ()) -> int:
+def train(name: str, cell: str, out: Path) -> int:
     """Trains one cell of a part, or goes on with it; returns the exit code. Its output goes to OUT/PART/CELL.log."""
     part, folder = PARTS[name], out / name
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "absgd_fast", "train", "--recipe", part.recipe, "--cell", cell, "--threads", "1"]
-    command += [*part.options, *more, "--out", str(folder)]
+    command += [*part.options, "--out", str(folder)]
     began = time.monotonic()
     with open(folder / f"{cell}.log", "a") as log:
         done = subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)

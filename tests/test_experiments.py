@@ -888,7 +888,7 @@ def test_the_report_judges_absgd_first(methods, judged):
     ],
 )
 def test_the_title_names_what_all_methods_have(methods, words, absent):
-    results = made_up([3, 4], methods=()) | {}
+    results = made_up([3, 4], methods=())
     results["config"]["methods"] = list(methods)
     text = report.title(results)
     assert all(word in text for word in words) and not any(word in text for word in absent), text

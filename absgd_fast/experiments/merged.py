@@ -18,6 +18,7 @@ from statistics import mean
 from typing import Any
 
 from .methods import IN_STAGES, OF_LAM
+from .spec import given_settings
 from .style import base_of
 from .summary import BASELINE, METRICS, RunsOf, std, stderr
 from .train import Config, Run
@@ -178,10 +179,9 @@ def canonical(name: str, loss: str = "ce") -> str:
         >>> canonical("absgd@lam=-1.0", "sce"), canonical("sgd:ce")
         ('absgd:sce@lam=-1', 'sgd')
     """
-    named, *given = name.split("@")
-    method, _, of_loss = named.partition(":")
+    method, _, of_loss = name.split("@")[0].partition(":")
     of_loss = of_loss or loss
-    settings = [f"@{key.replace('-', '_')}={_shown(value)}" for key, _, value in (one.partition("=") for one in given)]
+    settings = [f"@{key}={_shown(value)}" for key, value in given_settings(name).items()]
     return "".join([method, f":{of_loss}" * (of_loss != "ce"), *settings])
 
 
@@ -197,11 +197,11 @@ def _shown(value: object) -> str:
 
 def words_of(name: str) -> tuple[set[str], dict[str, str]]:
     """(the METHOD, EXTRAs, LOSS and SCHEDULEs of a specification, its settings). "cb-focal" counts as "cb" and "focal"."""
-    named, *given = name.split("@")
+    named = name.split("@")[0]
     words = set(re.split("[+:]", named)) | ({"ce"} if ":" not in named else set())
     for word in [word for word in words if word.startswith("cb-")]:
         words |= {"cb", word.removeprefix("cb-")}
-    return words, {key: value for key, _, value in (one.partition("=") for one in given)}
+    return words, given_settings(name)
 
 
 def loss_of(name: str) -> str:

@@ -81,6 +81,17 @@ def base(text: str) -> str:
     return re.split("[+:@]", text, maxsplit=1)[0]
 
 
+def given_settings(text: str) -> dict[str, str]:
+    """The SETTINGs of a specification, with _ instead of -, and their values as text.
+
+    Example:
+        >>> from absgd_fast.experiments.spec import given_settings
+        >>> given_settings("absgd:sce@sce-alpha=0.5@lam=-2")
+        {'sce_alpha': '0.5', 'lam': '-2'}
+    """
+    return {name.replace("-", "_"): value for name, _, value in (one.partition("=") for one in text.split("@")[1:])}
+
+
 def parse(text: str, config: Config) -> Spec:
     """The specification in a text.
 

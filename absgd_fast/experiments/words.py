@@ -7,7 +7,7 @@ from statistics import mean, median
 from typing import Any
 
 from .methods import OF_LAM
-from .spec import base
+from .spec import base, given_settings
 from .summary import BASELINE, RunsOf, by_method, head_to_tail, judged, stderr, time_ratios
 from .train import Run
 
@@ -198,8 +198,7 @@ def _of_all(config: dict[str, Any], key: str, of: Sequence[str]) -> float | None
     """The value of a setting in all methods that have it; None if they differ, or there are none."""
     found = set()
     for method in (method for method in config["methods"] if base(method) in of):
-        own = {name.replace("-", "_"): value for name, _, value in (one.partition("=") for one in method.split("@")[1:])}
-        found.add(float(own.get(key, config[key])))
+        found.add(float(given_settings(method).get(key, config[key])))
     return found.pop() if len(found) == 1 else None
 
 
