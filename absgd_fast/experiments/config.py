@@ -173,8 +173,7 @@ class Config:
                 f"data-share: got {self.data_share:g}, expected 1 here; it is for folders and index files without per-class and "
                 "imbalance, which say by themselves how many images are kept"
             )
-        if self.augment == "randaugment" and isinstance(source.images, torch.Tensor):
-            raise ValueError("augment: got randaugment, expected none or crop-flip; only the images of a folder have randaugment")
+        images.check_augment(source.images, self.augment or source.augment)
         check_model(self.model, source.shape)
         if self.trainable == "fc+lb":
             last_block(make_model(self.model, source.shape, source.classes, 0))  # or it says that there is none

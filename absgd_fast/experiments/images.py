@@ -110,6 +110,14 @@ def as_tensor(x: Images) -> Tensor:
     return x.tensor() if isinstance(x, Lazy) else x
 
 
+def check_augment(x: Images, augment: str) -> None:
+    """Raises ValueError for an unknown change, or one that these images do not have. The message is one line."""
+    if augment not in AUGMENTS:
+        raise ValueError(f"unknown augment {augment!r}; use one of {', '.join(AUGMENTS)}")
+    if augment == "randaugment" and not isinstance(x, Lazy):
+        raise ValueError("augment: got randaugment, expected none or crop-flip; only the images of a folder have randaugment")
+
+
 def batches(
     x: Images, chosen: Sequence[Tensor], *, augment: str, seed: int, epoch: int, first: int = 0, workers: int = 0
 ) -> Iterator[Tensor]:
@@ -146,12 +154,9 @@ def batches(
 
     Source: He et al. 2016, Sec. 4.2; Szegedy et al. 2015, Sec. 6; Cubuk et al. 2020.
     """
-    if augment not in AUGMENTS:
-        raise ValueError(f"unknown augment {augment!r}; use one of {', '.join(AUGMENTS)}")
+    check_augment(x, augment)
     if isinstance(x, Lazy):
         return _loaded(_Batches(x, chosen[first:], augment, (seed, epoch), first), workers)
-    if augment == "randaugment":
-        raise ValueError("augment: got randaugment, expected none or crop-flip; only the images of a folder have randaugment")
     return _indexed(x, chosen[first:], augment, (seed, epoch), first)
 
 
