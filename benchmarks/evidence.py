@@ -5,12 +5,12 @@
 
 Each cell of a part is one `absgd-fast train --recipe` in a process of its own, with one thread. Its results are in DIR/PART/CELL,
 and the program goes on with what it finds there. The numbers of a complete part go to results/evidence-PART.json beside this
-file, its plot of memorised labels to docs/, and `absgd-fast report DIR/PART` shows all its plots. `--tables` trains nothing and
+file, its plot for the page to docs/, and `absgd-fast report DIR/PART` shows all its plots. `--tables` trains nothing and
 prints the tables of docs/evidence.md.
 
     digits-noise, digits-imbalance    the recipes as they are: 8 seeds, 1100 images of one size
     fashion-noise                     250 images of each class, 30 epochs: a CNN that memorises wrong labels
-    fashion-noise-short               the same with 6 epochs, in which it memorises few; three cells, and only SGD and ABSGD
+    fashion-noise-short               the same with 6 epochs, in which it memorises few; only SGD and ABSGD
     fashion-imbalance                 600 images of the largest class, 20 epochs
 """
 
@@ -22,8 +22,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +34,44 @@ from matplotlib import rc_context
 from absgd_fast.experiments import merged, merged_report, recipes
 from absgd_fast.experiments.checkpoint import write_whole
 from absgd_fast.experiments.merged_panels import LOOK
-from absgd_fast.experiments.merged_plots import PLOTS
+from absgd_fast.experiments.merged_plots import PLOTS, Lines, lines, series, weighing
+from absgd_fast.experiments.plots import Plot
 from absgd_fast.experiments.words import plus_minus
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs"
-PLOT = "Memorisation of wrong labels"
-DRAWN = "symmetric-0.4"  # the cell whose plot the page shows, with the methods on cross-entropy
+FITTED = Lines(
+    "What is left to weigh",
+    "The training labels that the network predicts, and ESS/n of the batches.",
+    [("", "% of training labels", series("train_accuracy")), ("", "ESS/n", weighing("ess"))],
+    shared=False,
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A plot of the page, of one cell and its methods on cross-entropy.
+
+    Attributes:
+        file: its name in docs/.
+        cell: of the recipe.
+        draw: makes it, as those of merged_plots.PLOTS.
+    """
+
+    file: str
+    cell: str
+    draw: Callable[[merged.Cell, Sequence[str]], Plot | None]
+
+    def write(self, cells: Sequence[merged.Cell]) -> None:
+        """Draws it of the cells of a part."""
+        cell = next(cell for cell in cells if cell.recipe["cell"] == self.cell)
+        shown = {name: runs for name, runs in cell.runs_of.items() if merged.loss_of(name) == "ce"}
+        with rc_context(LOOK):
+            plot = self.draw(replace(cell, runs_of=shown), list(cell.runs_of))
+            assert plot is not None, f"{cell.title} has no data for {self.file}"
+            plot[2].savefig(PICTURES / self.file, dpi=140, metadata={"Software": None})
+        print(f"written: {PICTURES / self.file}", flush=True)
 
 
 @dataclass(frozen=True)
@@ -48,28 +80,29 @@ class Part:
 
     recipe: str
     options: tuple[str, ...] = ()
-    picture: str | None = None  # the file of the plot
-    only: tuple[str, ...] = ()  # cells; none of them stands for all
+    picture: Picture | None = None
 
     @property
     def cells(self) -> dict[str, recipes.Cell]:
         """The cells that are trained, by name."""
-        return {name: cell for name, cell in recipes.load(self.recipe).cells.items() if not self.only or name in self.only}
+        return recipes.load(self.recipe).cells
 
 
 # channels-last takes 0.6 to 0.7 of the time of the other format here; testing on all 10,000 images after each epoch would take as
 # long as the training
 CNN = ("--channels-last", "--test-images", "1000", "--per-class")
 FEW = "sgd,absgd@lam=-1,sgd:sce,absgd:sce@lam=-4,sgd:gce,absgd:gce@lam=-0.6"
+MEMORISATION = PLOTS["Memorisation of wrong labels"]
 PARTS = {
     "digits-noise": Part("digits-noise"),
-    "digits-imbalance": Part("digits-imbalance"),
-    "fashion-noise": Part("fashion-noise", (*CNN, "250", "--epochs", "30"), "memorised.png"),
+    "digits-imbalance": Part("digits-imbalance", (), Picture("fitted.png", "lt-100", partial(lines, FITTED))),
+    "fashion-noise": Part(
+        "fashion-noise", (*CNN, "250", "--epochs", "30"), Picture("memorised.png", "symmetric-0.4", MEMORISATION)
+    ),
     "fashion-noise-short": Part(
         "fashion-noise",
         (*CNN, "250", "--epochs", "6", "--methods", FEW),
-        "memorised-short.png",
-        ("none", "symmetric-0.2", "symmetric-0.4"),
+        Picture("memorised-short.png", "symmetric-0.4", MEMORISATION),
     ),
     "fashion-imbalance": Part("fashion-imbalance", (*CNN, "600", "--epochs", "20")),
 }
@@ -105,17 +138,7 @@ def collect(name: str, out: Path) -> None:
     write_whole(file_of(name), (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
     print(f"written: {file_of(name)}", flush=True)
     if picture := PARTS[name].picture:
-        draw(next(cell for cell in cells if cell.recipe["cell"] == DRAWN), PICTURES / picture)
-
-
-def draw(cell: merged.Cell, path: Path) -> None:
-    """Writes the plot of memorised labels, of the methods on cross-entropy."""
-    shown = {name: runs for name, runs in cell.runs_of.items() if merged.loss_of(name) == "ce"}
-    with rc_context(LOOK):
-        plot = PLOTS[PLOT](replace(cell, runs_of=shown), list(cell.runs_of))
-        assert plot is not None, f"{cell.title} has no wrong labels"
-        plot[2].savefig(path, dpi=140, metadata={"Software": None})
-    print(f"written: {path}", flush=True)
+        picture.write(cells)
 
 
 # ------------------------------------------------------------------------------------------------ tables

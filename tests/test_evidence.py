@@ -32,7 +32,8 @@ settings = { noise = "symmetric", noise_rate = 0.4 }
 def small(tmp_path, monkeypatch):
     """A folder with the recipe of a part "small", whose files go there."""
     (tmp_path / "small.toml").write_text(RECIPE)
-    part = evidence.Part(str(tmp_path / "small.toml"), ("--epochs", "1"), "memorised.png")
+    picture = evidence.Picture("memorised.png", "symmetric-0.4", evidence.MEMORISATION)
+    part = evidence.Part(str(tmp_path / "small.toml"), ("--epochs", "1"), picture)
     monkeypatch.setattr(evidence, "PARTS", {"small": part})
     monkeypatch.setattr(evidence, "RESULTS", tmp_path)
     monkeypatch.setattr(evidence, "PICTURES", tmp_path)
@@ -123,7 +124,7 @@ def test_the_page_has_the_tables(name):
     seeds = 8 if name.startswith("digits") else 3
     assert all(method["seeds"] == list(range(seeds)) for cell in results["cells"] for method in cell["methods"])
     if picture := evidence.PARTS[name].picture:
-        assert f"]({picture})" in page and (PAGE.parent / picture).is_file()
+        assert f"]({picture.file})" in page and (PAGE.parent / picture.file).is_file()
 
 
 def test_the_numbers_are_those_of_the_recipes():

@@ -710,6 +710,31 @@ def test_cost_names_the_reference_too():
     assert "1.00 times reference's time" in report.answers(results)["cost"]
 
 
+def test_cost_has_no_other_weightings():
+    """With twelve methods the sentence would have twelve ratios; the table has them."""
+    results = made_up([3, 4], methods=("absgd", "reference", "term"))
+    cost = report.answers(results)["cost"]
+    assert "sgd's time" in cost and "reference's time" in cost and "term" not in cost
+
+
+def test_many_methods_have_panels_and_tables():
+    """The bars and lines of more than report.MANY methods cannot be told apart in one plot."""
+    few = made_up([3, 4], methods=("absgd", "reference", "term", "eg", "cvar"), noise="symmetric")
+    many = made_up([3, 4], methods=("absgd", "reference", "term", "eg", "cvar", "chi2"), noise="symmetric", loss="sce")
+    titles = [[title for title, _, _ in report.figures(results)] for results in (few, many)]
+    assert titles[0] == [
+        "Accuracy while training",
+        "Recall of each class",
+        "Weight of each class",
+        "Weight of right and wrong labels",
+        "Time",
+    ]
+    assert titles[1][:2] == ["Accuracy while training", "Recall of each class"] and titles[1][-1] == "Time"
+    recall = report.figures(many)[1][2].axes[0]
+    assert [label.get_text() for label in recall.get_yticklabels()] == ["sgd", "absgd", "reference", "term", "eg", "cvar", "chi2"]
+    assert report.html(many).count("<img") == len(titles[1])
+
+
 def test_notes_tell_what_spoils_the_numbers():
     assert report.notes(made_up([1, 2])) == []
     assert "nothing left to reweight" in report.notes(made_up([1, 2], train_loss=1e-4))[0]

@@ -263,14 +263,14 @@ def test_a_candidate_is_trained_with_these_options(candidate):
     [
         ([], "accuracy"),
         (["--noise", "symmetric"], "accuracy"),
-        (["--imbalance", "lt"], "balanced"),
-        (["--imbalance", "step", "--noise", "symmetric", "--noise-rate", "0.1"], "balanced"),
+        (["--imbalance", "lt", "--rho", "10"], "balanced"),
+        (["--imbalance", "step", "--rho", "10", "--noise", "symmetric", "--noise-rate", "0.1"], "balanced"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_the_goal_suits_the_data(options, goal, capsys, in_an_empty_folder):
     """Without --goal. Given, it is the same for the folder; another one is refused."""
-    argv = ["tune", "--model", "linear", "--epochs", "2", "--rho", "10", *options, "--out", "x"]
+    argv = ["tune", "--model", "linear", "--epochs", "2", *options, "--out", "x"]
     assert cli.main(argv) == 0
     results = read(in_an_empty_folder / "x")
     assert results["goal"] == goal and [row["candidate"] for row in results["table"]] == list(DEFAULTS[goal])

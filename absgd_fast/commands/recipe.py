@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import Refused
-from .settings import settings
+from .settings import check_effects, settings
 
 if TYPE_CHECKING:
     from absgd_fast.experiments.recipes import Cell, Recipe
@@ -30,6 +30,7 @@ def run_recipe(given: Mapping[str, Any], argv: Sequence[str], train: Train, chec
         checkpoint: the name of the file that an unfinished training has in its folder.
     """
     from absgd_fast.experiments import recipes
+    from absgd_fast.experiments.config import Config
     from absgd_fast.experiments.placing import Placing, Processes
 
     from . import report
@@ -49,6 +50,10 @@ def run_recipe(given: Mapping[str, Any], argv: Sequence[str], train: Train, chec
         raise Refused(error) from error
     out = Path(given.get("out", f"absgd-{recipe.name}"))
     planned = [(cell, _options(cell, given, scale)) for cell in cells]  # all of them, before the first one is trained
+    try:
+        check_effects(given, [Config(**settings(options)) for _, options in planned])
+    except ValueError as error:
+        raise Refused(error) from error
     processes = Processes(Placing(planned[0][1]["device"]).device)  # of all cells: torch starts one group only from a launch
     try:
         for cell, options in planned:

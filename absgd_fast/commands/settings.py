@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +158,16 @@ def check_counts(given: Mapping[str, Any]) -> None:
     for name, least in (("threads", 1), ("checkpoint_every", 0)):
         if name in given and given[name] < least:
             raise ValueError(f"{name.replace('_', '-')}: got {given[name]}, expected at least {least}")
+
+
+def check_effects(given: Mapping[str, Any], configs: Sequence[Config]) -> None:
+    """Raises ValueError if an option was given that has no effect in any of these experiments."""
+    from absgd_fast.experiments.effects import needs
+
+    for name, value in settings(given).items():
+        needed = [needs(name, vars(config)) for config in configs]
+        if all(needed):
+            raise ValueError(f"{name.replace('_', '-')}: got {shown(value)}, which changes nothing here; it needs {needed[0]}")
 
 
 def shown(value: object) -> str:

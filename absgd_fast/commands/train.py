@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .audit import FOLDER as AUDITS
 from .common import PROGRAM, Refused, check_writable, fail, plain_console, require
-from .settings import add_experiment, add_methods, check_counts, of_data, settings, shown, threads
+from .settings import add_experiment, add_methods, check_counts, check_effects, of_data, settings, shown, threads
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,6 +109,8 @@ def train(given: Mapping[str, Any], argv: Sequence[str], recipe: Mapping[str, An
         config = Config(**saved.get("config", {}) | settings(given))
         require("train", ["rich", "jinja2", "matplotlib", "scipy", *of_data(config)])
         config.check()
+        if recipe is None and not saved:
+            check_effects(given, [config])
         check_counts(given)
         check_writable(out)
         if not saved and file.exists():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import PROGRAM, Refused, check_writable, fail, plain_console, require
-from .settings import add_experiment, check_counts, names, of_data, settings, threads
+from .settings import add_experiment, check_counts, check_effects, names, of_data, settings, threads
 
 if TYPE_CHECKING:
     from .common import Subparsers
@@ -71,6 +71,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         config = Config(**settings(given), methods=("absgd",))
         require("tune", ["rich", "jinja2", "matplotlib", *of_data(config)])
         config.check()
+        check_effects(given, [config])
         options = _options(given)
         check_writable(out)
         source = data.load_source(config.dataset, config.data_root, **config.reading)

@@ -13,6 +13,7 @@ from absgd_fast import meta
 from absgd_fast._numbers import plain
 
 from . import data, images, spec
+from .choices import check_choice
 from .models import check_model, last_block, make_model
 from .placing import Placing
 
@@ -191,9 +192,8 @@ class Config:
             "trainable": ("all", "fc", "fc+lb"),
         }
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                names = ", ".join(a for a in allowed if a is not None)
-                raise ValueError(f"unknown {name.replace('_', '-')} {getattr(self, name)!r}; use one of {names}")
+            if (given := getattr(self, name)) is not None or None not in allowed:
+                check_choice(name.replace("_", "-"), given, [one for one in allowed if one is not None])
         spec.check_loss(self.loss)
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"methods: got {','.join(self.methods)!r}, expected each method at most once, e.g. sgd,absgd")

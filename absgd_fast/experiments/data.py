@@ -17,6 +17,7 @@ from torch import Tensor
 from . import cifar, folder, idx
 from .augment import crop_flip as augment  # noqa: F401 (the imports that are not used here are used by others)
 from .checkpoint import digest
+from .choices import unknown
 from .cifar import load_cifar  # noqa: F401
 from .images import Images, Lazy, as_tensor
 from .noise import (  # noqa: F401
@@ -153,7 +154,7 @@ def load_source(
         x, y, x_test, y_test, names = folder.load_folder(data_root, name, image_size)
         found = _of_files(name, len(names), (x, y, x_test, y_test))
         return replace(found, augment="crop-flip", class_names=names, natural=True)
-    raise ValueError(f"unknown data set {name!r}; use one of {', '.join(DATASETS)}")
+    raise ValueError(unknown("data set", name, DATASETS))
 
 
 def _digits(name: str) -> Source:

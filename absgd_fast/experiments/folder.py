@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .choices import check_choice
 from .images import Lazy
 
 ENDINGS = (".jpg", ".jpeg", ".png")
@@ -67,8 +68,7 @@ def load_folder(root: str | os.PathLike[str], name: str = "folder", size: int = 
 
     Source: Liu et al. 2019, "Large-Scale Long-Tailed Recognition in an Open World" (ImageNet-LT, Places-LT).
     """
-    if name not in DATASETS:
-        raise ValueError(f"load_folder: unknown data set {name!r}; use one of {', '.join(DATASETS)}")
+    check_choice("data set", name, DATASETS)
     try:
         import PIL  # noqa: F401 (said here, and not when the first image is read)
     except ImportError:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend
+from .choices import check_choice
 
 CLASSES, SIDE = 10, 28  # of all three data sets; their images are SIDE × SIDE
 
@@ -90,8 +91,7 @@ def load_idx(root: str | os.PathLike[str] | None, name: str, digests: bool = Tru
 
     Source: the format is described at https://yann.lecun.com/exdb/mnist.
     """
-    if name not in GET:
-        raise ValueError(f"load_idx: unknown data set {name!r}; use one of {', '.join(DATASETS)}")
+    check_choice("data set", name, DATASETS)
     files = [_find(_folder(root, name), file, name) for file in _FILES]
     x, y, x_test, y_test = (*_read_pair(*files[:2]), *_read_pair(*files[2:]))
     if digests:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from . import augment as changes
 from . import streams
+from .choices import check_choice
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,8 +113,7 @@ def as_tensor(x: Images) -> Tensor:
 
 def check_augment(x: Images, augment: str) -> None:
     """Raises ValueError for an unknown change, or one that these images do not have. The message is one line."""
-    if augment not in AUGMENTS:
-        raise ValueError(f"unknown augment {augment!r}; use one of {', '.join(AUGMENTS)}")
+    check_choice("augment", augment, AUGMENTS)
     if augment == "randaugment" and not isinstance(x, Lazy):
         raise ValueError("augment: got randaugment, expected none or crop-flip; only the images of a folder have randaugment")
 

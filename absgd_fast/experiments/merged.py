@@ -11,13 +11,13 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from .methods import IN_STAGES, OF_LAM
+from .effects import READERS, needs, words_of
 from .spec import given_settings
 from .style import base_of
 from .summary import BASELINE, METRICS, RunsOf, std, stderr
@@ -32,43 +32,8 @@ AHEAD, BEHIND, ALIKE = "ahead", "behind", "not told apart"
 # What may differ between the trainings of a cell: how many runs there are, where the data lie, and where and how fast it runs.
 _FREE = frozenset(["methods", "seeds", "test_images", "audit", "data_root", "workers", "device", "digests", "channels_last"])
 
-# The settings of a method: the METHODs, EXTRAs, LOSSes and SCHEDULEs that read them. They may differ between the trainings of a
-# cell too; a method whose setting differs is then named with it, as in absgd@lam=-1. All other settings are the cell's.
-_READERS: dict[str, tuple[str, ...]] = {
-    "loss": (),  # it is part of a method's name
-    "lam": OF_LAM,
-    "gamma": ("absgd", "ramp", "reference"),
-    "mix": (*IN_STAGES, "hard-mining", "random"),
-    "warmup": IN_STAGES,
-    **dict.fromkeys(("share", "sign"), ("targetess",)),
-    **dict.fromkeys(("beta", "reg"), ("cvar",)),
-    "chi2_rho": ("chi2",),
-    "eta": ("groupdro",),
-    **dict.fromkeys(("clean", "l2rw_method"), ("l2rw",)),
-    "focal_gamma": ("focal",),
-    "gce_q": ("gce", "tce"),
-    "gce_k": ("tce",),
-    **dict.fromkeys(("sce_alpha", "sce_beta"), ("sce",)),
-    "cb_beta": ("cb", "drw"),
-    **dict.fromkeys(("ldam_margin", "ldam_scale"), ("ldam",)),
-    "vs_gamma": ("vs", "cdt"),
-    "vs_tau": ("vs", "la"),
-    "nu": ("adrw",),
-    "drw_start": ("drw", "adrw", "tla", "tce"),
-    "sam_rho": ("sam",),
-    "mixup_alpha": ("mixup",),
-    "tau": ("tau",),
-    **dict.fromkeys(("stage_epochs", "stage_lr"), ("crt", "lws")),
-}
-
-# The settings that have no effect for a value of another one.
-_WITHOUT_EFFECT: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "rho": lambda config: config["imbalance"] == "none",
-    "noise_rate": lambda config: config["noise"] == "none",
-    "background": lambda config: config["noise"] != "background",
-    "lr_steps": lambda config: config.get("lr_schedule", "steps") != "steps",
-    "lr_factor": lambda config: config.get("lr_schedule", "steps") != "steps",
-}
+# The settings of a method (effects.READERS) may differ between the trainings of a cell too. A method whose setting differs
+# is then named with it, as in absgd@lam=-1.
 
 # What is read of a run. A file that lacks one of them is of another version.
 _OF_RUN = ("method", "seed", *METRICS, "per_class_recall", "train_counts", "parameters", "epochs")
@@ -195,15 +160,6 @@ def _shown(value: object) -> str:
         return str(value)
 
 
-def words_of(name: str) -> tuple[set[str], dict[str, str]]:
-    """(the METHOD, EXTRAs, LOSS and SCHEDULEs of a specification, its settings). "cb-focal" counts as "cb" and "focal"."""
-    named = name.split("@")[0]
-    words = set(re.split("[+:]", named)) | ({"ce"} if ":" not in named else set())
-    for word in [word for word in words if word.startswith("cb-")]:
-        words |= {"cb", word.removeprefix("cb-")}
-    return words, given_settings(name)
-
-
 def loss_of(name: str) -> str:
     """The LOSS[+SCHEDULE...] of a canonical specification."""
     return name.split("@")[0].partition(":")[2] or "ce"
@@ -211,10 +167,10 @@ def loss_of(name: str) -> str:
 
 def _of_cell(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that all trainings of a cell share."""
-    shared = {name: value for name, value in config.items() if name not in _FREE and name not in _READERS}
+    shared = {name: value for name, value in config.items() if name not in _FREE and name not in READERS}
     if config.get("trainable", "all") != "all":  # it changes after the warm-up, of every method
         shared["warmup"] = config["warmup"]
-    shared = {name: value for name, value in shared.items() if not _WITHOUT_EFFECT.get(name, lambda config: False)(config)}
+    shared = {name: value for name, value in shared.items() if not needs(name, config)}
     # two names of the same noise
     return shared | ({"noise": "symmetric"} if config["noise"] == "uniform" else {})
 
@@ -304,8 +260,8 @@ def _names(parts: Sequence[tuple[Path, dict[str, Any]]]) -> dict[tuple[Path, str
         for method in dict.fromkeys([*config["methods"], *(run["method"] for run in results["runs"])]):
             configs.setdefault(canonical(method, config["loss"]), []).append((file, method, config))
     for name, trainings in configs.items():
-        words, given = words_of(name)
-        read = [key for key, readers in _READERS.items() if words & set(readers) and key not in given]
+        words, given = words_of(name), given_settings(name)
+        read = [key for key, readers in READERS.items() if words & set(readers) and key not in given]
         differ = [key for key in read if len({_shown(config[key]) for _, _, config in trainings if key in config}) > 1]
         for file, method, config in trainings:
             names[file, method] = name + "".join(f"@{key}={_shown(config[key])}" for key in differ)
@@ -344,9 +300,9 @@ def baseline_of(name: str, names: Iterable[str]) -> str | None:
         'sgd:sce'
     """
     found: list[tuple[int, str]] = []
-    mine, my_settings = words_of(name)
+    mine, my_settings = words_of(name), given_settings(name)
     for other in names:
-        words, settings = words_of(other)
+        words, settings = words_of(other), given_settings(other)
         extra = (words - {BASELINE}) | {f"@{key}={value}" for key, value in settings.items()}
         allowed = mine | {f"@{key}={value}" for key, value in my_settings.items()}
         if other != name and base_of(other) == BASELINE and loss_of(other) == loss_of(name) and extra <= allowed:

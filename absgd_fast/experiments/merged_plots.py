@@ -19,10 +19,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from .merged import Cell, loss_of
+from .merged import Cell, canonical, loss_of
 from .merged_panels import LETTER, LOOK, WIDTH, legend_size, make_panels
 from .plots import Plot, class_groups, mean_std, numbers
 from .style import base_of, log_if_wide, mark_switch, plain, style_of
+from .summary import by_method
 from .train import Run
 from .words import tested_on
 
@@ -403,6 +404,15 @@ PLOTS: dict[str, Callable[[Cell, Sequence[str]], Plot | None]] = {
     LINES[4].title: _LAM,
     "Predictions for wrong labels": confusion,
 }
+
+
+def of_training(results: dict[str, Any]) -> list[Plot]:
+    """The plots of one training with so many methods that they need panels and tables."""
+    loss, rows = results["config"]["loss"], (results.get("recipe") or {}).get("rows", {})
+    names = {method: canonical(method, loss) for method in by_method(results["runs"])}
+    runs_of = {names[method]: mine for method, mine in by_method(results["runs"]).items()}
+    cell = Cell("", results["config"], {}, runs_of, {name: rows.get(method, method) for method, name in names.items()})
+    return [plot for _, plot in figures(cell, list(runs_of)) if plot]
 
 
 def figures(cell: Cell, names: Sequence[str]) -> Iterator[tuple[str, Plot | None]]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..losses import CosineClassifier
+from .choices import check_choice
 from .resnets import TORCHVISION, check_torchvision, last_block, preactivation, resnet, torchvision_resnet, wide_resnet
 
 __all__ = ["HEADS", "MODELS", "check_model", "last_block", "make_model", "resnet", "split"]
@@ -67,8 +68,7 @@ def make_model(name: str, shape: tuple[int, ...], classes: int, seed: int, head:
     dropout of wrn-28-10.
     """
     check_model(name, shape)
-    if head not in HEADS:
-        raise ValueError(f"unknown head {head!r}; use one of {', '.join(HEADS)}")
+    check_choice("head", head, HEADS)
     classes = index(classes)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), float32_default():
         torch.manual_seed(index(seed))
@@ -117,8 +117,7 @@ def check_model(name: str, shape: tuple[int, ...]) -> None:
     Traceback (most recent call last):
     ValueError: model cnn takes images of at least 4×4, these are 3×8: use linear or mlp
     """
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; use one of {', '.join(MODELS)}")
+    check_choice("model", name, MODELS)
     _, height, width = shape
     instead = "linear, mlp or cnn" if min(height, width) >= SMALLEST["cnn"] else "linear or mlp"
     sides = SIDES.get(name)

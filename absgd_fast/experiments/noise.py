@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _numbers
+from .choices import check_choice
 from .streams import NOISE, generator
 
 IMBALANCES = ("lt", "step")
@@ -57,8 +58,7 @@ def class_counts(n_max: int, n_classes: int, kind: str = "lt", rho: float = 100.
     n_max, n_classes, rho = map(_numbers.plain, (n_max, n_classes, rho))
     if n_max < 1 or n_classes < 1:
         raise ValueError(f"class_counts: n_max and n_classes are at least 1, got {n_max} and {n_classes}")
-    if kind not in IMBALANCES:
-        raise ValueError(f"class_counts: unknown kind {kind!r}; use one of {', '.join(IMBALANCES)}")
+    check_choice("imbalance", kind, IMBALANCES)
     if not (math.isfinite(rho) and rho >= 1):
         raise ValueError(f"class_counts: rho (largest over smallest class) is a finite number ≥ 1, got {rho}")
     if kind == "lt":
@@ -119,8 +119,7 @@ def add_noise(
     """
     labels = labels if isinstance(labels, Tensor) else torch.as_tensor(labels, device="cpu")
     rate, n_classes, seed, background = map(_numbers.plain, (rate, n_classes, seed, background))
-    if kind not in NOISES:
-        raise ValueError(f"add_noise: unknown kind {kind!r}; use one of {', '.join(NOISES)}")
+    check_choice("noise", kind, NOISES)
     if not 0 <= rate < 1:  # also true of NaN
         raise ValueError(f"add_noise: rate is a probability in [0, 1), got {rate}")
     if n_classes < 2:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .choices import check_choice
+
 AMPS = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -55,8 +57,7 @@ class Placing:
         """
         if not isinstance(self.name, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.name):
             raise ValueError(f"unknown device {self.name!r}; use one of auto, cpu, cuda, or cuda:1 for the second GPU")
-        if self.amp not in AMPS:
-            raise ValueError(f"unknown amp {self.amp!r}; use one of {', '.join(AMPS)}")
+        check_choice("amp", self.amp, AMPS)
         if self.name.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(
                 f"device: got {self.name}, but torch {torch.__version__} finds no CUDA device here; use auto or cpu, or install "

@@ -32,7 +32,7 @@ def figures(results: dict[str, Any]) -> list[Plot]:
         found.append(_weights(results, weighted, runs_of[weighted]))
         if results["config"]["noise"] != "none":
             found.append(_clean_and_flipped(results, runs_of))
-    return [*found, _seconds(runs_of)]
+    return [*found, seconds(runs_of)]
 
 
 def _over_seeds(runs: Iterable[Run], key: str) -> tuple[Any, Any]:
@@ -181,7 +181,8 @@ def _clean_and_flipped(results: dict[str, Any], runs_of: RunsOf) -> Plot:
     )
 
 
-def _seconds(runs_of: RunsOf) -> Plot:
+def seconds(runs_of: RunsOf) -> Plot:
+    """The time of each method."""
     figure, axes = make_axes("seconds of training per run", "", size=(6.4, 0.9 + 0.55 * len(runs_of)))
     for place, (method, mine) in enumerate(runs_of.items()):
         values = [run["seconds"] for run in mine.values()]

@@ -4,8 +4,8 @@
     table(results)                           rich table for the terminal
     write(results, folder)                   writes results.json and report.html, each completely or not at all
 
-summary.py computes the numbers, words.py the sentences, plots.py the plots (style.py has their look). The page is
-report.html.jinja, and its look is report.css.jinja.
+summary.py computes the numbers, words.py the sentences, plots.py the plots (style.py has their look), or merged_plots.py those of
+many methods. The page is report.html.jinja, and its look is report.css.jinja.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
+from . import merged_plots, plots
 from .checkpoint import write_whole
 from .pages import rendered
-from .plots import figures
 from .summary import BASELINE, by_method, changes, collect, environment, pair, summarise, time_ratios  # noqa: F401
 from .words import answers, changes_note, class_counts, notes, plus_minus, title  # noqa: F401
+
+MANY = 6  # methods whose bars of a class, and whose lines of right and wrong labels, can be told apart in one plot
 
 
 def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -99,6 +101,14 @@ def html(results: dict[str, Any]) -> str:
         explanation=EXPLANATION,
         figures=[{"title": heading, "caption": caption, "svg": svg(figure)} for heading, caption, figure in figures(results)],
     )
+
+
+def figures(results: dict[str, Any]) -> list[plots.Plot]:
+    """(title, caption, matplotlib Figure) of each plot. For more than MANY methods they are those of merged trainings."""
+    runs_of = by_method(results["runs"])
+    if len(runs_of) <= MANY:
+        return plots.figures(results)
+    return [*merged_plots.of_training(results), plots.seconds(runs_of)]
 
 
 def svg(figure: Figure) -> str:

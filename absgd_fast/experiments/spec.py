@@ -11,13 +11,14 @@ parse(text, config) returns a Spec or says in one line what is wrong with the te
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from .choices import check_choice
 from .criteria import LOSSES, SCALED, SCHEDULES
+from .effects import READERS, needs, words_of
 from .methods import EXTRAS, METHODS, WITHOUT
 from .stages import STAGES
 
@@ -114,24 +115,25 @@ def parse(text: str, config: Config) -> Spec:
     if colon and not of_loss:
         raise ValueError(f"method {text!r}: expected a loss behind the colon, such as {of_method}:sce")
     method, *extras = of_method.split("+")
-    known(method, METHODS, "method", text)
+    _check_name(method, METHODS, "method", text)
     for extra in extras:
-        known(extra, EXTRAS, "extra", text)
+        _check_name(extra, EXTRAS, "extra", text)
     check_loss(of_loss or config.loss)
     loss, *schedules = (of_loss or config.loss).split("+")
     spec = Spec(text, method, tuple(extras), loss, tuple(schedules), dict(_setting(one, text, config) for one in given))
     if len(spec.settings) < len(given):
         raise ValueError(f"method {text!r}: a setting is given twice")
     _check_together(spec)
+    _check_effects(spec, config)
     return spec
 
 
 def check_loss(text: str) -> None:
     """Raises ValueError unless the text is LOSS[+SCHEDULE...], a loss and schedules that it can have."""
     loss, *schedules = text.split("+")
-    known(loss, LOSSES, "loss", text)
+    _check_name(loss, LOSSES, "loss", text)
     for name in schedules:
-        known(name, SCHEDULES, "schedule", text)
+        _check_name(name, SCHEDULES, "schedule", text)
     if len(set(schedules)) < len(schedules):
         raise ValueError(f"loss {text}: a schedule is named twice")
     if "tla" in schedules and loss not in SCALED:
@@ -146,19 +148,9 @@ def check_loss(text: str) -> None:
         raise ValueError(f"loss {text}: drw and adrw are two choices of the class weights; give one of them")
 
 
-def known(name: str, names: Iterable[str], kind: str, text: str) -> None:
-    """Raises ValueError unless `name` is one of the names. The message has the nearest one."""
-    names = list(names)
-    if name not in names:
-        raise ValueError(unknown(kind, name, names, "" if name == text else f" in {text!r}"))
-
-
-def unknown(kind: str, name: str, allowed: Iterable[str], where: str = "") -> str:
-    """The message about a name that is not allowed, with the nearest one that is. where: what is said behind the name."""
-    allowed = list(allowed)
-    near = difflib.get_close_matches(str(name), allowed, 1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"unknown {kind} {name!r}{where}; {hint}use one of {', '.join(allowed)}"
+def _check_name(name: str, allowed: Iterable[str], kind: str, text: str) -> None:
+    """Raises ValueError unless a part of a specification is one of the names."""
+    check_choice(kind, name, allowed, "" if name == text else f" in {text!r}")
 
 
 def _setting(given: str, text: str, config: Config) -> tuple[str, Any]:
@@ -168,7 +160,7 @@ def _setting(given: str, text: str, config: Config) -> tuple[str, Any]:
     if not equals:
         raise ValueError(f"method {text!r}: got @{given}, expected @SETTING=VALUE, such as @lam=-0.5")
     defaults = {field.name: field.default for field in fields(config)}
-    known(name, [n for n in defaults if n not in SHARED], "setting of a method", text)
+    _check_name(name, [n for n in defaults if n not in SHARED], "setting of a method", text)
     kind: Any = type(defaults[name])
     try:
         if kind is tuple:
@@ -190,6 +182,16 @@ def _check_together(spec: Spec) -> None:
         raise ValueError(f"method {spec.text!r}: {' and '.join(stages)} each replace the classifier; give one of them")
     if spec.loss.endswith("ldam") and stages and stages[0] != "crt":
         raise ValueError(f"method {spec.text!r}: ldam's cosine classifier has no norms, so {stages[0]} has nothing to change")
+
+
+def _check_effects(spec: Spec, config: Config) -> None:
+    """Raises ValueError for a setting that changes nothing for this method."""
+    own, words = vars(spec.config(config)), words_of(spec.text, config.loss)
+    for name in spec.settings:
+        if name in READERS and not words & set(READERS[name]) and not (name == "warmup" and config.trainable != "all"):
+            raise ValueError(f"method {spec.text!r}: {name} changes nothing here; only {', '.join(READERS[name])} read it")
+        if needed := needs(name, own):
+            raise ValueError(f"method {spec.text!r}: {name} changes nothing here; it needs {needed}")
 
 
 def stage_of(spec: Spec) -> str | None:

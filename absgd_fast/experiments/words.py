@@ -102,9 +102,9 @@ def _classes(mine: dict[int, Run], base: dict[int, Run], seeds: Sequence[int]) -
 
 
 def _cost(method: str, runs_of: RunsOf, seeds: Sequence[int]) -> str:
-    """A sentence about the time of a method."""
+    """A sentence about the time of a method, beside plain SGD's and the reference package's. The table has those of all."""
     text = f"{method} trained for {median(runs_of[method][s]['seconds'] for s in seeds):.3g} s per run"
-    others = [BASELINE] + [m for m in runs_of if m not in (BASELINE, method)]
+    others = [BASELINE] + [m for m in runs_of if base(m) == "reference" and m != method]
     ratios_to = {other: time_ratios(runs_of[method], runs_of[other]) for other in others}
     parts = [
         f"{median(r):.2f} times {other}'s time (median of {len(r)} paired runs, {min(r):.2f} to {max(r):.2f})"

@@ -39,7 +39,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from ..spec import parse, unknown
+from ..choices import unknown
+from ..spec import parse
 
 if TYPE_CHECKING:
     from ..config import Config
