@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import weakref
 
 import pytest
 import torch
@@ -281,6 +282,34 @@ def test_a_group_that_runs_already_is_left_running(tmp_path):
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
+
+
+def test_an_exception_keeps_no_model_beyond_the_group(monkeypatch):
+    """close() in a finally: the frames that the exception has left, and those of its cause, let go of their models before."""
+    alive, processes = list[weakref.ref[nn.Module]](), Processes(torch.device("cpu"))
+    monkeypatch.setattr(processes, "_started", True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: kept.append([model() is not None for model in alive]))
+    kept = list[list[bool]]()
+
+    def fails():
+        model = nn.Linear(1, 1)
+        alive.append(weakref.ref(model))
+        raise RuntimeError("no memory")
+
+    def fails_as_well():
+        model = nn.Linear(1, 1)
+        alive.append(weakref.ref(model))
+        try:
+            fails()
+        except RuntimeError as error:
+            raise ValueError("batch-size: too large") from error
+
+    with pytest.raises(ValueError, match="batch-size"):
+        try:
+            fails_as_well()
+        finally:
+            processes.close()
+    assert kept == [[False, False]]
 
 
 def samples():

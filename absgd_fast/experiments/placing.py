@@ -2,6 +2,8 @@
 
 import gc
 import re
+import sys
+import traceback
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -188,6 +190,10 @@ class Processes:
         waits for a thread of the group, which waits for Python's global lock, which is held meanwhile.
         """
         if self._started:
+            error = sys.exc_info()[1]
+            while error is not None:  # the frames that an exception has left keep their models
+                traceback.clear_frames(error.__traceback__)
+                error = error.__cause__ or error.__context__
             gc.collect()  # wrapped models that only cycles of references keep
             dist.destroy_process_group()
             self._started = False
