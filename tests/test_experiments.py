@@ -735,6 +735,14 @@ def test_many_methods_have_panels_and_tables():
     assert report.html(many).count("<img") == len(titles[1])
 
 
+def test_two_names_of_one_method_are_two_lines():
+    """Of a recipe too, the plots name the methods as the table does."""
+    methods = ("sgd:ce", "absgd", "absgd@lam=5", "absgd@lam=5.0", "ramp", "eg")  # in the order of methods.METHODS
+    results = made_up([3, 4], methods=methods) | {"recipe": {"rows": {"absgd": "ABSGD (CE)"}}}
+    recall = report.figures(results)[1][2].axes[0]
+    assert [label.get_text() for label in recall.get_yticklabels()] == ["sgd", *methods]
+
+
 def test_notes_tell_what_spoils_the_numbers():
     assert report.notes(made_up([1, 2])) == []
     assert "nothing left to reweight" in report.notes(made_up([1, 2], train_loss=1e-4))[0]

@@ -123,7 +123,7 @@ def test_another_recipe_in_the_same_folder_is_refused(recipe, capsys):
     "first, words",
     [
         (["--scale", "data=0.5"], "per-class: x/noisy/results.json was made with 15, got 30"),
-        (["--lam", "3"], "lam: x/noisy/results.json was made with 3.0, got -0.5"),
+        (["--gamma", "0.5"], "gamma: x/noisy/results.json was made with 0.5, got 0.9"),
         (["--weight-decay", "0.01"], "weight-decay: x/noisy/results.json was made with 0.01, got 0.0001"),
     ],
 )

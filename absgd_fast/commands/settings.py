@@ -162,12 +162,12 @@ def check_counts(given: Mapping[str, Any]) -> None:
 
 def check_effects(given: Mapping[str, Any], configs: Sequence[Config]) -> None:
     """Raises ValueError if an option was given that has no effect in any of these experiments."""
-    from absgd_fast.experiments.effects import needs
+    from absgd_fast.experiments.spec import without_effect
 
     for name, value in settings(given).items():
-        needed = [needs(name, vars(config)) for config in configs]
-        if all(needed):
-            raise ValueError(f"{name.replace('_', '-')}: got {shown(value)}, which changes nothing here; it needs {needed[0]}")
+        why = [without_effect(name, config) for config in configs]
+        if all(why):
+            raise ValueError(f"{name.replace('_', '-')}: got {shown(value)}, which changes nothing here; {why[0]}")
 
 
 def shown(value: object) -> str:

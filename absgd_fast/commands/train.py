@@ -108,7 +108,7 @@ def train(given: Mapping[str, Any], argv: Sequence[str], recipe: Mapping[str, An
             saved = _read(file, given)
         config = Config(**saved.get("config", {}) | settings(given))
         require("train", ["rich", "jinja2", "matplotlib", "scipy", *of_data(config)])
-        config.check()
+        config.check(resumed=bool(saved))
         if recipe is None and not saved:
             check_effects(given, [config])
         check_counts(given)

@@ -146,14 +146,20 @@ class Config:
         milestones = [round(fraction * self.epochs) for fraction in self.lr_steps]
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=self.lr_factor)
 
-    def check(self) -> None:
-        """Raises ValueError for the first bad setting. The message is one line: what was given and what is allowed."""
+    def check(self, resumed: bool = False) -> None:
+        """Raises ValueError for the first bad setting. The message is one line: what was given and what is allowed.
+
+        Args:
+            resumed: whether a training goes on that was checked when it began. Then what changes nothing may stay.
+        """
         self._check_names()
         self._check_numbers()
         for one in [spec.parse(text, self) for text in self.methods]:
             own = one.config(self)
             own._check_names()
             own._check_numbers()
+            if not resumed:
+                spec.check_effects(one, self)
             if one.method == "reference":
                 _check_reference(own)
             if one.method == "l2rw" and self.amp != "none":

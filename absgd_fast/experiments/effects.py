@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import folder
+from .criteria import LOSSES
 from .methods import IN_STAGES, OF_LAM
 
 # The settings of a method: the METHODs, EXTRAs, LOSSes and SCHEDULEs that read them. All other settings are the experiment's.
@@ -28,7 +29,7 @@ READERS: dict[str, tuple[str, ...]] = {
     "gce_q": ("gce", "tce"),
     "gce_k": ("tce",),
     **dict.fromkeys(("sce_alpha", "sce_beta"), ("sce",)),
-    "cb_beta": ("cb", "drw"),
+    "cb_beta": (*(name for name in LOSSES if name.startswith("cb-")), "drw"),
     **dict.fromkeys(("ldam_margin", "ldam_scale"), ("ldam",)),
     "vs_gamma": ("vs", "cdt"),
     "vs_tau": ("vs", "la"),
@@ -54,7 +55,10 @@ _NEEDS: dict[str, tuple[Callable[[Settings], bool], str]] = {
         ("image_size", "workers"),
         (lambda config: config["dataset"] not in folder.DATASETS, f"--dataset {' or '.join(folder.DATASETS)}"),
     ),
-    "data_root": (lambda config: config["dataset"].startswith("digits"), "a --dataset that is read from files; digits are not"),
+    **dict.fromkeys(
+        ("data_root", "digests"),
+        (lambda config: config["dataset"].startswith("digits"), "a --dataset that is read from files; digits are not"),
+    ),
 }
 
 
@@ -71,7 +75,7 @@ def needs(name: str, config: Settings) -> str | None:
 
 
 def words_of(text: str, loss: str = "ce") -> set[str]:
-    """The METHOD, EXTRAs, LOSS and SCHEDULEs of a specification. "cb-focal" counts as "cb" and "focal" too.
+    """The METHOD, EXTRAs, LOSS and SCHEDULEs of a specification. "cb-focal" counts as "focal" too.
 
     Args:
         text: METHOD[+EXTRA...][:LOSS[+SCHEDULE...]][@SETTING=VALUE...].
@@ -80,10 +84,8 @@ def words_of(text: str, loss: str = "ce") -> set[str]:
     Example:
         >>> from absgd_fast.experiments.effects import words_of
         >>> sorted(words_of("absgd+sam:cb-focal@lam=2"))
-        ['absgd', 'cb', 'cb-focal', 'focal', 'sam']
+        ['absgd', 'cb-focal', 'focal', 'sam']
     """
     method, _, of_loss = text.split("@")[0].partition(":")
     words = {*method.split("+"), *(of_loss or loss).split("+")}
-    for word in [word for word in words if word.startswith("cb-")]:
-        words |= {"cb", word.removeprefix("cb-")}
-    return words
+    return words | {word.removeprefix("cb-") for word in words}

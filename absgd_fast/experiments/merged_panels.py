@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 WIDTH = 6.0  # inches of every figure, so that all have the same size of letters
 LETTER = 0.068  # inches: the width of a letter of 8 points
+LEFT, LOG_LEFT = 0.62, 0.82  # inches left of the panels: for the label and numbers such as 0.05, or such as 0.0001
 LOOK: Any = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -58,7 +59,7 @@ def make_panels(
     above: float,
     below: float,
     between: float,
-    left: float = 0.62,
+    left: float = LEFT,
     right: float = 0.12,
     **share: Any,
 ) -> tuple[Figure, list[Axes]]:

@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from .merged import Cell, canonical, loss_of
-from .merged_panels import LETTER, LOOK, WIDTH, legend_size, make_panels
+from .merged_panels import LEFT, LETTER, LOG_LEFT, LOOK, WIDTH, legend_size, make_panels
 from .plots import Plot, class_groups, mean_std, numbers
 from .style import base_of, log_if_wide, mark_switch, plain, style_of
 from .summary import by_method
@@ -172,6 +172,7 @@ def lines(plot: Lines, cell: Cell, names: Sequence[str]) -> Plot | None:
         above=0.4 if wide == 2 else 0.25,
         below=0.58 + 0.17 * rows,
         between=0.15 if plot.shared else 0.7,
+        left=LOG_LEFT if plot.log else LEFT,
         sharey=True if plot.shared else "col",
     )
     for place, (here, (head, mine, (heading, label, averages))) in enumerate(zip(axes, grid)):
@@ -325,7 +326,7 @@ def class_weights(cell: Cell, names: Sequence[str]) -> Plot | None:
     groups = _groups([run for runs in cell.runs_of.values() for run in runs.values()])
     colours = colormaps["viridis"].resampled(len(groups) + 1)  # the last one, light yellow, cannot be seen on white
     wide = _abreast(len(shown))
-    size = {"height": 1.6, "above": 0.36, "below": 0.45, "between": 0.15, "right": 1.2}
+    size = {"height": 1.6, "above": 0.36, "below": 0.45, "between": 0.15, "left": LOG_LEFT, "right": 1.2}
     figure, axes = make_panels(len(shown), wide, **size, sharey=True)
     drawn: list[float] = []
     for place, (here, name) in enumerate(zip(axes, shown)):
@@ -407,11 +408,16 @@ PLOTS: dict[str, Callable[[Cell, Sequence[str]], Plot | None]] = {
 
 
 def of_training(results: dict[str, Any]) -> list[Plot]:
-    """The plots of one training with so many methods that they need panels and tables."""
-    loss, rows = results["config"]["loss"], (results.get("recipe") or {}).get("rows", {})
-    names = {method: canonical(method, loss) for method in by_method(results["runs"])}
-    runs_of = {names[method]: mine for method, mine in by_method(results["runs"]).items()}
-    cell = Cell("", results["config"], {}, runs_of, {name: rows.get(method, method) for method, name in names.items()})
+    """The plots of one training with so many methods that they need panels and tables.
+
+    They name the methods as the training does. Two names of one method, such as sgd and sgd:ce, are two.
+    """
+    given, names = by_method(results["runs"]), dict[str, str]()
+    for method in given:
+        name = canonical(method, results["config"]["loss"])
+        names[method if name in names.values() else name] = method
+    cell = Cell("", results["config"], {}, {name: given[method] for name, method in names.items()}, names)
+    runs_of = cell.runs_of
     return [plot for _, plot in figures(cell, list(runs_of)) if plot]
 
 

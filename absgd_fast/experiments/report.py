@@ -11,7 +11,6 @@ many methods. The page is report.html.jinja, and its look is report.css.jinja.
 from __future__ import annotations
 
 import base64
-import io
 import json
 import os
 from pathlib import Path
@@ -22,7 +21,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from . import merged_plots, plots
+from . import merged_panels, merged_plots, plots
 from .checkpoint import write_whole
 from .pages import rendered
 from .summary import BASELINE, by_method, changes, collect, environment, pair, summarise, time_ratios  # noqa: F401
@@ -113,6 +112,4 @@ def figures(results: dict[str, Any]) -> list[plots.Plot]:
 
 def svg(figure: Figure) -> str:
     """A figure as SVG in base64, for the src of an image."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return base64.b64encode(buffer.getvalue()).decode()
+    return base64.b64encode(merged_panels.svg(figure)).decode()

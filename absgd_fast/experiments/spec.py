@@ -124,7 +124,6 @@ def parse(text: str, config: Config) -> Spec:
     if len(spec.settings) < len(given):
         raise ValueError(f"method {text!r}: a setting is given twice")
     _check_together(spec)
-    _check_effects(spec, config)
     return spec
 
 
@@ -184,14 +183,42 @@ def _check_together(spec: Spec) -> None:
         raise ValueError(f"method {spec.text!r}: ldam's cosine classifier has no norms, so {stages[0]} has nothing to change")
 
 
-def _check_effects(spec: Spec, config: Config) -> None:
-    """Raises ValueError for a setting that changes nothing for this method."""
-    own, words = vars(spec.config(config)), words_of(spec.text, config.loss)
+def check_effects(spec: Spec, config: Config) -> None:
+    """Raises ValueError for a setting of a specification that changes nothing for its method. The message is one line."""
+    own = spec.config(config)
     for name in spec.settings:
-        if name in READERS and not words & set(READERS[name]) and not (name == "warmup" and config.trainable != "all"):
-            raise ValueError(f"method {spec.text!r}: {name} changes nothing here; only {', '.join(READERS[name])} read it")
-        if needed := needs(name, own):
+        if not _reads(spec, name, own):
+            raise ValueError(f"method {spec.text!r}: {name} changes nothing here; it is a setting of {', '.join(READERS[name])}")
+        if needed := needs(name, vars(own)):
             raise ValueError(f"method {spec.text!r}: {name} changes nothing here; it needs {needed}")
+
+
+def without_effect(name: str, config: Config) -> str | None:
+    """Why a setting of an experiment changes nothing, or None. What only methods and losses read that are not there may stand.
+
+    Example:
+        >>> from absgd_fast.experiments.spec import without_effect
+        >>> from absgd_fast.experiments.train import Config
+        >>> without_effect("noise_rate", Config())
+        'it needs --noise symmetric, asymmetric or background'
+        >>> without_effect("lam", Config(methods=("sgd", "absgd@lam=2")))
+        'each method that reads it has its own'
+        >>> without_effect("share", Config(methods=("sgd", "absgd")))  # None
+    """
+    specs = [parse(text, config) for text in config.methods]
+    readers = [spec for spec in specs if name == "loss" or _reads(spec, name, spec.config(config))]
+    left = [spec for spec in readers if name not in spec.settings and not (name == "loss" and ":" in spec.text)]
+    if readers and not left:
+        return "each method that reads it has its own"
+    needed = [needs(name, vars(spec.config(config))) for spec in left]
+    return f"it needs {needed[0]}" if needed and all(needed) else None
+
+
+def _reads(spec: Spec, name: str, own: Config) -> bool:
+    """Whether a method reads a setting. own: the settings as it sees them."""
+    if name not in READERS or (name == "warmup" and own.trainable != "all"):  # what is trained changes after the warm-up
+        return True
+    return bool(words_of(spec.text, own.loss) & set(READERS[name]))
 
 
 def stage_of(spec: Spec) -> str | None:

@@ -92,7 +92,7 @@ def runs(
 
     Source: ABSGD paper, Sec. 4 (protocol) and Fig. 4 (weights per class).
     """
-    config.check()
+    config.check(resumed=state is not None)
     source = source or data.load_source(config.dataset, config.data_root, **config.reading)
     config.check_source(source)
     finished: list[Run] = list(state["finished"]) if state else []

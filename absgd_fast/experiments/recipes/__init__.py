@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -40,7 +40,7 @@ else:
     import tomli as tomllib
 
 from ..choices import unknown
-from ..spec import parse
+from ..spec import parse, without_effect
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -269,6 +269,7 @@ def _recipe(name: str, given: dict[str, Any]) -> Recipe:
         if not given[part]:
             raise ValueError(f"{where}[{part}] is empty; a recipe has at least one")
     cells = {key: _cell(key, cell, settings, rows, where) for key, cell in given["cells"].items()}
+    _check_effects(settings, [(cell.settings, cell.methods) for cell in cells.values()], f"{where}[settings]")
     return Recipe(Path(name).stem, given["title"], given.get("source", ""), metric, seeds, tuple(notes), cells)
 
 
@@ -284,15 +285,28 @@ def _cell(name: str, given: Any, settings: dict[str, Any], rows: dict[str, str],
     for row in changed:
         if row not in rows:
             raise ValueError(f"{where}[cells.{name}.methods]: {unknown('row', row, rows)}, which stand in [methods]")
-    settings = {**settings, **_settings(given.get("settings", {}), f"{where}[cells.{name}.settings]")}
+    own = _settings(given.get("settings", {}), f"{where}[cells.{name}.settings]")
+    settings = {**settings, **own}
     methods = {row: text for row, text in {**rows, **changed}.items() if text}
     if not methods:
         raise ValueError(f"{here}: all rows are left out")
     _check_methods(methods, settings, here)
+    _check_effects(own, [(settings, methods)], f"{where}[cells.{name}.settings]")
     reported = {
         row: _reported(value, f"{where}[cells.{name}.reported] {row!r}") for row, value in given.get("reported", {}).items()
     }
     return Cell(name, given["title"], settings, methods, reported)
+
+
+def _check_effects(given: dict[str, Any], cells: Sequence[tuple[dict[str, Any], dict[str, str]]], where: str) -> None:
+    """Raises ValueError for a setting that was given and has no effect in any of these cells, (settings, methods)."""
+    from ..config import Config
+
+    configs = [Config(**{**settings, "methods": tuple(methods.values())}) for settings, methods in cells]
+    for name, value in given.items():
+        why = [without_effect(name, config) for config in configs]
+        if all(why):
+            raise ValueError(f"{where}: {name} = {value!r} changes nothing here; {why[0]}")
 
 
 def _check_methods(methods: dict[str, str], settings: dict[str, Any], here: str) -> None:
