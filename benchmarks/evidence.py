@@ -9,6 +9,7 @@ file, its plot for the page to docs/, and `absgd-fast report DIR/PART` shows all
 prints the tables of docs/evidence.md.
 
     digits-noise, digits-imbalance    the recipes as they are: 8 seeds, 1100 images of one size
+    digits-lambda, -gamma, -l2rw      the same for the ablations, and for L2RW's experiments
     fashion-noise                     250 images of each class, 30 epochs: a CNN that memorises wrong labels
     fashion-noise-short               the same with 6 epochs, in which it memorises few; only SGD and ABSGD
     fashion-imbalance                 600 images of the largest class, 20 epochs
@@ -76,11 +77,19 @@ class Picture:
 
 @dataclass(frozen=True)
 class Part:
-    """A recipe, and the options that stand above it."""
+    """A recipe, and the options that stand above it.
+
+    Attributes:
+        recipe: its name or path.
+        options: of `absgd-fast train`.
+        picture: the plot of the page.
+        short: whether the page has the results alone, without differences and memorised labels.
+    """
 
     recipe: str
     options: tuple[str, ...] = ()
     picture: Picture | None = None
+    short: bool = False
 
     @property
     def cells(self) -> dict[str, recipes.Cell]:
@@ -96,6 +105,7 @@ MEMORISATION = PLOTS["Memorisation of wrong labels"]
 PARTS = {
     "digits-noise": Part("digits-noise"),
     "digits-imbalance": Part("digits-imbalance", (), Picture("fitted.png", "lt-100", partial(lines, FITTED))),
+    **{name: Part(name, short=True) for name in ("digits-lambda", "digits-gamma", "digits-l2rw")},
     "fashion-noise": Part(
         "fashion-noise", (*CNN, "250", "--epochs", "30"), Picture("memorised.png", "symmetric-0.4", MEMORISATION)
     ),
@@ -179,6 +189,8 @@ def tables(name: str) -> list[str]:
     """The tables of a part that the page shows: results, differences and, where labels are wrong, memorised labels."""
     results = read(name)
     body = [line for line in merged_report.markdown(results).splitlines() if line.startswith("|")]
+    if PARTS[name].short:
+        return ["\n".join(body)]
     found = ["\n".join(body), differences(results)]
     wrong = any(_known(method["flipped_as_given"]) for cell in results["cells"] for method in cell["methods"])
     return found + [memorised(results)] * wrong
