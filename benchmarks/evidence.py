@@ -34,9 +34,9 @@ from matplotlib import rc_context
 
 from absgd_fast.experiments import merged, merged_report, recipes
 from absgd_fast.experiments.checkpoint import write_whole
-from absgd_fast.experiments.merged_panels import LOOK
 from absgd_fast.experiments.merged_plots import PLOTS, Lines, lines, series, weighing
 from absgd_fast.experiments.plots import Plot
+from absgd_fast.experiments.svg import LOOK
 from absgd_fast.experiments.words import plus_minus
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,7 +15,7 @@ import pytest
 from test_cli import in_an_empty_folder, refused  # noqa: F401 (a fixture)
 
 from absgd_fast import __main__ as cli
-from absgd_fast.experiments import effects, merged, merged_panels, merged_plots, merged_report, style, summary, train
+from absgd_fast.experiments import effects, merged, merged_plots, merged_report, style, summary, svg, train
 from absgd_fast.experiments.train import Config
 
 CONFIG = Config(
@@ -327,7 +327,7 @@ def test_series_by_hand():
 def test_short_paths():
     """Lines lose their L and their decimals; a line after a curve keeps its L, or it would be a part of the curve."""
     path = ' d="M 1.26 2.04\nL 3 4\nL -5.0001 6\nz\nM 0 0\nQ 1 2 3 4\nL 5 6\n"'
-    short = re.sub(" d=.*", merged_panels._short, path, flags=re.DOTALL)
+    short = re.sub(" d=.*", svg._short, path, flags=re.DOTALL)
     assert " ".join(short.split()) == 'd="M 1.3 2 3 4 -5 6 z M 0 0 Q 1 2 3 4 L 5 6 "'
 
 

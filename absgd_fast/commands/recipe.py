@@ -46,14 +46,11 @@ def run_recipe(given: Mapping[str, Any], argv: Sequence[str], train: Train, chec
         recipe = recipes.load(given["recipe"])
         cells = recipe.choose(given["cell"]) if "cell" in given else list(recipe.cells.values())
         scale = recipes.parse_scale(given["scale"]) if "scale" in given else None
+        planned = [(cell, _options(cell, given, scale)) for cell in cells]  # all of them, before the first one is trained
+        check_effects(given, [Config(**settings(options)) for _, options in planned])
     except (ValueError, OSError) as error:
         raise Refused(error) from error
     out = Path(given.get("out", f"absgd-{recipe.name}"))
-    planned = [(cell, _options(cell, given, scale)) for cell in cells]  # all of them, before the first one is trained
-    try:
-        check_effects(given, [Config(**settings(options)) for _, options in planned])
-    except ValueError as error:
-        raise Refused(error) from error
     processes = Processes(Placing(planned[0][1]["device"]).device)  # of all cells: torch starts one group only from a launch
     try:
         for cell, options in planned:

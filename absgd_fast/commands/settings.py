@@ -164,10 +164,8 @@ def check_effects(given: Mapping[str, Any], configs: Sequence[Config]) -> None:
     """Raises ValueError if an option was given that has no effect in any of these experiments."""
     from absgd_fast.experiments.spec import without_effect
 
-    for name, value in settings(given).items():
-        why = [without_effect(name, config) for config in configs]
-        if all(why):
-            raise ValueError(f"{name.replace('_', '-')}: got {shown(value)}, which changes nothing here; {why[0]}")
+    for name, why in without_effect(settings(given), configs).items():
+        raise ValueError(f"{name.replace('_', '-')}: got {shown(given[name])}, which changes nothing here; {why}")
 
 
 def shown(value: object) -> str:

@@ -10,6 +10,7 @@ import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from .merged import Cell, canonical, loss_of
-from .merged_panels import LEFT, LETTER, LOG_LEFT, LOOK, WIDTH, legend_size, make_panels
+from .merged_panels import LEFT, LETTER, LOG_LEFT, WIDTH, legend_size, make_panels
 from .plots import Plot, class_groups, mean_std, numbers
 from .style import base_of, log_if_wide, mark_switch, plain, style_of
 from .summary import by_method
+from .svg import LOOK
 from .train import Run
 from .words import tested_on
 
@@ -388,11 +390,7 @@ def accuracy(cell: Cell, names: Sequence[str]) -> Plot | None:
     return lines(replace(LINES[0], columns=[("", label, series(cell.metric))]), cell, names)
 
 
-def _maker(plot: Lines) -> Callable[[Cell, Sequence[str]], Plot | None]:
-    return lambda cell, names: lines(plot, cell, names)
-
-
-_RIGHT_AND_WRONG, _MEMORISED, _ESS, _LAM = map(_maker, LINES[1:])
+_RIGHT_AND_WRONG, _MEMORISED, _ESS, _LAM = (partial(lines, plot) for plot in LINES[1:])
 
 # title: the function that draws it, in the order of the page. A report of many cells has the first ones only.
 PLOTS: dict[str, Callable[[Cell, Sequence[str]], Plot | None]] = {
@@ -417,8 +415,7 @@ def of_training(results: dict[str, Any]) -> list[Plot]:
         name = canonical(method, results["config"]["loss"])
         names[method if name in names.values() else name] = method
     cell = Cell("", results["config"], {}, {name: given[method] for name, method in names.items()}, names)
-    runs_of = cell.runs_of
-    return [plot for _, plot in figures(cell, list(runs_of)) if plot]
+    return [plot for _, plot in figures(cell, list(names)) if plot]
 
 
 def figures(cell: Cell, names: Sequence[str]) -> Iterator[tuple[str, Plot | None]]:

@@ -23,10 +23,10 @@ from rich.table import Table
 
 from .checkpoint import write_whole
 from .merged import AHEAD, ALIKE, BEHIND, Cell
-from .merged_panels import svg
 from .merged_plots import PLOTS, figures
 from .pages import rendered
 from .summary import BASELINE, changes
+from .svg import compact
 from .words import plus_minus
 
 DIGITS = 2  # decimals of an accuracy, as in the papers' tables
@@ -270,7 +270,7 @@ def _section(number: int, cell: Cell, of_cell: dict[str, Any], names: Sequence[s
         if plot is None:
             without.append(title)
             continue
-        content = svg(plot[2])
+        content = compact(plot[2])
         plots.append({"title": title, "caption": plot[1], "svg": base64.b64encode(content).decode()})
         used += len(content)
     header, body = _cell_table(of_cell)

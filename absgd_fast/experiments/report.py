@@ -10,21 +10,20 @@ many methods. The page is report.html.jinja, and its look is report.css.jinja.
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from . import merged_panels, merged_plots, plots
+from . import merged_plots, plots
 from .checkpoint import write_whole
 from .pages import rendered
 from .summary import BASELINE, by_method, changes, collect, environment, pair, summarise, time_ratios  # noqa: F401
+from .svg import embedded
 from .words import answers, changes_note, class_counts, notes, plus_minus, title  # noqa: F401
 
 MANY = 6  # methods whose bars of a class, and whose lines of right and wrong labels, can be told apart in one plot
@@ -98,7 +97,7 @@ def html(results: dict[str, Any]) -> str:
         header=header,
         rows=body,
         explanation=EXPLANATION,
-        figures=[{"title": heading, "caption": caption, "svg": svg(figure)} for heading, caption, figure in figures(results)],
+        figures=[{"title": name, "caption": caption, "svg": embedded(figure)} for name, caption, figure in figures(results)],
     )
 
 
@@ -108,8 +107,3 @@ def figures(results: dict[str, Any]) -> list[plots.Plot]:
     if len(runs_of) <= MANY:
         return plots.figures(results)
     return [*merged_plots.of_training(results), plots.seconds(runs_of)]
-
-
-def svg(figure: Figure) -> str:
-    """A figure as SVG in base64, for the src of an image."""
-    return base64.b64encode(merged_panels.svg(figure)).decode()

@@ -12,7 +12,7 @@ parse(text, config) returns a Spec or says in one line what is wrong with the te
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -193,24 +193,35 @@ def check_effects(spec: Spec, config: Config) -> None:
             raise ValueError(f"method {spec.text!r}: {name} changes nothing here; it needs {needed}")
 
 
-def without_effect(name: str, config: Config) -> str | None:
-    """Why a setting of an experiment changes nothing, or None. What only methods and losses read that are not there may stand.
+def without_effect(names: Iterable[str], configs: Iterable[Config]) -> dict[str, str]:
+    """{setting: why it changes nothing} of those settings that change nothing in any of these experiments.
+
+    What only methods and losses read that are not there may stand.
 
     Example:
         >>> from absgd_fast.experiments.spec import without_effect
         >>> from absgd_fast.experiments.train import Config
-        >>> without_effect("noise_rate", Config())
-        'it needs --noise symmetric, asymmetric or background'
-        >>> without_effect("lam", Config(methods=("sgd", "absgd@lam=2")))
+        >>> without_effect(["noise_rate", "lam", "share"], [Config(methods=("sgd", "absgd@lam=2"))])["lam"]
         'each method that reads it has its own'
-        >>> without_effect("share", Config(methods=("sgd", "absgd")))  # None
+        >>> without_effect(["rho", "share"], [Config(methods=("sgd", "absgd"))])
+        {'rho': 'it needs --imbalance lt or step'}
     """
-    specs = [parse(text, config) for text in config.methods]
-    readers = [spec for spec in specs if name == "loss" or _reads(spec, name, spec.config(config))]
-    left = [spec for spec in readers if name not in spec.settings and not (name == "loss" and ":" in spec.text)]
+    seen = [[(spec, spec.config(config)) for spec in (parse(text, config) for text in config.methods)] for config in configs]
+    found: dict[str, str] = {}
+    for name in names:
+        why = [reason for reason in (_why_idle(name, methods) for methods in seen) if reason]
+        if len(why) == len(seen):
+            found[name] = why[0]
+    return found
+
+
+def _why_idle(name: str, methods: Sequence[tuple[Spec, Config]]) -> str | None:
+    """Why a setting of an experiment changes nothing for its methods, (specification, the settings as it sees them), or None."""
+    readers = [(spec, own) for spec, own in methods if name == "loss" or _reads(spec, name, own)]
+    left = [own for spec, own in readers if name not in spec.settings and not (name == "loss" and ":" in spec.text)]
     if readers and not left:
         return "each method that reads it has its own"
-    needed = [needs(name, vars(spec.config(config))) for spec in left]
+    needed = [needs(name, vars(own)) for own in left]
     return f"it needs {needed[0]}" if needed and all(needed) else None
 
 

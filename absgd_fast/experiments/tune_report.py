@@ -11,8 +11,8 @@ from rich import box
 from rich.table import Table
 
 from .pages import rendered
-from .report import svg
 from .style import DASHED, DOTTED, legend, make_axes
+from .svg import embedded
 from .words import minus, setting
 
 # Okabe and Ito's colours, and the line styles for what exceeds them
@@ -155,5 +155,5 @@ def html(results: dict[str, Any]) -> str:
         rows=body,
         explanation=explanation(results),
         caption=CAPTION,
-        svg=svg(figure(results)),
+        svg=embedded(figure(results)),
     )

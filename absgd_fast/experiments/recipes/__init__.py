@@ -303,10 +303,8 @@ def _check_effects(given: dict[str, Any], cells: Sequence[tuple[dict[str, Any], 
     from ..config import Config
 
     configs = [Config(**{**settings, "methods": tuple(methods.values())}) for settings, methods in cells]
-    for name, value in given.items():
-        why = [without_effect(name, config) for config in configs]
-        if all(why):
-            raise ValueError(f"{where}: {name} = {value!r} changes nothing here; {why[0]}")
+    for name, why in without_effect(given, configs).items():
+        raise ValueError(f"{where}: {name} = {given[name]!r} changes nothing here; {why}")
 
 
 def _check_methods(methods: dict[str, str], settings: dict[str, Any], here: str) -> None:
