@@ -31,7 +31,7 @@ import absgd_fast as ab
 from absgd_fast.experiments import data
 from absgd_fast.experiments.models import make_model
 
-from .run import environment, write
+from .record import environment, write
 
 FOLDS, LAM, RAMP = 5, -1.0, 0.3
 SAMPLES = 20_000  # of Fashion-MNIST

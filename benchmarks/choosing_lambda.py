@@ -36,7 +36,7 @@ from absgd_fast.experiments import data, models
 from absgd_fast.experiments.checkpoint import write_whole
 from absgd_fast.selection.split import split as holdout
 
-from .run import environment
+from .record import environment
 
 OUT = Path(__file__).parent / "results" / "choosing-lambda.json"
 

@@ -29,6 +29,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from .verdict import spread, too_noisy
+
 OURS = "absgd_fast"
 
 
@@ -50,17 +52,21 @@ def finish(report, cases):
                     name: by_copy / peer["us"][of] for name, of in (("median", "median"), ("q1", "q3"), ("q3", "q1"))
                 }
     report["figures"] = [
-        {"suite": case.suite, "case": case.name, "figure": figure, **_judged(value, least, most)}
+        {"suite": case.suite, "case": case.name, "figure": figure, **_judged(value, least, most, *ratio)}
         for case in cases
-        for figure, value, least, most in _figures(case, found.get((case.suite, case.name), {}))
+        for figure, value, least, most, *ratio in _figures(case, found.get((case.suite, case.name), {}))
     ]
 
 
 def _figures(case, peers):
-    """(name, value, least, most) of each figure. The value is None if the competitor that it needs is not among the peers."""
+    """(name, value, least, most) of each figure. The value is None if the competitor that it needs is not among the peers.
+
+    The ratio of two times, as quartiles, follows such a figure.
+    """
     ours = peers.get(OURS, {})
     for name, most in case.targets.items():
-        yield f"time over {name}", peers[name]["ratio"]["median"] if name in peers else None, 0, most
+        ratio = peers[name]["ratio"] if name in peers else None
+        yield f"time over {name}", ratio and ratio["median"], 0, most, ratio
     for name, most in case.memory.items():
         theirs = peers.get(name, {}).get("peak_bytes")
         yield f"memory over {name}", ours["peak_bytes"] / theirs if theirs else None, 0, most
@@ -76,9 +82,10 @@ def _value(peer, name):
     return peer[measured]["median"] if measured in peer else None
 
 
-def _judged(value, least, most):
-    met = None if value is None else bool(least <= value <= most)
-    return {"value": value, "least": least, "most": None if most == float("inf") else most, "met": met}
+def _judged(value, least, most, ratio=None):
+    met = None if value is None or (ratio and too_noisy(ratio)) else bool(least <= value <= most)
+    found = {"value": value, "least": least, "most": None if most == float("inf") else most, "met": met}
+    return found | ({"spread": spread(ratio)} if ratio else {})
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -107,15 +114,20 @@ def _line(result, others):
     if "wrong" in result:
         return [result["case"], "WRONG", *[""] * (len(HEAD) - 1 + len(others))]
     ours = result["peers"][OURS]
-    width = (ours["us"]["q3"] - ours["us"]["q1"]) / ours["us"]["median"]
     launches = "+".join("–" if seen is None else str(len(seen)) for seen in ours["launches"].values()) or "–"
     share = f"{100 * ours['share']['median']:.0f}%" if "share" in ours else "–"
-    times = [_us(ours["us"]), f"{100 * width:.0f}%", _us(ours["host_us"]), _us(ours.get("graph_us"))]
+    times = [_us(ours["us"]), f"{100 * spread(ours['us']):.0f}%", _us(ours["host_us"]), _us(ours.get("graph_us"))]
     line = [result["case"], *times, share, launches]
     for name in others:
         peer = result["peers"].get(name)
-        line.append("–" if peer is None else f"{peer['ratio']['median']:.2f}{'!' if peer['met'] is False else ''}")
+        line.append("–" if peer is None else f"{peer['ratio']['median']:.2f}{_mark(peer)}")
     return line
+
+
+def _mark(peer):
+    if peer["met"] is None:
+        return "" if peer["target"] is None else "?"
+    return "" if peer["met"] else "!"
 
 
 HEAD = ("us", "IQR", "host us", "graph us", "of copy", "launches")
@@ -143,9 +155,12 @@ def lines(report):
     out += sorted({f"{name}: {peer['note']}" for name, peer in peers if "note" in peer})
     out += [f"not measured: {name}" for name in report["not_measured"]]
     judged = [figure for figure in report["figures"] if figure["met"] is not None]
-    others = [f"{figure['case']}: {figure['figure']}" for figure in report["figures"] if figure["met"] is None]
+    unjudged = [figure for figure in report["figures"] if figure["met"] is None]
+    noisy = [figure for figure in unjudged if figure["value"] is not None]
+    others = [f"{figure['case']}: {figure['figure']}" for figure in unjudged if figure["value"] is None]
     out += [f"not judged: {len(others)}: {'; '.join(others)}"] * bool(others)
-    out.append(f"figures: {sum(figure['met'] for figure in judged)} of {len(judged)} met ('!' above: missed)")
+    out += [f"too noisy: {f['suite']}, {f['case']}: {f['figure']} varies by {100 * f['spread']:.0f} %" for f in noisy]
+    out.append(f"figures: {sum(figure['met'] for figure in judged)} of {len(judged)} met ('!' above: missed, '?': too noisy)")
     for figure in judged:
         if not figure["met"]:
             bound = f">= {figure['least']:g}" if figure["value"] < figure["least"] else f"<= {figure['most']:g}"

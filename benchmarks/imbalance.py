@@ -22,7 +22,7 @@ from rich.table import Table
 
 from absgd_fast.experiments import data, train
 
-from .run import environment, write
+from .record import environment, write
 
 METHODS = ("sgd", "proportion", "resample", "hard-mining", "random", "l2rw")
 

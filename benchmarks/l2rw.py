@@ -23,7 +23,8 @@ from torch import nn
 import absgd_fast as ab
 from absgd_fast.experiments.models import resnet
 
-from .run import environment, peak_bytes, write
+from .memory import peak_bytes
+from .record import environment, write
 from .timing import interleave_long, quartiles, ratios
 
 PLAIN = "plain"

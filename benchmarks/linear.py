@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 import absgd_fast as ab
 
-from .run import environment, peak_bytes, write
+from .memory import peak_bytes
+from .record import environment, write
 from .timing import interleave_long, quartiles, ratios
 
 MOST_MEMORY, MOST_TIME = 0.05, 1.1

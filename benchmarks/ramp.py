@@ -21,7 +21,7 @@ from rich.table import Table
 
 from absgd_fast.experiments import data, train
 
-from .run import environment, write
+from .record import environment, write
 
 WAYS = {"constant": ("absgd", 0.0), "two stages": ("absgd", 0.3), "ramp": ("ramp", 0.3)}  # the method, and its warmup
 

@@ -28,7 +28,7 @@ from absgd_fast.experiments.models import make_model
 from absgd_fast.experiments.placing import Placing
 from absgd_fast.experiments.train import Config, Training
 
-from .run import environment, write
+from .record import environment, write
 from .timing import interleave_long, quartiles, ratios
 
 PLAIN = "plain loop"

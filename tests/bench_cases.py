@@ -20,12 +20,19 @@ with pytest.MonkeyPatch.context() as patch:  # benchmarks are no part of the pac
         gpu_report,
         imbalance,
         l2rw,
+        memory,
         models,
+        on_gpu,
+        one_case,
         peers,
+        quiet,
         ramp,
+        record,
         run,
+        tables,
         timing,
         train_loop,
+        verdict,
     )
 
 CPU = torch.device("cpu")
@@ -82,9 +89,15 @@ def tiny(monkeypatch, no_compiler):
         (run, "CASES", small),
         (timing, "ROUNDS", (3, 3)),
         (timing, "BLOCK", 1e5),
-        (run, "GROWTH_STEPS", 10),
+        (memory, "GROWTH_STEPS", 10),
+        (run.quiet, "look", lambda seconds=0: looked(True)),
     ):
         monkeypatch.setattr(module, name, value)
+
+
+def looked(still):
+    """What benchmarks/quiet.py finds on a machine that is quiet, or is not."""
+    return {"seconds": 1.0, "spread": 0.01 if still else 0.2, "load": 0.1, "steal": 0.0, "quiet": still, "limits": quiet.LIMITS}
 
 
 def replace(monkeypatch, suite, name, factory):

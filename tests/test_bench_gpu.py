@@ -16,8 +16,11 @@ from bench_cases import (  # noqa: F401 (fixtures)
     NEED_MORE,
     cases,
     device,
+    looked,
     models,
     no_compiler,
+    on_gpu,
+    one_case,
     peers,
     plain_called_robust,
     replace,
@@ -58,8 +61,8 @@ def test_what_is_timed_on_a_gpu():
         "128 × 10 fp32",
     ]
     for case in cases.gpu_probe(found):  # cold, a compiler takes longer than the probe has
-        assert not set(run.taking_part(case)) & {*run.COMPILING} and set(case.targets) <= set(run.taking_part(case))
-    assert set(run.taking_part(gpu_case("gpu step", "ResNet-50, 161 tensors"))) == peers.PEERS["gpu step"].keys()
+        assert not set(one_case.taking_part(case)) & {*on_gpu.COMPILING} and set(case.targets) <= set(one_case.taking_part(case))
+    assert set(one_case.taking_part(gpu_case("gpu step", "ResNet-50, 161 tensors"))) == peers.PEERS["gpu step"].keys()
 
 
 def test_the_figures_of_a_gpu():
@@ -238,8 +241,8 @@ def test_memory_is_measured_without_old_gradients(quick, monkeypatch):
         return peers._head(data, seen)
 
     monkeypatch.setitem(peers.PEERS, "gpu linear", {"absgd_fast": ours})
-    monkeypatch.setattr(run, "peak_allocated", lambda where, call: grads.append([leaf.grad for leaf in held]))
-    run.explore(case, 0.01, False)
+    monkeypatch.setattr(on_gpu, "peak_allocated", lambda where, call: grads.append([leaf.grad for leaf in held]))
+    on_gpu.explore(case, 0.01, False)
     assert grads == [[None, None]] and all(leaf.grad is not None for leaf in held)
 
 
@@ -350,7 +353,7 @@ def profiled_event(name, at, kind=torch.autograd.DeviceType.CPU, **more):
     return types.SimpleNamespace(name=name, device_type=kind, time_range=types.SimpleNamespace(start=at, end=at + 5), **more)
 
 
-on_gpu = partial(profiled_event, kind=torch.autograd.DeviceType.CUDA)
+kernel = partial(profiled_event, kind=torch.autograd.DeviceType.CUDA)
 
 
 @pytest.fixture
@@ -366,20 +369,20 @@ def profile(pretended, monkeypatch):
 def test_kernels_are_what_lies_between_the_marks(profile):
     """Whatever they are called, in the order of their start; no copies and fills, and no annotations."""
     where, seen = profile
-    seen += [on_gpu("add", 1), on_gpu("add", 90), on_gpu("void absgd::gpu::a_kernel<float>", 20), on_gpu("nobody_knows_me", 30)]
-    seen += [on_gpu("Memset (Device)", 21), on_gpu("[memcpy] dtod", 22), on_gpu("add", 40)]
+    seen += [kernel("add", 1), kernel("add", 90), kernel("void absgd::gpu::a_kernel<float>", 20), kernel("nobody_knows_me", 30)]
+    seen += [kernel("Memset (Device)", 21), kernel("[memcpy] dtod", 22), kernel("add", 40)]
     seen += [profiled_event("cudaLaunchKernel", 11)]
-    seen += [on_gpu("Optimizer.step#ABSGD.step", 19, is_user_annotation=True), on_gpu("a range", 0, is_user_annotation=True)]
+    seen += [kernel("Optimizer.step#ABSGD.step", 19, is_user_annotation=True), kernel("a range", 0, is_user_annotation=True)]
     assert device.kernels(where, lambda: None) == ["void absgd::gpu::a_kernel<float>", "nobody_knows_me", "add"]
 
 
 @pytest.mark.parametrize("names", [[], ["add"], ["add", "a_kernel"]])
 def test_a_profiler_that_misses_the_marks_counts_nothing(profile, names):
     where, seen = profile
-    seen += [on_gpu(name, at) for at, name in enumerate(names)]
+    seen += [kernel(name, at) for at, name in enumerate(names)]
     with pytest.raises(RuntimeError, match="did not see the marks"):
         device.kernels(where, lambda: None)
-    assert run._launched(where, lambda: None) is None
+    assert on_gpu._launched(where, lambda: None) is None
 
 
 def test_what_the_host_waited_for(profile):
@@ -397,7 +400,8 @@ REHEARSAL = ["--suite", "gpu", "--rehearse", "--seconds", "0.01", "--threads", "
 def quick(monkeypatch, no_compiler):
     monkeypatch.setattr(timing, "ROUNDS", (3, 3))
     monkeypatch.setattr(timing, "BLOCK", 1e5)
-    monkeypatch.setattr(run, "host_us", lambda where, call, *counts: timing.host_us(where, call, 2, 3))
+    monkeypatch.setattr(run.quiet, "look", lambda seconds: looked(True))
+    monkeypatch.setattr(on_gpu, "host_us", lambda where, call, *counts: timing.host_us(where, call, 2, 3))
 
 
 @pytest.mark.deep
@@ -405,7 +409,7 @@ def test_the_report_of_a_gpu(quick, tmp_path, capsys):
     out = tmp_path / "bench.json"
     assert run.main([*REHEARSAL, "--out", str(out)]) == 0
     report = json.loads(out.read_text(encoding="utf-8"))
-    assert {"gpu", "copy", "results", "figures", "not_measured", "seconds_per_case", "versions", "date"} <= report.keys()
+    assert {"gpu", "copy", "results", "figures", "not_measured", "seconds_per_case", "versions", "date", "quiet"} <= report.keys()
     assert {"triton", "liger-kernel", "torch"} <= report["versions"].keys() and report["not_measured"] == []
     suites = [result["suite"] for result in report["results"]]
     assert suites == [
@@ -462,14 +466,14 @@ def test_no_time_for_all_cases(quick, monkeypatch, capsys):
 
 def test_the_limit_counts_from_before_the_imports(quick, capsys):
     """A machine that never read torch from its disk takes half a minute for them."""
-    assert run.main([*REHEARSAL, "--limit", "60"], begun=run.perf_counter() - 61) == 0
+    assert run.main([*REHEARSAL, "--limit", "60"], begun=on_gpu.perf_counter() - 61) == 0
     assert "not measured: gpu step: three tensors" in capsys.readouterr().out
 
 
 def test_a_benchmark_that_is_killed_tells_what_was_to_come(quick):
     report, kept = {"copy": None, "results": [], "figures": [], "not_measured": []}, []
     some = [gpu_case(*place, device="cpu", tiny=True) for place in (("gpu step", "three tensors"), ("gpu weighted", "8 × 87"))]
-    run.measure_gpu(report, some, CPU, 0.01, math.inf, lambda: kept.append([*report["not_measured"]]))
+    on_gpu.measure_gpu(report, some, CPU, 0.01, math.inf, lambda: kept.append([*report["not_measured"]]))
     first, second = "gpu step: three tensors", "gpu weighted: 8 × 87"
     assert kept == [[first, second], [second], [], []]
 
@@ -478,8 +482,8 @@ def test_a_call_that_cannot_be_captured(quick, monkeypatch):
     def captured(device, run):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(run, "captured", captured)
-    result = run.explore(gpu_case("gpu step", "three tensors", device="cpu", tiny=True), 0.01, True)
+    monkeypatch.setattr(on_gpu, "captured", captured)
+    result = on_gpu.explore(gpu_case("gpu step", "three tensors", device="cpu", tiny=True), 0.01, True)
     assert "not permitted" in result["peers"]["absgd_fast"]["graph_failed"] and "graph_us" not in result["peers"]["SGD fused"]
 
 
@@ -492,12 +496,12 @@ def test_a_case_is_kept_before_the_memory_is_emptied(quick, monkeypatch, capsys)
         raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
 
     monkeypatch.setattr(torch.cuda, "empty_cache", broken)
-    run._empty(types.SimpleNamespace(type="cuda"))
+    on_gpu._empty(types.SimpleNamespace(type="cuda"))
     assert "captures_underway" in capsys.readouterr().out
-    monkeypatch.setattr(run, "_empty", lambda where: order.append("empty"))
+    monkeypatch.setattr(on_gpu, "_empty", lambda where: order.append("empty"))
     report = {"copy": None, "results": [], "figures": [], "not_measured": []}
     case = gpu_case("gpu step", "three tensors", device="cpu", tiny=True)
-    assert run.measure_gpu(report, [case], CPU, 0.01, math.inf, lambda: order.append(len(report["results"])))
+    assert on_gpu.measure_gpu(report, [case], CPU, 0.01, math.inf, lambda: order.append(len(report["results"])))
     assert order == ["empty", 0, 1, "empty", 1]
 
 
@@ -509,14 +513,16 @@ def test_a_probe_is_a_few_of_the_cases(quick, tmp_path):
 
 
 def test_who_is_late_is_left_out(quick, monkeypatch):
-    monkeypatch.setattr(run, "BUDGET", 0.0)
+    monkeypatch.setattr(on_gpu, "BUDGET", 0.0)
     case = gpu_case("gpu step", "three tensors", device="cpu", tiny=True)
     with pytest.raises(peers.LeftOut, match="absgd_fast: no time was left"):
-        run.explore(case, 0.01, True)
+        on_gpu.explore(case, 0.01, True)
     right = peers.ready
-    monkeypatch.setattr(run, "BUDGET", 1e9)
-    monkeypatch.setattr(run, "ready", lambda *args: (right(*args), monkeypatch.setattr(run, "perf_counter", lambda: 2e9))[0])
-    assert set(run.explore(case, 0.01, True)["peers"]) == {"absgd_fast"}
+    monkeypatch.setattr(on_gpu, "BUDGET", 1e9)
+    monkeypatch.setattr(
+        on_gpu, "ready", lambda *args: (right(*args), monkeypatch.setattr(on_gpu, "perf_counter", lambda: 2e9))[0]
+    )
+    assert set(on_gpu.explore(case, 0.01, True)["peers"]) == {"absgd_fast"}
 
 
 def test_a_case_whose_model_is_not_installed(quick, tmp_path):
@@ -527,14 +533,14 @@ def test_a_case_whose_model_is_not_installed(quick, tmp_path):
 
     report = {"copy": None, "results": [], "figures": [], "not_measured": []}
     case = cases.Case("gpu train", "a ResNet", data)
-    assert run.measure_gpu(report, [case], CPU, 0.01, math.inf, lambda: None)
+    assert on_gpu.measure_gpu(report, [case], CPU, 0.01, math.inf, lambda: None)
     assert report["not_measured"] == ["gpu train: a ResNet: ModuleNotFoundError: No module named 'torchvision'"]
 
 
 def test_preparing_runs_what_compiles(monkeypatch, capsys):
     ran = []
     for suite in ("gpu loss", "gpu step"):
-        for name in {*run.COMPILING} & peers.PEERS[suite].keys():
+        for name in {*on_gpu.COMPILING} & peers.PEERS[suite].keys():
             replace(monkeypatch, suite, name, lambda data, name=name: peers.Peer(lambda: ran.append(name), None))
     assert run.main(["--suite", "gpu", "--rehearse", "--prepare"]) == 0
     assert sorted(ran) == ["Liger"] * 2 + ["absgd_fast, triton"] * 3 + ["torch.compile"] * 2
@@ -546,8 +552,8 @@ def test_preparing_in_processes(monkeypatch):
     number = next(k for k, case in enumerate(cases.gpu_cases("cpu", tiny=True)) if case.suite == "gpu train")
     # which the processes inherit: benchmarks are no part of the package
     monkeypatch.syspath_prepend(Path(run.__file__).parents[1])
-    monkeypatch.setattr(run, "range", lambda count: [number], raising=False)
-    assert run.prepare(1, "gpu", CPU, True, 2) == []
+    monkeypatch.setattr(on_gpu, "range", lambda count: [number], raising=False)
+    assert on_gpu.prepare(1, "gpu", CPU, True, 2) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")

@@ -62,7 +62,7 @@ def test_figures_are_judged():
     assert "WRONG" in lines[2] and "absgd package: a twin" in lines and "not measured: z" in lines
     assert lines[-5:] == [
         "not judged: 2: x: time over Liger; x: memory over Liger",
-        "figures: 3 of 6 met ('!' above: missed)",
+        "figures: 3 of 6 met ('!' above: missed, '?': too noisy)",
         "missed: gpu loss, x: time over absgd package 0.5, wanted <= 0.25",
         "missed: gpu loss, x: memory over absgd package 1.2, wanted <= 1.1",
         "missed: gpu loss, x: backward launches 2, wanted <= 1",
