@@ -1,7 +1,7 @@
 """Timings against the competitors: `absgd-fast bench`, or `pytest benchmarks`.
 
-cases.py has the cases that are timed, peers.py the competitors, one_case.py the procedure, and run.py the command. Compare timings
-only within one run: two runs meet different clock rates and different loads of the machine.
+cases.py has the cases that are timed, peers.py the competitors, one_case.py the procedure, and run.py the command. Compare
+timings only within one run: two runs meet different clock rates and different loads of the machine.
 """
 
 from time import perf_counter

@@ -1,6 +1,7 @@
 """The procedure of the benchmark: check, time, report.
 
     absgd-fast bench [--suite loss|family|step|weighted|train|all|gpu|gpu-probe] [--out FILE.json]
+    absgd-fast bench --compare OLD.json NEW.json        measures nothing: which ratios moved (changes.py)
 
 Every competitor's result is checked against the float64 oracle before it is timed. A competitor with a wrong result is left
 out, and the report says why. If our result is wrong, nothing is reported. Then come rounds (timing.py). In each round every
@@ -51,13 +52,13 @@ import torch
 
 from absgd_fast import _backend
 
-from . import BEGUN, gpu_report, quiet
+from . import BEGUN, changes, gpu_report, quiet
 from .cases import CASES, gpu_cases
 from .on_gpu import GPU_SUITES, gpu_environment, measure_gpu, prepare
 from .one_case import compare, weigh
 from .peers import LeftOut
 from .record import environment, version_of, write
-from .tables import memory_table, summary, time_table
+from .tables import changes_table, memory_table, summary, time_table
 from .timing import CPU
 
 SUITES = {
@@ -111,6 +112,12 @@ def _parser():
         "--limit", type=_positive(float), default=600.0, help="suites gpu: time of the whole run in seconds (default: 600)"
     )
     parser.add_argument("--rehearse", action="store_true", help="suites gpu: try a few tiny cases on the CPU")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("OLD.json", "NEW.json"),
+        help="measure nothing, but say which ratios moved between two records; the exit code is 1 if ours got slower",
+    )
     parser.add_argument("--prepare", action="store_true", help="suites gpu: compile everything, measure nothing")
     return parser
 
@@ -130,13 +137,15 @@ def measure(suites, seconds, console):
 
 
 def main(argv=None, begun=None):
-    """Runs the command. Returns 0, or 1 if our result is wrong. Exits with 2 for bad arguments.
+    """Runs the command. Returns 0, or 1 if our result is wrong or got slower (--compare). Exits with 2 for bad arguments.
 
     begun: the time (perf_counter) from which --limit counts, by default now.
     """
     begun = perf_counter() if begun is None else begun
     parser = _parser()
     arguments = parser.parse_args(argv)
+    if arguments.compare:
+        return _main_compare(arguments, parser)
     before = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)
     try:
@@ -147,15 +156,37 @@ def main(argv=None, begun=None):
         torch.set_num_threads(before)
 
 
-def _main_cpu(arguments, parser):
-    arguments.seconds = arguments.seconds or 5.0
+def _console(parser):
     if importlib.util.find_spec("rich") is None:
         parser.error('bench needs rich: pip install "absgd_fast[test]"')
     from rich.console import Console
 
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=140)  # a file can have any width
+    return console if console.is_terminal else Console(highlight=False, width=140)  # a file can have any width
+
+
+def _main_compare(arguments, parser):
+    others = [name for name, value in vars(arguments).items() if name != "compare" and value != parser.get_default(name)]
+    if others:
+        parser.error(f"--compare measures nothing, so it takes no --{others[0]}")
+    console = _console(parser)
+    try:
+        old, new = map(changes.read, arguments.compare)
+    except changes.NotARecord as refusal:
+        parser.error(str(refusal))
+    found = changes.changes(old, new)
+    if not found:
+        parser.error("the two records have no ratio in common: they are of other suites or cases")
+    moved = [change for change in found if change.moved]
+    if moved:
+        console.print(changes_table(moved))
+    console.print("\n".join(changes.lines(old, new)), markup=False)
+    return 1 if changes.slower(found) else 0
+
+
+def _main_cpu(arguments, parser):
+    arguments.seconds = arguments.seconds or 5.0
+    console = _console(parser)
     try:
         report = environment() | {"seconds_per_case": arguments.seconds}
         report["quiet"] = quiet.look()

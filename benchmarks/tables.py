@@ -74,6 +74,19 @@ def memory_table(results):
     return table
 
 
+def changes_table(found):
+    """Rich table of the ratios that moved beyond the spread of both runs (changes.py)."""
+    table = _table(
+        "ratios of our time to theirs that moved by more than they varied in either run",
+        ("case", "competitor", "old", "new", "change", ""),
+    )
+    for change in found:
+        words = "[bold red]up[/]" if change.factor > 1 else "[green]down[/]"
+        ratios = (_with_quartiles(quartiles, _ratio) for quartiles in (change.old, change.new))
+        table.add_row(f"{change.suite} {change.case}", change.competitor, *ratios, f"{100 * (change.factor - 1):+.0f} %", words)
+    return table
+
+
 def verdicts(result):
     """(competitor or measure, its verdict, a remark) of everything in a result that has one: met, missed, too noisy or slower."""
     if result["suite"] == "memory":

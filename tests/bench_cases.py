@@ -13,6 +13,7 @@ with pytest.MonkeyPatch.context() as patch:  # benchmarks are no part of the pac
     patch.syspath_prepend(Path(cli.__file__).resolve().parents[1])
     from benchmarks import (  # noqa: F401
         cases,
+        changes,
         choosing_lambda,
         device,
         evidence,
