@@ -12,10 +12,13 @@ import torch
 from absgd_fast import _backend
 
 from . import gpu_report
-from .cases import IN_CACHE, gpu_cases, gpu_probe
+from .case_data import IN_CACHE
+from .cases import gpu_cases, gpu_probe
 from .device import captured, copy_ns, kernels, peak_allocated, synchronize
+from .liger import import_compilers
 from .one_case import gather, taking_part, timed
-from .peers import OURS, OURS_ON_TRITON, PEERS, LeftOut, import_compilers, ready
+from .peer import OURS, OURS_ON_TRITON, LeftOut, ready
+from .peers import PEERS
 from .timing import host_us, interleave, quartiles
 
 GPU_SUITES = {"gpu": lambda cases: cases, "gpu-probe": gpu_probe}

@@ -1,7 +1,8 @@
 """One case: its competitors are made and checked, and then timed or weighed."""
 
-from .memory import MEASURES, attempt
-from .peers import OURS, PEERS, LeftOut, ready
+from .memory import MEASURES, attempt, peak_bytes
+from .peer import OURS, LeftOut, ready
+from .peers import PEERS
 from .timing import interleave, quartiles, ratios
 from .verdict import met, spread
 
@@ -27,9 +28,29 @@ def gather(case, data, look, make_ready=ready):
 def compare(case, seconds):
     """Times one case. Returns a dict ready for JSON. Raises LeftOut if our result is wrong."""
     data = case.data()
-    found, absent = gather(case, data, lambda peer, error: (peer.run, error))
-    times = interleave({name: run for name, (run, _) in found.items()}, seconds)
-    return timed(case, data, times, {name: error for name, (_, error) in found.items()}, absent)
+    found, absent = gather(case, data, lambda peer, error: (peer, error))
+    times = interleave({name: peer.run for name, (peer, _) in found.items()}, seconds, least=case.rounds)
+    result = timed(case, data, times, {name: error for name, (_, error) in found.items()}, absent)
+    if case.memory:
+        _add_memory(result["peers"], {name: peer for name, (peer, _) in found.items()}, case.memory)
+    return result
+
+
+def _add_memory(values, peers, targets):
+    """Adds the peak memory of each competitor, where the system tells it, and the ratio of ours to it."""
+    for name, peer in peers.items():
+        peer.forget()
+        peak = values[name]["peak_bytes"] = attempt(lambda peer: peak_bytes(peer.run), peer)
+        peer.forget()
+        if name != OURS:  # ours is the first one
+            ours = values[OURS]["peak_bytes"]
+            ratio = ours / peak if ours and peak else None
+            most = targets.get(name)
+            values[name]["memory"] = {
+                "ratio": ratio,
+                "target": most,
+                "met": None if ratio is None or most is None else ratio <= most,
+            }
 
 
 def timed(case, data, times, errors, absent):

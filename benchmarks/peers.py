@@ -7,10 +7,7 @@ fused; the log-domain formula well written and compiled for each shape. The suit
 import importlib
 import importlib.util
 import math
-import sys
-from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
 
@@ -20,37 +17,11 @@ from torch.nn import functional as F
 import absgd_fast as ab
 from absgd_fast import _backend, ops
 
-from .cases import COPY, GAMMA, LAM, LOSSES, SGD, STEPS
-
-OURS, OURS_ON_TRITON = "absgd_fast", "absgd_fast, triton"
-
-
-class LeftOut(Exception):
-    """A competitor cannot run here, or its result is wrong. The message says why."""
-
-
-@dataclass
-class Peer:
-    """One competitor, ready to be timed on the data of a case."""
-
-    run: Callable  # one step, which is timed
-    error: Callable  # error(result of run() in step number STEPS) -> its distance from the float64 oracle
-    leaf: torch.Tensor | None = None  # the logits, for measurements of memory
-    parts: dict = field(default_factory=dict)  # name: function that prepares a part of a step and returns what runs it
-    forget: Callable = lambda: None  # frees the results of earlier calls, so they are not counted as memory in use
-    note: str = ""  # a remark for the reader of the report
-
-
-def ready(factory, data):
-    """A competitor after STEPS steps, and its error. Raises LeftOut if it cannot run or its result is wrong."""
-    peer = factory(data)
-    for _ in range(STEPS):
-        result = peer.run()
-    error = peer.error(result)
-    if not error <= data.tolerance:  # `not <=` also stops a NaN
-        raise LeftOut(f"its result is off by {error:.2g}, allowed is {data.tolerance:g}")
-    return peer, error
-
+from . import heads
+from .case_data import GAMMA, LAM, LOSSES, SGD, STEPS
+from .cases import COPY
+from .liger import liger_cross_entropy, on_fresh
+from .peer import OURS, OURS_ON_TRITON, LeftOut, Peer
 
 # ---- losses: forward and backward ------------------------------------------------------------------------------------
 
@@ -198,9 +169,9 @@ def six_lines(logits, target, log_s):
     return (weights * losses).mean(), log_s
 
 
-def _compiled(data):
+def _compiled(data, **options):
     torch.compiler.reset()  # each case gets code for its own shape, without the guards of earlier cases
-    compiled = torch.compile(six_lines, fullgraph=True, dynamic=False)
+    compiled = torch.compile(six_lines, fullgraph=True, dynamic=False, **options)
     log_s = start = torch.tensor(-math.inf, device=data.device)
 
     def criterion(x, y):
@@ -303,53 +274,9 @@ def _package_or_twin(data):
     return peer
 
 
-def _from_liger(module, name):
-    """Imports and calls a class of Liger. Liger looks for peft, which imports transformers (5 to 10 s), so peft is hidden."""
-    hidden = "peft" not in sys.modules
-    if hidden:
-        sys.modules["peft"] = None
-    try:
-        return getattr(importlib.import_module(f"liger_kernel.transformers.{module}"), name)()
-    except ImportError as error:
-        raise LeftOut(f"{error}: pip install liger-kernel") from error
-    except Exception as error:  # importing its many modules may raise anything
-        raise LeftOut(f"Liger cannot be imported: {type(error).__name__}: {error}") from error
-    finally:
-        if hidden:
-            sys.modules.pop("peft", None)
-
-
-def _liger_cross_entropy():
-    return _from_liger("cross_entropy", "LigerCrossEntropyLoss")
-
-
-def import_compilers():
-    """Imports the modules that take seconds, so no competitor is timed with it. A missing one is reported when its turn comes."""
-    compilers = (partial(importlib.import_module, name) for name in ("triton", "torch._inductor.compile_fx"))
-    for load in (_liger_cross_entropy, *compilers):
-        try:
-            load()
-        except Exception as error:
-            print(f"{type(error).__name__}: {error}")
-
-
-def _on_fresh(peer, own, logits):
-    """Gives fresh logits to a competitor that overwrites its logits with the gradient, as long as results are checked."""
-    run, checked = peer.run, iter(range(STEPS))
-
-    def on_fresh_logits():
-        if next(checked, None) is not None:
-            for x in own:
-                x.copy_(logits)
-        return run()
-
-    peer.run = on_fresh_logits
-    return peer
-
-
 def _liger(data):
     own = [x.clone() for x in data.copies]
-    return _on_fresh(_loss(data, _liger_cross_entropy(), lam=math.inf, copies=own), own, data.logits)
+    return on_fresh(_loss(data, liger_cross_entropy(), lam=math.inf, copies=own), own, data.logits)
 
 
 def _triton(factory):
@@ -414,45 +341,8 @@ def _deferred(data, backend=None):
 
 def _deferred_liger(data):
     own = data.logits.clone()  # Liger writes its gradients there
-    peer = _micro_batches(data, _liger_cross_entropy(), lam=math.inf, logits=own)
-    return _on_fresh(peer, [own], data.logits)
-
-
-# ---- a linear head and its loss ----------------------------------------------------------------------------------------
-
-
-def _head(data, criterion, lam=LAM, init="first"):
-    """A step of criterion(hidden, weight, target) on its own leaves."""
-    hidden, weight = (t.detach().requires_grad_() for t in (data.hidden, data.weight))
-
-    def forget():
-        hidden.grad = weight.grad = None
-
-    def run():
-        forget()
-        loss = criterion(hidden, weight, data.target)
-        loss.backward()
-        return loss
-
-    return Peer(run, lambda loss: data.error(loss, (hidden.grad, weight.grad), lam, init), forget=forget)
-
-
-def _linear(data):
-    with data.device:
-        return _head(data, ab.LinearABLoss(lam=LAM, gamma=GAMMA))
-
-
-def _liger_linear(data):
-    criterion = _from_liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyLoss")
-    return _head(data, lambda hidden, weight, target: criterion(weight, hidden, target), lam=math.inf)
-
-
-def _torch_linear(data):
-    """torch's own chunked loss of a linear head, which torch >= 2.13 has."""
-    if not hasattr(F, "linear_cross_entropy"):
-        raise LeftOut(f"torch {torch.__version__} has no linear_cross_entropy")
-    criterion = partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
-    return _head(data, criterion, lam=math.inf)
+    peer = _micro_batches(data, liger_cross_entropy(), lam=math.inf, logits=own)
+    return on_fresh(peer, [own], data.logits)
 
 
 # ---- whole steps of large models ---------------------------------------------------------------------------------------
@@ -514,6 +404,7 @@ _losses = {
     "cross_entropy": lambda data: _loss(data, F.cross_entropy, lam=math.inf),
     "absgd package": lambda data: _loss(data, _package(_cut), init="zero"),
     "torch.compile": _compiled,
+    "torch.compile, max-autotune": partial(_compiled, mode="max-autotune"),
 }
 PEERS = {
     "loss": _losses,
@@ -533,7 +424,8 @@ PEERS = {
         "cross_entropy": lambda data: _micro_batches(data, F.cross_entropy, lam=math.inf),
         "Liger": _deferred_liger,
     },
-    "gpu linear": {OURS: _linear, "Liger": _liger_linear, "torch, chunked": _torch_linear},
+    "linear": heads.ON_CPU,
+    "gpu linear": heads.ON_GPU,
     "gpu train": {
         OURS: lambda data: _whole(data, _ours(data.device), data.rule.ours),
         "plain": lambda data: _whole(data, F.cross_entropy, data.rule.theirs, math.inf, **data.rule.fastest(data.device)),

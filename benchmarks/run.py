@@ -1,6 +1,6 @@
 """The procedure of the benchmark: check, time, report.
 
-    absgd-fast bench [--suite loss|family|step|weighted|train|all|gpu|gpu-probe] [--out FILE.json]
+    absgd-fast bench [--suite loss|family|step|clip|weighted|linear|train|all|gpu|gpu-probe] [--out FILE.json]
     absgd-fast bench --compare OLD.json NEW.json        measures nothing: which ratios moved (changes.py)
 
 Every competitor's result is checked against the float64 oracle before it is timed. A competitor with a wrong result is left
@@ -17,6 +17,8 @@ The JSON (quartiles are {"median", "q1", "q3"} over the rounds):
     results     one object per case: suite, case, rounds, tolerance; peers {name: {us: quartiles, error: distance from float64,
                 and for competitors ratio: quartiles of ours / theirs; spread of the ratio; target; met: null if there is no
                 target or if the spread is above 0.1, which the report calls "too noisy"}}; absent {name: why it was left out}.
+                If the case has targets of memory, every peer has peak_bytes, the largest memory of a call (null where the
+                system does not tell it), and competitors have memory {ratio: of ours to theirs, target, met}.
                 For suite memory: peers {name: {measure: value}}, targets, met.
 
 The suites gpu (all cases of gpu_cases in cases.py) and gpu-probe (a few of them) measure with device.py and add:
@@ -56,7 +58,7 @@ from . import BEGUN, changes, gpu_report, quiet
 from .cases import CASES, gpu_cases
 from .on_gpu import GPU_SUITES, gpu_environment, measure_gpu, prepare
 from .one_case import compare, weigh
-from .peers import LeftOut
+from .peer import LeftOut
 from .record import environment, version_of, write
 from .tables import changes_table, memory_table, summary, time_table
 from .timing import CPU
@@ -68,7 +70,8 @@ SUITES = {
     "family": ("family",),
     "clip": ("clip",),
     "weighted": ("weighted",),
-    "all": ("loss", "target", "family", "memory", "step", "clip", "rules", "weighted", "train"),
+    "linear": ("linear",),
+    "all": ("loss", "target", "family", "memory", "step", "clip", "rules", "weighted", "linear", "train"),
 }
 QUIET_ON_GPU = 0.3  # seconds: a machine with a GPU is lent for minutes
 
@@ -103,7 +106,7 @@ def _parser():
     parser = _Parser("absgd-fast bench", description="Time the kernels against their competitors.", allow_abbrev=False)
     suites = [*SUITES, *GPU_SUITES]
     parser.add_argument(
-        "--suite", choices=suites, default="all", help="the cases to time (default: all on the CPU, four minutes)"
+        "--suite", choices=suites, default="all", help="the cases to time (default: all on the CPU, a quarter of an hour)"
     )
     parser.add_argument("--out", type=_file, metavar="FILE.json", help="also write the results to this file")
     parser.add_argument("--threads", type=_positive(int), default=2, help="number of CPU threads (default: 2)")

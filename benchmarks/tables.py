@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from .peers import OURS
+from .peer import OURS
 from .verdict import MOST_SPREAD
 
 
@@ -39,9 +39,19 @@ def _table(title, columns):
 
 def time_table(results):
     """Rich table of compare's results, with a line for each competitor. Missed targets and slower cases are marked."""
+    weighed = any("peak_bytes" in result["peers"][OURS] for result in results)
     table = _table(
         f"{results[0]['suite']}: medians (quartiles); error against float64",
-        ("case", "competitor", "time", "error", "ours / theirs", "target", ""),
+        (
+            "case",
+            "competitor",
+            "time",
+            "error",
+            "ours / theirs",
+            "target",
+            "",
+            *(["peak", "ours / theirs", "target", ""] * weighed),
+        ),
     )
     for result in results:
         for name, peer in result["peers"].items():
@@ -50,11 +60,23 @@ def time_table(results):
                 ratio, target = peer["ratio"], peer["target"]
                 line += [_with_quartiles(ratio, _ratio), "" if target is None else f"≤ {target:g}"]
                 line += ["[yellow]too noisy[/]" if is_too_noisy(peer) else _verdict(peer["met"], lost=ratio["median"] > 1)]
+            if weighed:
+                line += [""] * (7 - len(line)) + _memory(peer)
             table.add_row(*line)
         for name in result["absent"]:
             table.add_row("", name, "left out")
         table.add_section()
     return table
+
+
+def _memory(peer):
+    """The cells of a competitor's peak memory."""
+    peak = peer.get("peak_bytes")
+    cells = ["–" if peak is None else f"{peak / 2**20:.0f} MiB"]
+    if found := peer.get("memory"):
+        ratio, target = found["ratio"], found["target"]
+        cells += ["–" if ratio is None else _ratio(ratio), "" if target is None else f"≤ {target:g}", _verdict(found["met"])]
+    return cells
 
 
 UNITS = {"growth": "bytes kept per step", "peak": "peak, in gradients", "retained": "peak, graph kept"}
@@ -106,6 +128,9 @@ def verdicts(result):
                 yield name, "met", ""
             if peer["ratio"]["median"] > 1:
                 yield name, "slower", ""
+        reached = peer.get("memory", {}).get("met")
+        if reached is not None:
+            yield f"memory of {name}", "met" if reached else "missed", ""
 
 
 def summary(results):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from .cases import CASES
-from .peers import OURS, PEERS, LeftOut, ready
+from .peer import OURS, LeftOut, ready
+from .peers import PEERS
 
 TIMED = [(case, name) for case in CASES if case.suite != "memory" for name in PEERS[case.suite]]
 

@@ -38,19 +38,28 @@ def turns(names, rounds):
         yield names[first:] + names[:first]
 
 
-def interleave(runs, seconds, device=CPU):
-    """{name: [µs per call in each round]} for {name: callable}, measured for about `seconds`. A turn is a block of calls."""
+def interleave(runs, seconds, device=CPU, least=None):
+    """{name: [µs per call in each round]} for {name: callable}, measured for about `seconds`. A turn is a block of calls.
+
+    least: the least number of rounds, by default ROUNDS[0].
+    """
     block = partial(block_ns, device)
-    calls = {name: max(1, round(BLOCK / min(block(run, 1) for _ in range(3)))) for name, run in runs.items()}
+    calls = {name: _calls(partial(block, run, 1)) for name, run in runs.items()}
     times = {name: [] for name in runs}
     with uncollected():
         end = perf_counter_ns() + seconds * 1e9
         for r, names in enumerate(turns(list(runs), ROUNDS[1])):
-            if r >= ROUNDS[0] and perf_counter_ns() > end:
+            if r >= (least or ROUNDS[0]) and perf_counter_ns() > end:
                 break
             for name in names:
                 times[name].append(block(runs[name], calls[name]) / 1e3)
     return times
+
+
+def _calls(once):
+    """The number of calls in a turn. once() is the time of one call in ns. A call that takes very long is not repeated here."""
+    first = once()
+    return 1 if first > 100 * BLOCK else max(1, round(BLOCK / min(first, once(), once())))
 
 
 def interleave_long(runs, rounds, before=lambda: None, clock=perf_counter):

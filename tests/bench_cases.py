@@ -12,6 +12,7 @@ from absgd_fast import __main__ as cli
 with pytest.MonkeyPatch.context() as patch:  # benchmarks are no part of the package
     patch.syspath_prepend(Path(cli.__file__).resolve().parents[1])
     from benchmarks import (  # noqa: F401
+        case_data,
         cases,
         changes,
         choosing_lambda,
@@ -19,8 +20,10 @@ with pytest.MonkeyPatch.context() as patch:  # benchmarks are no part of the pac
         evidence,
         gpu_folder,
         gpu_report,
+        heads,
         imbalance,
         l2rw,
+        liger,
         memory,
         models,
         on_gpu,
@@ -35,6 +38,7 @@ with pytest.MonkeyPatch.context() as patch:  # benchmarks are no part of the pac
         train_loop,
         verdict,
     )
+    from benchmarks.peer import ready  # noqa: F401
 
 CPU = torch.device("cpu")
 DATA = {
@@ -51,12 +55,13 @@ DATA = {
     "gpu rules": [partial(cases.Tensors, [(3, 4), (5,)], rule="AdamW")],
     "gpu weighted": [partial(cases.Samples, 9, [(3, 4), (5,)])],
     "gpu deferred": [partial(cases.MicroBatches, 3, 11, 10, dtype) for dtype in (torch.float32, torch.bfloat16)],
+    "linear": [partial(cases.Head, 37, 8, 50, dtype) for dtype in (torch.float32, torch.bfloat16)],
     "gpu linear": [partial(cases.Head, 37, 8, 50, dtype) for dtype in (torch.float32, torch.bfloat16)],
     "gpu train": [case.data for case in cases.gpu_cases("cpu", tiny=True) if case.suite == "gpu train"],
 }
 NEED_MORE = {"absgd_fast, triton", "Liger"}  # than a CPU has, or tests install
 if not hasattr(torch.nn.functional, "linear_cross_entropy"):
-    NEED_MORE.add("torch, chunked")
+    NEED_MORE |= {"torch, chunked", *map(cases.chunked, cases.policies())}
 EVERYBODY = [(suite, make, name) for suite in DATA for make in DATA[suite] for name in peers.PEERS[suite]]
 
 
@@ -84,6 +89,9 @@ def tiny(monkeypatch, no_compiler):
         cases.Case("clip", "two tensors", partial(cases.Clipped, [(3, 4), (5,)]), {"our step without clipping": 1e9}),
         cases.Case("rules", "AdamW", partial(cases.Tensors, [(3, 4), (5,)], rule="AdamW"), {"torch's fastest": 1e9}),
         cases.Case("weighted", "9 × 17", partial(cases.Samples, 9, [(3, 4), (5,)]), {cases.COPY: 1e9}),
+        cases.Case(
+            "linear", "9 × 8 × 50", partial(cases.Head, 9, 8, 50), {cases.PLAIN_HEAD: 1e9}, memory={cases.PLAIN_HEAD: 1e9}
+        ),
         cases.Case("train", "mlp", partial(cases.Training, "mlp")),
     ]
     for module, name, value in (

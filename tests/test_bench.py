@@ -11,7 +11,9 @@ from bench_cases import (  # noqa: F401 (fixtures)
     DATA,
     EVERYBODY,
     NEED_MORE,
+    case_data,
     cases,
+    heads,
     imbalance,
     l2rw,
     looked,
@@ -21,11 +23,13 @@ from bench_cases import (  # noqa: F401 (fixtures)
     peers,
     plain_called_robust,
     ramp,
+    ready,
     record,
     refuse,
     replace,
     run,
     same_path,
+    tables,
     timing,
     tiny,
     train_loop,
@@ -42,7 +46,7 @@ from absgd_fast import __main__ as cli
 def test_everybody_is_right(no_compiler, suite, make, name):
     data = make()
     try:
-        _, error = peers.ready(peers.PEERS[suite][name], data)
+        _, error = ready(peers.PEERS[suite][name], data)
     except peers.LeftOut:
         assert name in NEED_MORE
         return
@@ -67,17 +71,17 @@ def test_a_wrong_loss_is_stopped(name, change):
         return peer
 
     with pytest.raises(peers.LeftOut, match="off by"):
-        peers.ready(factory, cases.Logits(32, 10))
+        ready(factory, cases.Logits(32, 10))
 
 
 @pytest.mark.parametrize("wrong", [{"weight_decay": 0.0}, {"momentum": 0.89}, {"nesterov": True}], ids=str)
 def test_a_wrong_step_is_stopped(wrong):
     def factory(data):
         params = data.parameters()
-        return peers.Peer(torch.optim.SGD(params, **cases.SGD | wrong).step, lambda _: data.error(params))
+        return peers.Peer(torch.optim.SGD(params, **case_data.SGD | wrong).step, lambda _: data.error(params))
 
     with pytest.raises(peers.LeftOut, match="off by"):
-        peers.ready(factory, cases.Tensors([(3, 4), (5,)]))
+        ready(factory, cases.Tensors([(3, 4), (5,)]))
 
 
 @pytest.mark.parametrize("wrong", [{"weight_decay": 0.0}, {"momentum": 0.89}, {"mix": 1e-3}, {"init": "first"}], ids=str)
@@ -85,25 +89,25 @@ def test_a_wrong_weighted_step_is_stopped(monkeypatch, wrong):
     right = ab.functional.weighted_momentum_step_
     monkeypatch.setattr(ab.functional, "weighted_momentum_step_", lambda *args, **options: right(*args, **options | wrong))
     with pytest.raises(peers.LeftOut, match="off by"):
-        peers.ready(peers.PEERS["weighted"]["absgd_fast"], cases.Samples(9, [(3, 4), (5,)]))
+        ready(peers.PEERS["weighted"]["absgd_fast"], cases.Samples(9, [(3, 4), (5,)]))
 
 
 @pytest.mark.parametrize("wrong", ["no factor", "a micro-batch by itself"])
 def test_a_wrong_deferred_step_is_stopped(wrong):
     def factory(data):
         deferred = wrong == "no factor"
-        criterion = ab.ABLoss(lam=cases.LAM, gamma=cases.GAMMA, deferred=deferred)
+        criterion = ab.ABLoss(lam=case_data.LAM, gamma=case_data.GAMMA, deferred=deferred)
         return peers._micro_batches(data, criterion, (lambda: 1.0 + 0 * criterion.settle()[1]) if deferred else None)
 
     with pytest.raises(peers.LeftOut, match="off by"):
-        peers.ready(factory, cases.MicroBatches(3, 11, 10))
+        ready(factory, cases.MicroBatches(3, 11, 10))
 
 
 @pytest.mark.parametrize("name", ["absgd_fast", "plain"])
 def test_a_wrong_loss_of_a_head_or_a_whole_step_is_stopped(name):
     head, (whole,) = cases.Head(37, 8, 50), DATA["gpu train"]
     with pytest.raises(peers.LeftOut, match="off by"):
-        peers.ready(lambda data: peers._head(data, ab.LinearABLoss(lam=2 * cases.LAM, gamma=cases.GAMMA)), head)
+        ready(lambda data: heads._head(data, ab.LinearABLoss(lam=2 * case_data.LAM, gamma=case_data.GAMMA)), head)
     factory = peers.PEERS["gpu train"][name]
 
     def off(data):
@@ -113,20 +117,20 @@ def test_a_wrong_loss_of_a_head_or_a_whole_step_is_stopped(name):
         return peer
 
     with pytest.raises(peers.LeftOut, match="off by"):
-        peers.ready(off, whole())
+        ready(off, whole())
 
 
 def test_a_wrong_training_is_stopped():
-    plain = partial(peers.PEERS["train"]["cross_entropy, SGD fused"], lam=cases.LAM)  # plain, but said to be robust
+    plain = partial(peers.PEERS["train"]["cross_entropy, SGD fused"], lam=case_data.LAM)  # plain, but said to be robust
     with pytest.raises(peers.LeftOut, match="off by"):
-        peers.ready(plain, cases.Training("mlp"))
+        ready(plain, cases.Training("mlp"))
 
 
 def test_wrong_and_missing_competitors_are_left_out(monkeypatch, tiny):
     replace(monkeypatch, "loss", "cross_entropy", plain_called_robust)
     replace(monkeypatch, "loss", "torch.compile", refuse)
     result = one_case.compare(run.CASES[0], seconds=0.01)
-    assert set(result["peers"]) == {"absgd_fast", "absgd package"}
+    assert set(result["peers"]) == {"absgd_fast", "absgd package", "torch.compile, max-autotune"}
     assert result["absent"]["torch.compile"] == "it is not there"
     assert "off by" in result["absent"]["cross_entropy"]
 
@@ -144,7 +148,34 @@ def test_a_compiler_that_fails_is_reported(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: fails)
     with pytest.raises(peers.LeftOut, match="^torch.compile failed: RuntimeError: No working C.. compiler$"):
-        peers.ready(peers.PEERS["loss"]["torch.compile"], cases.Logits(8, 5))
+        ready(peers.PEERS["loss"]["torch.compile"], cases.Logits(8, 5))
+
+
+def test_the_compiler_is_asked_for_its_best(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
+    for name in ("torch.compile", "torch.compile, max-autotune"):
+        ready(peers.PEERS["loss"][name], cases.Logits(8, 5))
+    plain = {"fullgraph": True, "dynamic": False}
+    assert asked == [plain, plain | {"mode": "max-autotune"}]
+
+
+def test_a_head_that_takes_too_long_is_left_out(monkeypatch):
+    monkeypatch.setattr(heads, "PATIENCE", 0.0)
+    with pytest.raises(peers.LeftOut, match="a step takes 0 s, allowed are 0"):
+        ready(peers.PEERS["linear"][cases.PLAIN_HEAD], cases.Head(9, 8, 50))
+    ready(peers.PEERS["linear"]["absgd_fast"], cases.Head(9, 8, 50))  # ours is always waited for
+
+
+@pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="torch 2.13 has it")
+def test_every_policy_of_torch_is_a_competitor():
+    """Those that torch itself takes; another one is refused by it."""
+    for policy in cases.policies():
+        torch.nn.LinearCrossEntropyOptions(acc_policy=policy)
+    with pytest.raises(ValueError, match="invalid acc_policy"):
+        torch.nn.LinearCrossEntropyOptions(acc_policy="best")
+    assert {"auto", "accurate", "balanced", "compact"} <= set(cases.policies())
+    assert set(peers.PEERS["linear"]) == {"absgd_fast", cases.PLAIN_HEAD, *map(cases.chunked, cases.policies())}
 
 
 # ---- the cases -------------------------------------------------------------------------------------------------------
@@ -164,6 +195,16 @@ def test_every_target_has_its_competitor():
         assert set(case.targets) <= set(memory.MEASURES if case.suite == "memory" else peers.PEERS[case.suite])
 
 
+def test_what_a_linear_head_has_to_reach():
+    found = [case for case in run.CASES if case.suite == "linear"]
+    sizes = ["512 × 256 × 8000", "2048 × 512 × 8000", "1024 × 512 × 32000", "2048 × 512 × 32000"]
+    assert [case.name for case in found] == [f"{size} {dtype}" for size in sizes for dtype in ("fp32", "bf16")]
+    for case in found:
+        assert case.targets == {cases.PLAIN_HEAD: 0.7} | {cases.chunked(policy): 0.5 for policy in cases.policies()}
+        assert case.memory == {cases.PLAIN_HEAD: 0.7}
+    assert "linear" in run.SUITES["all"]
+
+
 # ---- how it is timed -------------------------------------------------------------------------------------------------
 
 
@@ -181,11 +222,44 @@ def test_ratios_are_taken_round_by_round(monkeypatch, tiny):
     monkeypatch.setattr(
         one_case,
         "interleave",
-        lambda runs, seconds: {name: [t * (1 if name == "absgd_fast" else 2) for t in (1.0, 10.0, 100.0)] for name in runs},
+        lambda runs, seconds, **options: {
+            name: [t * (1 if name == "absgd_fast" else 2) for t in (1.0, 10.0, 100.0)] for name in runs
+        },
     )
     peer = one_case.compare(next(case for case in run.CASES if case.suite == "step"), seconds=1)["peers"]["SGD fused"]
     assert peer["ratio"] == {"median": 0.5, "q1": 0.5, "q3": 0.5}
     assert peer["us"] == {"median": 20.0, "q1": 11.0, "q3": 110.0}
+
+
+def test_the_least_number_of_rounds(monkeypatch):
+    """A case can ask for fewer rounds than the others make at least; the time decides between the two limits."""
+    monkeypatch.setattr(timing, "BLOCK", 1.0)
+    times = timing.interleave({"a": lambda: None}, seconds=0.0, least=2)
+    assert len(times["a"]) == 2
+    assert len(timing.interleave({"a": lambda: None}, seconds=0.0)["a"]) == timing.ROUNDS[0]
+
+
+def test_a_long_call_is_not_repeated_to_count_calls():
+    for ns, looks in ((100 * timing.BLOCK + 1, 1), (1.0, 3)):
+        seen = []
+        calls = timing._calls(lambda ns=ns, seen=seen: seen.append(ns) or ns)
+        assert len(seen) == looks and calls == (1 if looks == 1 else timing.BLOCK)
+
+
+def test_peak_memory_is_compared(monkeypatch, tiny):
+    """A competitor that allocates four times as much as ours; one whose memory nobody can tell has no ratio."""
+    peaks = iter([1000, 4000, 500, None, 1000, 1000])
+    monkeypatch.setattr(one_case, "peak_bytes", lambda call: next(peaks))
+    case = dataclasses.replace(next(case for case in run.CASES if case.suite == "linear"), memory={cases.PLAIN_HEAD: 0.2})
+    result = one_case.compare(case, 0.01)
+    found = [peer.get("memory") for peer in result["peers"].values()]
+    assert found[:4] == [
+        None,
+        {"ratio": 0.25, "target": 0.2, "met": False},
+        {"ratio": 2.0, "target": None, "met": None},
+        {"ratio": None, "target": None, "met": None},
+    ]
+    assert f"missed: linear 9 × 8 × 50, memory of {cases.PLAIN_HEAD}" in tables.summary([result])
 
 
 def test_a_leak_shows():
@@ -208,8 +282,8 @@ def test_the_report(tiny, tmp_path, capsys):
     assert " ".join(report) == "date hardware versions compiler threads load_at_start seconds_per_case quiet results"
     assert report["hardware"].keys() == {"cpu", "cores", "backend", "instruction_set"} and report["threads"] == 1
     assert report["versions"].keys() == {"python", "torch", "absgd_fast", "absgd"}
-    loss, target, family, memory, step, clip, rules, weighted, train = report["results"]
-    for result in (loss, target, family, step, clip, rules, weighted, train):
+    loss, target, family, memory, step, clip, rules, weighted, linear, train = report["results"]
+    for result in (loss, target, family, step, clip, rules, weighted, linear, train):
         assert result.keys() == {"suite", "case", "rounds", "tolerance", "peers", "absent"}
         assert result["rounds"] == 3 and result["absent"] == {}
         assert result["peers"].keys() == peers.PEERS[result["suite"]].keys()
@@ -222,8 +296,15 @@ def test_the_report(tiny, tmp_path, capsys):
         "cross_entropy": 1e9,
         "absgd package": 0.0,
         "torch.compile": None,
+        "torch.compile, max-autotune": None,
     }
     assert all(peer["spread"] == verdict.spread(peer["ratio"]) for peer in others.values())
+    plain = linear["peers"][cases.PLAIN_HEAD]
+    if plain["peak_bytes"] is None:
+        assert plain["memory"] == {"ratio": None, "target": 1e9, "met": None}
+    else:  # a call this small may find all its memory in use already
+        assert plain["peak_bytes"] >= 0 and plain["memory"]["target"] == 1e9
+    assert linear["peers"][cases.chunked("auto")]["memory"]["target"] is None
     assert memory["targets"].keys() == memory["met"].keys() == memory["peers"]["absgd_fast"].keys()
     printed = capsys.readouterr().out
     for name, reached in (("cross_entropy", True), ("absgd package", False)):  # three rounds may be too noisy for a verdict
@@ -243,7 +324,7 @@ def test_a_busy_machine_is_mentioned(monkeypatch, tiny, capsys):
 
 def test_a_lost_case_is_shown(monkeypatch, tiny, capsys):
     slow = {name: [float(name == "absgd_fast") + 1] * 3 for name in peers.PEERS["train"]}
-    monkeypatch.setattr(one_case, "interleave", lambda runs, seconds: slow)
+    monkeypatch.setattr(one_case, "interleave", lambda runs, seconds, **options: slow)
     assert run.main(["--suite", "train"]) == 0
     printed = capsys.readouterr().out
     assert "slower: train mlp, absgd package" in printed and "2.00 (2.00–2.00)" in printed

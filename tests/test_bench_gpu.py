@@ -14,8 +14,11 @@ import torch
 from bench_cases import (  # noqa: F401 (fixtures)
     CPU,
     NEED_MORE,
+    case_data,
     cases,
     device,
+    heads,
+    liger,
     looked,
     models,
     no_compiler,
@@ -23,6 +26,7 @@ from bench_cases import (  # noqa: F401 (fixtures)
     one_case,
     peers,
     plain_called_robust,
+    ready,
     replace,
     run,
     same_path,
@@ -126,13 +130,13 @@ def test_statistics_can_be_forced():
 def test_copies_are_taken_in_turn():
     data = cases.Logits(32, 10, copies=3)
     assert len({x.data_ptr() for x in data.copies}) == 3 and data.moved == 3 * 32 * 10 * 4
-    peer, _ = peers.ready(peers.PEERS["gpu loss"]["cross_entropy"], data)
+    peer, _ = ready(peers.PEERS["gpu loss"]["cross_entropy"], data)
     data.copies[1].zero_()
     seen = [round(peer.run().item(), 4) for _ in range(6)]
     assert seen.count(round(math.log(10), 4)) == 2  # each third time
     assert len(cases.Logits(64, 300, copies=None).copies) == 1  # stays in the cache
     data = cases.Logits(8, 5)
-    data.bytes = cases.IN_CACHE
+    data.bytes = case_data.IN_CACHE
     assert data._beyond_cache() == 1  # larger than four caches of the stand-in
     assert not hasattr(cases.Tensors([(3,)]), "copies")
 
@@ -175,7 +179,7 @@ def test_liger_gets_fresh_logits_while_it_is_checked(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     data = cases.Logits(32, 10, copies=2)
     before = data.logits.clone()
-    peer, error = peers.ready(peers.PEERS["gpu loss"]["Liger"], data)
+    peer, error = ready(peers.PEERS["gpu loss"]["Liger"], data)
     assert error < 1e-6
     peer.run()
     assert all(torch.equal(x, before) for x in data.copies)  # the others' numbers
@@ -205,9 +209,9 @@ def test_liger_is_imported_without_what_it_asks_for(tmp_path, monkeypatch, capsy
     try:
         if words:
             with pytest.raises(peers.LeftOut, match=re.escape(words)):
-                peers._liger_cross_entropy()
+                liger.liger_cross_entropy()
         else:
-            assert peers._liger_cross_entropy() == {}
+            assert liger.liger_cross_entropy() == {}
         assert "peft" not in sys.modules
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "liger_kernel"]:
@@ -221,8 +225,8 @@ def test_imports_belong_to_nobodys_time(monkeypatch, capsys):
         asked.append(name)
         raise ImportError(f"no {name}")
 
-    monkeypatch.setattr(peers.importlib, "import_module", load)
-    peers.import_compilers()
+    monkeypatch.setattr(liger.importlib, "import_module", load)
+    liger.import_compilers()
     assert asked == ["liger_kernel.transformers.cross_entropy", "triton", "torch._inductor.compile_fx"]
     assert capsys.readouterr().out.count("no ") == 3
 
@@ -232,13 +236,13 @@ def test_memory_is_measured_without_old_gradients(quick, monkeypatch):
     case, held, grads = gpu_case("gpu linear", "40 × 8 × 300 fp32", device="cpu", tiny=True), [], []
 
     def ours(data):
-        criterion = ab.LinearABLoss(lam=cases.LAM, gamma=cases.GAMMA)
+        criterion = ab.LinearABLoss(lam=case_data.LAM, gamma=case_data.GAMMA)
 
         def seen(hidden, weight, target):
             held[:] = hidden, weight
             return criterion(hidden, weight, target)
 
-        return peers._head(data, seen)
+        return heads._head(data, seen)
 
     monkeypatch.setitem(peers.PEERS, "gpu linear", {"absgd_fast": ours})
     monkeypatch.setattr(on_gpu, "peak_allocated", lambda where, call: grads.append([leaf.grad for leaf in held]))
@@ -517,7 +521,7 @@ def test_who_is_late_is_left_out(quick, monkeypatch):
     case = gpu_case("gpu step", "three tensors", device="cpu", tiny=True)
     with pytest.raises(peers.LeftOut, match="absgd_fast: no time was left"):
         on_gpu.explore(case, 0.01, True)
-    right = peers.ready
+    right = ready
     monkeypatch.setattr(on_gpu, "BUDGET", 1e9)
     monkeypatch.setattr(
         on_gpu, "ready", lambda *args: (right(*args), monkeypatch.setattr(on_gpu, "perf_counter", lambda: 2e9))[0]

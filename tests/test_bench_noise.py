@@ -48,7 +48,7 @@ def test_a_figure_is_met_missed_or_too_noisy(found, most, met):
 
 def noisy_times(ours):
     """The same times in every round, but ours vary; the rounds come from `ours`."""
-    return lambda runs, seconds: {name: list(ours) if name == "absgd_fast" else [1.0] * len(ours) for name in runs}
+    return lambda runs, seconds, **options: {name: list(ours) if name == "absgd_fast" else [1.0] * len(ours) for name in runs}
 
 
 def test_noise_shows_in_the_record_the_table_and_the_last_lines(monkeypatch, tiny, capsys):
