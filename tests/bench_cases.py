@@ -29,6 +29,7 @@ with pytest.MonkeyPatch.context() as patch:  # benchmarks are no part of the pac
         on_gpu,
         one_case,
         peers,
+        performance_plot,
         quiet,
         ramp,
         record,
