@@ -17,7 +17,7 @@ train   = $(bin)/absgd-fast train --dataset digits --methods sgd,absgd,reference
 
 cpp    := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo l2rw lint format test test-integrations test-deep bench bench-linear bench-l2rw sanitize clean
+.PHONY: demo l2rw lint format test test-integrations test-deep bench bench-linear bench-l2rw bench-growth bench-endurance sanitize clean
 demo: $(VENV)/.installed
 	@rm -f demo/*/checkpoint.pt  # of a demo that was stopped: `train` would not begin another in its place
 	$(train) --noise symmetric --noise-rate 0.4 --model mlp --lam -0.5 --warmup 0.3 --weight-decay 1e-4 --out demo/noise
@@ -67,6 +67,15 @@ bench-linear: $(VENV)/.installed
 # What a step of L2RW costs beside a plain one: five minutes.
 bench-l2rw: $(VENV)/.installed
 	$(bin)/python -m benchmarks.l2rw
+
+# How the cost of a loss and of a step grows with the size, with one and two threads: two minutes. It rewrites
+# benchmarks/results/growth.json and docs/growth.png, so run it on a quiet machine.
+bench-growth: $(VENV)/.installed
+	$(bin)/python -m benchmarks.growth
+
+# Whether memory stays flat over 100,000 steps of a small model: one to three minutes.
+bench-endurance: $(VENV)/.installed
+	$(bin)/python -m benchmarks.endurance --out benchmarks/results/endurance.json
 
 # The kernels' tests once more, on a copy of the package whose kernels carry the address and undefined-behaviour sanitizers
 # (which keep freed memory for a while, so not the tests of memory growth).

@@ -37,7 +37,7 @@ ROW, HEAD, FOOT = 0.27, 0.45, 0.95  # inches: of a case, of a panel's title, of 
 
 
 def cases(records):
-    """{suite: {case: peers}} of the suites that are drawn, in their order there. A later record replaces cases of earlier ones."""
+    """{suite: {case: peers}} of the suites that are drawn, in their order there. A case is taken from its last record."""
     found = {}
     for record in records:
         for result in record["results"]:
