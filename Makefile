@@ -17,7 +17,8 @@ train   = $(bin)/absgd-fast train --dataset digits --methods sgd,absgd,reference
 
 cpp    := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo l2rw lint format test test-integrations test-deep bench bench-linear bench-l2rw bench-growth bench-endurance sanitize clean
+.PHONY: demo l2rw lint format test test-integrations test-deep sanitize clean
+.PHONY: bench bench-linear bench-l2rw bench-growth bench-endurance
 demo: $(VENV)/.installed
 	@rm -f demo/*/checkpoint.pt  # of a demo that was stopped: `train` would not begin another in its place
 	$(train) --noise symmetric --noise-rate 0.4 --model mlp --lam -0.5 --warmup 0.3 --weight-decay 1e-4 --out demo/noise

@@ -159,7 +159,7 @@ def lines(report):
     noisy = [figure for figure in unjudged if figure["value"] is not None]
     others = [f"{figure['case']}: {figure['figure']}" for figure in unjudged if figure["value"] is None]
     out += [f"not judged: {len(others)}: {'; '.join(others)}"] * bool(others)
-    out += [f"too noisy: {f['suite']}, {f['case']}: {f['figure']} varies by {100 * f['spread']:.0f} %" for f in noisy]
+    out += [f"too noisy: {f['suite']}, {f['case']}: {f['figure']} varies by {100 * f['spread']:.1f} %" for f in noisy]
     out.append(f"figures: {sum(figure['met'] for figure in judged)} of {len(judged)} met ('!' above: missed, '?': too noisy)")
     for figure in judged:
         if not figure["met"]:

@@ -106,7 +106,10 @@ def _parser():
     parser = _Parser("absgd-fast bench", description="Time the kernels against their competitors.", allow_abbrev=False)
     suites = [*SUITES, *GPU_SUITES]
     parser.add_argument(
-        "--suite", choices=suites, default="all", help="the cases to time (default: all on the CPU, a quarter of an hour)"
+        "--suite",
+        choices=suites,
+        default="all",
+        help="the cases to time (default: all on the CPU, half an hour, most of it for linear)",
     )
     parser.add_argument("--out", type=_file, metavar="FILE.json", help="also write the results to this file")
     parser.add_argument("--threads", type=_positive(int), default=2, help="number of CPU threads (default: 2)")

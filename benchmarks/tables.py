@@ -120,7 +120,7 @@ def verdicts(result):
         if name == OURS:
             continue
         if is_too_noisy(peer):
-            yield name, "too noisy", f": the ratio varies by {100 * peer['spread']:.0f} % (at most {100 * MOST_SPREAD:.0f} %)"
+            yield name, "too noisy", f": the ratio varies by {100 * peer['spread']:.1f} % (at most {100 * MOST_SPREAD:g} %)"
         elif peer["met"] is False:
             yield name, "missed", ""
         else:
