@@ -1,7 +1,8 @@
 """Builds the kernels with CMake.
 
 If the build fails, the package is installed in pure Python, and `absgd-fast doctor` shows the reason, which is in
-`_build_info.json`. With ABSGD_FAST_REQUIRE_NATIVE=1 a failed build is an error.
+`_build_info.json`. With ABSGD_FAST_REQUIRE_NATIVE=1 a failed build is an error. ABSGD_FAST_EAGER=0 leaves out the eager module
+(csrc/eager.cpp), which serves the torch of the build alone.
 """
 
 import json
@@ -16,6 +17,23 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+
+
+def run_cmake(path, *arguments):
+    """Runs CMake with this PATH. Raises RuntimeError with the reason if it fails."""
+    done = subprocess.run(
+        ["cmake", *map(str, arguments)],
+        env={**os.environ, "PATH": path},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    print(done.stdout, flush=True)
+    if done.returncode:
+        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        where = next((i for i, line in enumerate(lines) if "error" in line.lower()), -3)
+        why = " ".join(lines[where:][:4]).split("(message): ")[-1].split("(project): ")[-1]
+        raise RuntimeError(f"the kernels could not be built: {why}")
 
 
 class CMakeBuild(build_ext):
@@ -47,24 +65,15 @@ class CMakeBuild(build_ext):
             raise RuntimeError("cmake not found; pip install cmake ninja")
         ninja = ["-GNinja"] if shutil.which("ninja", path=path) else []
         shutil.rmtree(build, ignore_errors=True)  # an old build directory refers to paths of a build environment that is gone
-        for arguments in (
-            ["-S", ROOT, "-B", build, f"-DPython_EXECUTABLE={sys.executable}", *ninja],
-            ["--build", build],
-            ["--install", build, "--prefix", package],
-        ):
-            done = subprocess.run(
-                ["cmake", *map(str, arguments)],
-                env={**os.environ, "PATH": path},
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-            print(done.stdout, flush=True)
-            if done.returncode:
-                lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-                where = next((i for i, line in enumerate(lines) if "error" in line.lower()), -3)
-                why = " ".join(lines[where:][:4]).split("(message): ")[-1].split("(project): ")[-1]
-                raise RuntimeError(f"the kernels could not be built: {why}")
+        run_cmake(path, "-S", ROOT, "-B", build, f"-DPython_EXECUTABLE={sys.executable}", *ninja)
+        if os.environ.get("ABSGD_FAST_EAGER") != "0":
+            # It is compiled beside the rest, and the package works without it: torch's C++ classes change.
+            try:
+                run_cmake(path, "--build", build, "--target", "all", "_eager", "--", "-k", *(["0"] if ninja else []))
+            except RuntimeError as error:
+                print(f"absgd_fast: the eager module is left out: {error}", file=sys.stderr)
+        run_cmake(path, "--build", build)
+        run_cmake(path, "--install", build, "--prefix", package)
 
     def get_outputs(self):
         """No files, because CMake installs the libraries itself."""

@@ -4,6 +4,7 @@ This is the only file that reads environment variables:
 
 ABSGD_FAST_BACKEND   forces a backend: "cuda", "triton", "cpu" or "reference"
 ABSGD_FAST_ISA       forces an instruction set of the CPU kernels: "avx512", "avx2" or "baseline"
+ABSGD_FAST_EAGER     0 leaves the module _eager out, so that Python and torch's dispatcher do its work
 TRITON_INTERPRET     Triton's own: with 1 its kernels run on the CPU, slowly, and "triton" can be forced for CPU tensors
 XDG_DATA_HOME        the user's folder of shared data, where `absgd-fast train` looks for data sets
 XDG_DATA_DIRS        the system's, separated by colons
@@ -11,6 +12,7 @@ XDG_DATA_DIRS        the system's, separated by colons
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -23,6 +25,7 @@ from types import ModuleType
 import torch
 
 NAMES = ("cuda", "triton", "cpu", "reference")
+_VARIABLES = ("ABSGD_FAST_BACKEND", "ABSGD_FAST_ISA", "ABSGD_FAST_EAGER", "TRITON_INTERPRET")  # those that doctor shows
 _HERE = Path(__file__).parent
 _CHOICES = "None, " + ", ".join(map(repr, NAMES))
 
@@ -243,6 +246,36 @@ def host() -> ModuleType | None:
         return None
 
 
+@cache
+def why_not_eager() -> str | None:
+    """None if the module _eager (csrc/eager.cpp) can serve, otherwise the reason."""
+    reason = _load("cpu")
+    if reason is not None:
+        return reason
+    if os.environ.get("ABSGD_FAST_EAGER") == "0":
+        return "ABSGD_FAST_EAGER=0"
+    built = build_info()["torch"]
+    if built != torch.__version__:  # it uses classes of torch that change from version to version
+        return f"it was built beside torch {built}, and this is torch {torch.__version__}"
+    try:
+        importlib.import_module("absgd_fast._eager")
+    except ImportError as error:
+        return f"absgd_fast._eager does not import: {error}"
+    return None
+
+
+def eager() -> ModuleType | None:
+    """The module that takes a batch on the CPU through autograd in C++ (csrc/eager.cpp), or None."""
+    return None if why_not_eager() else importlib.import_module("absgd_fast._eager")
+
+
+def cpu_kernels_address() -> int:
+    """The address of absgd_fast_cpu_kernels in the CPU library, which must be loaded."""
+    address = ctypes.cast(ctypes.CDLL(str(_HERE / "_ops_cpu.so")).absgd_fast_cpu_kernels, ctypes.c_void_p).value
+    assert address is not None
+    return address
+
+
 def report() -> dict:
     """Everything that `absgd-fast doctor` shows."""
     from importlib.metadata import PackageNotFoundError, version
@@ -271,6 +304,7 @@ def report() -> dict:
             "available": host() is not None,
             "reason": None if host() is not None else (info["reason"] or "absgd_fast._host does not import"),
         },
+        "eager module": {"available": why_not_eager() is None, "reason": why_not_eager()},
         "cuda": {
             "compiled": info["cuda"],
             "reason": info["cuda_reason"],
@@ -278,7 +312,10 @@ def report() -> dict:
             "GPUs": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
         "build": {"compiler": info["compiler"], "torch": info["torch"]},
-        "environment": {name: os.environ.get(name) for name in ("ABSGD_FAST_BACKEND", "ABSGD_FAST_ISA", "TRITON_INTERPRET")},
+        "environment": {
+            name: os.environ.get(name)
+            for name in ("ABSGD_FAST_BACKEND", "ABSGD_FAST_ISA", "ABSGD_FAST_EAGER", "TRITON_INTERPRET")
+        },
     }
 
 

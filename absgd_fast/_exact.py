@@ -22,6 +22,15 @@ def exact_dtype() -> torch.dtype:
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
+class Changes:
+    """How often an attribute of an `ExactState` was set, of whichever. While it stays, none of them has changed."""
+
+    count = 0
+
+
+CHANGES = Changes()
+
+
 class ExactState(nn.Module):
     """A module whose state tensors are plain attributes, and buffers only while torch moves, saves or loads the module.
 
@@ -35,6 +44,14 @@ class ExactState(nn.Module):
     """
 
     STATE: ClassVar[tuple[str, ...]] = ()  # the names of the state tensors
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        CHANGES.count += 1
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        CHANGES.count += 1
+        super().__delattr__(name)
 
     def reset_parameters(self) -> None:
         """Give the state and the buffers the values that they have after the constructor."""
@@ -53,6 +70,7 @@ class ExactState(nn.Module):
         finally:
             for name in self.STATE:
                 vars(self)[name] = self._buffers.pop(name)
+            CHANGES.count += 1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         lost = False

@@ -172,7 +172,7 @@ def losses_and_validity(
         recover = None
         if not scale_may_be_0 and (copy_losses or bits < ops.KIND):
             values = losses.clone() if mode != ops.WITH_STATS and bits >= ops.KIND else None
-            recover = lambda _: spec.logits_of(saved, target, values)  # noqa: E731
+            recover = lambda grad: spec.logits_of(grad, target, values)  # noqa: E731
         losses = ops.attach_logit_gradient(
             operators, mode, logits, losses, spec, target, class_weight, adjust, saved, recompute, recover
         )

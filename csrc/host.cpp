@@ -8,8 +8,8 @@
 #include <unordered_map>
 #include <vector>
 
-#include "host/dlpack.h"
 #include "host/rule_names.h"
+#include "host/tensor_access.h"
 #include "launch.h"
 
 namespace {
@@ -33,17 +33,23 @@ py::list handed_over(std::vector<py::object>& objects) {
 
 class StepPlan {
  public:
-  // cpu, cuda: whether the kernels of that device serve.
+  // cpu, cuda: whether the kernels of that device serve. access: `tensor_access` of the eager module, or None.
   StepPlan(py::object tensor_type, py::object parameter_type, py::function allocate, bool cpu, bool cuda, int rule,
-           const py::dict& numbers, const py::dict& flags, const py::tuple& states)
-      : api_(exchange_api(tensor_type)),
+           const py::dict& numbers, const py::dict& flags, const py::tuple& states, const py::object& access)
+      : describe_(exchange_api(tensor_type)->dltensor_from_py_object),
         tensor_type_(tensor_type),
         parameter_type_(parameter_type),
         allocate_(allocate),
         cpu_(cpu),
         cuda_(cuda),
         names_(rule, numbers, flags, states),
-        grad_(getter(tensor_type)) {}
+        grad_(getter(tensor_type)) {
+    if (access.is_none()) return;
+    const auto* faster = static_cast<const TensorAccess*>(PyCapsule_GetPointer(access.ptr(), kTensorAccess));
+    if (faster == nullptr) throw py::error_already_set();
+    describe_ = faster->describe;
+    gradient_ = faster->gradient;
+  }
 
   // Reads every tensor afresh, and writes the table for one step over all parameters that have a gradient.
   // Returns (updated, held, on, others):
@@ -163,7 +169,12 @@ class StepPlan {
   // The gradient. If torch.Tensor.grad is a C function it is called directly, which takes 24 ns less than looking the
   // attribute up by its name.
   py::object grad_of(PyObject* param) const {
-    const bool direct = grad_ != nullptr && is_plain(param);
+    const bool direct = (gradient_ != nullptr || grad_ != nullptr) && is_plain(param);
+    if (direct && gradient_ != nullptr) {
+      py::object out = py::reinterpret_steal<py::object>(gradient_(param));
+      if (!out) throw py::error_already_set();
+      return out;
+    }
     py::object out = py::reinterpret_steal<py::object>(direct ? grad_->get(param, grad_->closure)
                                                               : PyObject_GetAttr(param, names().grad));
     if (!out) throw py::error_already_set();
@@ -203,7 +214,7 @@ class StepPlan {
   // Describes a plain tensor. Returns false for anything else; a subclass may be anything.
   bool describe(PyObject* object, DLTensor* out) const {
     if (!is_plain(object)) return false;
-    if (api_->dltensor_from_py_object(object, out) != 0) {  // no storage: sparse, meta
+    if (describe_(object, out) != 0) {  // no storage: sparse, meta
       PyErr_Clear();
       return false;
     }
@@ -335,7 +346,7 @@ class StepPlan {
     if (grown) {
       table_ = allocate_((bytes + 7) / 8);
       DLTensor t;
-      if (api_->dltensor_from_py_object(table_.ptr(), &t) != 0) throw py::error_already_set();
+      if (describe_(table_.ptr(), &t) != 0) throw py::error_already_set();
       memory_ = static_cast<char*>(t.data) + t.byte_offset;
       capacity_ = bytes;
     }
@@ -360,7 +371,8 @@ class StepPlan {
     std::copy(tensors_.begin(), tensors_.end(), reinterpret_cast<absgd::StepTensor*>(memory_ + tensors));
   }
 
-  const DLPackExchangeAPI* api_;
+  int (*describe_)(void* tensor, DLTensor* out);
+  PyObject* (*gradient_)(PyObject* tensor) = nullptr;
   py::object tensor_type_, parameter_type_;
   py::function allocate_;
   bool cpu_, cuda_;
@@ -391,9 +403,9 @@ class StepPlan {
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Host objects of absgd_fast: see csrc/host.cpp";
   py::class_<StepPlan>(m, "StepPlan", "Writes the table of a step over many tensors, and is kept between steps.")
-      .def(py::init<py::object, py::object, py::function, bool, bool, int, py::dict, py::dict, py::tuple>(),
+      .def(py::init<py::object, py::object, py::function, bool, bool, int, py::dict, py::dict, py::tuple, py::object>(),
            py::arg("tensor_type"), py::arg("parameter_type"), py::arg("allocate"), py::arg("cpu"), py::arg("cuda"),
-           py::arg("rule"), py::arg("numbers"), py::arg("flags"), py::arg("states"))
+           py::arg("rule"), py::arg("numbers"), py::arg("flags"), py::arg("states"), py::arg("access") = py::none())
       .def("refresh", &StepPlan::refresh, py::arg("param_groups"), py::arg("state"), py::arg("grad_scale") = py::none(),
            py::arg("found_inf") = py::none(), py::arg("sharded") = py::none(), py::arg("robust") = py::none())
       .def_property_readonly("table", &StepPlan::table);

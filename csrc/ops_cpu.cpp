@@ -39,6 +39,9 @@ std::string native_signatures() {
 
 }  // namespace
 
+// For csrc/eager.cpp, which calls the kernels without the dispatcher.
+extern "C" __attribute__((visibility("default"))) const CpuKernels& absgd_fast_cpu_kernels() { return cpu_kernels(); }
+
 STABLE_TORCH_LIBRARY_IMPL(absgd_fast, CPU, m){
     ABSGD_OPS(ABSGD_IMPL)
 

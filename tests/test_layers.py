@@ -156,6 +156,8 @@ INCLUDES = {
     "ops_cuda.cpp": {"ops_common.h", "ops/cuda"},
     "host": {"launch.h"},
     "host.cpp": {"host", "launch.h"},
+    "eager": {"host"},
+    "eager.cpp": {"eager", "ops/cpu"},
 }
 # and of others, beside the standard library
 OUTSIDE = {
@@ -165,6 +167,8 @@ OUTSIDE = {
     "ops/cuda": r"torch/.+",
     "host": r"pybind11/.+",
     "host.cpp": r"pybind11/.+",
+    "eager": r"(torch|ATen|c10)/.+",
+    "eager.cpp": r"(torch|ATen)/.+",
 }
 
 

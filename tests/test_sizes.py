@@ -225,12 +225,18 @@ def test_an_earlier_file_names_this_one(name):
 
 
 @pytest.mark.skipif(not _backend.available("cpu"), reason="the native library is not built here")
-def test_a_loss_runs_in_these_files():
+@pytest.mark.parametrize("eager", [False, True], ids=["dispatcher", "eager module"])
+def test_a_loss_runs_in_these_files(eager, monkeypatch):
     """The package's files on the stack when the operator is called. The first call chooses a backend, so the second is used."""
     package, stacks = Path(ab.__file__).parent, []
     criterion, logits, target = ab.ABLoss(lam=0.5), torch.randn(128, 10, requires_grad=True), torch.zeros(128, dtype=torch.long)
+    operators = criterion.operators_for(logits)
+    if not eager:
+        monkeypatch.setattr(operators, "eager", None)
+    elif operators.eager is None:
+        pytest.skip(f"no eager module: {_backend.why_not_eager()}")
     criterion(logits, target)
-    operator = criterion.operators_for(logits).robust_logit_loss
+    operator = operators.eager.repeat if eager else operators.robust_logit_loss
 
     def profile(frame, event, argument):
         if event == "c_call" and argument == operator:
@@ -247,4 +253,7 @@ def test_a_loss_runs_in_these_files():
         sys.setprofile(before)
     (stack,) = stacks
     passed = [f"absgd_fast/{path.relative_to(package).as_posix()}" for path in stack if package in path.parents]
-    assert list(dict.fromkeys(passed)) == [name for name in WAY_OF_A_LOSS if name.endswith(".py") and "schemas" not in name]
+    way = [name for name in WAY_OF_A_LOSS if name.endswith(".py") and "schemas" not in name]
+    if eager:
+        way[1:] = ["absgd_fast/robust/repeat.py"]
+    assert list(dict.fromkeys(passed)) == way

@@ -22,6 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import _backend
 from .._checkpointing import pop_hooks, push_hooks, top_hooks
 from .._codes import WITH_STATS
 from .backends import OPERATORS, Operators
@@ -34,6 +35,18 @@ def _differentiable(recompute: Callable[[Tensor], Tensor], x: Tensor, upstream: 
     with torch.enable_grad():
         value = recompute(x)
     return torch.autograd.grad(value, x, upstream.to(value.dtype), create_graph=True)[0]
+
+
+def _derivative(
+    given: tuple, sample_stats: Tensor | None
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]:
+    """(recompute, recover) of `attach`, from what csrc/eager.cpp keeps: these two, or (make, *arguments) with make(sample_stats,
+    *arguments) -> the two. So a forward need not make them, because only a second derivative asks for them.
+    """
+    if sample_stats is None:
+        return given
+    make, *arguments = given
+    return make(sample_stats, *arguments)
 
 
 class _OverCopy:
@@ -181,6 +194,9 @@ class _GradientFromStatsCompiled(torch.autograd.Function):
 _known = super(torch.autograd.Function, _KnownGradient).apply
 _from_stats = super(torch.autograd.Function, _GradientFromStats).apply
 
+if (_eager := _backend.eager()) is not None:
+    _eager.bind(_backend.cpu_kernels_address(), _derivative, _differentiable)
+
 
 def attach(
     operators: Operators,
@@ -188,16 +204,20 @@ def attach(
     value: Tensor,
     grad: Tensor,
     recompute: Callable[[Tensor], Tensor],
-    recover: Callable[[object], Tensor] | None = None,
+    recover: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Makes value a function of x whose derivative, grad, is known: backward gives upstream * grad.
 
     Args:
         recompute: recompute(x) is the value in plain torch. It is called only if backward itself is to be differentiated.
-        recover: recover(_) makes an x for recompute from grad. None: the graph keeps x.
+        recover: recover(grad) makes an x for recompute. None: the graph keeps x.
     """
     if operators.compiled is operators:  # torch.compiler.is_compiling() takes four times as long
         return _KnownGradientCompiled.apply(x, value, grad, operators.backend)
+    if operators.eager is not None:
+        attached = operators.eager.attach(x, value, grad, (recompute, recover))
+        if attached is not None:
+            return attached
     return _attach_eagerly(operators, x, value, grad, recompute, recover)
 
 
@@ -207,7 +227,7 @@ def _attach_eagerly(
     value: Tensor,
     grad: Tensor,
     recompute: Callable[[Tensor], Tensor],
-    recover: Callable[[object], Tensor] | None,
+    recover: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     """`attach` outside of torch.compile."""
     if top_hooks(True) is not None:
@@ -216,8 +236,8 @@ def _attach_eagerly(
     if recover is None or x.is_leaf:  # the graph keeps a leaf anyway, as that in which its gradient is accumulated
         return _known(x, given)
     try:
-        # Of x only its place in the graph is saved: packing it leaves its type, and unpacking it makes its values anew.
-        push_hooks(type, recover)
+        # Of x only its place in the graph is saved: packing it leaves the gradient, and unpacking it makes its values anew.
+        push_hooks(lambda _: grad, recover)
     except RuntimeError:  # somebody has forbidden hooks (torch.autograd.graph.disable_saved_tensors_hooks)
         return _known(x, given)
     try:
@@ -237,7 +257,7 @@ def attach_logit_gradient(
     adjust: Tensor | None,
     saved: Tensor,
     recompute: Callable[[Tensor], Tensor],
-    recover: Callable[[object], Tensor] | None = None,
+    recover: Callable[[Tensor], Tensor] | None = None,
     sample_stats: Tensor | None = None,
     weighing: Tensor | None = None,
 ) -> Tensor:
@@ -251,13 +271,12 @@ def attach_logit_gradient(
         spec: the loss on logits.
         saved: what the operator has saved for backward.
         recompute: recompute(logits) is the value in plain torch, for a second derivative.
-        recover: as in `attach`, if `saved` is the gradient. It is not used for bfloat16 with label smoothing or soft targets: the
-            rounding of p_k sum_j u_j - u_k hides a small p_k (docs/MATH.md §2.6), so the graph keeps these logits. A copy of
-            the logits needs no recovery.
+        recover: as in `attach`, if `saved` is the gradient. It is not used where the logits are not `recoverable`. A copy of the
+            logits needs no recovery.
         sample_stats, weighing: of robust_logit_loss, if backward makes the weights.
     """
     if mode != WITH_STATS:
-        if saved.dtype is torch.bfloat16 and (spec.smoothing or target.is_floating_point()):
+        if not spec.recoverable(logits, target):
             recover = None
         return attach(operators, logits, value, saved, recompute, recover)
     loss = target, class_weight, adjust, spec.smoothing
@@ -266,7 +285,7 @@ def attach_logit_gradient(
         return _GradientFromStatsCompiled.apply(logits, value, *loss, *stats, operators.backend)
     if operators.writes_over_logits:
         copy = logits.detach().clone(memory_format=torch.contiguous_format)
-        return _attach_eagerly(_OverCopy(operators, *loss, saved), logits, value, copy, recompute, lambda _: copy.float())
+        return _attach_eagerly(_OverCopy(operators, *loss, saved), logits, value, copy, recompute, torch.Tensor.float)
     return _from_stats(logits, (value, loss, stats, operators, recompute))
 
 

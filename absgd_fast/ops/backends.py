@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class Operators:
         has_squares: whether planned_squares is there.
         weighs_late: whether settled_logit_loss is there. Then the backward pass also makes the weights of the statistics that
             robust_logit_loss leaves.
+        eager: the module _eager, which goes through an operator and autograd in C++ (csrc/eager.cpp), or None.
         writes_over_logits: whether backward makes the gradient from statistics over a copy of the logits (logit_loss_backward_).
         vector_backward_mode: the backward mode of the robust loss of losses that are there already.
     """
@@ -70,6 +72,7 @@ class Operators:
 
     def __init__(self, backend: str, functions: dict[str, Callable], compiled: Operators | None = None):
         self.backend, self.compiled = backend, compiled or self
+        self.eager: ModuleType | None = None
         self.has_rules, self.weighs_late = "rule_weights" in functions, "settled_logit_loss" in functions
         self.has_squares = "planned_squares" in functions
         self.writes_over_logits = "logit_loss_backward_" in functions
@@ -172,7 +175,9 @@ def _native(backend: str, gradient_limit: int) -> Kernels:
     overloads = _overloads("absgd_fast", [record for record in RECORDS.values() if backend in record.native])
     # the overload's own callable, without the Python frame of OpOverload.__call__ (0.3 us)
     eager = {name: overload._op for name, overload in overloads.items()}
-    return Kernels(backend, eager, gradient_limit, Kernels(backend, overloads, gradient_limit))
+    operators = Kernels(backend, eager, gradient_limit, Kernels(backend, overloads, gradient_limit))
+    operators.eager = _backend.eager() if backend == "cpu" else None
+    return operators
 
 
 def _triton() -> Kernels:

@@ -30,6 +30,14 @@ class LossSpec(NamedTuple):
         """The label smoothing; 0 for every kind but cross-entropy."""
         return self.hyper_a if self.bits < _codes.KIND else 0.0
 
+    def recoverable(self, logits: Tensor, target: Tensor) -> bool:
+        """Whether a second derivative may recover the logits from the stored gradient of a robust loss.
+
+        Not for bfloat16 with label smoothing or soft targets: the rounding of p_k sum_j u_j - u_k hides a small p_k (docs/MATH.md
+        §2.6), so the graph keeps these logits.
+        """
+        return logits.dtype is not torch.bfloat16 or not (self.smoothing or target.is_floating_point())
+
     def recompute(self, logits: Tensor, target: Tensor) -> Tensor:
         """The losses in plain torch, which can be differentiated any number of times."""
         return reference.logit_loss(logits, target, **self._options())

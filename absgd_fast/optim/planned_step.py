@@ -25,6 +25,9 @@ STATES = (dict, defaultdict)
 _planned_step = torch.ops.absgd_fast.planned_step.default._op
 _planned_squares = torch.ops.absgd_fast.planned_squares.default._op
 
+_eager = _backend.eager()
+_increment_version = torch.autograd.graph.increment_version if _eager is None else _eager.increment_version
+
 
 class Plan(Protocol):
     """What Python uses of csrc/host.cpp StepPlan."""
@@ -65,6 +68,7 @@ def make_plan(rule: OptimizerRule, backends: set[str]) -> Plan | None:
             numbers,
             rule.flags,
             tuple(rule.states),
+            None if _eager is None else _eager.tensor_access,
         )
     except (AttributeError, ValueError):
         return None  # this torch does not have version 1 of DLPack's exchange table
@@ -88,7 +92,7 @@ def refresh(
 def launch(plan: Plan, updated: list[Tensor], on: Tensor) -> None:
     """Steps the parameters in the table. updated, on: results of `refresh`."""
     _planned_step(plan.table, on)
-    torch.autograd.graph.increment_version(updated)
+    _increment_version(updated)
 
 
 def sums_of_squares(plan: Plan, on: Tensor) -> Tensor:

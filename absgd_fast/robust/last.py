@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
 from .. import _checks, ops
 from ..ops import LOG_S
 from .collapse import Collapse
+
+if TYPE_CHECKING:
+    from .repeat import Repeat
 
 # A robust loss (0-d), the sample stats of its samples, what weights are made of if these hold z (ops.weights_of), and lambda.
 Weighed = tuple[Tensor, Tensor, Tensor | None, Tensor]
@@ -28,7 +33,12 @@ class Memo:
         self.sample_stats: Tensor | None = None  # (3, ...): losses, weights (or z), validity
         self.weighing: Tensor | None = None  # what weights are made of if sample_stats has z (ops.weights_of)
         self.lam: Tensor | None = None  # by which it weighed; it may be the state tensor
+        self.repeat: Repeat | None = None  # what the next forward may take over from the latest (repeat.py)
         self.moved: tuple[Tensor, Tensor] | None = None  # the reference point of a deferred step, and what settled the step
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy belongs to another module, which has tensors of its own."""
+        return {**vars(self), "repeat": None}
 
     def remember(self, sample_stats: Tensor, weighing: Tensor | None, lam: Tensor) -> None:
         """Replace what the forward before left. A forward that torch.export or FakeTensorMode traces leaves nothing."""

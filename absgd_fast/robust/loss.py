@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .._checkpointing import hooks_are_active
 from .._scheduled import Counted
@@ -20,6 +21,7 @@ from .conclude import conclude
 from .lam import RelativeLam, TargetESS
 from .normalizer import OWN, InStages, Own, Samples
 from .paths import NOTHING, fused, general
+from .repeat import weighed_again
 from .replay import run_once_or_again
 from .weighting import FromWeights, Tilt, flat_tilt, shown, weighting_of
 
@@ -260,11 +262,15 @@ class ABLoss(RobustLoss, metaclass=ABCMeta):
                 torch.func transform or under torch.export that would update the state (pass update=False, or call eval()). After
                 any error log s is as it was.
         """
+        no_samples = sample_weight is None and mask is None and score is None
+        if no_samples and groups is None and update and not is_compiling():
+            weighed = weighed_again(self, args)
+            if weighed is not None:
+                return conclude(self, OWN, weighed, True)
         weighting = self._weighting if groups is None else self._weighting.with_groups()
         trains = self.training and torch.is_grad_enabled()
         update_state = update and trains
         normalizer = self.normalizer_for(trains)
-        no_samples = sample_weight is None and mask is None and score is None
         samples = NOTHING if no_samples else Samples(sample_weight, mask, score)
         if hooks_are_active():
             of_batch = partial(_robust_loss, args=args, samples=samples, groups=groups)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,11 @@ from .. import functional as F
 from ..functional import LossSpec
 from ..reference import real_dtype
 from .base import RobustLoss
+from .derivative import Again, derivative, factors_of, losses_again, slopes
 from .ignored import warn_of_ignored, without_ignored
 from .last import Weighed
 from .normalizer import InStages, Own, Samples
+from .repeat import can_repeat, remember
 from .weighting import FromWeights, Tilt, weighted_sum
 
 NOTHING = Samples()
@@ -63,43 +67,38 @@ def fused(
         mode = operators.backward_mode(logits) if logits.requires_grad and torch.is_grad_enabled() else 0
         weighing = criterion.room_for_weighing(operators, logits, mode) if operators.weighs_late else None
         operands = criterion.operands(update_state, mode | bits)
-        loss, sample_stats, saved = operators.robust_logit_loss(*given, *operands, weighing)
         lam = operands[2]
+        again = Again(criterion, spec, target, mask, sample_weight, weighing, lam)
+        loss, sample_stats, repeat = _of_operator(operators, mode, given, operands, again)
     except RuntimeError as error:
         _checks.target(logits, target, soft=spec.soft)  # says the usual mistakes in plain words
         raise ops.translated(error) from None
-    if mode:
-        factors = lambda: _factors(criterion, sample_stats, weighing, lam)  # noqa: E731
-        # both are asked only by a second derivative
-        recompute = lambda x: weighted_sum(factors(), _losses_again(spec, x, target, mask), sample_weight)  # noqa: E731
-        recover = lambda _: spec.logits_of(  # noqa: E731
-            saved, target, sample_stats[0], _slopes(factors(), constant)
-        )
-        loss = ops.attach_logit_gradient(
-            operators, mode, logits, loss, spec, target, weight, adjust, saved, recompute, recover, sample_stats, weighing
-        )
+    if repeat is not None and mode and update_state and samples is NOTHING and can_repeat(criterion, spec):
+        remember(criterion.memo, repeat, given, operands, spec)
     if learned is not None:
-        factors_now = _factors(criterion, sample_stats, weighing, lam)
+        factors_now = factors_of(criterion, sample_stats, weighing, lam)
         loss = _of_sample_weight(loss, learned, factors_now, sample_stats[0], spec, logits, target, mask)
     return loss, sample_stats, weighing, lam
 
 
-def _losses_again(spec: LossSpec, logits: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    """The losses in plain torch, for a caller that knows which rows are pruned. Only a second derivative asks for them."""
-    return spec.unpruned().recompute(*ops.masked_inputs(logits, target, mask, spec))
+def _of_operator(
+    operators: ops.Operators, mode: int, given: tuple, operands: tuple, again: Again
+) -> tuple[Tensor, Tensor, Callable | None]:
+    """The loss with its graph, the sample stats, and if the eager module made both in one call its function for a repetition.
 
-
-@torch.no_grad()
-def _factors(criterion: RobustLoss, sample_stats: Tensor, weighing: Tensor | None, lam: Tensor) -> Tensor:
-    """(W_i + mix) / n of a forward, 0 for ignored samples (docs/MATH.md §1.1)."""
-    weights, valid = ops.weights_of(sample_stats, weighing), sample_stats[2] > 0
-    counted = (valid & ~weights.isnan()).sum().clamp(min=1)
-    return torch.where(valid, weights + criterion.mix * (~lam.isinf()).to(weights.dtype), 0.0) / counted
-
-
-def _slopes(factors: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """d loss / d L_i = t_i f_i; 0 for ignored samples, whose sample weight may be anything."""
-    return factors if sample_weight is None else torch.where(factors != 0, factors * sample_weight, 0.0)
+    given, operands: the arguments of the operator robust_logit_loss.
+    """
+    logits, target, class_weight, adjust = given[:4]
+    if operators.eager is not None and again.spec.recoverable(logits, target):
+        made = operators.eager.robust_logit_loss(*given, *operands, (derivative, *again))
+        if made is not None:
+            return *made, operators.eager.repeat
+    loss, sample_stats, saved = operators.robust_logit_loss(*given, *operands, again.weighing)
+    if mode:
+        of_loss = again.spec, target, class_weight, adjust, saved
+        functions = derivative(sample_stats, *again)
+        loss = ops.attach_logit_gradient(operators, mode, logits, loss, *of_loss, *functions, sample_stats, again.weighing)
+    return loss, sample_stats, None
 
 
 def _of_sample_weight(
@@ -124,7 +123,7 @@ def _of_sample_weight(
                 "ABLoss: got a second derivative by sample_weight, but the logits were changed in place after the forward;"
                 " expected them unchanged: clone() them before"
             )
-        return factors * _losses_again(spec, logits, target, mask).where(factors != 0, 0.0)
+        return factors * losses_again(spec, logits, target, mask).where(factors != 0, 0.0)
 
     return ops.attach_sample_weight(loss, sample_weight, slope, slope_again)
 
@@ -146,8 +145,8 @@ def _by_reference_point(
 
     factors = sample_stats[1]
     # both are asked only by a second derivative
-    recompute = lambda x: weighted_sum(factors, _losses_again(spec, x, target, mask), sample_weight)  # noqa: E731
-    recover = lambda _: spec.logits_of(saved, target, sample_stats[0], _slopes(factors, sample_weight))  # noqa: E731
+    recompute = lambda x: weighted_sum(factors, losses_again(spec, x, target, mask), sample_weight)  # noqa: E731
+    recover = lambda grad: spec.logits_of(grad, target, sample_stats[0], slopes(factors, sample_weight))  # noqa: E731
     class_weight, adjust = loss_args[:2]
     loss = ops.attach_logit_gradient(
         operators, ops.WITH_GRAD, logits, loss, spec, target, class_weight, adjust, saved, recompute, recover
