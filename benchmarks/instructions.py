@@ -31,7 +31,12 @@ from absgd_fast import _backend
 RECORD = Path(__file__).parent / "results" / "instructions.json"
 CALLS = 100
 # name -> rows, classes, whether the logits are computed (a leaf otherwise)
-CASES = {"1 x 2": (1, 2, False), "128 x 10": (128, 10, False), "128 x 10, of a model": (128, 10, True), "128 x 100": (128, 100, False)}
+CASES = {
+    "1 x 2": (1, 2, False),
+    "128 x 10": (128, 10, False),
+    "128 x 10, of a model": (128, 10, True),
+    "128 x 100": (128, 100, False),
+}
 PEERS = {"absgd_fast": lambda: ab.ABLoss(lam=-1.0), "cross_entropy": lambda: F.cross_entropy}
 # Steps of 161 tensors of 4 numbers.
 STEPS = {

@@ -1,5 +1,7 @@
 """The registered operators: opcheck on the public functions' arguments, C++ signatures against schemas, instruction sets."""
 
+import copy
+import pickle
 import re
 import shutil
 from functools import partial
@@ -101,6 +103,16 @@ def test_backends_have_the_operators_of_their_records():
     twins = {name for name, record in ops.RECORDS.items() if record.triton is not None}
     assert attributes == {"cpu": of("cpu"), "cuda": of("cuda"), "triton": twins | in_torch, "reference": in_torch}
     assert [name for name, operators in ops.OPERATORS.items() if not operators.has_kernels] == ["reference"]
+
+
+@pytest.mark.parametrize("backend", list(ops.OPERATORS))
+def test_copies_of_operators(backend):
+    """A deep copy and a pickle are the same operators; a copy is other ones, so a change of it is nobody else's."""
+    operators = ops.OPERATORS[backend]
+    assert copy.deepcopy(operators) is operators and pickle.loads(pickle.dumps(operators)) is operators
+    copied = copy.copy(operators)
+    copied.backward_mode = lambda logits: ops.WITH_STATS
+    assert copied.robust_loss is operators.robust_loss and "backward_mode" not in vars(operators)
 
 
 def test_operators_are_declared_as_their_schemas_say():

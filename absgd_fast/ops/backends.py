@@ -78,8 +78,13 @@ class Operators:
         self.writes_over_logits = "logit_loss_backward_" in functions
         vars(self).update(functions)
 
-    def __reduce__(self):  # a module that is copied or pickled finds the same operators again
+    def __reduce__(self):  # a module that is deeply copied or pickled finds the same operators again
         return _find, (self.backend, self.compiled is self)
+
+    def __copy__(self):  # for whoever wants to change one of them for himself
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
 
     def backward_mode(self, logits: Tensor) -> int:
         """The backward mode of the robust loss on logits."""
