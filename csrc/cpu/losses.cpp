@@ -152,7 +152,8 @@ void logit_grads_typed(const LogitArgs& a, int64_t begin, int64_t end) {
   TileInput<L, S, kForm> in(a);
   Tile<L> t;
   GradientTile<T> numbers;
-  for (int64_t tile = begin; tile < end; ++tile) {
+  // The last tile comes first: its logits are the last that the forward walk has read, and may still be in the cache.
+  for (int64_t tile = end - 1; tile >= begin; --tile) {
     in.move_to(tile, t);
     const auto grads = row_pointers(static_cast<G*>(a.grad), a, a.classes * a.inner, a.inner, 1, in.first);
     if (a.stats == nullptr)
