@@ -413,6 +413,46 @@ def check_nonfinite(backend, case, value, dtype, classes):
     assert case.options(classes).get("prune") or torch.isnan(eager[:-1]).all()  # and torch agrees; NaN > k is False in it
 
 
+@pytest.mark.parametrize("classes", [95, 161])
+def test_label_in_every_place(backend, case, dtype, classes):
+    """A row for each label: in groups of 4 registers (16 to 64 floats), in the pair behind them, in the overlapping last pair."""
+    logits, _ = make((classes, classes), dtype, scale=1.0)
+    target = labels_that_count(case, classes)
+    logits = logits.detach()[: len(target)].requires_grad_()
+    losses = logit_loss(logits, target, backend=backend, **case.tensors(classes, wide(dtype)))
+    (grad,) = torch.autograd.grad(losses.sum(), logits)
+    robust = ab.ABLoss(case.module(classes, wide(dtype), backend=backend), lam=math.inf, backend=backend)
+    (robust_grad,) = torch.autograd.grad(robust(logits, target), logits)
+    leaf = logits.detach().double().requires_grad_()
+    exact = case.eager(leaf, target, **case.tensors(classes, torch.float64))
+    (exact_grad,) = torch.autograd.grad(exact.sum(), leaf)
+    tol = 1e-12 if dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(losses.double(), exact.detach(), rtol=tol, atol=tol)
+    tol = max(tol, torch.finfo(dtype).eps)
+    count = (exact_grad != 0).any(1).sum()  # without pruned rows
+    for got in (grad, robust_grad * count):
+        torch.testing.assert_close(got.double(), exact_grad, rtol=tol, atol=tol / 100)
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001], ids=hex)
+def test_every_nan_stays_nan(backend, bits):
+    """Rounding to bfloat16 must not make a number of a NaN whose bits are all ones, in logits (row 0) or weights (row 1)."""
+    nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    for classes in (10, 70):
+        logits, target = make((4, classes), torch.bfloat16)
+        with torch.no_grad():
+            logits.view(torch.int16)[0, 3] = bits >> 16 | 1
+        for scale in (None, torch.full((classes,), 1.0), nan.expand(classes).contiguous()):
+            losses = logit_loss(logits, target, scale=scale, backend=backend)
+            upstream = torch.cat([torch.ones(1), nan, torch.ones(2)])
+            (grad,) = torch.autograd.grad(losses, logits, upstream)
+            assert torch.isnan(grad[:2]).all()
+            assert torch.isnan(grad[2:]).all() if scale is not None and scale[0].isnan() else torch.isfinite(grad[2:]).all()
+        robust = ab.ABLoss(ab.CrossEntropy(backend=backend), lam=1.0, backend=backend)
+        (grad,) = torch.autograd.grad(robust(logits, target, sample_weight=upstream), logits)
+        assert torch.isnan(grad[:2]).all() and torch.isfinite(grad[2:]).all()
+
+
 @pytest.mark.parametrize("value", [math.nan, INF], ids=["nan", "inf"])
 def test_nan_and_inf_logits_of_one_class(backend, case, value):
     logits, target = torch.tensor([[value], [0.5]], requires_grad=True), torch.tensor([0, 0])

@@ -12,31 +12,59 @@ namespace {
 
 constexpr int64_t kCachedClasses = 2048;  // a tile of so many classes stays in the second-level cache
 
-// One row of classes (classes >= N). The last register overlaps its neighbour; fresh() marks its new lanes. kForm
-// (AdjustForm) says how the class vectors of Adjust act on the logits. An S that is the same for all classes (S_0) and
-// D = 0 cost no loads. At 2048 x 32000, forward and backward, in times of cross-entropy: LDAM 1.44 -> 1.02,
-// LogitAdjusted 1.46 -> 1.18, CDT 1.44 -> 1.16, VS 1.44 -> 1.35. The remaining cost is that three passes read S and D
-// from the second-level cache. Two attempts gained nothing: to keep the a_k of a row for the second pass (1.38), and to
-// make the third pass over 1024 classes of 16 rows at a time (1.42).
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
+// One row of classes (classes >= 2 N). kForm (AdjustForm) says how the class vectors of Adjust act on the logits. An S
+// that is the same for all classes (S_0) and D = 0 cost no loads. Three passes read S and D, and two attempts to read
+// them less often gained nothing: to keep the a_k of a row for the second pass, and to make the third pass over 1024
+// classes of 16 rows at a time (VS at 2048 x 32000 in times of cross-entropy: 1.35 before, 1.38 and 1.42).
+//
+// The loops go over groups of four registers, so that four exponentials are under way together. The rest of a row is a
+// pair of registers, and the last pair, which overlaps its neighbour. Only the group that holds the label and the rest
+// look for the label. So no loop has a length that depends on the label, and no branch is mispredicted for it.
 template <class L, class S, int kForm>
 struct RowOfClasses {
   using T = typename L::Scalar;
   using V = typename L::V;
   using I = typename L::I;
+  static constexpr int kPair = 2 * L::N, kGroup = 4 * L::N;  // classes
+  static constexpr bool kVectors = (kForm & (kScales | kShifts)) != 0;
+  // Whether the registers of a pair hold even and odd classes (Lanes::load_even_odd). Class vectors, class weights and
+  // soft targets lie in their natural order.
+  template <OtherClasses kOthers>
+  static constexpr bool kEvenOdd = kSame<S, bf16> && !kVectors && kOthers != OtherClasses::weighted;
+
   const S* x;
   int64_t classes;
   Adjust<T> adjust;
   const T* soft;  // of this row; or null
-  int64_t whole() const { return classes / L::N; }
-  int64_t tail() const { return classes - L::N; }
-  bool has_tail() const { return classes % L::N != 0; }
-  I index(int64_t first) const { return L::iota() + L::set_int(typename L::Int(first)); }
-  I fresh() const { return index(tail()) >= L::set_int(typename L::Int(whole() * L::N)); }
-  ABSGD_FN V logit(int64_t first) const {
-    V a = L::load(x + first);
-    if constexpr (kForm != 0) a *= kForm & kScales ? L::load(adjust.s + first) : L::set(adjust.s[0]);
-    if constexpr ((kForm & kShifts) != 0) a += L::load(adjust.d + first);
-    return a;
+
+  // The class of each lane of register u of a pair or group that begins at `first`.
+  template <bool kMixed>
+  static ABSGD_FN I index(int64_t first, int u) {
+    if constexpr (kMixed)
+      return L::iota() * 2 + L::set_int(typename L::Int(first + u / 2 * kPair + u % 2));
+    else
+      return L::iota() + L::set_int(typename L::Int(first + u * L::N));
+  }
+  // The adjusted logits of kCount registers (2 or 4).
+  template <bool kMixed, int kCount>
+  ABSGD_FN void logits(int64_t first, V* a) const {
+    for (int u = 0; u < kCount; u += 2) {
+      const S* const p = x + first + u * L::N;
+      if constexpr (kMixed)
+        L::load_even_odd(p, a + u);
+      else
+        a[u] = L::load(p), a[u + 1] = L::load(p + L::N);
+    }
+    for (int u = 0; u < kCount; ++u) {
+      const int64_t at = first + u * L::N;
+      if constexpr (kForm != 0) a[u] *= kForm & kScales ? L::load(adjust.s + at) : L::set(adjust.s[0]);
+      if constexpr ((kForm & kShifts) != 0) a[u] += L::load(adjust.d + at);
+    }
   }
   // The weights of the classes of a register (launch.h ClassWeights).
   ABSGD_FN V weight(const ClassWeights<T>& weights, int64_t first) const {
@@ -44,31 +72,42 @@ struct RowOfClasses {
     return soft == nullptr ? v : (L::load(soft + first) * L::set(weights.keep) + L::set(weights.uniform)) * v;
   }
 
+  // Calls group(first) for every group except that of the label, and then careful(first, Constant<int, registers>,
+  // from) for the others. Lanes below class `from` have been seen before.
+  template <class Group, class Careful>
+  ABSGD_FN void walk(int64_t label, const Group& group, const Careful& careful) const {
+    const int64_t groups = classes / kGroup, own = label < 0 ? groups : smaller(label / kGroup, groups);
+    const int64_t others = own < groups ? groups - 1 : groups;
+    for (int64_t g = 0; g < others; ++g) group((g + (g >= own)) * kGroup);
+    if (own < groups) careful(own * kGroup, Constant<int, 4>{}, int64_t(0));
+    int64_t first = groups * kGroup;
+    if (first + kPair <= classes) careful(first, Constant<int, 2>{}, first), first += kPair;
+    if (first < classes) careful(classes - kPair, Constant<int, 2>{}, first);
+  }
+
   // The largest logit of the row. In an adjusted row the label is left out, because its margin makes its logit another.
-  // Only the registers that hold the label compare indices.
   T max(int64_t label) const {
+    constexpr bool kMixed = kEvenOdd<OtherClasses::none>;
     V m[4];
     for (V& each : m) each = L::set(T(-__builtin_inf()));
-    auto among = [&](int64_t k, int64_t end) {
-      for (; k + 4 <= end; k += 4)
-        for (int u = 0; u < 4; ++u) m[u] = L::max(m[u], logit((k + u) * L::N));
-      for (; k < end; ++k) m[0] = L::max(m[0], logit(k * L::N));
-    };
-    if constexpr (kForm == 0) {
-      among(0, whole());
-      if (has_tail()) m[1] = L::max(m[1], logit(tail()));
-    } else {
-      const int64_t own = label < 0 ? whole() : label / L::N;
-      auto but_label = [&](int64_t first) {
-        const V a = logit(first);
-        m[1] =
-            L::max(m[1], L::select(index(first) == L::set_int(typename L::Int(label)), L::set(T(-__builtin_inf())), a));
-      };
-      among(0, smaller(own, whole()));
-      among(own + 1, whole());
-      if (own < whole()) but_label(own * L::N);
-      if (has_tail()) but_label(tail());
-    }
+    const I own = L::set_int(typename L::Int(label));
+    const RowOfClasses row = *this;
+    row.walk(
+        kForm == 0 ? -1 : label,
+        [&](int64_t first) {
+          V a[4];
+          row.template logits<kMixed, 4>(first, a);
+          for (int u = 0; u < 4; ++u) m[u] = L::max(m[u], a[u]);
+        },
+        [&](int64_t first, auto count, int64_t) {
+          V a[decltype(count)::value];
+          row.template logits<kMixed, decltype(count)::value>(first, a);
+          for (int u = 0; u < decltype(count)::value; ++u) {
+            if constexpr (kForm != 0)
+              a[u] = L::select(index<kMixed>(first, u) == own, L::set(T(-__builtin_inf())), a[u]);
+            m[u] = L::max(m[u], a[u]);
+          }
+        });
     return L::highest(L::max(L::max(m[0], m[1]), L::max(m[2], m[3])));
   }
 
@@ -76,82 +115,123 @@ struct RowOfClasses {
     T sumexp_others;
     T weighted_logits, weight_total;  // a class of weight 0 takes no part, even if its logit is infinite
   };
-  // The sums of a row. Only the chunk of registers that holds the label compares indices. No branch depends on the
-  // label's place within the chunk, because it would be mispredicted. With Keep, the exponentials are stored in `kept`.
+  // The sums of a row. With Keep, the exponentials are stored in `kept`.
   template <bool Keep, OtherClasses kOthers>
   Sums sums(T max, int64_t label, T margin, const ClassWeights<T>& weights, T* kept) const {
+    constexpr bool kMixed = kEvenOdd<kOthers>;
     const V m = L::set(max);
     const I own = L::set_int(typename L::Int(label));
-    V sum[4] = {}, weighted[2] = {}, total = {};
-    auto exponential = [&](int64_t first, int u, I which) {
-      const V shifted = logit(first) - m, e = L::exp_below(shifted);
-      if constexpr (Keep) L::store(kept + first, e);
-      if constexpr (kOthers == OtherClasses::equal) weighted[u & 1] += L::select(which, shifted, L::set(0));
+    V sum[4] = {}, weighted[4] = {}, total[2] = {};
+    const RowOfClasses row = *this;
+    const ClassWeights<T> w = weights;
+    // Adds the terms of the classes beside the label, where `shifted` are a_k - max.
+    auto add_others = [&](int64_t first, int u, V shifted, auto among) {
+      if constexpr (kOthers == OtherClasses::equal) weighted[u] += among(shifted);
       if constexpr (kOthers == OtherClasses::weighted) {
-        const V w = L::select(which, weight(weights, first), L::set(0));
-        weighted[u & 1] += L::select(w == L::set(0), L::set(0), w * shifted);
-        total += w;
+        const V each = among(row.weight(w, first + u * L::N));
+        weighted[u] += L::select(each == L::set(0), L::set(0), each * shifted);
+        total[u & 1] += each;
       }
-      return e;
     };
-    auto add = [&](int u, int64_t k, bool compare) {
-      const V e = exponential(k * L::N, u, L::set_int(-1));
-      sum[u] += compare ? L::select(index(k * L::N) == own, L::set(0), e) : e;
-    };
-    for (int64_t begin = 0; begin < whole(); begin += kChunk) {
-      const int64_t end = smaller(begin + kChunk, whole());
-      const bool here = label >= begin * L::N && label < end * L::N;
-      int64_t k = begin;
-      if (here) {
-        for (; k + 2 <= end; k += 2) add(0, k, true), add(1, k + 1, true);
-      } else {
-        for (; k + 4 <= end; k += 4)
-          for (int u = 0; u < 4; ++u) add(u, k + u, false);
-      }
-      for (; k < end; ++k) add(2, k, true);
-    }
-    if (has_tail()) {
-      const V e = exponential(tail(), 1, fresh());
-      sum[3] += L::select(fresh() & (index(tail()) != own), e, L::set(0));
-    }
-    Sums out{L::sum((sum[0] + sum[1]) + (sum[2] + sum[3])), L::sum(weighted[0] + weighted[1]), L::sum(total)};
+    row.walk(
+        label,
+        [&](int64_t first) {
+          V a[4];
+          row.template logits<kMixed, 4>(first, a);
+          for (int u = 0; u < 4; ++u) a[u] -= m;
+          for (int u = 0; u < 4; ++u) add_others(first, u, a[u], [](V term) { return term; });
+          L::template exp_below_each<4>(a);
+          for (int u = 0; u < 4; ++u) {
+            if constexpr (Keep) L::store(kept + first + u * L::N, a[u]);
+            sum[u] += a[u];
+          }
+        },
+        [&](int64_t first, auto count, int64_t from) {
+          constexpr int kCount = decltype(count)::value;
+          V a[kCount];
+          I fresh[kCount];
+          row.template logits<kMixed, kCount>(first, a);
+          for (int u = 0; u < kCount; ++u) {
+            a[u] -= m;
+            fresh[u] = index<kMixed>(first, u) >= L::set_int(typename L::Int(from));
+            add_others(first, u, a[u], [&](V term) { return L::select(fresh[u], term, L::set(0)); });
+          }
+          L::template exp_below_each<kCount>(a);
+          for (int u = 0; u < kCount; ++u) {
+            if constexpr (Keep) L::store(kept + first + u * L::N, a[u]);
+            sum[u] += L::select(fresh[u] & (index<kMixed>(first, u) != own), a[u], L::set(0));
+          }
+        });
+    auto all = [](V* v) { return L::sum((v[0] + v[1]) + (v[2] + v[3])); };
+    Sums out{all(sum), all(weighted), L::sum(total[0] + total[1])};
     if constexpr (kOthers == OtherClasses::equal) out.weight_total = T(classes);
     if constexpr (kOthers != OtherClasses::none && kForm != 0) {
-      const T w = label < 0 ? T(0) : weights.v == nullptr ? T(1) : weights.v[label];
-      if (w != 0) out.weighted_logits -= w * margin;
+      const T w_label = label < 0 ? T(0) : weights.v == nullptr ? T(1) : weights.v[label];
+      if (w_label != 0) out.weighted_logits -= w_label * margin;
     }
     return out;
   }
-  static constexpr int64_t kChunk = 32;  // registers
 
   // Writes grad_k = S_k (exp(a_k - max) scale - smoothing_coef weight_k), and at the label
   // S_y (at_label - smoothing_coef weight_y). With Kept, the exponentials already stand in grad.
   template <bool Kept, OtherClasses kOthers, class G>
   void gradient(G* grad, GradientNumbers<T> n, const ClassWeights<T>& weights, int64_t label) const {
+    constexpr bool kMixed = kEvenOdd<kOthers> && kSame<G, bf16>;
     if constexpr (kForm != 0 && (kForm & kScales) == 0) {  // All classes have the same S, S_0.
       n.scale *= adjust.s[0];
       n.smoothing_coef *= adjust.s[0];
       n.at_label *= adjust.s[0];
     }
-    const V m = L::set(n.max), s = L::set(n.scale);
-    auto value = [&](int64_t first) {
-      V g = (Kept ? L::load(grad + first) : L::exp_below(logit(first) - m)) * s;
-      if constexpr (kOthers == OtherClasses::equal) g -= L::set(n.smoothing_coef);
-      if constexpr (kOthers == OtherClasses::weighted) g -= weight(weights, first) * L::set(n.smoothing_coef);
-      if constexpr ((kForm & kScales) != 0) g *= L::load(adjust.s + first);
-      return g;
+    const V m = L::set(n.max), s = L::set(n.scale), c = L::set(n.smoothing_coef);
+    const RowOfClasses row = *this;
+    const ClassWeights<T> w = weights;
+    auto values = [&](int64_t first, auto count, V* g) {
+      constexpr int kCount = decltype(count)::value;
+      if constexpr (Kept) {
+        for (int u = 0; u < kCount; ++u) g[u] = L::load(grad + first + u * L::N);
+      } else {
+        row.template logits<kMixed, kCount>(first, g);
+        for (int u = 0; u < kCount; ++u) g[u] -= m;
+        L::template exp_below_each<kCount>(g);
+      }
+      for (int u = 0; u < kCount; ++u) {
+        g[u] *= s;
+        if constexpr (kOthers == OtherClasses::equal) g[u] -= c;
+        if constexpr (kOthers == OtherClasses::weighted) g[u] -= row.weight(w, first + u * L::N) * c;
+        if constexpr ((kForm & kScales) != 0) g[u] *= L::load(row.adjust.s + first + u * L::N);
+      }
     };
-    const V last = value(tail());  // It is read before its neighbour is overwritten.
-    for (int64_t k = 0; k < whole(); ++k) L::store(grad + k * L::N, value(k * L::N));
-    L::store(grad + tail(), last);
+    auto store = [&](int64_t first, auto count, const V* g) {
+      for (int u = 0; u < decltype(count)::value; u += 2) {
+        G* const p = grad + first + u * L::N;
+        if constexpr (kMixed)
+          L::store_even_odd(p, g + u);
+        else
+          L::store(p, g[u]), L::store(p + L::N, g[u + 1]);
+      }
+    };
+    const Constant<int, 4> four;
+    const Constant<int, 2> two;
+    G one[L::N];
+    if (kMixed && !(n.scale == n.scale && n.smoothing_coef == n.smoothing_coef)) {
+      // Every number of the row is NaN. It may be any NaN, and Lanes::store_even_odd does not take any.
+      L::store(one, L::set(T(__builtin_nan(""))));
+      for (int64_t k = 0; k < classes; ++k) grad[k] = one[0];
+    } else {
+      V last[2], g[4];
+      values(classes - kPair, two, last);  // It is read before its neighbour is overwritten.
+      int64_t first = 0;
+      for (; first + kGroup <= classes; first += kGroup) values(first, four, g), store(first, four, g);
+      if (first + kPair <= classes) values(first, two, g), store(first, two, g);
+      store(classes - kPair, two, last);
+    }
     if (label < 0) return;
     T own = n.at_label;
     if constexpr (kOthers != OtherClasses::none)
       own = n.at_label - n.smoothing_coef * (weights.v == nullptr ? T(1) : weights.v[label]);
     if constexpr ((kForm & kScales) != 0) own *= adjust.s[label];
-    G out[L::N];
-    L::store(out, L::set(own));
-    grad[label] = out[0];
+    L::store(one, L::set(own));
+    grad[label] = one[0];
   }
 };
 

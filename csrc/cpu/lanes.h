@@ -90,9 +90,18 @@ struct Lanes {
   static ABSGD_FN V set(T x) { return V{} + x; }
   static ABSGD_FN I set_int(Int x) { return I{} + x; }
   static ABSGD_FN V select(I condition, V a, V b) { return condition ? a : b; }
-  // Each is one instruction on x86, which gives b if a or b is NaN.
+  // Each is one instruction on x86, which gives b if a or b is NaN. A constant operand has to be hidden: GCC 12 turns a
+  // comparison with a constant around, finds that NaN would then give something else, and compares and blends.
   static ABSGD_FN V max(V a, V b) { return a > b ? a : b; }
   static ABSGD_FN V min(V a, V b) { return a < b ? a : b; }
+  static ABSGD_FN V hidden(V x) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(x));
+#elif defined(__SSE2__)
+    asm("" : "+x"(x));
+#endif
+    return x;
+  }
   static ABSGD_FN I iota() {
     I out;
     for (int j = 0; j < N; ++j) out[j] = j;
@@ -116,6 +125,24 @@ struct Lanes {
     const U rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
     const Half h = __builtin_convertvector(U(x == x ? I(rounded) : set_int(0x7fc0)), Half);
     __builtin_memcpy(p, &h, sizeof(h));
+  }
+  // 2 N adjacent values at once: the even ones in the first register, and the odd ones in the second. No value changes
+  // its lane on the way. This takes 3 instructions instead of 6, and 11 instead of 18 for a store.
+  static ABSGD_FN void load_even_odd(const bf16* p, V* out) {
+    U u;
+    __builtin_memcpy(&u, p, sizeof(u));
+    out[0] = bits_as<V>(u << 16);
+    out[1] = bits_as<V>(u & 0xffff0000);
+  }
+  // Rounds as store does. The last 16 bits of a NaN have to be 0, or rounding may make a number of it.
+  static ABSGD_FN void store_even_odd(bf16* p, const V* x) {
+    U u[2];
+    for (int j = 0; j < 2; ++j) {
+      u[j] = bits_as<U>(x[j]);
+      u[j] += 0x7fff + ((u[j] >> 16) & 1);
+    }
+    const U both = (u[0] >> 16) | (u[1] & 0xffff0000);
+    __builtin_memcpy(p, &both, sizeof(both));
   }
   static ABSGD_FN V load(const f16* p) {
     Half h;
@@ -177,18 +204,30 @@ struct Lanes {
   // exp(x) = 2 exp(r) 2^(k-1), |r| <= ln(2)/2. No branch tests for special cases. x is clamped to where 2^(k-1) has
   // become 0 or inf, so results below 2^-125 are 0. A NaN passes max and min, as their second operand, and reaches the
   // final product.
-  static ABSGD_FN V exp(V x) { return exp_below(min(set(Traits<T>::exp_highest), x)); }
+  static ABSGD_FN V exp(V x) { return exp_below(min(hidden(set(Traits<T>::exp_highest)), x)); }
   // exp(x) for an x that is known not to exceed exp_highest, as a logit minus the maximum of its row. This saves one
   // instruction in sixteen.
   static ABSGD_FN V exp_below(V x) {
+    exp_below_each<1>(&x);
+    return x;
+  }
+  // The same of kCount registers in place, step by step for all of them. An exponential is a chain of 15 instructions,
+  // each of which waits 4 cycles for the one before. A processor finds work for its two units of arithmetic only if
+  // other chains are near: 0.247 -> 0.211 ns per element with four chains on AVX-512, 0.447 -> 0.381 on AVX2.
+  template <int kCount>
+  static ABSGD_FN void exp_below_each(V* x) {
     using K = Traits<T>;
-    const V clamped = max(set(K::exp_lowest), x);
-    const V shifted = clamped * set(T(1.4426950408889634)) + set(K::round + K::exp_bias);
-    const V k = shifted - set(K::round + K::exp_bias);
-    const V r = (clamped - k * set(K::ln2_hi)) - k * set(K::ln2_lo);
-    V p = set(2 * K::exp_coefficients[K::exp_terms - 1]);
-    for (int j = K::exp_terms - 2; j >= 0; --j) p = p * r + set(2 * K::exp_coefficients[j]);
-    return p * bits_as<V>(bits_as<I>(shifted) << K::mantissa);
+    V shifted[kCount], r[kCount], p[kCount];
+    const V lowest = hidden(set(K::exp_lowest));
+    for (int u = 0; u < kCount; ++u) x[u] = max(lowest, x[u]);
+    for (int u = 0; u < kCount; ++u) shifted[u] = x[u] * set(T(1.4426950408889634)) + set(K::round + K::exp_bias);
+    for (int u = 0; u < kCount; ++u) r[u] = shifted[u] - set(K::round + K::exp_bias);
+    for (int u = 0; u < kCount; ++u) x[u] = x[u] - r[u] * set(K::ln2_hi);
+    for (int u = 0; u < kCount; ++u) r[u] = x[u] - r[u] * set(K::ln2_lo);
+    for (int u = 0; u < kCount; ++u) p[u] = set(2 * K::exp_coefficients[K::exp_terms - 1]);
+    for (int j = K::exp_terms - 2; j >= 0; --j)
+      for (int u = 0; u < kCount; ++u) p[u] = p[u] * r[u] + set(2 * K::exp_coefficients[j]);
+    for (int u = 0; u < kCount; ++u) x[u] = p[u] * bits_as<V>(bits_as<I>(shifted[u]) << K::mantissa);
   }
   // log(x) for x > 0: x = 2^k m with sqrt(1/2) <= m < sqrt(2), and log m = 2 atanh((m - 1) / (m + 1)). inf and NaN are
   // returned as they are.
