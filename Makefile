@@ -83,7 +83,7 @@ bench-endurance: $(VENV)/.installed
 sanitize: $(VENV)/.installed
 	$(bin)/cmake -S . -B build/sanitize -GNinja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) \
 	    -DPython_EXECUTABLE=$(abspath $(bin)/python) -DABSGD_SANITIZE=address,undefined
-	$(bin)/cmake --build build/sanitize
+	$(bin)/cmake --build build/sanitize --target all _eager
 	mkdir -p build/sanitized && cp -r absgd_fast build/sanitized && rm -f build/sanitized/absgd_fast/_*.so
 	$(bin)/cmake --install build/sanitize --prefix build/sanitized/absgd_fast
 	PYTHONPATH=build/sanitized ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

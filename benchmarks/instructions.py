@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -134,8 +135,10 @@ def main(argv: list[str] | None = None) -> int:
     if reason := why_not():
         print(reason, file=sys.stderr)
         return 2
-    counts = {case: {peer: count(case, peer) for peer in PEERS} for case in CASES}
-    counts[STEP] = {peer: count(STEP, peer) for peer in STEPS}
+    asked = [(case, peer) for case in CASES for peer in PEERS] + [(STEP, peer) for peer in STEPS]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # counts do not depend on what else runs
+        found = dict(zip(asked, pool.map(lambda pair: count(*pair), asked), strict=True))
+    counts = {case: {peer: n for (c, peer), n in found.items() if c == case} for case in (*CASES, STEP)}
     for case, of_peers in counts.items():
         (ours, theirs), (_, competitor) = of_peers.values(), of_peers
         print(f"{case}: {ours:,} instructions, {ours / theirs:.2f} of {competitor}")

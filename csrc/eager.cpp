@@ -88,14 +88,17 @@ PyObject* robust_logit_loss_attached(PyObject*, PyObject* const* args, Py_ssize_
   at::Tensor loss, sample_stats;
   {
     RECORD_FUNCTION("absgd_fast::robust_logit_loss", c10::ArrayRef<const c10::IValue>{});
-    const auto run = [&] {
-      return robust_logit_loss(stable(args[kLogits]), stable(args[kTarget]), stable_or_none(args[kClassWeight]),
-                               stable_or_none(args[kAdjust]), hyper_a, hyper_b, ignore_index,
-                               stable_or_none(args[kScore]), stable_or_none(args[kSampleWeight]),
-                               stable_or_none(args[kMask]), stable(args[kLogS]), stable(args[kNonfinite]),
-                               stable(args[kLam]), gamma, alpha, mix, max_weight, flags, std::nullopt);
-    };
-    const auto [value, stats, grad] = run();
+    const auto x = stable(args[kLogits]), y = stable(args[kTarget]);
+    const auto log_s = stable(args[kLogS]), nonfinite = stable(args[kNonfinite]), lam = stable(args[kLam]);
+    const auto class_weight = stable_or_none(args[kClassWeight]), adjust = stable_or_none(args[kAdjust]);
+    const auto score = stable_or_none(args[kScore]), sample_weight = stable_or_none(args[kSampleWeight]);
+    const auto mask = stable_or_none(args[kMask]);
+    std::optional<py::gil_scoped_release> others_may_run;  // it costs 1 us, so not in a small batch
+    if (logits.numel() > kSerialElements) others_may_run.emplace();
+    const auto [value, stats, grad] =
+        robust_logit_loss(x, y, class_weight, adjust, hyper_a, hyper_b, ignore_index, score, sample_weight, mask, log_s,
+                          nonfinite, lam, gamma, alpha, mix, max_weight, flags, std::nullopt);
+    others_may_run.reset();
     loss = torchs(value);
     sample_stats = torchs(stats);
     if ((flags & kWithGrad) != 0) attach_to(logits, loss, torchs(grad), sample_stats, args[kGiven], true);

@@ -9,6 +9,8 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
+import time
 from functools import partial
 
 import pytest
@@ -20,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import absgd_fast as ab
-from absgd_fast import _backend
+from absgd_fast import _backend, ops
 from absgd_fast.functional import logit_loss
 from absgd_fast.ops import OPERATORS
 from absgd_fast.optim import planned_step
@@ -231,6 +233,35 @@ def test_a_profile_names_the_operator():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         ab.ABLoss(lam=1.0)(x, TARGET)
     assert "absgd_fast::robust_logit_loss" in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("rows, classes, alone", [(64, 10, True), (4096, 2000, False)], ids=["small", "large"])
+def test_other_threads_run_beside_a_large_batch(rows, classes, alone):
+    """A forward of a large batch lets go of the interpreter, as torch's operators do."""
+    criterion, x = ab.ABLoss(lam=1.0), torch.randn(rows, classes, requires_grad=True)
+    operator = criterion.operators_for(x).eager.robust_logit_loss
+    given = (x, torch.zeros(rows, dtype=torch.long), None, None, 0.0, 0.0, -100, None, None, None)
+    operands, ticks, stop = criterion.operands(True, ops.WITH_GRAD), [], threading.Event()
+
+    def tick():
+        while not stop.is_set():
+            ticks.append(time.perf_counter())
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(10)  # so that nobody takes the interpreter away from this thread
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        while not ticks:
+            time.sleep(0.001)
+        start = time.perf_counter()
+        operator(*given, *operands, (abs,))
+        end = time.perf_counter()
+    finally:
+        stop.set()
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert any(start < t < end for t in ticks) is not alone
 
 
 def test_transforms_and_dual_numbers():
