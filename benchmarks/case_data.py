@@ -390,11 +390,32 @@ class Whole:
 
     def error(self, loss, seen, lam, init):
         """The error of the last loss, given the logits and labels of every step so far."""
-        log_s = -math.inf
-        for logits, y in seen:
-            losses = torch.cat([reference.logit_loss(x.double(), t) for x, t in zip(logits.split(1024), y.split(1024))])
-            exact, _, log_s, _ = reference.robust_loss(losses, log_s, lam, gamma=GAMMA, init=init)
-        return float(distance(loss.detach()[None], exact[None]))
+        return _off_after(loss, seen, lam, init)
+
+
+class LanguageModel:
+    """A causal language model on batches of tokens. A token's label is the next one. Only the loss is checked, as in Whole."""
+
+    tolerance = 1e-4
+
+    def __init__(self, vocabulary, length, width, layers, heads, count):
+        start = models.made_on("cpu", partial(models.Decoder, vocabulary, length, width, heads, layers))
+        self.model = lambda: deepcopy(start)
+        draw = torch.Generator().manual_seed(0)
+        self.batches = [text(count, length, vocabulary, draw, "cpu") for _ in range(2)]
+
+    def error(self, loss, seen, lam, init):
+        """The error of the last loss, given what the head got in every step so far: features, weight, labels."""
+        return _off_after(loss, ((features.double() @ weight.double().t(), y) for features, weight, y in seen), lam, init)
+
+
+def _off_after(loss, seen, lam, init):
+    """The error of the last loss. seen: logits and labels of every step so far."""
+    log_s = -math.inf
+    for logits, y in seen:
+        losses = torch.cat([reference.logit_loss(x.double(), t) for x, t in zip(logits.split(1024), y.split(1024))])
+        exact, _, log_s, _ = reference.robust_loss(losses, log_s, lam, gamma=GAMMA, init=init)
+    return float(distance(loss.detach()[None], exact[None]))
 
 
 def images(count, size, classes, memory_format, draw, device):

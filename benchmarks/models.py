@@ -38,9 +38,13 @@ class Decoder(nn.Module):
         self.head.weight = self.tokens.weight
         nn.init.normal_(self.tokens.weight, std=0.02)
 
-    def forward(self, tokens):
+    def features(self, tokens):
+        """(n * length, width): what the head is given."""
         x = self.tokens(tokens) + self.places.weight[: tokens.shape[1]]
-        return self.head(self.norm(self.blocks(x))).flatten(0, 1)
+        return self.norm(self.blocks(x)).flatten(0, 1)
+
+    def forward(self, tokens):
+        return self.head(self.features(tokens))
 
 
 def sizes(model):

@@ -397,6 +397,34 @@ def _train_package(data):
     return _train(data, criterion, optimizer, init="zero")
 
 
+def _language_model(data, loss_of, optimizer, lam=LAM):
+    """Steps of a language model. loss_of: (features, weight of the head, labels) -> loss."""
+    model, batches, seen = data.model(), cycle(data.batches), []
+    optimizer = optimizer(model.parameters(), **SGD | {"lr": 1e-3})  # as in _whole
+
+    def run():
+        x, y = next(batches)
+        optimizer.zero_grad()
+        features, weight = model.features(x), model.head.weight
+        loss = loss_of(features, weight, y)
+        loss.backward()
+        if len(seen) < STEPS:  # only until the check
+            seen.append((features.detach(), weight.detach().clone(), y))
+        optimizer.step()
+        return loss.detach()
+
+    def error(loss):
+        out = data.error(loss, seen, lam, "first")
+        seen[:] = [None] * STEPS
+        return out
+
+    return Peer(run, error)
+
+
+def _logits_stored(features, weight, y):
+    return F.cross_entropy(features @ weight.t(), y)
+
+
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 _losses = {
@@ -462,5 +490,11 @@ PEERS = {
             _train, criterion=lambda: F.cross_entropy, optimizer=partial(torch.optim.SGD, **SGD, fused=True), lam=math.inf
         ),
         "absgd package": _train_package,
+    },
+    "language model": {
+        OURS: lambda data: _language_model(data, ab.LinearABLoss(lam=LAM, gamma=GAMMA), ab.ABSGD),
+        "logits stored, SGD fused": lambda data: _language_model(
+            data, _logits_stored, partial(torch.optim.SGD, fused=True), math.inf
+        ),
     },
 }

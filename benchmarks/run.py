@@ -66,12 +66,12 @@ from .timing import CPU
 SUITES = {
     "loss": ("loss", "target", "memory"),
     "step": ("step", "clip", "rules"),
-    "train": ("train",),
+    "train": ("train", "language model"),
     "family": ("family",),
     "clip": ("clip",),
     "weighted": ("weighted",),
     "linear": ("linear",),
-    "all": ("loss", "target", "family", "memory", "step", "clip", "rules", "weighted", "linear", "train"),
+    "all": ("loss", "target", "family", "memory", "step", "clip", "rules", "weighted", "linear", "train", "language model"),
 }
 QUIET_ON_GPU = 0.3  # seconds: a machine with a GPU is lent for minutes
 

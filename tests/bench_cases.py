@@ -55,6 +55,7 @@ DATA = {
     "rules": [partial(cases.Tensors, [(3, 4), (5,)], rule=rule) for rule in cases.RULES],
     "weighted": [partial(cases.Samples, 9, [(3, 4), (5,)])],
     "train": [partial(cases.Training, "mlp"), partial(cases.Training, "cnn")],
+    "language model": [partial(cases.LanguageModel, 50, 6, 8, 2, 2, 3)],
     "gpu loss": [partial(cases.Logits, 32, 10, dtype, copies=2) for dtype in (torch.float32, torch.bfloat16)],
     "gpu step": [partial(cases.Tensors, [(3, 4), (5,)])],
     "gpu rules": [partial(cases.Tensors, [(3, 4), (5,)], rule="AdamW")],
@@ -98,6 +99,7 @@ def tiny(monkeypatch, no_compiler):
             "linear", "9 × 8 × 50", partial(cases.Head, 9, 8, 50), {cases.PLAIN_HEAD: 1e9}, memory={cases.PLAIN_HEAD: 1e9}
         ),
         cases.Case("train", "mlp", partial(cases.Training, "mlp")),
+        cases.Case("language model", "2 layers of 8", partial(cases.LanguageModel, 50, 6, 8, 2, 2, 3)),
     ]
     for module, name, value in (
         (run, "CASES", small),

@@ -282,8 +282,8 @@ def test_the_report(tiny, tmp_path, capsys):
     assert " ".join(report) == "date hardware versions compiler threads load_at_start seconds_per_case quiet results"
     assert report["hardware"].keys() == {"cpu", "cores", "backend", "instruction_set"} and report["threads"] == 1
     assert report["versions"].keys() == {"python", "torch", "absgd_fast", "absgd"}
-    loss, target, family, memory, step, clip, rules, weighted, linear, train = report["results"]
-    for result in (loss, target, family, step, clip, rules, weighted, linear, train):
+    loss, target, family, memory, step, clip, rules, weighted, linear, train, text = report["results"]
+    for result in (loss, target, family, step, clip, rules, weighted, linear, train, text):
         assert result.keys() == {"suite", "case", "rounds", "tolerance", "peers", "absent"}
         assert result["rounds"] == 3 and result["absent"] == {}
         assert result["peers"].keys() == peers.PEERS[result["suite"]].keys()
@@ -323,7 +323,7 @@ def test_a_busy_machine_is_mentioned(monkeypatch, tiny, capsys):
 
 
 def test_a_lost_case_is_shown(monkeypatch, tiny, capsys):
-    slow = {name: [float(name == "absgd_fast") + 1] * 3 for name in peers.PEERS["train"]}
+    slow = {name: [float(name == "absgd_fast") + 1] * 3 for name in {**peers.PEERS["train"], **peers.PEERS["language model"]}}
     monkeypatch.setattr(one_case, "interleave", lambda runs, seconds, **options: slow)
     assert run.main(["--suite", "train"]) == 0
     printed = capsys.readouterr().out
