@@ -259,8 +259,11 @@ def why_not_eager() -> str | None:
         return f"it was built beside torch {built}, and this is torch {torch.__version__}"
     try:
         importlib.import_module("absgd_fast._eager")
+        cpu_kernels_address()
     except ImportError as error:
         return f"absgd_fast._eager does not import: {error}"
+    except AttributeError as error:  # it is not the library that was built with the module
+        return f"the CPU library lends it no kernels: {error}"
     return None
 
 
@@ -270,7 +273,7 @@ def eager() -> ModuleType | None:
 
 
 def cpu_kernels_address() -> int:
-    """The address of absgd_fast_cpu_kernels in the CPU library, which must be loaded."""
+    """The address of absgd_fast_cpu_kernels in the CPU library, which must be loaded. AttributeError: it has no such function."""
     address = ctypes.cast(ctypes.CDLL(str(_HERE / "_ops_cpu.so")).absgd_fast_cpu_kernels, ctypes.c_void_p).value
     assert address is not None
     return address

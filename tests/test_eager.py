@@ -4,6 +4,7 @@ What both change is speed alone. So each test does the same with them and withou
 """
 
 import copy
+import ctypes
 import math
 import os
 import pickle
@@ -43,12 +44,16 @@ def test_the_build_has_it():
     [
         (dict(environment="0"), "ABSGD_FAST_EAGER=0"),
         (dict(torch="2.99.0"), "it was built beside torch 2.99.0"),
+        (dict(library="_host"), "the CPU library lends it no kernels"),
     ],
-    ids=["left out", "another torch"],
+    ids=["left out", "another torch", "another library"],
 )
 def test_why_it_is_not_here(change, reason, monkeypatch):
     if "torch" in change:
         monkeypatch.setattr(_backend, "build_info", lambda: {"torch": change["torch"]})
+    elif "library" in change:
+        other = _backend.host().__file__
+        monkeypatch.setattr(ctypes, "CDLL", lambda path, load=ctypes.CDLL: load(other))
     else:
         monkeypatch.setenv("ABSGD_FAST_EAGER", change["environment"])
     assert reason in _backend.why_not_eager.__wrapped__()

@@ -121,7 +121,7 @@ def test_an_open_second_derivative_frees_the_gradient():
     value = ab.ABLoss(lam=0.7)(leaf * 1, torch.randint(1024, (512,)))
     node = value.grad_fn
     torch.autograd.grad(value, leaf, create_graph=True, retain_graph=False)
-    assert node.grad is None
+    assert getattr(node, "grad", None) is None  # the node of C++ shows nothing, but raises the same error
     with pytest.raises(RuntimeError, match="second time"):
         value.backward()
 
