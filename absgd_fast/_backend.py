@@ -315,10 +315,7 @@ def report() -> dict:
             "GPUs": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
         "build": {"compiler": info["compiler"], "torch": info["torch"]},
-        "environment": {
-            name: os.environ.get(name)
-            for name in ("ABSGD_FAST_BACKEND", "ABSGD_FAST_ISA", "ABSGD_FAST_EAGER", "TRITON_INTERPRET")
-        },
+        "environment": {name: os.environ.get(name) for name in _VARIABLES},
     }
 
 

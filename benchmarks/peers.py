@@ -348,6 +348,17 @@ def _deferred_liger(data):
 # ---- whole steps of large models ---------------------------------------------------------------------------------------
 
 
+def _checked_by_loss(data, run, seen, lam):
+    """A competitor whose loss is checked, given what it has `seen` in every step until then."""
+
+    def error(loss):
+        out = data.error(loss, seen, lam, "first")
+        seen[:] = [None] * STEPS
+        return out
+
+    return Peer(run, error)
+
+
 def _whole(data, criterion, optimizer, lam=LAM, **options):
     model, batches, seen = data.model(), cycle(data.batches), []
     optimizer = optimizer(model.parameters(), **data.rule.options | {"lr": 1e-3}, **options)  # large models diverge at 0.1
@@ -364,12 +375,7 @@ def _whole(data, criterion, optimizer, lam=LAM, **options):
             seen.append((logits.detach(), y))
         return loss.detach()
 
-    def error(loss):
-        out = data.error(loss, seen, lam, "first")
-        seen[:] = [None] * STEPS
-        return out
-
-    return Peer(run, error)
+    return _checked_by_loss(data, run, seen, lam)
 
 
 # ---- training: batch, forward, backward, step ------------------------------------------------------------------------
@@ -413,12 +419,7 @@ def _language_model(data, loss_of, optimizer, lam=LAM):
         optimizer.step()
         return loss.detach()
 
-    def error(loss):
-        out = data.error(loss, seen, lam, "first")
-        seen[:] = [None] * STEPS
-        return out
-
-    return Peer(run, error)
+    return _checked_by_loss(data, run, seen, lam)
 
 
 def _logits_stored(features, weight, y):

@@ -11,7 +11,7 @@ from .. import distributed, ops
 from .._codes import NORMALIZER, NORMALIZERS
 from .state import RobustState
 
-_is_distributed = torch.distributed.is_initialized if torch.distributed.is_available() else lambda: False
+is_distributed = torch.distributed.is_initialized if torch.distributed.is_available() else lambda: False
 
 # What processes must have in common to share one normaliser, in the order in which `Processes.gather` sends it.
 _CONFIGURATION = (
@@ -44,7 +44,7 @@ class Processes:
         """Whether more than one process shares the normaliser. RuntimeError if the group is gone."""
         return (
             self.group is not None
-            and (self.group != distributed.AUTO or self._count > 1 or _is_distributed())
+            and (self.group != distributed.AUTO or self._count > 1 or is_distributed())
             and self.count() > 1
         )
 

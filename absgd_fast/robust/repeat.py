@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .._exact import CHANGES
@@ -22,8 +21,7 @@ from ..ops import LossSpec
 from .base import RobustLoss
 from .derivative import derivative
 from .last import Memo, Weighed
-
-is_distributed = torch.distributed.is_initialized if torch.distributed.is_available() else lambda: False
+from .processes import is_distributed
 
 
 class Repeat(NamedTuple):
