@@ -16,7 +16,7 @@ from two_processes import RANKS, needs_gloo, run
 import absgd_fast as ab
 from absgd_fast import _backend, ops
 from absgd_fast.functional import losses_and_validity
-from absgd_fast.linear.gradients import adds_in_float32
+from absgd_fast.linear import products
 from absgd_fast.reference import real_dtype
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,9 +74,10 @@ def assert_close(got, wanted, tolerance, what=""):
         assert error <= tolerance, f"{what}: {error:.1e}"
 
 
-def compare(one, two, given, target, tolerance, upstream=3.0, **rows):
+def compare(one, two, given, target, tolerance, upstream=3.0, logits=F.linear, **rows):
+    """one(the head) against two(its logits)."""
     hidden, weight, bias = given
-    mine, theirs = one(hidden, weight, target, bias, **rows), two(F.linear(hidden, weight, bias), target, **rows)
+    mine, theirs = one(hidden, weight, target, bias, **rows), two(logits(hidden, weight, bias), target, **rows)
     assert mine.dtype == theirs.dtype and mine.dim() == 0
     assert_close([mine], [theirs], tolerance, "loss")
     assert_close(gradients(mine, given, upstream), gradients(theirs, given, upstream), tolerance, "gradients")
@@ -89,7 +90,8 @@ def compare(one, two, given, target, tolerance, upstream=3.0, **rows):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("rule", RULES)
-def test_rules(rule, bias, dtype, backend):
+def test_rules(rule, bias, dtype, backend, monkeypatch):
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)  # tests/test_linear_products.py has the other way
     if rule == "large" and dtype == torch.bfloat16:
         pytest.skip("the rounding of a bfloat16 logit is a factor of e^30 in a weight here")
     one, two = pair(ab.CrossEntropy(), dtype, backend, **RULES[rule])
@@ -258,8 +260,9 @@ def test_second_derivatives():
 
 
 @native
-def test_under_autocast():
+def test_under_autocast(monkeypatch):
     """The head's tensors are brought to the dtype, and their gradients back to their own."""
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
     one, two = pair(ab.CrossEntropy(), torch.float32, lam=0.5)
     *given, target = inputs(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -508,12 +511,12 @@ def test_a_gpu_is_not_waited_for(rows, chunks, dtype, monkeypatch):
     hidden, weight, bias = (torch.empty(n, dtype=dtype, device="meta", requires_grad=True) for n in ((rows, 6), (50, 6), (50,)))
     target = torch.empty(rows, dtype=torch.int64, device="meta")
     each = torch.empty(rows, device="meta")
-    sums = adds_in_float32(hidden.device) and dtype == torch.bfloat16  # in torch 2.11 not on `meta`; asked before, once
+    sums = products.adds_in_float32(hidden.device) and dtype == torch.bfloat16  # in torch 2.11 not on `meta`; asked before, once
     with Counter() as seen:
         criterion(hidden, weight, target, bias, mask=each > 0, sample_weight=each).backward()
     assert seen.calls.count("absgd_fast.logit_loss_.default") == chunks
-    products = [name for name in seen.calls if "addmm" in name and "out" in name and "dtype" in name]
-    assert len(products) == (2 * chunks if sums else 0)
+    of_dtype = [name for name in seen.calls if "addmm" in name and "out" in name and "dtype" in name]
+    assert len(of_dtype) == (2 * chunks if sums else 0)
     assert [t.grad.shape for t in (hidden, weight, bias)] == [t.shape for t in (hidden, weight, bias)]
 
 

@@ -17,6 +17,7 @@ from ..losses import fused_spec
 from ..reference import real_dtype
 from ..robust.normalizer import Samples
 from ..robust.paths import checked
+from .products import products
 
 # How many chunks there are on a device, unless the user gives their size; but a chunk has LEAST_SAMPLES samples at least.
 CHUNKS = {"cpu": 25}
@@ -106,6 +107,7 @@ class Chunks:
     ):
         self.operators, self.classes = operators, weight.shape[0]
         self.hidden, self.weight, self.bias = hidden.contiguous(), weight, bias
+        self.products = products(self.hidden, weight, bias)
         self.spec = _spec(criterion, hidden.new_empty((0, self.classes)))
         like = hidden[:, 0] if hidden.shape[1] else hidden.new_empty(len(hidden))
         target = _checks.target(hidden.new_empty(()).expand(len(hidden), self.classes), target, soft=self.spec.soft).contiguous()
@@ -116,14 +118,10 @@ class Chunks:
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """(samples, their logits) of each chunk, all in one buffer: the logits of the next chunk overwrite them."""
         n = len(self.hidden)
-        buffer = self.hidden.new_empty((min(self.size, n), self.classes))
+        buffer = self.hidden.new_empty((min(self.size, n), self.classes), dtype=self.products.dtype)
         for begin in range(0, n, self.size):
-            part = slice(begin, min(begin + self.size, n))
-            hidden, logits = self.hidden[part], buffer[: min(self.size, n - begin)]
-            if self.bias is None:
-                torch.mm(hidden, self.weight.t(), out=logits)
-            else:
-                torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
+            part, logits = slice(begin, min(begin + self.size, n)), buffer[: min(self.size, n - begin)]
+            self.products.logits(part, logits)
             yield part, logits
 
     def losses(self, then: Callable[[slice, Tensor, Tensor, Tensor], None] | None = None) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ The forward pass makes each of them up to one factor, because log s' is known on
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -16,9 +15,9 @@ from ..ops import COUNT, LOG_S, SCALE
 from ..reference import real_dtype
 from ..robust.state import RobustState
 from .chunks import Chunks
+from .products import add_product
 
 RESCALE_GAP = 20.0  # how far log mean exp(z) of a chunk may lie above the reference point before the sums are rescaled
-CLASS_BLOCK = 8192  # how many classes of a half-precision weight gradient are added at once
 
 
 class Unfinished(NamedTuple):
@@ -67,15 +66,16 @@ class RelativeGradients:
 
     def _add(self, part: slice, grad: Tensor, losses: Tensor, valid: Tensor) -> None:
         """Add the gradients of a chunk to the sums: dW += G^T (diag(w) H), db += G^T w; the rows of dH are G weight."""
+        products = self.chunks.products
         if self.hidden is not None:
-            torch.mm(grad, self.chunks.weight, out=self.hidden[part])
+            products.of_hidden(grad, self.hidden[part])
         if self.weight is None and self.bias is None:
             return
         weights = self._relative_weights(part, losses, valid).unsqueeze(1)
         if self.weight is not None:
-            _add_product(self.weight, grad.t(), (self.chunks.hidden[part] * weights).to(grad.dtype))
+            add_product(self.weight, grad.t(), (products.rows(part) * weights).to(grad.dtype))
         if self.bias is not None:
-            _add_product(self.bias.unsqueeze(1), grad.t(), weights.to(grad.dtype))
+            add_product(self.bias.unsqueeze(1), grad.t(), weights.to(grad.dtype))
 
     def _relative_weights(self, part: slice, losses: Tensor, valid: Tensor) -> Tensor:
         """w_i = sample_weight_i exp(z_i - m) of a chunk; 0 for a sample that does not count.
@@ -99,30 +99,6 @@ class RelativeGradients:
         return operators.robust_apply(
             losses, score, sample_weight, valid, self.reference, log_s, lam, False, 0.0, state.max_weight, ops.WITH_GRAD
         )[2]
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b. The total is float32 if a and b are bfloat16."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif adds_in_float32(total.device):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        for block in range(0, len(total), CLASS_BLOCK):
-            of = slice(block, block + CLASS_BLOCK)
-            total[of] += a[of] @ b
-
-
-@cache
-def adds_in_float32(device: torch.device) -> bool:
-    """Whether torch can add a product of bfloat16 matrices to a float32 matrix. CUDA can; the CPU cannot as of torch 2.13."""
-    some = torch.ones(8, 8, dtype=torch.bfloat16, device=device)
-    try:
-        total = some.float()
-        torch.addmm(total, some, some, out_dtype=torch.float32, out=total)  # the overload that is used
-    except (RuntimeError, TypeError):  # NotImplementedError is the first; torch 2.11's decomposition for `meta` raises the second
-        return False
-    return True
 
 
 def refuse_second_derivative() -> NoReturn:
