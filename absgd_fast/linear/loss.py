@@ -118,7 +118,8 @@ class LinearABLoss(RobustLoss):
 
         Returns:
             0-d loss, float64 for float64 inputs, else float32. For bfloat16 inputs the gradient of the weight is summed in
-            float32.
+            float32. On a CPU without instructions for bfloat16 their products are float32 too, and so are the logits of a
+            chunk and their gradients; 1024 classes of the weight at a time are converted.
 
         Raises:
             ValueError: shapes or devices that do not fit each other. TypeError: a criterion that has no kernel, dtypes that
