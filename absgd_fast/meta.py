@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, saved_tensors_hooks
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import _checks, ops
 from ._exact import ExactState, state_tensors
+from ._tangents import DIFFERENTIABLE_ATTENTION, Tangents, Unknown, dual_number, forward_mode, tangent_of
 from .reference import real_dtype
 
 METHODS = ("jvp", "finite_difference", "unrolled", "last_layer")
@@ -32,8 +32,6 @@ LossFn = Callable[[Tensor, Tensor], Tensor]
 # For parameters shorter than SHORTEST it is a share of that, so a model that starts at 0 is moved too.
 STEP = {torch.float32: 1e-5, torch.float64: 1e-8}
 SHORTEST = 10.0
-# Fused attention has neither a forward-mode nor a second derivative.
-DIFFERENTIABLE_ATTENTION = partial(sdpa_kernel, SDPBackend.MATH)
 # Multiplies a float16 clean loss, so that small gradients do not vanish. At 2^10 the gradients of a ResNet leave the range.
 LOSS_SCALE = 2.0**5
 
@@ -184,6 +182,7 @@ class _Step:
         buffers = dict(self.unwrapped.named_buffers()) | state_tensors(self.unwrapped)
         self.buffers = {name: b.clone() for name, b in buffers.items() if id(b) not in frozen}
         self.stateful = [m for m in self.unwrapped.modules() if isinstance(m, ExactState)]
+        self.recurrent = any(isinstance(m, nn.RNNBase) for m in self.unwrapped.modules())
         self.random = self._random_state()
         self.calls, self.mixed = [], False
 
@@ -191,6 +190,8 @@ class _Step:
         """(B,) the weights, without a trace of any pass."""
         losses = None
         with self._apart(), torch.enable_grad():
+            if self.method == "jvp":
+                return rectified(self._jvp())
             if self.method in ("unrolled", "last_layer"):
                 with self._watched():
                     losses = self._losses(self.batch)
@@ -200,27 +201,71 @@ class _Step:
         """The weighted loss and the weights, by the caller's own training forward."""
         if not torch.is_grad_enabled():
             raise RuntimeError("l2rw_loss: got gradients switched off (no_grad), expected them on; l2rw_weights needs none")
-        with self._watched():
-            losses = self._per_sample(self.model(self.batch[0]), self.batch)
+        if self.method == "jvp":
+            with self._apart():
+                tangents = self._clean_gradient(self.params)
+            out, products_of = self._beside(partial(self.model, self.batch[0]), tangents)
+            losses = self._per_sample(out, self.batch)
+        else:
+            with self._watched():
+                losses = self._per_sample(self.model(self.batch[0]), self.batch)
+            products_of = partial(getattr(self, f"_{self.method}"), losses)
         with self._apart(), torch.enable_grad():
-            products = getattr(self, f"_{self.method}")(losses)
+            products = products_of()
         weights = rectified(products)
         return (weights * losses).sum(), weights
 
     # ---- u, up to a positive factor; `losses`: those of the training forward, with their graph ----
 
-    def _jvp(self, losses: Tensor | None, params: dict[str, Tensor] | None = None) -> Tensor:
-        """u by a forward-mode derivative along the clean gradient. params: those that take part; None: all."""
-        params = params or self.params
-        tangents = self._clean_gradient(params)
+    def _jvp(self) -> Tensor:
+        """u by a forward-mode derivative along the clean gradient."""
+        tangents = self._clean_gradient(self.params)
+        self._set_random_state(self.random)
+        with self._unchanged():
+            try:
+                # nothing is differentiated backward, so the graph keeps the statistics of BatchNorm alone
+                with saved_tensors_hooks(lambda saved: saved.detach() if saved.dim() == 1 else None, _kept):
+                    _, products_of = self._beside(partial(self._output, self.batch[0]), tangents)
+            except Unknown:  # the model itself differentiates
+                products_of = partial(self._along, self.params, tangents)
+            return products_of()
+
+    def _along(self, params: dict[str, Tensor], tangents: list[Tensor]) -> Tensor:
+        """u by a forward-mode derivative along these tangents, in a pass of its own over the training batch."""
+        with forward_mode(self.recurrent):
+            duals = {name: dual_number(p, t) for (name, p), t in zip(params.items(), tangents)}
+            return tangent_of(self._losses(self.batch, duals))
+
+    def _beside(self, forward: Callable[[], Any], tangents: list[Tensor]) -> tuple[Any, Callable[[], Tensor]]:
+        """The output of this training forward, and what gives u from tangents that were taken beside it.
+
+        Where they cannot be followed, a pass of its own gives u.
+        """
+        apart = partial(self._along, self.params, tangents)
+        if any(isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl for m in self.model.modules()):
+            return forward(), apart  # a compiled layer runs no functions that could be followed
+        inputs = self.batch[0]
+        pairs = [*zip(self.params.values(), tangents), *([(inputs, None)] if inputs.requires_grad else [])]
+        with Tangents(pairs, self.recurrent, self._generators()) as followed:
+            out = forward()
+        leaves, structure = tree_flatten(out)
+        if not all(isinstance(x, Tensor) for x in leaves):
+            return out, apart
         try:
-            with torch.no_grad(), forward_ad.dual_level(), self._without_shortcuts():
-                duals = {name: forward_ad.make_dual(p.detach(), t) for (name, p), t in zip(params.items(), tangents)}
-                losses = self._losses(self.batch, duals)
-                tangent = forward_ad.unpack_dual(losses).tangent
-                return torch.zeros_like(losses) if tangent is None else tangent
-        except RuntimeError as error:
-            raise _explained(error) from error
+            directions = [followed.of(x) for x in leaves]
+        except Unknown:
+            return out, apart
+        random, versions = self._random_state(), [x._version for x in leaves]
+
+        def through_loss() -> Tensor:
+            if versions != [x._version for x in leaves]:
+                return apart()  # loss_fn has changed them in place
+            self._set_random_state(random)
+            with forward_mode(self.recurrent), self._unchanged():
+                duals = [dual_number(x, t) for x, t in zip(leaves, directions)]
+                return tangent_of(self._per_sample(tree_unflatten(duals, structure), self.batch))
+
+        return out, through_loss
 
     def _finite_difference(self, losses: Tensor | None) -> Tensor:
         """u by a central difference along the clean gradient."""
@@ -261,7 +306,7 @@ class _Step:
             )
         tied = any(id(p) in names for m in self.unwrapped.modules() if m not in inside for p in m._parameters.values())
         if tied or self.mixed:  # its parameters serve another layer too, or a norm mixes its outputs
-            return self._jvp(losses, own)
+            return self._along(own, self._clean_gradient(own))
         tangents, products = self._clean_gradient(own), torch.zeros_like(losses)
         before = self._random_state()
         for layer, args, kwargs, place, shape in self.calls:
@@ -273,15 +318,14 @@ class _Step:
                     f' the {len(losses)} samples; use method="jvp"'
                 )
             slopes = torch.autograd.grad(losses.sum(), place, retain_graph=True)[0]
-            try:
-                with torch.no_grad(), forward_ad.dual_level(), self._without_shortcuts():
-                    duals = {names[id(p)]: forward_ad.make_dual(p.detach(), t) for p, t in zip(own.values(), tangents)}
-                    tangent = forward_ad.unpack_dual(functional_call(layer, duals, args, kwargs)).tangent
-                    products = products + (slopes * tangent).flatten(1).sum(1)
-            except RuntimeError as error:
-                raise _explained(error) from error
+            with forward_mode(self.recurrent):
+                duals = {names[id(p)]: dual_number(p, t) for p, t in zip(own.values(), tangents)}
+                tangent = tangent_of(functional_call(layer, duals, args, kwargs))
+                products = products + (slopes * tangent).flatten(1).sum(1)
         if any(not torch.equal(a, b) for a, b in zip(before, self._random_state())):
-            return self._jvp(losses, own)  # the layer draws random numbers, and drew others than in the training forward
+            return self._along(
+                own, self._clean_gradient(own)
+            )  # the layer draws random numbers, and drew others than in the training forward
         return products
 
     def _clean_gradient(self, params: dict[str, Tensor]) -> list[Tensor]:
@@ -314,10 +358,20 @@ class _Step:
             seed = int(torch.randint(2**62, (), device="cpu"))
             for generator in self._generators():
                 generator.manual_seed(seed)
+        with self._unchanged():
+            return self._per_sample(self._output(batch[0], params), batch)
+
+    def _output(self, inputs: Tensor, params: dict[str, Tensor] | None = None) -> Any:
+        """The model's output, by copies of its buffers. params: used instead of the model's."""
         buffers = {name: b.clone() for name, b in self.buffers.items()}
+        return functional_call(self.unwrapped, (params or {}) | buffers, (inputs,))
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Keep what criteria inside the model remember beside their buffers."""
         before = [found for m in self.stateful for found in m.also_changed()]
         try:
-            return self._per_sample(functional_call(self.unwrapped, (params or {}) | buffers, (batch[0],)), batch)
+            yield
         finally:
             for owner, name, value in before:
                 setattr(owner, name, value)
@@ -369,24 +423,6 @@ class _Step:
                 handle.remove()
 
     @contextmanager
-    def _without_shortcuts(self) -> Iterator[None]:
-        """Switch off what has no forward mode.
-
-        That is fused attention, and the fast paths that torch takes for recurrent networks and transformer encoders without grad.
-        """
-        mha, mkldnn = torch.backends.mha, torch.backends.mkldnn
-        fast_path, onednn = mha.get_fastpath_enabled(), mkldnn.enabled
-        mha.set_fastpath_enabled(False)
-        if any(isinstance(m, nn.RNNBase) for m in self.unwrapped.modules()):
-            mkldnn.enabled = False  # type: ignore[assignment]  # a descriptor of torch's, which takes a bool
-        try:
-            with DIFFERENTIABLE_ATTENTION():
-                yield
-        finally:
-            mha.set_fastpath_enabled(fast_path)
-            mkldnn.enabled = onednn
-
-    @contextmanager
     def _apart(self) -> Iterator[None]:
         """Keep BatchNorm's running statistics and torch's random state as they are.
 
@@ -415,13 +451,10 @@ class _Step:
             generator.set_state(s)
 
 
-def _explained(error: RuntimeError) -> RuntimeError:
-    """An error that says what to do if torch has no forward mode; any other error as it is."""
-    if not isinstance(error, NotImplementedError) and not any(
-        words in str(error) for words in ("forward AD", "forward mode", "jvp", "automatic differentiation")
-    ):
-        return error
-    return RuntimeError(f'jvp: torch cannot differentiate this model forward ({error}); use method="finite_difference"')
+def _kept(saved: Tensor | None) -> Tensor:
+    if saved is None:
+        raise Unknown
+    return saved
 
 
 def _reached_without(losses: Tensor, places: list[GradientEdge]) -> set[int]:
