@@ -371,11 +371,11 @@ def test_steps_of_l2rw_are_measured(threads):
     """The smallest batch with a clean sample; the weights are looked at in float64, and memory where the system tells."""
     threads(1)
     found = l2rw.measure(True, 8, 2)
-    assert found["clean_rows"] == 1 and set(found["methods"]) == set(ab.meta.METHODS)
+    assert found["clean_rows"] == 1 and set(found["methods"]) == set(l2rw.WAYS)
     for name, m in found["methods"].items():
         assert m["ratio"]["q1"] <= m["ratio"]["median"] <= m["ratio"]["q3"] and m["memory"] > 0
         assert m["distance"] < (0.2 if name == "finite_difference" else 1e-3), name
-    assert found["methods"]["jvp"]["most"] == 2.8 and found["methods"]["unrolled"]["most"] is None
+    assert found["methods"]["jvp"]["most"] == 2.2 and found["methods"]["unrolled"]["most"] is None
 
 
 @pytest.mark.deep
