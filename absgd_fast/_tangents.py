@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -35,6 +36,16 @@ class Unknown(Exception):
     """A tensor that was computed where no tangent was followed."""
 
 
+# Models whose tangents were lost on the way. Another try would take up to 0.6 plain steps for nothing.
+UNFOLLOWED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def may_be_followed(model: nn.Module) -> bool:
+    """Whether tangents of its forward are worth a try. A compiled layer runs no functions that could be followed."""
+    compiled = torch._dynamo.OptimizedModule
+    return model not in UNFOLLOWED and not any(isinstance(m, compiled) or m._compiled_call_impl for m in model.modules())
+
+
 class _Known(NamedTuple):
     owner: Callable[[], Tensor | None]
     version: int  # of the owner: another one has been changed in place since
@@ -51,7 +62,7 @@ class Tangents(TorchFunctionMode):
     Convolutions, linear layers, sums, ReLU, views, pooling and BatchNorm have rules; any other function is called again with dual
     numbers, which torch differentiates forward.
 
-    A tensor requires a gradient exactly if a tangent is known. Where one is not (a custom autograd.Function, TorchScript, a
+    A tangent is known of every tensor that requires a gradient. Where one is not (a custom autograd.Function, TorchScript, a
     compiled function, a tensor changed in place after it was used), `lost` is true from then on, and no tangent is given.
 
     Args:
@@ -79,8 +90,10 @@ class Tangents(TorchFunctionMode):
         for owner, tangent in tangents:
             self._learn(owner, tangent)
 
-    def of(self, x: Tensor) -> Tensor | None:
-        """The tangent of x; None: 0. Raises Unknown if it is not known."""
+    def of(self, x: Any) -> Tensor | None:
+        """The tangent of x; None: 0. Raises Unknown if it is not known, or if x is no tensor."""
+        if not isinstance(x, Tensor):
+            raise Unknown
         if not x.requires_grad:
             return None
         known = self._known.get(id(x))
@@ -121,7 +134,7 @@ class Tangents(TorchFunctionMode):
         changed = [x for x, version in zip(inputs, versions) if _version(x) != version]
         try:
             self._follow(func, args, kwargs, out, found, changed, random)
-        except (Unknown, RuntimeError, TypeError):  # no forward mode, most likely
+        except Exception:  # no forward mode, most likely; the caller's forward goes on whatever it is
             self._lose()
         return out
 
@@ -193,6 +206,20 @@ DIFFERENTIABLE_ATTENTION = partial(sdpa_kernel, SDPBackend.MATH)
 def dual_number(x: Tensor, tangent: Tensor | None) -> Tensor:
     """x with this tangent, detached; None: 0."""
     return x.detach() if tangent is None else forward_ad.make_dual(x.detach(), tangent)
+
+
+def graph_without_values() -> saved_tensors_hooks:
+    """A context whose graphs say what depends on what, and cannot be walked back: their memory is free.
+
+    Vectors stay, for the rule of BatchNorm. A forward that walks its own graph raises Unknown.
+    """
+
+    def kept(saved: Tensor | None) -> Tensor:
+        if saved is None:
+            raise Unknown
+        return saved
+
+    return saved_tensors_hooks(lambda saved: saved.detach() if saved.dim() == 1 else None, kept)
 
 
 def tangent_of(x: Tensor) -> Tensor:

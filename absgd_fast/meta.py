@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, saved_tensors_hooks
+from torch.autograd.graph import GradientEdge
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from . import _checks, ops
+from . import _checks, _tangents, ops
 from ._exact import ExactState, state_tensors
-from ._tangents import DIFFERENTIABLE_ATTENTION, Tangents, Unknown, dual_number, forward_mode, tangent_of
+from ._tangents import Tangents, Unknown, dual_number, forward_mode, tangent_of
 from .reference import real_dtype
 
 METHODS = ("jvp", "finite_difference", "unrolled", "last_layer")
@@ -105,7 +105,9 @@ def l2rw_loss(
 
         loss = sum_i w_i f_i                           w: `l2rw_weights`, a constant for autograd
 
-    One training forward serves both weights and loss.
+    One training forward serves both weights and loss. With "jvp" it serves the directional derivative too: each function of torch
+    is differentiated right after it has run. A model with a custom autograd.Function, a compiled layer or TorchScript has another
+    pass for that, as has one that changes views in place.
     Source: Ren et al. 2018, Alg. 1; docs/MATH.md §4.5.
 
     That forward is an ordinary one. It goes through `model` as it is (with DistributedDataParallel each process weighs
@@ -223,8 +225,7 @@ class _Step:
         self._set_random_state(self.random)
         with self._unchanged():
             try:
-                # nothing is differentiated backward, so the graph keeps the statistics of BatchNorm alone
-                with saved_tensors_hooks(lambda saved: saved.detach() if saved.dim() == 1 else None, _kept):
+                with _tangents.graph_without_values():
                     _, products_of = self._beside(partial(self._output, self.batch[0]), tangents)
             except Unknown:  # the model itself differentiates
                 products_of = partial(self._along, self.params, tangents)
@@ -242,18 +243,17 @@ class _Step:
         Where they cannot be followed, a pass of its own gives u.
         """
         apart = partial(self._along, self.params, tangents)
-        if any(isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl for m in self.model.modules()):
-            return forward(), apart  # a compiled layer runs no functions that could be followed
+        if not _tangents.may_be_followed(self.model):
+            return forward(), apart
         inputs = self.batch[0]
         pairs = [*zip(self.params.values(), tangents), *([(inputs, None)] if inputs.requires_grad else [])]
         with Tangents(pairs, self.recurrent, self._generators()) as followed:
             out = forward()
         leaves, structure = tree_flatten(out)
-        if not all(isinstance(x, Tensor) for x in leaves):
-            return out, apart
         try:
             directions = [followed.of(x) for x in leaves]
         except Unknown:
+            _tangents.UNFOLLOWED.add(self.model)
             return out, apart
         random, versions = self._random_state(), [x._version for x in leaves]
 
@@ -285,7 +285,7 @@ class _Step:
         names, params = zip(*self.params.items())
         grads = torch.autograd.grad(weights @ losses, params, create_graph=True, allow_unused=True)
         moved = {name: p if grad is None else p - grad for name, p, grad in zip(names, params, grads)}
-        with DIFFERENTIABLE_ATTENTION():
+        with _tangents.DIFFERENTIABLE_ATTENTION():
             clean = self._losses(self.clean_batch, moved, apart=True).mean()
         grad = torch.autograd.grad(clean, weights, retain_graph=True, allow_unused=True)[0] if clean.requires_grad else None
         return torch.zeros_like(losses) if grad is None else -grad
@@ -392,7 +392,7 @@ class _Step:
         For "last_layer" it records the calls of layers, which are modules with parameters whose children have none.
         """
         if self.method != "last_layer":
-            with DIFFERENTIABLE_ATTENTION() if self.method == "unrolled" else nullcontext():
+            with _tangents.DIFFERENTIABLE_ATTENTION() if self.method == "unrolled" else nullcontext():
                 yield
             return
 
@@ -449,12 +449,6 @@ class _Step:
     def _set_random_state(self, state: list[Tensor]) -> None:
         for generator, s in zip(self._generators(), state):
             generator.set_state(s)
-
-
-def _kept(saved: Tensor | None) -> Tensor:
-    if saved is None:
-        raise Unknown
-    return saved
 
 
 def _reached_without(losses: Tensor, places: list[GradientEdge]) -> set[int]:

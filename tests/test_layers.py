@@ -17,7 +17,7 @@ PACKAGE, CSRC = ROOT / "absgd_fast", ROOT / "csrc"
 
 # lowest first: a module may import those of lower layers only; the files of one package may import each other, without a circle
 LAYERS = [
-    {"_codes", "_backend", "_hooks", "_numbers", "_checkpointing"},
+    {"_codes", "_backend", "_hooks", "_numbers", "_tangents", "_checkpointing"},
     {"_exact"},
     {"_scheduled"},
     {"reference"},

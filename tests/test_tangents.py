@@ -280,6 +280,14 @@ def test_what_is_not_followed_has_a_pass_of_its_own(call, name, passes):
     assert passes
 
 
+def test_one_try_is_enough(passes, monkeypatch):
+    """A model whose tangents were lost is not followed again."""
+    model, batch, clean = NOT_FOLLOWED["custom at the end"]()
+    first = weights_of(l2rw_loss, model, batch, clean)
+    monkeypatch.setattr(meta, "Tangents", None)
+    assert torch.equal(weights_of(l2rw_loss, model, batch, clean), first) and len(passes) == 2
+
+
 @pytest.mark.parametrize("call", [l2rw_weights, l2rw_loss])
 def test_compiled_functions(call):
     model, batch, clean = setting(lambda x, a, f, last: last(f(a(x)).flatten(1)), conv(), Twofold(True), head())
