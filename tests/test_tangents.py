@@ -152,7 +152,7 @@ def test_tangents_that_are_followed(call, name, passes):
 @pytest.mark.parametrize("frozen", ["0.weight", "0.bias", "1.weight", "1.bias"])
 def test_parts_that_are_frozen(frozen, passes):
     """A term of a rule is 0, and the others are not."""
-    for name in ("norm", "residual"):
+    for name in ("norm", "residual", "groups"):
         model, batch, clean = FOLLOWED[name]()
         if f"layers.{frozen}" in dict(model.named_parameters()):
             model.get_parameter(f"layers.{frozen}").requires_grad_(False)
