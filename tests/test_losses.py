@@ -442,12 +442,17 @@ def test_every_nan_stays_nan(backend, bits):
         logits, target = make((4, classes), torch.bfloat16)
         with torch.no_grad():
             logits.view(torch.int16)[0, 3] = bits >> 16 | 1
-        for scale in (None, torch.full((classes,), 1.0), nan.expand(classes).contiguous()):
-            losses = logit_loss(logits, target, scale=scale, backend=backend)
-            upstream = torch.cat([torch.ones(1), nan, torch.ones(2)])
-            (grad,) = torch.autograd.grad(losses, logits, upstream)
-            assert torch.isnan(grad[:2]).all()
-            assert torch.isnan(grad[2:]).all() if scale is not None and scale[0].isnan() else torch.isfinite(grad[2:]).all()
+        clean = torch.linspace(0.5, 1.5, classes)
+        for vectors in ({}, {"scale": clean}, {"shift": clean}, {"scale": clean, "shift": clean}):
+            for place in (None, *((name, k) for name in vectors for k in (0, 1, classes - 1, int(target[2])))):
+                given = {name: vector.clone() for name, vector in vectors.items()}
+                if place is not None:
+                    given[place[0]][place[1]] = nan
+                losses = logit_loss(logits, target, **given, backend=backend)
+                upstream = torch.cat([torch.ones(1), nan, torch.ones(2)])
+                (grad,) = torch.autograd.grad(losses, logits, upstream)
+                assert torch.isnan(grad[:2]).all()
+                assert torch.isfinite(grad[2:]).all() if place is None else torch.isnan(grad[2:]).all(), place
         robust = ab.ABLoss(ab.CrossEntropy(backend=backend), lam=1.0, backend=backend)
         (grad,) = torch.autograd.grad(robust(logits, target, sample_weight=upstream), logits)
         assert torch.isnan(grad[:2]).all() and torch.isfinite(grad[2:]).all()

@@ -31,17 +31,23 @@ struct RowOfClasses {
   using V = typename L::V;
   using I = typename L::I;
   static constexpr int kPair = 2 * L::N, kGroup = 4 * L::N;  // classes
-  static constexpr bool kVectors = (kForm & (kScales | kShifts)) != 0;
-  // Whether the registers of a pair hold even and odd classes (Lanes::load_even_odd). Class vectors, class weights and
-  // soft targets lie in their natural order.
+  // Whether the registers of a pair hold even and odd classes (Lanes::load_even_odd). Class weights and soft targets
+  // lie in their natural order.
   template <OtherClasses kOthers>
-  static constexpr bool kEvenOdd = kSame<S, bf16> && !kVectors && kOthers != OtherClasses::weighted;
+  static constexpr bool kEvenOdd = kSame<S, bf16> && kOthers != OtherClasses::weighted;
 
   const S* x;
   int64_t classes;
-  Adjust<T> adjust;
-  const T* soft;  // of this row; or null
+  Adjust<T> adjust, paired;  // the class vectors in their natural order, and in that of PairedVectors
+  const T* soft;             // of this row; or null
 
+  // The class vectors of the registers from class `first` on.
+  template <bool kMixed>
+  ABSGD_FN Adjust<T> vectors(int64_t first) const {
+    if constexpr (!kMixed) return {adjust.s + first, adjust.d + first, nullptr};
+    const int64_t at = PairedVectors<L>::place(first, classes);
+    return {paired.s + at, paired.d + at, nullptr};
+  }
   // The class of each lane of register u of a pair or group that begins at `first`.
   template <bool kMixed>
   static ABSGD_FN I index(int64_t first, int u) {
@@ -60,10 +66,10 @@ struct RowOfClasses {
       else
         a[u] = L::load(p), a[u + 1] = L::load(p + L::N);
     }
+    [[maybe_unused]] const Adjust<T> of = vectors<kMixed>(first);
     for (int u = 0; u < kCount; ++u) {
-      const int64_t at = first + u * L::N;
-      if constexpr (kForm != 0) a[u] *= kForm & kScales ? L::load(adjust.s + at) : L::set(adjust.s[0]);
-      if constexpr ((kForm & kShifts) != 0) a[u] += L::load(adjust.d + at);
+      if constexpr (kForm != 0) a[u] *= kForm & kScales ? L::load(of.s + u * L::N) : L::set(adjust.s[0]);
+      if constexpr ((kForm & kShifts) != 0) a[u] += L::load(of.d + u * L::N);
     }
   }
   // The weights of the classes of a register (launch.h ClassWeights).
@@ -198,7 +204,7 @@ struct RowOfClasses {
         g[u] *= s;
         if constexpr (kOthers == OtherClasses::equal) g[u] -= c;
         if constexpr (kOthers == OtherClasses::weighted) g[u] -= row.weight(w, first + u * L::N) * c;
-        if constexpr ((kForm & kScales) != 0) g[u] *= L::load(row.adjust.s + first + u * L::N);
+        if constexpr ((kForm & kScales) != 0) g[u] *= L::load(row.template vectors<kMixed>(first).s + u * L::N);
       }
     };
     auto store = [&](int64_t first, auto count, const V* g) {
@@ -243,7 +249,7 @@ ABSGD_FN RowOfClasses<L, S, kForm> row_of_classes(const TileInput<L, S, kForm>& 
   const int64_t i = in.first + j;
   const T* const soft =
       a.soft == nullptr ? nullptr : static_cast<const T*>(a.soft) + i / a.inner * a.classes * a.inner + i % a.inner;
-  return {in.rows.row[j], a.classes, in.adjust, soft};
+  return {in.rows.row[j], a.classes, in.adjust, in.paired, soft};
 }
 
 template <class L, class S, int kForm>

@@ -21,6 +21,9 @@ enum AdjustForm : int { kAdjusts = 1, kScales = 2 /* S differs between classes *
 // The arguments of the two walks over the logits, logit_stats and logit_grads, and of gradient_stats between them.
 struct LogitArgs : LogitInput {
   int adjust_form;
+  // The vectors S and D of bf16 logits in the order of the registers (tile.h PairedVectors); or null.
+  // adjust_in_pairs writes them, and the two walks read them if adjust_form has kScales or kShifts.
+  void* paired;
   // One number per row, padded to whole tiles. logit_stats writes them, and logit_grads or gradient_stats reads them.
   void* losses;             // real
   void* row_max;            // real
@@ -42,6 +45,9 @@ struct LogitArgs : LogitInput {
   void* kept;          // if not along_classes(): it is kept here, (tiles, classes, kTileRows) real; or null
   const void* factor;  // (batch * inner) real; or null = 1
 
+  ABSGD_INLINE bool needs_paired() const {
+    return dtype == Dtype::bf16 && (adjust_form & (kScales | kShifts)) != 0 && along_classes();
+  }
   ABSGD_INLINE bool along_classes() const { return stride_class == 1 && inner == 1 && classes >= kFewClasses; }
   ABSGD_INLINE int64_t tiles() const { return (rows() + kTileRows - 1) / kTileRows; }
 };
@@ -134,6 +140,10 @@ struct SquaresBlock {
 // The only list of the CPU's kernels: KERNEL(result, name, arguments). "tiles [begin, end)" and the like is the range
 // that one call works on.
 #define ABSGD_CPU_KERNELS(KERNEL)                                                                                     \
+  /* how many bytes LogitArgs::paired takes */                                                                        \
+  KERNEL(int64_t, paired_bytes, (const LogitArgs&))                                                                   \
+  /* LogitArgs::adjust -> LogitArgs::paired */                                                                        \
+  KERNEL(void, adjust_in_pairs, (const LogitArgs&))                                                                   \
   /* tiles [begin, end): losses and row statistics. Returns the first row whose label is out of range, or             \
      kAllLabelsInRange. */                                                                                            \
   KERNEL(int64_t, logit_stats, (const LogitArgs&, int64_t begin, int64_t end))                                        \

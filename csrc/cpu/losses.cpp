@@ -9,6 +9,8 @@
 //     1. gradient_numbers makes the RowGradient of each row, with its factor.
 //     2. It walks along the classes once more and writes the gradient.
 //
+// adjust_in_pairs comes before both, for bf16 logits with class vectors.
+//
 // gradient_stats stores the RowGradient of each row, for a backward pass that comes after the operator has returned.
 // This file is compiled once for each instruction set, each time into its own namespace (ABSGD_ISA_NAMESPACE).
 #include "along_classes.h"
@@ -186,6 +188,8 @@ ABSGD_FN auto for_form(int form, F f) {
 
 }  // namespace
 
+int64_t paired_bytes(const LogitArgs& a) { return PairedVectors<Lanes<float>>::bytes(a.classes); }
+void adjust_in_pairs(const LogitArgs& a) { PairedVectors<Lanes<float>>::write(a); }
 int64_t logit_stats(const LogitArgs& a, int64_t begin, int64_t end) {
   return for_storage(a.dtype, [&](auto s, auto t) {
     return for_form(a.adjust_form, [&](auto form) {

@@ -45,6 +45,41 @@ struct Adjust {
   }
 };
 
+// The class vectors S and D in the order in which Lanes::load_even_odd puts the classes into registers: of each pair of
+// registers the N even classes, and then the N odd ones. The last pair of a row overlaps its neighbour, so it has a
+// place of its own after the others. They are written once per call: in their natural order, bf16 logits would have to
+// change their lanes instead.
+template <class L>
+struct PairedVectors {
+  using T = typename L::Scalar;
+  static constexpr int kPair = 2 * L::N;
+
+  // Where the pair that begins at class `first` stands.
+  static ABSGD_FN int64_t place(int64_t first, int64_t classes) {
+    return first % kPair == 0 ? first : classes / kPair * kPair;
+  }
+  static int64_t size(int64_t classes) { return classes / kPair * kPair + kPair; }
+  static int64_t bytes(int64_t classes) { return 2 * size(classes) * int64_t(sizeof(T)); }
+  static Adjust<T> of(const LogitArgs& a) {
+    const T* const s = static_cast<const T*>(a.paired);
+    return {s, s == nullptr ? s : s + size(a.classes), nullptr};
+  }
+  static void write(const LogitArgs& a) {
+    const Adjust<T> from = Adjust<T>::of(a);
+    T* to = static_cast<T*>(a.paired);
+    const T* const vectors[] = {from.s, from.d};
+    for (const T* const vector : vectors) {
+      auto pair = [&](int64_t first) {
+        T* const out = to + place(first, a.classes);
+        for (int j = 0; j < L::N; ++j) out[j] = vector[first + 2 * j], out[L::N + j] = vector[first + 2 * j + 1];
+      };
+      for (int64_t first = 0; first + kPair <= a.classes; first += kPair) pair(first);
+      pair(a.classes - kPair);
+      to += size(a.classes);
+    }
+  }
+};
+
 // The weights of the classes beside the label (launch.h ClassWeights), a constant of the compiled loops. `none`: the
 // label alone has a term. `equal`: label smoothing without class weights. `weighted`: class weights or soft targets.
 enum class OtherClasses { none, equal, weighted };
@@ -94,13 +129,13 @@ struct TileInput {
   static constexpr bool kAdjusted = kForm != 0;
   const LogitArgs& a;
   const ClassWeights<T> weights;
-  const Adjust<T> adjust;
+  const Adjust<T> adjust, paired;
   int64_t tile = 0, first = 0;  // first: the tile's first row
   int count = 0;                // rows of the tile
   RowPointers<const S> rows;
 
   explicit TileInput(const LogitArgs& args)
-      : a(args), weights(ClassWeights<T>::of(args)), adjust(Adjust<T>::of(args)) {}
+      : a(args), weights(ClassWeights<T>::of(args)), adjust(Adjust<T>::of(args)), paired(PairedVectors<L>::of(args)) {}
 
   // Makes tile `index` the current one, and reads its labels (read_labels).
   ABSGD_FN int64_t move_to(int64_t index, Tile<L>& t) {

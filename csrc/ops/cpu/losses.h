@@ -27,7 +27,7 @@ int form_of(const T* s, int64_t classes) {
 struct Logits {
   LogitArgs args{};
   LogitTensors tensors;
-  std::unique_ptr<char[]> scratch, kept;
+  std::unique_ptr<char[]> scratch, kept, paired;
 
   explicit Logits(const LogitOperands& given) : tensors(args, given) {
     const size_t padded = size_t(args.tiles()) * kTileRows, size = size_of(real());
@@ -44,6 +44,11 @@ struct Logits {
     if (args.adjust != nullptr)
       args.adjust_form = real() == Dtype::f64 ? form_of(static_cast<const double*>(args.adjust), args.classes)
                                               : form_of(static_cast<const float*>(args.adjust), args.classes);
+    if (args.needs_paired()) {
+      paired.reset(new char[size_t(cpu_kernels().paired_bytes(args))]);
+      args.paired = paired.get();
+      cpu_kernels().adjust_in_pairs(args);
+    }
   }
 
   void* factor;  // (rows) real; the caller fills it
