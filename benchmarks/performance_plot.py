@@ -18,20 +18,26 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from absgd_fast.experiments.style import STYLES, plain
 
 from . import changes
+from .cases import PLAIN_HEAD, chunked
 from .verdict import too_noisy
 
 ROOT = Path(__file__).parent
-RECORDS = [ROOT / "results" / f"cpu-2-cores-avx512{part}.json" for part in ("", "-steps", "-training")]
-TORCH, PACKAGE, DEFAULT = (STYLES[name]["color"] for name in ("absgd", "reference", "l2rw"))
+RECORDS = [ROOT / "results" / f"cpu-2-cores-avx512{part}.json" for part in ("", "-steps", "-heads", "-training")]
+TORCH, PACKAGE, DEFAULT, CHUNKED = (STYLES[name]["color"] for name in ("absgd", "reference", "l2rw", "cvar"))
 # {suite: (title, {competitor: (its name in the legend, colour, marker)})}
-_OF_TORCH = ("torch's fastest: F.cross_entropy, and fused or foreach steps", TORCH, "o")
+_OF_TORCH = ("torch's fastest: F.cross_entropy, logits stored, and fused or foreach steps", TORCH, "o")
 _OF_PACKAGE = ("the package absgd", PACKAGE, "s")
 _OF_DEFAULT = ("torch's SGD by default", DEFAULT, "D")
 PANELS = {
     "loss": ("ABLoss, forward and backward", {"cross_entropy": _OF_TORCH, "absgd package": _OF_PACKAGE}),
     "step": ("ABSGD.step()", {"SGD fused": _OF_TORCH, "SGD default": _OF_DEFAULT}),
     "rules": ("step() of the other optimizers", {"torch's fastest": _OF_TORCH}),
+    "linear": (
+        "LinearABLoss, forward and backward: rows × width × classes",
+        {PLAIN_HEAD: _OF_TORCH, chunked("auto"): ("torch's chunked loss of a head, with the policy auto", CHUNKED, "^")},
+    ),
     "train": ("Whole training steps", {"cross_entropy, SGD fused": _OF_TORCH, "absgd package": _OF_PACKAGE}),
+    "language model": ("Whole steps of a language model, LinearABLoss", {"logits stored, SGD fused": _OF_TORCH}),
 }
 ROW, HEAD, FOOT = 0.27, 0.45, 0.95  # inches: of a case, of a panel's title, of axis and legend
 

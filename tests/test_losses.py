@@ -413,9 +413,9 @@ def check_nonfinite(backend, case, value, dtype, classes):
     assert case.options(classes).get("prune") or torch.isnan(eager[:-1]).all()  # and torch agrees; NaN > k is False in it
 
 
-@pytest.mark.parametrize("classes", [95, 161])
+@pytest.mark.parametrize("classes", [51, 95, 131, 161])
 def test_label_in_every_place(backend, case, dtype, classes):
-    """A row for each label: in groups of 4 registers (16 to 64 floats), in the pair behind them, in the overlapping last pair."""
+    """A row for each label: in groups of 4 registers (16 to 64 floats), in the overlapping last group or pair behind them."""
     logits, _ = make((classes, classes), dtype, scale=1.0)
     target = labels_that_count(case, classes)
     logits = logits.detach()[: len(target)].requires_grad_()

@@ -46,9 +46,9 @@ struct Adjust {
 };
 
 // The class vectors S and D in the order in which Lanes::load_even_odd puts the classes into registers: of each pair of
-// registers the N even classes, and then the N odd ones. The last pair of a row overlaps its neighbour, so it has a
-// place of its own after the others. They are written once per call: in their natural order, bf16 logits would have to
-// change their lanes instead.
+// registers the N even classes, and then the N odd ones. The last two pairs of a row may overlap their neighbours, so
+// they stand once more behind the others. They are written once per call: in their natural order, bf16 logits would
+// have to change their lanes instead.
 template <class L>
 struct PairedVectors {
   using T = typename L::Scalar;
@@ -56,9 +56,9 @@ struct PairedVectors {
 
   // Where the pair that begins at class `first` stands.
   static ABSGD_FN int64_t place(int64_t first, int64_t classes) {
-    return first % kPair == 0 ? first : classes / kPair * kPair;
+    return first % kPair == 0 ? first : classes / kPair * kPair + 2 * kPair - (classes - first);
   }
-  static int64_t size(int64_t classes) { return classes / kPair * kPair + kPair; }
+  static int64_t size(int64_t classes) { return classes / kPair * kPair + 2 * kPair; }
   static int64_t bytes(int64_t classes) { return 2 * size(classes) * int64_t(sizeof(T)); }
   static Adjust<T> of(const LogitArgs& a) {
     const T* const s = static_cast<const T*>(a.paired);
@@ -74,6 +74,7 @@ struct PairedVectors {
         for (int j = 0; j < L::N; ++j) out[j] = vector[first + 2 * j], out[L::N + j] = vector[first + 2 * j + 1];
       };
       for (int64_t first = 0; first + kPair <= a.classes; first += kPair) pair(first);
+      if (a.classes >= 2 * kPair) pair(a.classes - 2 * kPair);
       pair(a.classes - kPair);
       to += size(a.classes);
     }
