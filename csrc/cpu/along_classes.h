@@ -42,9 +42,10 @@ struct RowOfClasses {
   Adjust<T> adjust, paired;  // the class vectors in their natural order, and in that of PairedVectors
   const T* soft;             // of this row; or null
 
-  // The class vectors of the registers from class `first` on.
+  // The class vectors of the registers from class `first` on, where there are any.
   template <bool kMixed>
   ABSGD_FN Adjust<T> vectors(int64_t first) const {
+    if constexpr ((kForm & (kScales | kShifts)) == 0) return adjust;
     if constexpr (!kMixed) return {adjust.s + first, adjust.d + first, nullptr};
     const int64_t at = PairedVectors<L>::place(first, classes);
     return {paired.s + at, paired.d + at, nullptr};
