@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 Functions = frozenset[Callable[..., Any]]
@@ -28,6 +29,9 @@ LINEAR: Functions = frozenset(
 ) | {F.avg_pool2d, F.adaptive_avg_pool2d, F.interpolate}
 SUMS: Functions = frozenset({torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, Tensor.add_})
 RECTIFIERS: Functions = frozenset({F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_})
+# What they give depends on more than their arguments: here on a graph.
+BLIND: Functions = frozenset({Tensor.grad.__get__})  # type: ignore[union-attr]
+PLAIN = (int, float, str, type(None))  # of a model's output: what cannot hold a tensor
 # Linear in the first and in the second argument; a third one is a bias.
 PRODUCTS: Functions = frozenset({F.linear, torch.conv1d, torch.conv2d, torch.conv3d})
 
@@ -63,7 +67,8 @@ class Tangents(TorchFunctionMode):
     numbers, which torch differentiates forward.
 
     A tangent is known of every tensor that requires a gradient. Where one is not (a custom autograd.Function, TorchScript, a
-    compiled function, a tensor changed in place after it was used), `lost` is true from then on, and no tangent is given.
+    compiled function, a function that calls another one, a tensor changed in place after it was used), `lost` is true from then
+    on, and no tangent is given. `missing` names a function of which torch has no forward derivative, and does not say so itself.
 
     Args:
         tangents: pairs of a tensor that the forward uses and its tangent; None: 0.
@@ -84,42 +89,48 @@ class Tangents(TorchFunctionMode):
         generators: Iterable[torch.Generator] = (),
     ):
         super().__init__()
-        self.lost = False
+        self.lost, self.missing = False, ""
         self._recurrent, self._generators = recurrent, list(generators)
         self._known: dict[int, _Known] = {}
         for owner, tangent in tangents:
             self._learn(owner, tangent)
 
     def of(self, x: Any) -> Tensor | None:
-        """The tangent of x; None: 0. Raises Unknown if it is not known, or if x is no tensor."""
+        """The tangent of x; None: 0, or a number. Raises Unknown if it is not known, or if x may hold tensors."""
+        if isinstance(x, PLAIN):
+            return None
         if not isinstance(x, Tensor):
             raise Unknown
         if not x.requires_grad:
             return None
         known = self._known.get(id(x))
-        if self.lost or known is None or known.owner() is not x or known.version != _version(x):
+        if self.lost or known is None or known.owner() is not x or known.version != version(x):
             raise Unknown
         return known.tangent
 
     def _learn(self, x: Tensor, tangent: Tensor | None) -> None:
         if tangent is not None and tangent.stride() != x.stride():
             tangent = torch.empty_like(x, requires_grad=False).copy_(tangent)  # views of it are then as possible as those of x
-        key, known = id(x), self._known
+        key, myself = id(x), weakref.ref(self)  # not self, which would be a circle of references
 
         def forget(owner: object) -> None:
+            known = {} if (me := myself()) is None else me._known
             if key in known and known[key].owner is owner:
                 del known[key]
 
-        known[key] = _Known(weakref.ref(x, forget), _version(x), tangent)
+        self._known[key] = _Known(weakref.ref(x, forget), version(x), tangent)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.lost or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        inputs = list(_tensors((args, kwargs)))
+        given = tree_leaves((args, kwargs))
+        inputs = [x for x in given if isinstance(x, Tensor)]
         # before the call, which may change them in place
-        versions = [_version(x) for x in inputs]
+        versions = [version(x) for x in inputs]
         try:
+            if func in BLIND or any(callable(x) and not isinstance(x, type) for x in given):
+                raise Unknown  # a function among the arguments may use parameters
             found: Found | None = {id(x): t for x in inputs if (t := self.of(x)) is not None}
         except Unknown:
             found = None
@@ -131,9 +142,11 @@ class Tangents(TorchFunctionMode):
         if found is None:
             self._lose()
             return out
-        changed = [x for x, version in zip(inputs, versions) if _version(x) != version]
+        changed = [x for x, before in zip(inputs, versions) if version(x) != before]
         try:
-            self._follow(func, args, kwargs, out, found, changed, random)
+            # A dispatch mode of the caller's, such as that of selective checkpointing, is not to see how tangents are computed.
+            with _disable_current_modes():
+                self._follow(func, args, kwargs, out, found, changed, random)
         except Exception:  # no forward mode, most likely; the caller's forward goes on whatever it is
             self._lose()
         return out
@@ -145,10 +158,13 @@ class Tangents(TorchFunctionMode):
             if not found:
                 tangents = [None for _ in _tensors(out)]
             elif func in RULES and isinstance(out, Tensor) and (not changed or func in WITHOUT_OLD_VALUES):
-                tangent = RULES[func](func, found, out, *args, **kwargs)
+                tangent = _by_rule(func, found, out, args, kwargs)
                 tangents = None if tangent is None else [tangent]
             if tangents is None:
                 tangents = self._by_dual_numbers(func, args, kwargs, found, changed, random)
+                if any(t is None and x.requires_grad for x, t in zip(_tensors(out), tangents, strict=True)):
+                    self.missing = getattr(func, "__name__", str(func))
+                    raise Unknown
         for x, tangent in zip(_tensors(out), tangents, strict=True):
             if x.requires_grad:
                 self._learn(x, tangent)
@@ -187,8 +203,9 @@ class Tangents(TorchFunctionMode):
             generator.set_state(state)
 
 
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
+def version(x: Any) -> int:
+    """How often x was changed in place; 0 for what torch does not count."""
+    return x._version if isinstance(x, Tensor) and not x.is_inference() else 0
 
 
 def _tensors(tree: Any) -> Iterable[Tensor]:
@@ -203,8 +220,10 @@ def _tensors(tree: Any) -> Iterable[Tensor]:
 DIFFERENTIABLE_ATTENTION = partial(sdpa_kernel, SDPBackend.MATH)
 
 
-def dual_number(x: Tensor, tangent: Tensor | None) -> Tensor:
-    """x with this tangent, detached; None: 0."""
+def dual_number(x: Any, tangent: Tensor | None) -> Any:
+    """x with this tangent, detached; None: 0. What is no tensor stays as it is."""
+    if not isinstance(x, Tensor):
+        return x
     return x.detach() if tangent is None else forward_ad.make_dual(x.detach(), tangent)
 
 
@@ -214,12 +233,28 @@ def graph_without_values() -> saved_tensors_hooks:
     Vectors stay, for the rule of BatchNorm. A forward that walks its own graph raises Unknown.
     """
 
-    def kept(saved: Tensor | None) -> Tensor:
-        if saved is None:
-            raise Unknown
-        return saved
+    return saved_tensors_hooks(_vectors, _kept)
 
-    return saved_tensors_hooks(lambda saved: saved.detach() if saved.dim() == 1 else None, kept)
+
+def _vectors(saved: Tensor) -> Tensor | None:
+    return saved.detach() if saved.dim() == 1 else None
+
+
+def _kept(saved: Tensor | None) -> Tensor:
+    if saved is None:
+        raise Unknown
+    return saved
+
+
+def _saved_are_at_hand() -> bool:
+    """Whether the graph gives a saved tensor for nothing. A hook of another one may compute it, as a checkpoint's does."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is None or hooks[0] is _vectors
+
+
+def refuse(function: str) -> NoReturn:
+    """RuntimeError, because a function has no forward derivative."""
+    raise RuntimeError(f'jvp: torch has no forward derivative of {function}; use method="finite_difference"')
 
 
 def tangent_of(x: Tensor) -> Tensor:
@@ -228,13 +263,19 @@ def tangent_of(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def forward_mode(recurrent: bool) -> Iterator[None]:
-    """A place for dual numbers, without a graph. Its RuntimeErrors say what to do if torch has no forward mode.
+def forward_mode(recurrent: bool, resting: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """A place for dual numbers. Its RuntimeErrors say what to do if torch has no forward mode.
 
-    recurrent: whether a recurrent network may run in it.
+    Dual numbers are detached, so no graph is recorded though gradients are enabled, as in training. What the caller computes
+    under no_grad is a constant, as it is for backward.
+
+    recurrent: whether a recurrent network may run in it. resting: modules that are in evaluation meanwhile.
     """
+    training = [m for m in resting if m.training]
+    for m in training:
+        m.training = False
     try:
-        with torch.no_grad(), forward_ad.dual_level(), _without_shortcuts(recurrent):
+        with torch.enable_grad(), forward_ad.dual_level(), _without_shortcuts(recurrent), _ConstantsOfNoGrad():
             yield
     except RuntimeError as error:
         words = "forward AD", "forward mode", "jvp", "automatic differentiation"
@@ -243,6 +284,17 @@ def forward_mode(recurrent: bool) -> Iterator[None]:
         raise RuntimeError(
             f'jvp: torch cannot differentiate this model forward ({error}); use method="finite_difference"'
         ) from error
+    finally:
+        for m in training:
+            m.training = True
+
+
+class _ConstantsOfNoGrad(TorchFunctionMode):
+    """Forward mode itself does not ask whether gradients are enabled."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with forward_ad._set_fwd_grad_enabled(torch.is_grad_enabled()):
+            return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -265,6 +317,13 @@ def _without_shortcuts(recurrent: bool) -> Iterator[None]:
 
 
 # ---- rules: the tangent of an output, or None where the general way has to serve -----------------------------------------
+
+
+def _by_rule(func: Any, found: Found, out: Tensor, args: Any, kwargs: Any) -> Tensor | None:
+    try:
+        return RULES[func](func, found, out, *args, **kwargs)
+    except TypeError:  # its arguments have names that the rule does not know
+        return None
 
 
 def _linear(func: Any, found: Found, out: Tensor, x: Any, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -325,7 +384,7 @@ def _batch_norm(
         return None
     dx, dw, db = (None if t is None else found.get(id(t)) for t in (x, weight, bias))
     x, weight, node = x.detach(), None if weight is None else weight.detach(), out.grad_fn
-    if type(node).__name__ == "NativeBatchNormBackward0":
+    if type(node).__name__ == "NativeBatchNormBackward0" and _saved_are_at_hand():
         mean, inverse = node._saved_result1, node._saved_result2  # type: ignore[union-attr]
     else:
         variance, mean = torch.var_mean(x.float() if x.dtype.itemsize < 4 else x, [0, *range(2, x.dim())], correction=0)

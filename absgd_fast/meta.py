@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import _checks, _tangents, ops
 from ._exact import ExactState, state_tensors
-from ._tangents import Tangents, Unknown, dual_number, forward_mode, tangent_of
+from ._tangents import Tangents, Unknown, dual_number, forward_mode, tangent_of, version
 from .reference import real_dtype
 
 METHODS = ("jvp", "finite_difference", "unrolled", "last_layer")
@@ -227,13 +227,13 @@ class _Step:
             try:
                 with _tangents.graph_without_values():
                     _, products_of = self._beside(partial(self._output, self.batch[0]), tangents)
-            except Unknown:  # the model itself differentiates
+            except Exception:  # a model that differentiates by itself, or has hooks of its own; another error comes once more
                 products_of = partial(self._along, self.params, tangents)
             return products_of()
 
     def _along(self, params: dict[str, Tensor], tangents: list[Tensor]) -> Tensor:
         """u by a forward-mode derivative along these tangents, in a pass of its own over the training batch."""
-        with forward_mode(self.recurrent):
+        with forward_mode(self.recurrent, self.stateful):
             duals = {name: dual_number(p, t) for (name, p), t in zip(params.items(), tangents)}
             return tangent_of(self._losses(self.batch, duals))
 
@@ -253,15 +253,17 @@ class _Step:
         try:
             directions = [followed.of(x) for x in leaves]
         except Unknown:
+            if followed.missing:
+                return out, partial(_tangents.refuse, followed.missing)
             _tangents.UNFOLLOWED.add(self.model)
             return out, apart
-        random, versions = self._random_state(), [x._version for x in leaves]
+        random, versions = self._random_state(), [version(x) for x in leaves]
 
         def through_loss() -> Tensor:
-            if versions != [x._version for x in leaves]:
+            if versions != [version(x) for x in leaves]:
                 return apart()  # loss_fn has changed them in place
             self._set_random_state(random)
-            with forward_mode(self.recurrent), self._unchanged():
+            with forward_mode(self.recurrent, self.stateful), self._unchanged():
                 duals = [dual_number(x, t) for x, t in zip(leaves, directions)]
                 return tangent_of(self._per_sample(tree_unflatten(duals, structure), self.batch))
 
@@ -318,14 +320,13 @@ class _Step:
                     f' the {len(losses)} samples; use method="jvp"'
                 )
             slopes = torch.autograd.grad(losses.sum(), place, retain_graph=True)[0]
-            with forward_mode(self.recurrent):
+            with forward_mode(self.recurrent, self.stateful):
                 duals = {names[id(p)]: dual_number(p, t) for p, t in zip(own.values(), tangents)}
                 tangent = tangent_of(functional_call(layer, duals, args, kwargs))
                 products = products + (slopes * tangent).flatten(1).sum(1)
         if any(not torch.equal(a, b) for a, b in zip(before, self._random_state())):
-            return self._along(
-                own, self._clean_gradient(own)
-            )  # the layer draws random numbers, and drew others than in the training forward
+            # the layer draws random numbers, and drew others than in the training forward
+            return self._along(own, self._clean_gradient(own))
         return products
 
     def _clean_gradient(self, params: dict[str, Tensor]) -> list[Tensor]:

@@ -1,13 +1,15 @@
 """Tangents that are followed beside a training forward: against per-sample gradients in float64, or not followed at all."""
 
 import copy
+import gc
+import weakref
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from absgd_fast import meta
 from absgd_fast._tangents import Tangents, Unknown
@@ -38,12 +40,15 @@ def setting(forward, *layers, shape=(2, 6, 6), dtype=torch.float64):
 
 
 def by_samples(model, batch, clean):
-    """u by one backward pass for each sample, all through the whole batch: what BatchNorm mixes counts too."""
+    """u by one forward and backward for each sample, all of the whole batch: what BatchNorm mixes counts too."""
     model = copy.deepcopy(model)
     params = [p for p in model.parameters() if p.requires_grad]
     grads = torch.autograd.grad(cross_entropy(model(clean[0]), clean[1]).mean(), params, allow_unused=True)
-    losses = cross_entropy(model(batch[0]), batch[1])
-    rows = [torch.autograd.grad(f, params, retain_graph=True, allow_unused=True) for f in losses]
+
+    def row(i):
+        return torch.autograd.grad(cross_entropy(model(batch[0]), batch[1])[i], params, allow_unused=True)
+
+    rows = [row(i) for i in range(B)]
     return torch.stack([sum((a * b).sum() for a, b in zip(row, grads) if a is not None and b is not None) for row in rows])
 
 
@@ -112,6 +117,15 @@ def several(x, a, last):
     return last(F.layer_norm(values, values.shape[2:]).flatten(1)).tanh()
 
 
+def normed_checkpoint(x, a, n, last):
+    return last(checkpoint(lambda z: n(a(z)).relu(), x, use_reentrant=False).flatten(1))
+
+
+def selective_checkpoint(x, a, b, last):
+    kept = partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
+    return last(checkpoint(lambda z: b(a(z).tanh()).tanh(), x, use_reentrant=False, context_fn=kept).flatten(1))
+
+
 FOLLOWED = {
     "residual": lambda: setting(residual, conv(), same(bias=False), head()),
     "in place": lambda: setting(in_place, conv(), same(), head()),
@@ -136,6 +150,13 @@ FOLLOWED = {
     ),
     "checkpoint": lambda: setting(
         lambda x, a, last: last(checkpoint(a, x, use_reentrant=False).relu().flatten(1)), conv(), head()
+    ),
+    "checkpoint with a norm": lambda: setting(normed_checkpoint, conv(), nn.BatchNorm2d(4), head()),
+    "selective checkpoint": lambda: setting(selective_checkpoint, conv(), same(), head()),
+    "arguments by name": lambda: setting(
+        lambda x, a, last: F.linear(input=torch.flatten(input=a(x), start_dim=1), weight=last.weight, bias=last.bias),
+        conv(),
+        head(),
     ),
 }
 
@@ -185,15 +206,36 @@ def test_random_functions_draw_once(passes):
     torch.testing.assert_close(loss, (wanted * losses).sum(), rtol=1e-9, atol=0)
 
 
-def test_the_training_forward_is_untouched():
-    """Losses, gradients and running statistics to the bit."""
-    model, batch, clean = FOLLOWED["norm"]()
+@pytest.mark.parametrize("name", ["norm", "checkpoint with a norm", "selective checkpoint"])
+def test_the_training_forward_is_untouched(name):
+    """Losses, gradients and running statistics to the bit, also where backward computes activations again."""
+    model, batch, clean = FOLLOWED[name]()
     theirs = copy.deepcopy(model)
     loss, w = l2rw_loss(model, cross_entropy, batch, clean, return_weights=True)
     loss.backward()
     (w * cross_entropy(theirs(batch[0]), batch[1])).sum().backward()
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), theirs.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), theirs.buffers()))
+
+
+def test_tangents_do_not_outlive_the_step():
+    """Without the help of the garbage collector."""
+    model, batch, clean = FOLLOWED["residual"]()
+    made, learn = [], Tangents._learn
+
+    def noted(self, x, tangent):
+        learn(self, x, tangent)
+        made.append(weakref.ref(tangent))
+
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tangents, "_learn", noted)
+            l2rw_loss(model, cross_entropy, batch, clean).backward()
+        assert made and not any(tangent() is not None for tangent in made)
+        assert not any(weakref.getweakrefcount(p) for p in model.parameters())
+    finally:
+        gc.enable()
 
 
 def test_inputs_that_require_grad(passes):
@@ -257,7 +299,29 @@ class Twofold(nn.Module):
         return self.square(x)
 
 
+def into_grad(x, a, last):
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        a(x).tanh().square().sum().backward(create_graph=True, inputs=[x])
+        return last(x.grad.flatten(1))
+
+
+def distances(x, a, last):
+    rows = x.flatten(1)
+    far = F.triplet_margin_with_distance_loss(
+        rows, rows.roll(1, 0), -rows, margin=20.0, distance_function=lambda p, q: a(p - q).tanh().sum(1), reduction="none"
+    )
+    return last(rows).tanh() * far[:, None]
+
+
+def slopes_of_rows(x, a, last):
+    return last(torch.func.vmap(torch.func.grad(lambda row: a(row).sin().sum()))(x.flatten(1)))
+
+
 NOT_FOLLOWED = {
+    "into grad": lambda: setting(into_grad, conv(), nn.Linear(72, C)),
+    "a function as argument": lambda: setting(distances, nn.Linear(72, 4), nn.Linear(72, C)),
+    "gradients of rows": lambda: setting(slopes_of_rows, nn.Linear(72, 7), nn.Linear(72, C)),
     "custom": lambda: setting(lambda x, a, last: last(F.relu(Reverse.apply(a(x))).flatten(1)), conv(), head()),
     "custom at the end": lambda: setting(lambda x, a, last: Reverse.apply(last(F.relu(a(x)).flatten(1))), conv(), head()),
     "changed view": lambda: setting(changed_view, conv(), same(), head()),
@@ -316,6 +380,81 @@ def test_a_model_that_differentiates(passes):
     model, batch, clean = setting(slopes, conv(), nn.Linear(72, C))
     for call in (l2rw_weights, l2rw_loss):
         assert_right(call, model, batch, clean)
+
+
+def without_grad_in_a_loss(out, y):
+    with torch.no_grad():
+        doubt = 1 - out.softmax(1).gather(1, y[:, None])[:, 0]
+    return doubt**2 * cross_entropy(out, y)
+
+
+class Same(torch.autograd.Function):
+    """Cannot be followed."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent.clone()
+
+
+@pytest.mark.parametrize("call", [l2rw_weights, l2rw_loss])
+@pytest.mark.parametrize("followed", [True, False])
+def test_no_grad_makes_constants(call, followed, passes):
+    """In the loss, and in a model that has a pass of its own, as in backward."""
+    ending = nn.Identity() if followed else Same.apply
+    model, batch, clean = setting(lambda x, a, b, last: ending(without_grad(x, a, b, last)), conv(), nn.Conv2d(4, 4, 1), head())
+    assert_right(call, model, batch, clean)
+    wanted = l2rw_weights(model, without_grad_in_a_loss, batch, clean, "unrolled")
+    if call is l2rw_weights:
+        found = l2rw_weights(model, without_grad_in_a_loss, batch, clean)
+    else:
+        found = l2rw_loss(model, without_grad_in_a_loss, batch, clean, return_weights=True)[1]
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    assert bool(passes) is not followed
+
+
+@pytest.mark.parametrize("call", [l2rw_weights, l2rw_loss])
+def test_an_operator_without_a_forward_derivative_is_refused(call):
+    """Of torch.library's operators torch takes it for 0, and does not say so."""
+    with torch.library._scoped_library("tests_of_tangents", "FRAGMENT"):
+
+        @torch.library.custom_op("tests_of_tangents::square", mutates_args=())
+        def square(x: torch.Tensor) -> torch.Tensor:
+            return x * x
+
+        square.register_autograd(
+            lambda ctx, grad: 2 * ctx.saved_tensors[0] * grad,
+            setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
+        )
+        model, batch, clean = setting(lambda x, a, last: last(square(a(x)).flatten(1)), conv(), head())
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="no forward derivative of .*square.*finite_difference"):
+                weights_of(call, model, batch, clean)
+
+
+def test_outputs_that_are_no_numbers_of_the_loss(passes):
+    """None, a number, and a tensor of inference mode, which has no version."""
+
+    def forward(x, a, last):
+        with torch.inference_mode():
+            size = a(x).square().sum()
+        return last(a(x).flatten(1)), None, 3, size
+
+    def loss(out, y):
+        return cross_entropy(out[0], y)
+
+    model, batch, clean = setting(forward, conv(), head())
+    wanted = l2rw_weights(model, loss, batch, clean, "unrolled")
+    for w in (l2rw_weights(model, loss, batch, clean), l2rw_loss(model, loss, batch, clean, return_weights=True)[1]):
+        torch.testing.assert_close(w, wanted, rtol=1e-9, atol=1e-12)
+    assert not passes
 
 
 def test_several_outputs(passes):
