@@ -65,10 +65,15 @@ def passes(monkeypatch):
     return found
 
 
-def weights_of(call, model, batch, clean):
+def weights_of(call, model, batch, clean, loss=cross_entropy):
     if call is l2rw_weights:
-        return l2rw_weights(model, cross_entropy, batch, clean)
-    return l2rw_loss(model, cross_entropy, batch, clean, return_weights=True)[1]
+        return l2rw_weights(model, loss, batch, clean)
+    return l2rw_loss(model, loss, batch, clean, return_weights=True)[1]
+
+
+def assert_as_defined(call, model, batch, clean, loss):
+    wanted = l2rw_weights(model, loss, batch, clean, "unrolled")
+    torch.testing.assert_close(weights_of(call, model, batch, clean, loss), wanted, rtol=1e-9, atol=1e-12)
 
 
 def assert_right(call, model, batch, clean):
@@ -366,7 +371,7 @@ def test_a_loss_that_changes_the_output():
         return cross_entropy(out.div_(2), y)
 
     wanted = l2rw_weights(model, lambda out, y: cross_entropy(out / 2, y), batch, clean)
-    torch.testing.assert_close(l2rw_loss(model, halved, batch, clean, return_weights=True)[1], wanted, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(weights_of(l2rw_loss, model, batch, clean, halved), wanted, rtol=1e-9, atol=1e-12)
 
 
 def test_a_model_that_differentiates(passes):
@@ -388,35 +393,14 @@ def without_grad_in_a_loss(out, y):
     return doubt**2 * cross_entropy(out, y)
 
 
-class Same(torch.autograd.Function):
-    """Cannot be followed."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
-
-    @staticmethod
-    def jvp(ctx, tangent):
-        return tangent.clone()
-
-
 @pytest.mark.parametrize("call", [l2rw_weights, l2rw_loss])
 @pytest.mark.parametrize("followed", [True, False])
 def test_no_grad_makes_constants(call, followed, passes):
     """In the loss, and in a model that has a pass of its own, as in backward."""
-    ending = nn.Identity() if followed else Same.apply
+    ending = nn.Identity() if followed else Reverse.apply
     model, batch, clean = setting(lambda x, a, b, last: ending(without_grad(x, a, b, last)), conv(), nn.Conv2d(4, 4, 1), head())
     assert_right(call, model, batch, clean)
-    wanted = l2rw_weights(model, without_grad_in_a_loss, batch, clean, "unrolled")
-    if call is l2rw_weights:
-        found = l2rw_weights(model, without_grad_in_a_loss, batch, clean)
-    else:
-        found = l2rw_loss(model, without_grad_in_a_loss, batch, clean, return_weights=True)[1]
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    assert_as_defined(call, model, batch, clean, without_grad_in_a_loss)
     assert bool(passes) is not followed
 
 
@@ -451,9 +435,8 @@ def test_outputs_that_are_no_numbers_of_the_loss(passes):
         return cross_entropy(out[0], y)
 
     model, batch, clean = setting(forward, conv(), head())
-    wanted = l2rw_weights(model, loss, batch, clean, "unrolled")
-    for w in (l2rw_weights(model, loss, batch, clean), l2rw_loss(model, loss, batch, clean, return_weights=True)[1]):
-        torch.testing.assert_close(w, wanted, rtol=1e-9, atol=1e-12)
+    for call in (l2rw_weights, l2rw_loss):
+        assert_as_defined(call, model, batch, clean, loss)
     assert not passes
 
 
@@ -465,9 +448,8 @@ def test_several_outputs(passes):
     def loss(out, y):
         return cross_entropy(out["logits"], y) + 0.1 * out["size"][0]
 
-    wanted = l2rw_weights(model, loss, batch, clean, "unrolled")
-    for w in (l2rw_weights(model, loss, batch, clean), l2rw_loss(model, loss, batch, clean, return_weights=True)[1]):
-        torch.testing.assert_close(w, wanted, rtol=1e-9, atol=1e-12)
+    for call in (l2rw_weights, l2rw_loss):
+        assert_as_defined(call, model, batch, clean, loss)
     assert not passes
 
 
