@@ -526,9 +526,11 @@ def test_steps_by_both_looks_at_tensors(dtype, monkeypatch):
     ["test_robust test_inputs test_logits_after_the_loss", "test_recomputation test_target", "test_optim_changes test_clipping"],
 )
 def test_without_the_eager_module(files):
-    """The tests of what it serves, without it: an installation beside another torch has only that way."""
+    """The tests of what it serves, without it, on rows that hold every pair: an installation beside another torch has only
+    that way."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not deep and not long"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(f"tests/{name}.py" for name in files.split())],
+        [*command, *(f"tests/{name}.py" for name in files.split())],
         cwd=os.path.dirname(os.path.dirname(__file__)),
         env=os.environ | {"ABSGD_FAST_EAGER": "0"},
         capture_output=True,

@@ -259,10 +259,15 @@ ABSGD_FN void sums_of_rows(const TileInput<L, S, kForm>& in, Tile<L>& t, int beg
     typename RowOfClasses<L, S, kForm>::Sums found[kTileRows];
     for (int j = begin; j < end; ++j) {
       if (!t.valid[j]) continue;
-      T* const kept = in.a.keep ? static_cast<T*>(in.a.grad) + (in.first + j) * in.a.classes : nullptr;
       const auto row = row_of_classes(in, j);
-      found[j] = kept ? row.template sums<true, kOthers>(t.max[j], t.label[j], in.weights, kept)
-                      : row.template sums<false, kOthers>(t.max[j], t.label[j], in.weights, kept);
+      if constexpr (kSame<S, T>) {
+        if (in.a.keep) {
+          T* const kept = static_cast<T*>(in.a.grad) + (in.first + j) * in.a.classes;
+          found[j] = row.template sums<true, kOthers>(t.max[j], t.label[j], in.weights, kept);
+          continue;
+        }
+      }
+      found[j] = row.template sums<false, kOthers>(t.max[j], t.label[j], in.weights, nullptr);
     }
     for (int j = begin; j < end; ++j) {
       if (!t.valid[j]) continue;
@@ -305,10 +310,11 @@ ABSGD_FN void gradient_along_classes(const TileInput<L, S, kForm>& in, const Til
     const auto row = row_of_classes(in, j);
     for_other_classes(in.a, [&](auto others) {
       constexpr OtherClasses kOthers = decltype(others)::value;
-      if (in.a.keep)
-        row.template gradient<true, kOthers>(grads.row[j], numbers.row(j), in.weights, t.label[j]);
-      else
-        row.template gradient<false, kOthers>(grads.row[j], numbers.row(j), in.weights, t.label[j]);
+      if constexpr (kSame<S, typename L::Scalar>) {
+        if (in.a.keep)
+          return row.template gradient<true, kOthers>(grads.row[j], numbers.row(j), in.weights, t.label[j]);
+      }
+      row.template gradient<false, kOthers>(grads.row[j], numbers.row(j), in.weights, t.label[j]);
     });
   }
 }

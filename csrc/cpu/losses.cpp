@@ -169,21 +169,23 @@ void logit_grads_typed(const LogitArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// Calls f with LogitArgs::adjust_form as a constant of the compiler.
-template <class F>
+// Calls f with LogitArgs::adjust_form as a constant of the compiler, for logits stored in S. Each form takes time to
+// compile, so the rarer types f64 and f16 have the most general one for all class vectors.
+template <class S, class F>
 ABSGD_FN auto for_form(int form, F f) {
-  switch (form) {
-    case 0:
-      return f(Constant<int, 0>{});
-    case kAdjusts:
-      return f(Constant<int, kAdjusts>{});
-    case kAdjusts | kScales:
-      return f(Constant<int, (kAdjusts | kScales)>{});
-    case kAdjusts | kShifts:
-      return f(Constant<int, (kAdjusts | kShifts)>{});
-    default:
-      return f(Constant<int, (kAdjusts | kScales | kShifts)>{});
+  constexpr int kAll = kAdjusts | kScales | kShifts;
+  if (form == 0) return f(Constant<int, 0>{});
+  if constexpr (kSame<S, float> || kSame<S, bf16>) {
+    switch (form) {
+      case kAdjusts:
+        return f(Constant<int, kAdjusts>{});
+      case kAdjusts | kScales:
+        return f(Constant<int, (kAdjusts | kScales)>{});
+      case kAdjusts | kShifts:
+        return f(Constant<int, (kAdjusts | kShifts)>{});
+    }
   }
+  return f(Constant<int, kAll>{});
 }
 
 }  // namespace
@@ -192,10 +194,10 @@ int64_t paired_bytes(const LogitArgs& a) { return PairedVectors<Lanes<float>>::b
 void adjust_in_pairs(const LogitArgs& a) { PairedVectors<Lanes<float>>::write(a); }
 int64_t logit_stats(const LogitArgs& a, int64_t begin, int64_t end) {
   return for_storage(a.dtype, [&](auto s, auto t) {
-    return for_form(a.adjust_form, [&](auto form) {
-      return logit_stats_typed<typename decltype(s)::type, typename decltype(t)::type, decltype(form)::value>(a, begin,
-                                                                                                              end);
-    });
+    using S = typename decltype(s)::type;
+    using T = typename decltype(t)::type;
+    return for_form<S>(a.adjust_form,
+                       [&](auto form) { return logit_stats_typed<S, T, decltype(form)::value>(a, begin, end); });
   });
 }
 void gradient_stats(const LogitArgs& a, int64_t begin, int64_t end) {
@@ -203,12 +205,15 @@ void gradient_stats(const LogitArgs& a, int64_t begin, int64_t end) {
   gradient_stats_typed<float>(a, begin, end);
 }
 void logit_grads(const LogitArgs& a, int64_t begin, int64_t end) {
-  for_form(a.adjust_form, [&](auto form) {
-    constexpr int kForm = decltype(form)::value;
-    if (a.dtype == Dtype::f16) return logit_grads_typed<f16, float, float, kForm>(a, begin, end);
-    for_storage(a.dtype, [&](auto s, auto t) {
-      using S = typename decltype(s)::type;
-      logit_grads_typed<S, typename decltype(t)::type, S, kForm>(a, begin, end);
+  for_storage(a.dtype, [&](auto s, auto t) {
+    using S = typename decltype(s)::type;
+    using T = typename decltype(t)::type;
+    for_form<S>(a.adjust_form, [&](auto form) {
+      constexpr int kForm = decltype(form)::value;
+      if constexpr (kSame<S, f16>)
+        logit_grads_typed<S, T, float, kForm>(a, begin, end);
+      else
+        logit_grads_typed<S, T, S, kForm>(a, begin, end);
     });
   });
 }
