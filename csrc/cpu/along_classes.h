@@ -12,11 +12,6 @@ namespace {
 
 constexpr int64_t kCachedClasses = 2048;  // a tile of so many classes stays in the second-level cache
 
-template <class A, class B>
-constexpr bool kSame = false;
-template <class A>
-constexpr bool kSame<A, A> = true;
-
 // One row of classes (classes >= 2 N). kForm (AdjustForm) says how the class vectors of Adjust act on the logits. An S
 // that is the same for all classes (S_0) and D = 0 cost no loads. Three passes read S and D, and two attempts to read
 // them less often gained nothing: to keep the a_k of a row for the second pass, and to make the third pass over 1024
@@ -250,6 +245,14 @@ ABSGD_FN RowOfClasses<L, S, kForm> row_of_classes(const TileInput<L, S, kForm>& 
   return {in.rows.row[j], a.classes, in.adjust, in.paired, soft};
 }
 
+// Calls f with LogitArgs::keep as a constant of the compiler. Only logits of the real type keep their exponentials.
+template <class L, class S, int kForm, class F>
+ABSGD_FN void for_keep(const TileInput<L, S, kForm>& in, F f) {
+  if constexpr (kSame<S, typename L::Scalar>)
+    if (in.a.keep) return f(Constant<bool, true>{});
+  f(Constant<bool, false>{});
+}
+
 // The sums of rows [begin, end) of the tile.
 template <class L, class S, int kForm>
 ABSGD_FN void sums_of_rows(const TileInput<L, S, kForm>& in, Tile<L>& t, int begin, int end) {
@@ -260,14 +263,11 @@ ABSGD_FN void sums_of_rows(const TileInput<L, S, kForm>& in, Tile<L>& t, int beg
     for (int j = begin; j < end; ++j) {
       if (!t.valid[j]) continue;
       const auto row = row_of_classes(in, j);
-      if constexpr (kSame<S, T>) {
-        if (in.a.keep) {
-          T* const kept = static_cast<T*>(in.a.grad) + (in.first + j) * in.a.classes;
-          found[j] = row.template sums<true, kOthers>(t.max[j], t.label[j], in.weights, kept);
-          continue;
-        }
-      }
-      found[j] = row.template sums<false, kOthers>(t.max[j], t.label[j], in.weights, nullptr);
+      for_keep(in, [&](auto keep) {
+        constexpr bool kKeep = decltype(keep)::value;
+        T* const kept = kKeep ? static_cast<T*>(in.a.grad) + (in.first + j) * in.a.classes : nullptr;
+        found[j] = row.template sums<kKeep, kOthers>(t.max[j], t.label[j], in.weights, kept);
+      });
     }
     for (int j = begin; j < end; ++j) {
       if (!t.valid[j]) continue;
@@ -309,12 +309,10 @@ ABSGD_FN void gradient_along_classes(const TileInput<L, S, kForm>& in, const Til
     }
     const auto row = row_of_classes(in, j);
     for_other_classes(in.a, [&](auto others) {
-      constexpr OtherClasses kOthers = decltype(others)::value;
-      if constexpr (kSame<S, typename L::Scalar>) {
-        if (in.a.keep)
-          return row.template gradient<true, kOthers>(grads.row[j], numbers.row(j), in.weights, t.label[j]);
-      }
-      row.template gradient<false, kOthers>(grads.row[j], numbers.row(j), in.weights, t.label[j]);
+      for_keep(in, [&](auto keep) {
+        row.template gradient<decltype(keep)::value, decltype(others)::value>(grads.row[j], numbers.row(j), in.weights,
+                                                                              t.label[j]);
+      });
     });
   }
 }

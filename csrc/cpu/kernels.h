@@ -41,7 +41,7 @@ struct LogitArgs : LogitInput {
   // The gradient: factor_i * d loss_i / d logits.
   void* grad;  // (batch, classes, inner) contiguous, of the logits' dtype but f32 for f16; or null
   // logit_stats may keep exp(a - max), so that logit_grads only scales it.
-  bool keep;           // if along_classes(): it is kept in grad
+  bool keep;           // if along_classes(), and of real logits alone: it is kept in grad
   void* kept;          // if not along_classes(): it is kept here, (tiles, classes, kTileRows) real; or null
   const void* factor;  // (batch * inner) real; or null = 1
 

@@ -12,6 +12,11 @@ struct Constant {
   static constexpr T value = v;
 };
 
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
 // The numbers of each row that the forward walk finds.
 template <class L>
 struct Tile {
