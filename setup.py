@@ -1,8 +1,13 @@
 """Builds the kernels with CMake.
 
 If the build fails, the package is installed in pure Python, and `absgd-fast doctor` shows the reason, which is in
-`_build_info.json`. With ABSGD_FAST_REQUIRE_NATIVE=1 a failed build is an error. ABSGD_FAST_EAGER=0 leaves out the eager module
-(csrc/eager.cpp), which serves the torch of the build alone.
+`_build_info.json`. These environment variables change what is built:
+
+ABSGD_FAST_REQUIRE_NATIVE   1 makes a failed build an error
+ABSGD_FAST_CUDA             0 leaves out the operators of CUDA, even where there is nvcc
+ABSGD_FAST_EAGER            0 leaves out the eager module (csrc/eager.cpp), which serves the torch of the build alone
+ABSGD_FAST_PYTHONS          interpreters, separated by spaces. The modules of Python are built for each of them, and the wheel is
+                            tagged py3-none: it then serves every Python, though without these modules where one has none
 """
 
 import json
@@ -14,9 +19,26 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+PYTHONS = os.environ.get("ABSGD_FAST_PYTHONS", "").split()
+
+
+NO_TORCH = """
+absgd_fast: this build does not see torch, and the kernels are built against its headers. Install torch 2.10 or later first.
+If torch is installed, the build is isolated from it. Install the tools of the build and switch the isolation off:
+    pip install torch "setuptools>=77" cmake ninja pybind11
+    pip install --no-build-isolation absgd_fast
+The page "Installing" of the documentation says how uv and poetry do it."""
+
+
+def sees_torch():
+    """Whether this Python has torch: as it runs here, or without the PYTHONPATH by which pip isolates a build."""
+    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    look = [sys.executable, "-c", "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"]
+    return any(subprocess.run(look, env=environment).returncode == 0 for environment in (os.environ, outside))
 
 
 def run_cmake(path, *arguments):
@@ -41,13 +63,15 @@ class CMakeBuild(build_ext):
 
     def run(self):
         """Builds into the package's folder; a failure is recorded there, or raised as SystemExit."""
+        if not sees_torch():
+            raise SystemExit(NO_TORCH)
         in_place = self.inplace or self.editable_mode
         package = ROOT / "absgd_fast" if in_place else Path(self.build_lib).resolve() / "absgd_fast"
         package.mkdir(parents=True, exist_ok=True)
         for stale in [*package.glob("_*.so"), package / "_build_info.json"]:
             stale.unlink(missing_ok=True)
         try:
-            self.cmake(Path(self.build_temp).resolve(), package)
+            self.cmake(Path(self.build_temp).resolve(), package, strip=[] if in_place else ["--strip"])
         except RuntimeError as error:
             if os.environ.get("ABSGD_FAST_REQUIRE_NATIVE") == "1":
                 raise SystemExit(f"absgd_fast: {error}") from None
@@ -57,7 +81,7 @@ class CMakeBuild(build_ext):
             (package / "_build_info.json").write_text(json.dumps(info) + "\n")
             print(f"absgd_fast: {error}\nabsgd_fast: installing without native kernels", file=sys.stderr)
 
-    def cmake(self, build, package):
+    def cmake(self, build, package, strip):
         """Configures, builds and installs. Raises RuntimeError with the reason if one of these fails."""
         # pip with --no-build-isolation runs a venv's Python without the venv's scripts on PATH
         path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
@@ -65,7 +89,10 @@ class CMakeBuild(build_ext):
             raise RuntimeError("cmake not found; pip install cmake ninja")
         ninja = ["-GNinja"] if shutil.which("ninja", path=path) else []
         shutil.rmtree(build, ignore_errors=True)  # an old build directory refers to paths of a build environment that is gone
-        run_cmake(path, "-S", ROOT, "-B", build, f"-DPython_EXECUTABLE={sys.executable}", *ninja)
+        cuda = "OFF" if os.environ.get("ABSGD_FAST_CUDA") == "0" else "ON"
+        pythons = ";".join(PYTHONS)
+        options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DABSGD_PYTHONS={pythons}", f"-DABSGD_CUDA={cuda}"]
+        run_cmake(path, "-S", ROOT, "-B", build, *options, *ninja)
         if os.environ.get("ABSGD_FAST_EAGER") != "0":
             # It is compiled beside the rest, and the package works without it: torch's C++ classes change.
             try:
@@ -73,7 +100,7 @@ class CMakeBuild(build_ext):
             except RuntimeError as error:
                 print(f"absgd_fast: the eager module is left out: {error}", file=sys.stderr)
         run_cmake(path, "--build", build)
-        run_cmake(path, "--install", build, "--prefix", package)
+        run_cmake(path, "--install", build, "--prefix", package, *strip)
 
     def get_outputs(self):
         """No files, because CMake installs the libraries itself."""
@@ -84,4 +111,13 @@ class CMakeBuild(build_ext):
         return {}
 
 
-setup(ext_modules=[Extension("absgd_fast._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
+class Wheel(bdist_wheel):
+    """Tags a wheel that has the modules of several Pythons."""
+
+    def get_tag(self):
+        """The tag that says which Pythons, interfaces and machines the wheel serves."""
+        python, abi, machine = super().get_tag()
+        return ("py3", "none", machine) if PYTHONS else (python, abi, machine)
+
+
+setup(ext_modules=[Extension("absgd_fast._native", sources=[])], cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel})

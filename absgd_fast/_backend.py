@@ -17,12 +17,15 @@ import importlib
 import json
 import os
 import platform
+import sysconfig
 import warnings
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from ._compiled import constant_in_graphs
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 _VARIABLES = ("ABSGD_FAST_BACKEND", "ABSGD_FAST_ISA", "ABSGD_FAST_EAGER", "TRITON_INTERPRET")  # those that doctor shows
@@ -151,7 +154,7 @@ def available(name: str) -> bool:
     return why_not(name) is None
 
 
-def _devices(name: str) -> tuple[str, ...]:
+def devices(name: str) -> tuple[str, ...]:
     """The types of device whose tensors a backend serves."""
     return {"cuda": ("cuda",), "triton": ("cuda", "xpu") + ("cpu",) * _interpreted(), "cpu": ("cpu",)}[name]
 
@@ -165,7 +168,7 @@ def _warn_once(message: str) -> None:
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 
 
-@torch.compiler.assume_constant_result  # what can run does not change between two calls of a compiled function
+@constant_in_graphs  # what can run does not change between two calls of a compiled function
 def select(device: torch.device, backend: str | None = None) -> str:
     """The backend that serves tensors on `device`: the forced one, or the fastest that can run.
 
@@ -183,8 +186,8 @@ def select(device: torch.device, backend: str | None = None) -> str:
     forced = backend if backend is not None else os.environ.get("ABSGD_FAST_BACKEND") or None
     if forced is not None:
         reason = why_not(forced)
-        if reason is None and forced != "reference" and device.type not in _devices(forced):
-            reason = f"it serves {' and '.join(_devices(forced))} tensors, not {device.type!r}"
+        if reason is None and forced != "reference" and device.type not in devices(forced):
+            reason = f"it serves {' and '.join(devices(forced))} tensors, not {device.type!r}"
         if reason is not None:
             raise RuntimeError(f"backend {forced!r} cannot run: {reason}; run `python -m absgd_fast doctor`, or use backend=None")
         return forced
@@ -238,12 +241,27 @@ def native_signatures(name: str = "cpu") -> dict[str, tuple[list[str], list[str]
 
 
 @cache
-def host() -> ModuleType | None:
-    """The pybind11 module that has StepPlan (csrc/host.cpp), or None."""
+def why_not_host() -> str | None:
+    """None if the module _host (csrc/host.cpp) can serve, otherwise the reason."""
     try:
-        return importlib.import_module("absgd_fast._host")
-    except ImportError:
+        importlib.import_module("absgd_fast._host")
+    except ImportError as error:
+        return _other_pythons("_host") or build_info()["reason"] or f"absgd_fast._host does not import: {error}"
+    return None
+
+
+def host() -> ModuleType | None:
+    """The pybind11 module that has StepPlan, or None."""
+    return None if why_not_host() else importlib.import_module("absgd_fast._host")
+
+
+def _other_pythons(module: str) -> str | None:
+    """Why a module is missing that is there for other Pythons, or None. A wheel has one build of it for each Python."""
+    built = sorted(path.name.split(".")[1] for path in _HERE.glob(f"{module}.*.so"))
+    own = sysconfig.get_config_var("EXT_SUFFIX").split(".")[1]
+    if not built or own in built:
         return None
+    return f"absgd_fast.{module} was built for {', '.join(built)}, and this Python is {own}"
 
 
 @cache
@@ -255,13 +273,14 @@ def why_not_eager() -> str | None:
     if os.environ.get("ABSGD_FAST_EAGER") == "0":
         return "ABSGD_FAST_EAGER=0"
     built = build_info()["torch"]
-    if built != torch.__version__:  # it uses classes of torch that change from version to version
+    # It uses classes of torch that change from version to version. The flavours of one version (+cpu, +cu130) have the same ones.
+    if str(built).split("+")[0] != torch.__version__.split("+")[0]:
         return f"it was built beside torch {built}, and this is torch {torch.__version__}"
     try:
         importlib.import_module("absgd_fast._eager")
         cpu_kernels_address()
     except ImportError as error:
-        return f"absgd_fast._eager does not import: {error}"
+        return _other_pythons("_eager") or f"absgd_fast._eager does not import: {error}"
     except AttributeError as error:  # it is not the library that was built with the module
         return f"the CPU library lends it no kernels: {error}"
     return None
@@ -303,10 +322,7 @@ def report() -> dict:
             "compiled": info["isas"],
             "threads": torch.get_num_threads(),
         },
-        "host module": {
-            "available": host() is not None,
-            "reason": None if host() is not None else (info["reason"] or "absgd_fast._host does not import"),
-        },
+        "host module": {"available": why_not_host() is None, "reason": why_not_host()},
         "eager module": {"available": why_not_eager() is None, "reason": why_not_eager()},
         "cuda": {
             "compiled": info["cuda"],

@@ -24,6 +24,8 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch.utils import checkpoint
 
+from ._compiled import constant_in_graphs, outside_graphs
+
 _Record = TypeVar("_Record")
 _Result = TypeVar("_Result")
 
@@ -33,15 +35,13 @@ push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
 pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 
 
+@constant_in_graphs
 def hooks_are_active() -> bool:
     """Whether hooks for saved tensors are in place, as they are inside activation checkpointing. It costs 0.1 us.
 
     torch.compile takes the answer from the time of tracing.
     """
     return top_hooks(True) is not None
-
-
-hooks_are_active._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, which would import dynamo
 
 
 class _Recomputation(NamedTuple):
@@ -61,7 +61,7 @@ class Replays(Generic[_Record]):
         self._of_frame: WeakKeyDictionary[object, list[_Record]] = WeakKeyDictionary()
         self._read: WeakKeyDictionary[Callable, int] = WeakKeyDictionary()  # how many each recomputation has taken
 
-    @torch.compiler.disable  # a compiled function leaves its graph here, so that the forward sees the hooks each time
+    @outside_graphs  # so that the forward sees the hooks each time
     def run(
         self, begin: Callable[[], _Record], first: Callable[[_Record], _Result], again: Callable[[_Record], _Result]
     ) -> _Result:
@@ -82,7 +82,7 @@ class Replays(Generic[_Record]):
             made.append(make())
             return made[0]
 
-        return self.run(list, first, lambda made: made[0])
+        return self.run(list, first, lambda made: made[0])  # type: ignore[arg-type, index]  # these records are lists
 
     def _next(self, recomputation: _Recomputation) -> _Record:
         """The next record of a recomputation."""

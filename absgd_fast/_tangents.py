@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ._compiled import is_compiled
+
 Functions = frozenset[Callable[..., Any]]
 Found = dict[int, Tensor]  # tangents by the id of their tensor
 
@@ -46,8 +48,7 @@ UNFOLLOWED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 def may_be_followed(model: nn.Module) -> bool:
     """Whether tangents of its forward are worth a try. A compiled layer runs no functions that could be followed."""
-    compiled = torch._dynamo.OptimizedModule
-    return model not in UNFOLLOWED and not any(isinstance(m, compiled) or m._compiled_call_impl for m in model.modules())
+    return model not in UNFOLLOWED and not any(is_compiled(m) or m._compiled_call_impl for m in model.modules())
 
 
 class _Known(NamedTuple):

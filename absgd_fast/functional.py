@@ -353,7 +353,8 @@ def weighted_momentum_step_(
         ValueError: shapes, devices or lengths of lists that do not fit, numbers out of range, or a written tensor that shares
             memory with another one.
         TypeError: dtypes that do not fit, or a lam or log_s that is no number.
-        Nothing is written in these cases.
+
+    Nothing is written where an error is raised.
 
     >>> w, b = torch.zeros(2), torch.zeros(2)
     >>> grads, losses = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0.0, 9.0])

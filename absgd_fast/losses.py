@@ -24,7 +24,9 @@ from .reference import real_dtype
 class LogitLoss(Scheduled):
     """Base class of the losses on logits: class weights, class vectors, ignored rows and the reduction.
 
-    Every loss here has these arguments:
+    Every loss here has these arguments, and some have others besides.
+
+    Args:
         weight: (C) class weights v, default all 1: what `set_weight` takes. They are part of the loss. Inside `ABLoss` they
             therefore stand in the exponent, as in the ABSGD paper (Sec. 4) and the reference package. ValueError if one is NaN or
             infinite, RuntimeError if they require grad. A negative weight turns the loss of its class around, as in torch.
@@ -74,8 +76,9 @@ class LogitLoss(Scheduled):
     def set_weight(self, weight: Tensor | Sequence[float] | None) -> None:
         """Use these class weights from now on; None for 1. The constructor takes the same, and raises the same errors.
 
-        weight: (C) finite numbers: a floating tensor, an array, a list of numbers, or one of 0-d tensors. A tensor or a floating
-            array keeps its dtype. Other numbers become float32, or float64 if that is torch's default dtype.
+        Args:
+            weight: (C) finite numbers: a floating tensor, an array, a list of numbers, or one of 0-d tensors. A tensor or a
+                floating array keeps its dtype. Other numbers become float32, or float64 if that is torch's default dtype.
         """
         self.weight = None if weight is None else _checks.given_class_weight(weight)
         self._given_weight = None if self.weight is None else self.weight.clone()

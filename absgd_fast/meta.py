@@ -20,6 +20,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import _checks, _tangents, ops
+from ._compiled import is_compiled
 from ._exact import ExactState, state_tensors
 from ._tangents import Tangents, Unknown, dual_number, forward_mode, tangent_of, version
 from .reference import real_dtype
@@ -469,8 +470,8 @@ def _reached_without(losses: Tensor, places: list[GradientEdge]) -> set[int]:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The module inside torch.compile and DistributedDataParallel, whose bookkeeping belongs to the training forward only."""
-    while isinstance(model, (torch._dynamo.OptimizedModule, nn.parallel.DistributedDataParallel)):
-        model = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model.module
+    while is_compiled(model) or isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model._orig_mod if is_compiled(model) else model.module
     return model
 
 

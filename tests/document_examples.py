@@ -36,5 +36,6 @@ def stand_ins():
         "images": torch.randn(70, 8),
         "labels": torch.randint(4, (70,)),
         "backbone": torch.nn.Identity(),
+        "head": torch.nn.Linear(8, 4),
         "epochs": 2,
     }

@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,25 @@ def test_only_the_stable_abi_is_used(library):
     symbols = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
     names = [line.split()[-1] for line in symbols.splitlines()]
     assert names and not [name for name in names if any(space in name for space in ("3c10", "2at", "5torch"))]
+
+
+def test_import_is_light():
+    """What takes longer to import than torch itself stays out: dynamo, sympy and Triton. (torch's own optimizers import them.)"""
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import absgd_fast as ab\n"
+        "x = torch.zeros(4, 3, requires_grad=True)\n"
+        "criterion = ab.ABLoss(lam=1.0)\n"
+        "linear = ab.LinearABLoss(lam=1.0)\n"
+        "for _ in range(3):\n"
+        "    criterion(x, torch.arange(4) % 3).backward()\n"
+        "    linear(x, torch.eye(3), torch.arange(4) % 3).backward()\n"
+        "print(*{name.split('.')[0] if 'dynamo' not in name else 'dynamo' for name in set(sys.modules) - before})\n"
+    )
+    out, _ = run(PACKAGE.parent, code)
+    assert "absgd_fast" in out.split()
+    assert not {"dynamo", "sympy", "triton", "numpy", "scipy", "matplotlib"} & set(out.split())
 
 
 # ---- installing ------------------------------------------------------------------------------------------------------
@@ -132,3 +152,54 @@ def test_a_failed_build_leaves_no_old_library(source, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert not stale.exists() and (source / "absgd_fast" / "_build_info.json").exists()
+
+
+# ---- a build that does not see torch, and the tag of a wheel ---------------------------------------------------------
+
+
+@pytest.fixture
+def hidden(tmp_path):
+    """A PYTHONPATH that hides torch, as that of pip's isolated builds does."""
+    folder = tmp_path / "isolation"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    return str(folder)
+
+
+def test_an_isolated_build_finds_the_torch_of_the_environment(source, hidden, tmp_path):
+    look = [sys.executable, "-c", "import importlib.util as u, sys; sys.exit(u.find_spec('torch') is not None)"]
+    assert subprocess.run(look, env=os.environ | {"PYTHONPATH": hidden}).returncode == 0  # it is hidden
+    done = install(source, tmp_path / "target", CXX=shutil.which("false"), PYTHONPATH=hidden)
+    assert done.returncode == 0, done.stdout + done.stderr
+    configure = ["cmake", "-S", source, "-B", tmp_path / "build", f"-DPython_EXECUTABLE={sys.executable}", "-DABSGD_CUDA=OFF"]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(configure, capture_output=True, text=True, env=os.environ | {"PATH": path, "PYTHONPATH": hidden})
+    assert done.returncode == 0 and f"torch {torch.__version__}" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_build_without_torch_says_what_to_do(source, tmp_path):
+    """An environment with setuptools alone, as uv and poetry make it for a build."""
+    setuptools = pytest.importorskip("setuptools")
+    venv.create(tmp_path / "bare", with_pip=False)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    packages = Path(setuptools.__file__).parent.parent
+    for path in [packages / "setuptools", packages / "_distutils_hack", *packages.glob("setuptools-*.dist-info")]:
+        (tools / path.name).symlink_to(path)
+    command = [tmp_path / "bare" / "bin" / "python", "setup.py", "bdist_wheel"]
+    done = subprocess.run(command, cwd=source, env=os.environ | {"PYTHONPATH": str(tools)}, capture_output=True, text=True)
+    assert done.returncode != 0 and not list(source.glob("dist/*"))
+    assert "Install torch 2.10 or later first" in done.stderr and "--no-build-isolation absgd_fast" in done.stderr
+
+
+@pytest.mark.parametrize("pythons", ["", "python3.10 python3.11"], ids=["this Python", "several Pythons"])
+def test_tag(source, pythons):
+    """A wheel for several Pythons is tagged for all of them; the wheel that pip builds is for its own alone."""
+    environment = os.environ | {"CXX": shutil.which("false"), "ABSGD_FAST_PYTHONS": pythons}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "bdist_wheel"], cwd=source, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    own = f"cp3{sys.version_info.minor}"
+    (name,) = [path.name for path in source.glob("dist/*.whl")]
+    assert name.split("-", 2)[2].startswith("py3-none-linux" if pythons else f"{own}-{own}-linux"), name

@@ -129,6 +129,35 @@ def test_missing_extras_are_named(module, monkeypatch, capsys, in_an_empty_folde
     assert module in line and 'pip install "absgd_fast[experiments]"' in line
 
 
+EXTRAS = ["numpy", "scipy", "sklearn", "matplotlib", "jinja2", "rich", "PIL"]
+
+
+@pytest.mark.parametrize(
+    "argv, code",
+    [
+        (["doctor"], 0),
+        (["--help"], 0),
+        (["train", "--dataset", "digits"], 2),
+        (["train", "--recipe", "list"], 0),
+        (["train", "--resume", "."], 2),
+        (["tune", "--dataset", "digits"], 2),
+        (["audit", "."], 2),
+        (["report", "."], 2),
+        (["bench", "--suite", "all"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_torch_alone_is_installed(argv, code, tmp_path):
+    """Neither NumPy nor an extra: what needs them says so in one line."""
+    command = (
+        f"import sys; sys.modules.update(dict.fromkeys({EXTRAS})); from absgd_fast.__main__ import main; sys.exit(main({argv}))"
+    )
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    ours = [line for line in done.stderr.splitlines() if line.startswith("absgd-fast")]
+    assert "Traceback" not in done.stderr and len(ours) == (code == 2)
+
+
 def test_missing_reference_is_named(monkeypatch, capsys, in_an_empty_folder):
     monkeypatch.setitem(sys.modules, "absgd", None)
     assert "pip install absgd" in refused(capsys, *QUICK, "--methods", "sgd,reference")

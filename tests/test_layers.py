@@ -17,7 +17,8 @@ PACKAGE, CSRC = ROOT / "absgd_fast", ROOT / "csrc"
 
 # lowest first: a module may import those of lower layers only; the files of one package may import each other, without a circle
 LAYERS = [
-    {"_codes", "_backend", "_hooks", "_numbers", "_tangents", "_checkpointing"},
+    {"_codes", "_hooks", "_numbers", "_compiled"},
+    {"_backend", "_checkpointing", "_tangents"},
     {"_exact"},
     {"_scheduled"},
     {"reference"},
@@ -32,7 +33,7 @@ LAYERS = [
 ]
 PACKAGES = {"kernels", "optim"}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-TOP = {"compat", "experiments", "commands", "__main__"}  # may import anything; nothing else imports them
+TOP = {"compat", "experiments", "commands", "selftest", "__main__"}  # may import anything; nothing else imports them
 # Of each module of integrations/: the packages of others that it imports. Nothing else in absgd_fast imports these.
 FRAMEWORKS = {
     "accelerate": {"accelerate"},

@@ -18,7 +18,15 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 def test_there_are_examples():
     with_examples = {page.name for page in PAGES if examples(page)}
-    guides = {"losses.md", "choosing-lambda.md", "optimizers.md", "scale.md", "weightings.md", "from-absgd.md"}
+    guides = {
+        "losses.md",
+        "choosing-lambda.md",
+        "optimizers.md",
+        "scale.md",
+        "language-models.md",
+        "weightings.md",
+        "from-absgd.md",
+    }
     assert {"README.md", *guides} <= with_examples
     assert sum(len(examples(page)) for page in PAGES) >= 18
 

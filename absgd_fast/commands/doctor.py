@@ -1,14 +1,18 @@
-"""`absgd-fast doctor`: which backends run here, and why the others do not."""
+"""`absgd-fast doctor`: which backends run here, and why the others do not. --selftest: whether they compute the right numbers."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from absgd_fast.selftest import Outcome
+
     from .common import Subparsers
 
 
@@ -16,18 +20,43 @@ def add_parser(commands: Subparsers) -> None:
     """Adds the command to the program's parser."""
     doctor = commands.add_parser("doctor", help="show which backends run here, and why the others do not", allow_abbrev=False)
     doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument(
+        "--selftest",
+        action="store_true",
+        help="run every backend against stored exact results: seconds, with a GPU up to two minutes",
+    )
     doctor.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Prints what was found, as a tree or as JSON."""
+    """Prints what was found, as a tree or as JSON. Returns 1 if the self-test found a wrong number."""
     from absgd_fast import _backend
 
     found = _backend.report()
     # Without rich it prints JSON too, because this command must also run on a broken installation.
-    if arguments.json or importlib.util.find_spec("rich") is None:
-        print(json.dumps(found, indent=1, default=str))
+    as_json = arguments.json or importlib.util.find_spec("rich") is None
+    if not arguments.selftest:
+        _show_json(found) if as_json else _show_tree(found)
         return 0
+    from absgd_fast import selftest
+
+    if as_json:
+        outcomes = list(selftest.run())
+        _show_json(found | {"selftest": [asdict(outcome) for outcome in outcomes]})
+    else:
+        _show_tree(found)
+        outcomes = _show_outcomes(selftest.run())
+    failures = [f"{o.where}, {o.dtype}: {failure}" for o in outcomes for failure in o.failures]
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _show_json(found: Mapping[str, Any]) -> None:
+    print(json.dumps(found, indent=1, default=str))
+
+
+def _show_tree(found: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.text import Text
     from rich.tree import Tree
@@ -49,4 +78,20 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     tree = Tree(Text("absgd_fast", "bold"))
     grow(tree, found)
     Console().print(tree)
-    return 0
+
+
+def _show_outcomes(outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """Prints a line for each outcome when it comes, and returns them all."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+
+    columns = ("backend", "dtype", "checks", "failed", "worst deviation", "seconds")
+    table = Table(*columns, title="Self-test", caption="The worst deviation is a share of what rounding may do.")
+    done = []
+    with Live(table, console=Console()):
+        for o in outcomes:
+            done.append(o)
+            failed = f"[red]{len(o.failures)}[/]" if o.failures else "0"
+            table.add_row(o.where, o.dtype, str(o.checks), failed, f"{o.worst:.0%}", f"{o.seconds:.1f}")
+    return done

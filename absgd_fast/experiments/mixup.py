@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -86,6 +85,8 @@ class Mixup(nn.Module):
             raise ValueError(f"mix: got images of {images.dtype}, expected a floating dtype; convert them first")
         # NumPy's Beta is exact for a small alpha too, where Gamma variables would underflow to 0 / 0.
         seed = int(torch.randint(2**63 - 1, (), generator=self.generator, dtype=torch.int64, device="cpu"))
+        import numpy as np  # `absgd-fast` must say without it what is missing
+
         a = float(np.random.default_rng(seed).beta(self.alpha, self.alpha)) if self.alpha else 1.0
         order = torch.randperm(len(images), generator=self.generator, dtype=torch.int64, device="cpu").to(images.device)
         self.share, self.permutation = a, order

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
+
+from .._compiled import outside_graphs
 
 _WRAPPERS = ("module", "_orig_mod")  # the attributes by which wrappers of torch and DeepSpeed hold what they wrap
 
@@ -100,7 +101,7 @@ def head_computes(head: Head, loss_of: Callable[[Tensor, nn.Linear], Tensor]) ->
     versions: list[int] = []
     linear = head.linear
 
-    @torch.compiler.disable  # so that the model hands out this very tensor
+    @outside_graphs  # so that the model hands out this very tensor
     def forward(hidden: Tensor) -> Tensor:
         if made:
             raise RuntimeError("causal_lm_loss: the model called its head twice in one forward, expected one call")
@@ -108,7 +109,7 @@ def head_computes(head: Head, loss_of: Callable[[Tensor, nn.Linear], Tensor]) ->
         versions.append(_version(made[0]))
         return made[0]
 
-    @torch.compiler.disable
+    @outside_graphs
     def check(_: nn.Module, __: Any, outputs: Any) -> None:
         name = type(head.model).__name__
         if not made:
@@ -117,7 +118,7 @@ def head_computes(head: Head, loss_of: Callable[[Tensor, nn.Linear], Tensor]) ->
             raise RuntimeError(_LOGITS_CHANGE.format(name))
 
     own = vars(linear).get("forward")  # a framework may have put one there
-    linear.forward = forward  # type: ignore[method-assign]
+    linear.forward = forward  # type: ignore[method-assign, assignment]
     hook = head.model.register_forward_hook(check, prepend=True)  # FSDP's hook may cast the loss
     try:
         yield

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import _checks, ops
 from .. import functional as F
+from .._compiled import outside_graphs
 from ..losses import fused_spec
 from ..reference import real_dtype
 from ..robust.normalizer import Samples
@@ -17,7 +18,7 @@ from .chunks import in_rows
 from .loss import LinearABLoss
 
 
-@torch.compiler.disable  # it makes a module, and the chunks are a loop of Python
+@outside_graphs  # it makes a module, and the chunks are a loop of Python
 def linear_robust_loss(
     input: Tensor,  # noqa: A002  # torch's name
     linear_weight: Tensor,

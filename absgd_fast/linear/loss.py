@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import _checks, ops
 from .._checkpointing import hooks_are_active
+from .._compiled import outside_graphs
 from ..losses import fused_spec
 from ..robust import ABLoss
 from ..robust import options as conflicts
@@ -151,7 +152,7 @@ class LinearABLoss(RobustLoss):
             self._watch(loss)
         return loss
 
-    @torch.compiler.disable  # the chunks are a loop of Python around torch's matrix products
+    @outside_graphs  # the chunks are a loop of Python around torch's matrix products
     def _in_chunks(
         self,
         hidden: Tensor,

@@ -44,7 +44,7 @@ def logits_of_gradient(
         grad: (B, C) or (B, C, d1, ...), factor_i times the gradient of the loss of row i.
         losses: (B) or (B, d1, ...). They may be None for cross-entropy, which then takes the first line.
         factor: as losses; None: 1. A row with the factor 0 gets any finite logits.
-        target, numbers and the others: as for `logit_loss`; no scale is 0.
+        target, kind, scale, shift, margin, weight, label_smoothing, ignore_index, **numbers: as for `logit_loss`; no scale is 0.
 
     Returns:
         Logits of the shape of grad, in `real_dtype`.

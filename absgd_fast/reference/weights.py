@@ -198,6 +198,7 @@ def settle(
 
     Returns:
         The six settled numbers, (6) float64, and the next state (0-d). The six numbers are
+
             LOG_S      the logarithm of what the weights are divided by (0 at |lam| = inf),
             SCALE      the factor that turns sums over samples into the mean over all samples: grad_multiplier / n, with a
                        reference times exp(m - log s'),

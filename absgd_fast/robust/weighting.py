@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks, ops
+from .._compiled import is_compiled
 from ..weights.tilted import NATIVE_TILTS, term
 from .base import RobustLoss, Rule
 from .last import Memo, Weighed
@@ -252,7 +253,7 @@ def _function_of(rule: Rule) -> Callable:
     """The rule as a function whose arguments Python knows: a module by its forward, inside a partial and if compiled too."""
     if isinstance(rule, partial):
         return partial(_function_of(rule.func), *rule.args, **rule.keywords)
-    if isinstance(rule, torch._dynamo.OptimizedModule):
+    if is_compiled(rule):
         return _function_of(rule._orig_mod)
     return rule.forward if isinstance(rule, nn.Module) else rule
 
