@@ -122,7 +122,7 @@ wheel: $(VENV)/.wheel
 # The wheel as it is, then in empty environments: each of PYTHONS, and the oldest and the newest torch. It downloads torch for each
 # of them, five gigabytes at a time, and removes it again. WHEEL_TEST chooses some of the environments, as pytest's -k does.
 wheel-test: $(VENV)/.wheel
-	ABSGD_FAST_PYTHONS="$(PYTHONS)" $(bin)/python -m pytest --confcutdir tests/wheel -c /dev/null --rootdir . -p no:cacheprovider -v -ra tests/wheel $(if $(WHEEL_TEST),-k "$(WHEEL_TEST)")
+	ABSGD_FAST_PYTHONS="$(PYTHONS)" $(bin)/python -m pytest --confcutdir tests/wheel -c /dev/null --rootdir . -p no:cacheprovider -v -ra -s tests/wheel $(if $(WHEEL_TEST),-k "$(WHEEL_TEST)")
 
 # Releases (CONTRIBUTING.md, "Making a release"). Version and tag come from the environment, so that no shell reads them as words.
 release-prepare:
