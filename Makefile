@@ -108,12 +108,13 @@ sanitize: $(VENV)/.installed
 	$(bin)/pytest -m long tests/test_cuda.py
 
 # What is published. The wheel is made from the source distribution, which so proves to be complete. It has the modules of Python
-# for each of PYTHONS, and the code for every GPU generation. ABSGD_FAST_CUDA=0 leaves the GPU out. Ten minutes with nvcc.
+# for each of PYTHONS, and the code for every GPU generation. Without nvcc it stops; ABSGD_FAST_CUDA=0 leaves the GPU out. Ten minutes.
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 manylinux := manylinux_2_34_$(shell uname -m)
 wheel: $(VENV)/.wheel
 	rm -rf dist build/wheel
-	env -u CUDAARCHS ABSGD_FAST_REQUIRE_NATIVE=1 ABSGD_FAST_PYTHONS="$(PYTHONS)" $(bin)/python -m build --no-isolation --outdir build/wheel
+	env -u CUDAARCHS ABSGD_FAST_REQUIRE_NATIVE=1 ABSGD_FAST_CUDA=$${ABSGD_FAST_CUDA:-1} ABSGD_FAST_PYTHONS="$(PYTHONS)" \
+	    $(bin)/python -m build --no-isolation --outdir build/wheel
 	PATH="$(abspath $(bin)):$$PATH" $(bin)/auditwheel repair --plat $(manylinux) --only-plat --exclude "libtorch*.so" --exclude libc10.so \
 	    --wheel-dir dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
@@ -134,7 +135,7 @@ release-check:
 release-github:
 	mkdir -p build
 	$(PYTHON) .github/release.py notes > build/release-notes.md
-	gh release create "$$TAG" --verify-tag --title "absgd_fast $$TAG" --notes-file build/release-notes.md dist/*
+	gh release create "$$TAG" --verify-tag $$(printf %s "$$TAG" | grep -qE '(a|b|rc)[0-9]+$$' && echo --prerelease) --title "absgd_fast $$TAG" --notes-file build/release-notes.md dist/*
 
 clean:
 	rm -rf build demo dist *.egg-info absgd_fast/_*.so absgd_fast/_build_info.json $(VENV)/.installed

@@ -4,7 +4,7 @@ If the build fails, the package is installed in pure Python, and `absgd-fast doc
 `_build_info.json`. These environment variables change what is built:
 
 ABSGD_FAST_REQUIRE_NATIVE   1 makes a failed build an error
-ABSGD_FAST_CUDA             0 leaves out the operators of CUDA, even where there is nvcc
+ABSGD_FAST_CUDA             0 leaves out the operators of CUDA, even where there is nvcc; 1 makes it an error that there is none
 ABSGD_FAST_EAGER            0 leaves out the eager module (csrc/eager.cpp), which serves the torch of the build alone
 ABSGD_FAST_PYTHONS          interpreters, separated by spaces. The modules of Python are built for each of them, and the wheel is
                             tagged py3-none: it then serves every Python, though without these modules where one has none
@@ -26,19 +26,13 @@ ROOT = Path(__file__).resolve().parent
 PYTHONS = os.environ.get("ABSGD_FAST_PYTHONS", "").split()
 
 
+CUDA = {"0": "OFF", "1": "ON"}.get(os.environ.get("ABSGD_FAST_CUDA", ""), "AUTO")
 NO_TORCH = """
-absgd_fast: this build does not see torch, and the kernels are built against its headers. Install torch 2.10 or later first.
-If torch is installed, the build is isolated from it. Install the tools of the build and switch the isolation off:
+This build does not see torch 2.10 or later, and the kernels are built against its headers. Install torch first.
+If it is installed, the build is isolated from it. Install the tools of the build and switch the isolation off:
     pip install torch "setuptools>=77" cmake ninja pybind11
     pip install --no-build-isolation absgd_fast
 The page "Installing" of the documentation says how uv and poetry do it."""
-
-
-def sees_torch():
-    """Whether this Python has torch: as it runs here, or without the PYTHONPATH by which pip isolates a build."""
-    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    look = [sys.executable, "-c", "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"]
-    return any(subprocess.run(look, env=environment).returncode == 0 for environment in (os.environ, outside))
 
 
 def run_cmake(path, *arguments):
@@ -63,8 +57,6 @@ class CMakeBuild(build_ext):
 
     def run(self):
         """Builds into the package's folder; a failure is recorded there, or raised as SystemExit."""
-        if not sees_torch():
-            raise SystemExit(NO_TORCH)
         in_place = self.inplace or self.editable_mode
         package = ROOT / "absgd_fast" if in_place else Path(self.build_lib).resolve() / "absgd_fast"
         package.mkdir(parents=True, exist_ok=True)
@@ -73,6 +65,8 @@ class CMakeBuild(build_ext):
         try:
             self.cmake(Path(self.build_temp).resolve(), package, strip=[] if in_place else ["--strip"])
         except RuntimeError as error:
+            if "torch >= 2.10 is needed" in str(error):  # in plain torch nobody would see why the package is slow
+                raise SystemExit(f"absgd_fast: {error}\n{NO_TORCH}") from None
             if os.environ.get("ABSGD_FAST_REQUIRE_NATIVE") == "1":
                 raise SystemExit(f"absgd_fast: {error}") from None
             info = dict(
@@ -89,9 +83,8 @@ class CMakeBuild(build_ext):
             raise RuntimeError("cmake not found; pip install cmake ninja")
         ninja = ["-GNinja"] if shutil.which("ninja", path=path) else []
         shutil.rmtree(build, ignore_errors=True)  # an old build directory refers to paths of a build environment that is gone
-        cuda = "OFF" if os.environ.get("ABSGD_FAST_CUDA") == "0" else "ON"
         pythons = ";".join(PYTHONS)
-        options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DABSGD_PYTHONS={pythons}", f"-DABSGD_CUDA={cuda}"]
+        options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DABSGD_PYTHONS={pythons}", f"-DABSGD_CUDA={CUDA}"]
         run_cmake(path, "-S", ROOT, "-B", build, *options, *ninja)
         if os.environ.get("ABSGD_FAST_EAGER") != "0":
             # It is compiled beside the rest, and the package works without it: torch's C++ classes change.

@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.util
 import json
 import os
 import platform
+import re
+import sys
 import sysconfig
 import warnings
 from functools import cache
@@ -107,12 +110,24 @@ def _why_not_cuda() -> str | None:
         reason = "torch sees no CUDA GPU"
     reason = reason or _driver_too_old()
     if reason is None:
-        oldest = min(build_info()["cuda"]["architectures"])
+        compiled = build_info()["cuda"]
         for device in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(device)
-            if 10 * major + minor < oldest:
-                return f"GPU {device} has compute capability {major}.{minor}, the kernels were built for {oldest / 10} and later"
+            if not _has_code_for(10 * major + minor, compiled["architectures"], compiled["ptx"]):
+                built = ", ".join(f"{x / 10}" for x in compiled["architectures"])
+                return f"GPU {device} has compute capability {major}.{minor}, the kernels were built for {built}; see CUDAARCHS"
     return reason
+
+
+def _has_code_for(capability: int, machine_code: list[int], ptx: list[int]) -> bool:
+    """Whether a GPU runs what was compiled: machine code of its generation, not newer, or PTX that is not newer.
+
+    With neither list, CUDAARCHS was a word such as "native", and what it stood for is not known here.
+    """
+    if not machine_code and not ptx:
+        return True
+    same = any(code // 10 == capability // 10 and code <= capability for code in machine_code)
+    return same or any(code <= capability for code in ptx)
 
 
 @cache
@@ -241,27 +256,40 @@ def native_signatures(name: str = "cpu") -> dict[str, tuple[list[str], list[str]
 
 
 @cache
+def _module(name: str) -> ModuleType:
+    """A compiled module of this folder. ImportError: it does not import, or is not here (the text says why).
+
+    A wheel has one build of it for each of several Pythons. `import` would also find that of another checkout, to which an
+    editable installation has mapped the package's name.
+    """
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    file = _HERE / f"{name}{suffix}"
+    if not file.exists():
+        built = sorted(path.name.split(".")[1] for path in _HERE.glob(f"{name}.*.so"))
+        if built:
+            raise ImportError(f"absgd_fast.{name} was built for {', '.join(built)}, and this Python is {suffix.split('.')[1]}")
+        raise ImportError(build_info()["reason"] or f"absgd_fast.{name} was not built")
+    spec = importlib.util.spec_from_file_location(f"absgd_fast.{name}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module
+    return module
+
+
+@cache
 def why_not_host() -> str | None:
     """None if the module _host (csrc/host.cpp) can serve, otherwise the reason."""
     try:
-        importlib.import_module("absgd_fast._host")
+        _module("_host")
     except ImportError as error:
-        return _other_pythons("_host") or build_info()["reason"] or f"absgd_fast._host does not import: {error}"
+        return str(error)
     return None
 
 
 def host() -> ModuleType | None:
     """The pybind11 module that has StepPlan, or None."""
-    return None if why_not_host() else importlib.import_module("absgd_fast._host")
-
-
-def _other_pythons(module: str) -> str | None:
-    """Why a module is missing that is there for other Pythons, or None. A wheel has one build of it for each Python."""
-    built = sorted(path.name.split(".")[1] for path in _HERE.glob(f"{module}.*.so"))
-    own = sysconfig.get_config_var("EXT_SUFFIX").split(".")[1]
-    if not built or own in built:
-        return None
-    return f"absgd_fast.{module} was built for {', '.join(built)}, and this Python is {own}"
+    return None if why_not_host() else _module("_host")
 
 
 @cache
@@ -273,22 +301,26 @@ def why_not_eager() -> str | None:
     if os.environ.get("ABSGD_FAST_EAGER") == "0":
         return "ABSGD_FAST_EAGER=0"
     built = build_info()["torch"]
-    # It uses classes of torch that change from version to version. The flavours of one version (+cpu, +cu130) have the same ones.
-    if str(built).split("+")[0] != torch.__version__.split("+")[0]:
+    if _release(built) != _release(torch.__version__):  # it uses classes of torch that change from version to version
         return f"it was built beside torch {built}, and this is torch {torch.__version__}"
     try:
-        importlib.import_module("absgd_fast._eager")
+        _module("_eager")
         cpu_kernels_address()
     except ImportError as error:
-        return _other_pythons("_eager") or f"absgd_fast._eager does not import: {error}"
+        return str(error)
     except AttributeError as error:  # it is not the library that was built with the module
         return f"the CPU library lends it no kernels: {error}"
     return None
 
 
+def _release(version: str | None) -> str:
+    """The version without its flavour: those of one release (+cpu, +cu130) have the same classes, and other builds are unlike."""
+    return re.sub(r"^(\d+\.\d+\.\d+)\+(cpu|cu\d+|rocm[\d.]+|xpu)$", r"\1", str(version))
+
+
 def eager() -> ModuleType | None:
     """The module that takes a batch on the CPU through autograd in C++ (csrc/eager.cpp), or None."""
-    return None if why_not_eager() else importlib.import_module("absgd_fast._eager")
+    return None if why_not_eager() else _module("_eager")
 
 
 def cpu_kernels_address() -> int:

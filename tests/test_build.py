@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import venv
 from pathlib import Path
 
@@ -48,6 +49,66 @@ def test_only_the_stable_abi_is_used(library):
     assert names and not [name for name in names if any(space in name for space in ("3c10", "2at", "5torch"))]
 
 
+@pytest.mark.parametrize(
+    "capability, machine_code, ptx, runs",
+    [
+        (90, [80, 90], [90], True),
+        (89, [86], [], True),  # machine code runs on later GPUs of its generation
+        (80, [86], [], False),
+        (75, [80, 90], [90], False),
+        (100, [80, 90], [], False),  # and on no other generation
+        (100, [80, 90], [90], True),  # PTX runs on every later one
+        (110, [80, 90, 100, 120], [90], True),
+        (110, [80, 90, 100, 120], [120], False),
+        (121, [120], [], True),
+        (90, [], [], True),  # CUDAARCHS=native, where nobody knows
+    ],
+)
+def test_which_gpus_have_code(capability, machine_code, ptx, runs):
+    assert _backend._has_code_for(capability, machine_code, ptx) == runs
+
+
+@pytest.mark.parametrize(
+    "one, other, same",
+    [
+        ("2.13.0+cpu", "2.13.0+cu130", True),
+        ("2.13.0", "2.13.0+rocm7.1", True),
+        ("2.13.0+xpu", "2.13.0+cpu", True),
+        ("2.13.0+cpu", "2.13.1+cpu", False),
+        ("2.14.0a0+git1234567", "2.14.0a0+git89abcde", False),  # builds of two commits
+        ("2.14.0.dev20261101+cpu", "2.14.0.dev20261102+cpu", False),
+        ("2.13.0+nv26.1", "2.13.0", False),  # somebody's own build
+        (None, "2.13.0", False),
+    ],
+)
+def test_which_torchs_have_the_same_classes(one, other, same):
+    assert (_backend._release(one) == _backend._release(other)) == same
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Another folder of the package, in which there is nothing."""
+    monkeypatch.setattr(_backend, "_HERE", tmp_path)
+    for function in (_backend._module, _backend.build_info):
+        function.cache_clear()
+    yield tmp_path
+    for function in (_backend._module, _backend.build_info):
+        function.cache_clear()
+
+
+def test_the_modules_of_other_pythons_do_not_serve(elsewhere):
+    for name in ("cpython-39-x86_64-linux-gnu", "cpython-310t-x86_64-linux-gnu"):
+        (elsewhere / f"_host.{name}.so").touch()
+    reason = _backend.why_not_host.__wrapped__()
+    own = sysconfig.get_config_var("EXT_SUFFIX").split(".")[1]
+    assert "built for cpython-310t-x86_64-linux-gnu, cpython-39-x86_64-linux-gnu" in reason and f"this Python is {own}" in reason
+
+
+def test_no_module_of_another_checkout_serves(elsewhere):
+    """An editable installation maps the name absgd_fast to its folder: `import absgd_fast._host` would find that everywhere."""
+    assert "the package was not built" in _backend.why_not_host.__wrapped__()
+
+
 def test_import_is_light():
     """What takes longer to import than torch itself stays out: dynamo, sympy and Triton. (torch's own optimizers import them.)"""
     code = (
@@ -64,7 +125,7 @@ def test_import_is_light():
     )
     out, _ = run(PACKAGE.parent, code)
     assert "absgd_fast" in out.split()
-    assert not {"dynamo", "sympy", "triton", "numpy", "scipy", "matplotlib"} & set(out.split())
+    assert not {"dynamo", "sympy", "triton", "scipy", "matplotlib"} & set(out.split())
 
 
 # ---- installing ------------------------------------------------------------------------------------------------------
@@ -129,7 +190,8 @@ def test_without_a_compiler(source, tmp_path):
         "    ab.ABLoss(lam=1.0)(x, torch.arange(4) % 3).backward()\n"
         "    optimizer.step()\n"
         "print(ab.__file__, x.abs().sum().item() > 0)\n"
-        "print(_backend.why_not('cpu'))\n",
+        "print(_backend.why_not('cpu'))\n"
+        "assert _backend.host() is None and _backend.eager() is None\n",
     )
     assert str(installed) in out and "True" in out and info["reason"] in out
     assert err.count("RuntimeWarning") == 1 and info["reason"] in err
@@ -159,37 +221,64 @@ def test_a_failed_build_leaves_no_old_library(source, tmp_path):
 
 @pytest.fixture
 def hidden(tmp_path):
-    """A PYTHONPATH that hides torch, as that of pip's isolated builds does."""
+    """Variables that hide torch, as those of pip's isolated builds do."""
     folder = tmp_path / "isolation"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
-    return str(folder)
+    return {"PYTHONPATH": str(folder), "PYTHONNOUSERSITE": "1"}
 
 
 def test_an_isolated_build_finds_the_torch_of_the_environment(source, hidden, tmp_path):
     look = [sys.executable, "-c", "import importlib.util as u, sys; sys.exit(u.find_spec('torch') is not None)"]
-    assert subprocess.run(look, env=os.environ | {"PYTHONPATH": hidden}).returncode == 0  # it is hidden
-    done = install(source, tmp_path / "target", CXX=shutil.which("false"), PYTHONPATH=hidden)
+    assert subprocess.run(look, env=os.environ | hidden).returncode == 0  # it is hidden
+    done = install(source, tmp_path / "target", CXX=shutil.which("false"), **hidden)
     assert done.returncode == 0, done.stdout + done.stderr
     configure = ["cmake", "-S", source, "-B", tmp_path / "build", f"-DPython_EXECUTABLE={sys.executable}", "-DABSGD_CUDA=OFF"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(configure, capture_output=True, text=True, env=os.environ | {"PATH": path, "PYTHONPATH": hidden})
+    done = subprocess.run(configure, capture_output=True, text=True, env=os.environ | {"PATH": path} | hidden)
     assert done.returncode == 0 and f"torch {torch.__version__}" in done.stdout, done.stdout + done.stderr
 
 
-def test_a_build_without_torch_says_what_to_do(source, tmp_path):
-    """An environment with setuptools alone, as uv and poetry make it for a build."""
-    setuptools = pytest.importorskip("setuptools")
-    venv.create(tmp_path / "bare", with_pip=False)
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    packages = Path(setuptools.__file__).parent.parent
+@pytest.fixture
+def tools(tmp_path):
+    """A PYTHONPATH that has setuptools and nothing else."""
+    packages = Path(pytest.importorskip("setuptools").__file__).parent.parent
+    (tmp_path / "tools").mkdir()
     for path in [packages / "setuptools", packages / "_distutils_hack", *packages.glob("setuptools-*.dist-info")]:
-        (tools / path.name).symlink_to(path)
-    command = [tmp_path / "bare" / "bin" / "python", "setup.py", "bdist_wheel"]
-    done = subprocess.run(command, cwd=source, env=os.environ | {"PYTHONPATH": str(tools)}, capture_output=True, text=True)
+        (tmp_path / "tools" / path.name).symlink_to(path)
+    return str(tmp_path / "tools")
+
+
+def bdist_wheel(python, source, **environment):
+    """Builds a wheel, with the cmake of this environment."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path} | environment
+    return subprocess.run([python, "setup.py", "bdist_wheel"], cwd=source, env=environment, capture_output=True, text=True)
+
+
+def test_a_build_without_torch_says_what_to_do(source, tools, tmp_path):
+    """An environment with setuptools alone, as uv and poetry make it for a build."""
+    venv.create(tmp_path / "bare", with_pip=False)
+    done = bdist_wheel(tmp_path / "bare" / "bin" / "python", source, PYTHONPATH=tools)
     assert done.returncode != 0 and not list(source.glob("dist/*"))
-    assert "Install torch 2.10 or later first" in done.stderr and "--no-build-isolation absgd_fast" in done.stderr
+    assert "No module named 'torch'" in done.stderr and "--no-build-isolation absgd_fast" in done.stderr
+
+
+def test_an_older_torch_stops_a_build(source, tools, tmp_path):
+    """Without kernels pip would keep the wheel, and then upgrade torch. The torch lies where `pip install --user` has put it."""
+    user = Path(sysconfig.get_path("purelib", f"{os.name}_user", vars={"userbase": str(tmp_path / "user")}))
+    (user / "torch").mkdir(parents=True)
+    (user / "torch" / "__init__.py").write_text("__version__ = '2.9.1'\n")
+    isolated = {"PYTHONPATH": tools, "PYTHONNOUSERSITE": "1", "PYTHONUSERBASE": str(tmp_path / "user")}
+    done = bdist_wheel(sys._base_executable, source, **isolated)
+    assert done.returncode != 0 and not list(source.glob("dist/*"))
+    assert "this is torch 2.9.1" in done.stderr and "--no-build-isolation absgd_fast" in done.stderr
+
+
+def test_required_cuda(source):
+    """`make wheel` sets this, so that no wheel without CUDA code is published by mistake."""
+    done = bdist_wheel(sys.executable, source, ABSGD_FAST_CUDA="1", ABSGD_FAST_REQUIRE_NATIVE="1", CUDACXX=shutil.which("false"))
+    assert done.returncode != 0 and "needs a working CUDA compiler" in done.stderr and not list(source.glob("dist/*"))
 
 
 @pytest.mark.parametrize("pythons", ["", "python3.10 python3.11"], ids=["this Python", "several Pythons"])

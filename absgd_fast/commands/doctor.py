@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from .common import Refused
+
 if TYPE_CHECKING:
     from absgd_fast.selftest import Outcome
 
@@ -23,7 +25,7 @@ def add_parser(commands: Subparsers) -> None:
     doctor.add_argument(
         "--selftest",
         action="store_true",
-        help="run every backend against stored exact results: seconds, with a GPU up to two minutes",
+        help="run every backend against stored exact results (seconds on a CPU)",
     )
     doctor.set_defaults(run=run)
 
@@ -32,7 +34,10 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     """Prints what was found, as a tree or as JSON. Returns 1 if the self-test found a wrong number."""
     from absgd_fast import _backend
 
-    found = _backend.report()
+    try:
+        found = _backend.report()
+    except ValueError as error:  # of an environment variable
+        raise Refused(error) from None
     # Without rich it prints JSON too, because this command must also run on a broken installation.
     as_json = arguments.json or importlib.util.find_spec("rich") is None
     if not arguments.selftest:
@@ -88,10 +93,15 @@ def _show_outcomes(outcomes: Iterable[Outcome]) -> list[Outcome]:
 
     columns = ("backend", "dtype", "checks", "failed", "worst deviation", "seconds")
     table = Table(*columns, title="Self-test", caption="The worst deviation is a share of what rounding may do.")
-    done = []
+    done: list[Outcome] = []
     with Live(table, console=Console()):
         for o in outcomes:
             done.append(o)
+            if o.not_run:
+                continue
             failed = f"[red]{len(o.failures)}[/]" if o.failures else "0"
             table.add_row(o.where, o.dtype, str(o.checks), failed, f"{o.worst:.0%}", f"{o.seconds:.1f}")
+    for o in done:
+        if o.not_run:
+            print(f"not run: {o.where}{o.dtype and ', '}{o.dtype}: {o.not_run}")
     return done

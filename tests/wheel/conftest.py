@@ -1,6 +1,8 @@
 """The wheel that `make wheel` has left in dist/, and the Pythons that it serves."""
 
+import json
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,3 +16,10 @@ def wheel():
     found = sorted(ROOT.glob("dist/*.whl"))
     assert len(found) == 1, f"expected one wheel in dist/, found {[path.name for path in found]}; run `make wheel`"
     return found[0]
+
+
+@pytest.fixture(scope="session")
+def info(wheel):
+    """What the build has noted (CMakeLists.txt)."""
+    with zipfile.ZipFile(wheel) as file:
+        return json.loads(file.read("absgd_fast/_build_info.json"))

@@ -14,24 +14,32 @@ from pathlib import Path
 import pytest
 from conftest import PYTHONS
 
-# the modules of Python need every Python, the operators need every torch; neither needs every pair
-BUILT_BESIDE = "2.13.0"
-ENVIRONMENTS = [(python, BUILT_BESIDE) for python in PYTHONS] + [(PYTHONS[2], "2.10.0"), (PYTHONS[-1], "newest")]
+# The modules of Python are tried with every Python, the operators with the oldest and the newest torch, and once without the
+# modules, as a later Python meets them.
+ENVIRONMENTS = [
+    *((python, "the same", True) for python in PYTHONS),
+    (PYTHONS[0], "2.10.0", True),
+    (PYTHONS[-1], "newest", True),
+    (PYTHONS[-1], "the same", False),
+]
 MODULES_BELONG_TO = {"numpy", "triton"}
 
 
-@pytest.fixture(params=ENVIRONMENTS, ids="-torch".join)
-def environment(request, wheel, tmp_path):
-    """The Python of an environment with torch and the wheel alone, and the torch that was asked for."""
-    python, torch = request.param
+@pytest.fixture(params=ENVIRONMENTS, ids=lambda e: f"{e[0]}, torch {e[1]}" + (", without modules" if not e[2] else ""))
+def environment(request, wheel, info, tmp_path):
+    """The Python of an environment with torch and the wheel alone, and whether the wheel's modules are left in it."""
+    python, torch, modules = request.param
+    release = info["torch"].split("+")[0]
     folder = tmp_path / "an environment with spaces"
     subprocess.run([python, "-m", "venv", folder], check=True)
     own = folder / "bin" / "python"
     pip = [own, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    subprocess.run([*pip, "install", "torch" if torch == "newest" else f"torch=={torch}"], check=True)
+    subprocess.run(
+        [*pip, "install", {"newest": "torch", "the same": f"torch=={release}"}.get(torch, f"torch=={torch}")], check=True
+    )
     subprocess.run([*pip, "uninstall", "--yes", *MODULES_BELONG_TO], check=True)
     subprocess.run([*pip, "install", "--no-index", "--no-deps", wheel], check=True)
-    yield own, torch
+    yield own, modules
     subprocess.run(["chmod", "-R", "u+w", folder], check=True)
     shutil.rmtree(folder)  # five gigabytes, and pytest would keep those of three runs
 
@@ -45,11 +53,14 @@ def contents(folder):
     return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob("*"))}
 
 
-def test_smoke(environment, tmp_path):
-    python, torch = environment
+def test_smoke(environment, info, tmp_path):
+    python, modules = environment
     where = "import importlib.util as u; print(u.find_spec('absgd_fast').submodule_search_locations[0])"
     asked = subprocess.run([python, "-c", where], capture_output=True, text=True, check=True, env=bare(tmp_path), cwd=tmp_path)
     package = Path(asked.stdout.strip())
+    if not modules:
+        for path in [*package.glob("_host.*.so"), *package.glob("_eager.*.so")]:
+            path.rename(path.with_name(path.name.replace("cpython-3", "cpython-9")))
     subprocess.run(["chmod", "-R", "a-w", package], check=True)
     before = contents(package)
     smoke = Path(__file__).with_name("smoke.py")
@@ -59,11 +70,16 @@ def test_smoke(environment, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert contents(package) == before
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["host module"] == {"available": True, "reason": None}
-    if torch == BUILT_BESIDE:
-        assert found["eager module"] == {"available": True, "reason": None}
+    built_beside, here = (version.split("+")[0] for version in (info["torch"], found["torch"]))
+    if not modules:
+        assert "_host was built for cpython-9" in found["host module"]["reason"]
+        assert "_eager was built for cpython-9" in found["eager module"]["reason"]
     else:
-        assert f"it was built beside torch {BUILT_BESIDE}" in found["eager module"]["reason"]
+        assert found["host module"] == {"available": True, "reason": None}
+        if here == built_beside:
+            assert found["eager module"] == {"available": True, "reason": None}
+        else:
+            assert f"it was built beside torch {built_beside}" in found["eager module"]["reason"]
     beyond = times(python, tmp_path)
     print(
         f"{found['python']}, torch {found['torch']}: {found['checks']} checks,",
