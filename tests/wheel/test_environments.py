@@ -22,7 +22,7 @@ ENVIRONMENTS = [
     (PYTHONS[-1], "newest", True),
     (PYTHONS[-1], "the same", False),
 ]
-MODULES_BELONG_TO = {"numpy", "triton"}
+ABSENT = {"numpy", "triton"}
 
 
 @pytest.fixture(params=ENVIRONMENTS, ids=lambda e: f"{e[0]}, torch {e[1]}" + (", without modules" if not e[2] else ""))
@@ -37,7 +37,7 @@ def environment(request, wheel, info, tmp_path):
     subprocess.run(
         [*pip, "install", {"newest": "torch", "the same": f"torch=={release}"}.get(torch, f"torch=={torch}")], check=True
     )
-    subprocess.run([*pip, "uninstall", "--yes", *MODULES_BELONG_TO], check=True)
+    subprocess.run([*pip, "uninstall", "--yes", *ABSENT], check=True)
     subprocess.run([*pip, "install", "--no-index", "--no-deps", wheel], check=True)
     yield own, modules
     subprocess.run(["chmod", "-R", "u+w", folder], check=True)
