@@ -42,7 +42,8 @@ def main(checkpoint):
     outcomes = list(selftest.run())
     failures = [f"{o.where}, {o.dtype}: {failure}" for o in outcomes for failure in o.failures]
     assert not failures, failures
-    assert {o.where.split(",")[0] for o in outcomes} >= {"reference", "cpu"} and all(o.checks for o in outcomes)
+    ran = {o.where.split(",")[0] for o in outcomes if o.checks}
+    assert ran == {"reference", "cpu"} and all(o.checks > 90 for o in outcomes if not o.not_run), outcomes
     train(torch, ab, checkpoint)
     command_line()
     found["checks"] = sum(o.checks for o in outcomes)
