@@ -26,7 +26,6 @@ from absgd_fast import selftest
 FILE = Path(__file__).resolve().parent.parent / "absgd_fast" / "selftest" / "vectors.json"
 # The widths of a register of every type lie between these, and the second has rows of both walks (csrc/cpu/along_classes.h).
 SHAPES = [(21, 3), (6, 37)]
-# one rule of each family of options is enough: the tests of the optimizers try them all
 # One row of each rule and form is enough: the tests of the optimizers try them all. The lr changes from step to step: with
 # a constant one the two forms of momentum are the same.
 RULES = [
@@ -72,12 +71,15 @@ def batch(seed, rows, classes, ignored):
 
 def plain(values):
     """As JSON has them."""
+    if isinstance(values, dict):
+        return {key: plain(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [plain(value) for value in values]
     return values.tolist() if isinstance(values, (np.ndarray, torch.Tensor, np.generic)) else values
 
 
 def check(kind, name, expected, **inputs):
-    tidy = {key: plain(value) for key, value in inputs.items()}
-    return {"kind": kind, "name": f"{kind}: {name}", **tidy, "expected": {key: plain(value) for key, value in expected.items()}}
+    return {"kind": kind, "name": f"{kind}: {name}", **plain(inputs), "expected": plain(expected)}
 
 
 def module_of(name, classes):
@@ -89,10 +91,13 @@ def module_of(name, classes):
     return {"module": loss.fused.__name__, "given": given}, loss.options(classes) | {"weight": given.get("weight")}
 
 
-def robust(batches, options, factors=(1.0, 0.5)):
-    """The results of ABLoss over batches of (losses, gradient, which rows count), and the fields that give its own gradient."""
+FACTORS = (1.0, 0.5)  # by which the values of the first and the second batch are multiplied before backward
+
+
+def robust(batches, options):
+    """The results of ABLoss over batches of logits and labels."""
     criterion, expected = oracle.ABLoss(-0.75), {}
-    for step, (given, factor) in enumerate(zip(batches, factors), 1):
+    for step, (given, factor) in enumerate(zip(batches, FACTORS), 1):
         losses, gradient = oracle.logit_loss(**given, **options)
         forward = criterion(losses, mask=oracle.valid(**given, **options))
         expected |= {f"value {step}": forward.loss, f"gradient {step}": factor * forward.grad[:, None] * gradient}
@@ -108,7 +113,7 @@ def of_logits():
             losses, gradient = oracle.logit_loss(**batches[0], **options)
             called = f"{name}, {shape[0]} x {shape[1]}"
             yield check("logits", called, {"losses": losses, "gradient": gradient}, **module, **batches[0])
-            given = [{key: plain(value) for key, value in g.items()} | {"factor": f} for g, f in zip(batches, (1.0, 0.5))]
+            given = [one | {"factor": factor} for one, factor in zip(batches, FACTORS)]
             yield check("robust logits", called, robust(batches, options), **module, batches=given, options={"lam": -0.75})
 
 
@@ -131,9 +136,7 @@ def of_large_logits():
 
 def part(values, every):
     """The rows and columns of a large result that are stored."""
-    rows, columns = every
-    values = values[::rows, ..., ::columns] if values.ndim > 1 else values[::rows]
-    return {"every": [rows, columns], "values": plain(values)}
+    return {"every": list(every), "values": selftest.part(values, every)}
 
 
 def of_parts_of_a_batch():
@@ -143,14 +146,13 @@ def of_parts_of_a_batch():
     expected = robust([whole], options)
     gradients = np.split(expected["gradient 1"], [9])
     expected = {"log s": expected["log s 1"], "gradient 1": gradients[0], "gradient 2": gradients[1]}
-    given = [{key: plain(value) for key, value in g.items()} for g in batches]
-    yield check("deferred", "two micro-batches", expected, **module, batches=given, options={"lam": -0.75})
+    yield check("deferred", "two micro-batches", expected, **module, batches=batches, options={"lam": -0.75})
 
 
 def of_losses():
     for name, options in STATES.items():
         batches = [(np.abs(exact_numbers(10 * step, 19)), np.arange(19) % 7 != step) for step in (1, 2, 3)]
-        given = [{"losses": plain(losses), "mask": plain(mask)} for losses, mask in batches]
+        given = [{"losses": losses, "mask": mask} for losses, mask in batches]
         yield check("losses", name, weighed(options, batches), options=options, batches=given)
     many = {"kind": "losses", "shape": [5000]}
     expected = weighed({"lam": -0.5}, [(selftest.large(**many).numpy(), None)])
@@ -207,7 +209,7 @@ def of_optimizers():
     shapes = [(), (5,), (3, 7), (67,)]
     params = [exact_numbers(i, *shape) for i, shape in enumerate(shapes)]
     gradients = [[exact_numbers(100 * step + i, *shape) for i, shape in enumerate(shapes)] for step in (1, 2, 3)]
-    given = {"params": [plain(p) for p in params], "gradients": [[plain(g) for g in step] for step in gradients], "lrs": LRS}
+    given = {"params": params, "gradients": gradients, "lrs": LRS}
     for name, max_norm in [*((name, None) for name in RULES), ("sgd-momentum-decay", 2.0)]:
         case = CASES[name]
         options = {key: value for key, value in case.options.items() if key != "lr"}
@@ -246,9 +248,9 @@ def of_weighted_steps():
         "weighted step",
         "momentum and decay",
         expected,
-        params=[plain(p) for p in params],
-        buffers=[plain(b) for b in buffers],
-        per_sample_grads=[plain(g) for g in grads],
+        params=params,
+        buffers=buffers,
+        per_sample_grads=grads,
         losses=losses,
         log_s=log_s,
         options=dict(lam=-0.5, lr=lr, gamma=0.75, momentum=momentum, weight_decay=decay),

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     else:
         _show_tree(found)
         outcomes = _show_outcomes(selftest.run())
-    failures = [f"{o.where}, {o.dtype}: {failure}" for o in outcomes for failure in o.failures]
+    failures = [sentence for o in outcomes for sentence in o.sentences()]
     for failure in failures:
         print(failure, file=sys.stderr)
     return 1 if failures else 0

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -97,6 +97,10 @@ class Outcome:
     seconds: float = 0.0
     failures: list[str] = field(default_factory=list)
     not_run: str | None = None
+
+    def sentences(self) -> list[str]:
+        """The failures, each with the backend and the dtype."""
+        return [f"{self.where}, {self.dtype}: {failure}" for failure in self.failures]
 
 
 @cache
@@ -251,6 +255,12 @@ KINDS: dict[str, tuple[Callable[[Check, Where, torch.dtype], Results], tuple[tor
 # ---- running them ----
 
 
+def part(values: Any, every: Sequence[int]) -> Any:
+    """Of a large result, as a tensor or an array, every so many rows and columns."""
+    rows, columns = every
+    return values[::rows, ..., ::columns] if values.ndim > 1 else values[::rows]
+
+
 def deviation(name: str, got: Tensor, expected: Any) -> float:
     """The largest |got − expected| of a result, relative to what is expected. Infinite where a number is NaN, or shapes differ.
 
@@ -259,8 +269,7 @@ def deviation(name: str, got: Tensor, expected: Any) -> float:
     their largest element. The divisor is at least the smallest normal number of the dtype: smaller ones have fewer digits.
     """
     if isinstance(expected, dict):  # a part of a large result
-        rows, columns = expected["every"]
-        got, expected = got[::rows, ..., ::columns] if got.dim() > 1 else got[::rows], expected["values"]
+        got, expected = part(got, expected["every"]), expected["values"]
     exact = torch.tensor(expected, dtype=torch.float64, device="cpu")
     if got.shape != exact.shape:
         return float("inf")

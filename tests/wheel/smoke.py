@@ -6,6 +6,7 @@ It needs torch and absgd_fast alone: no pytest, no numpy. It fails at once where
 package for writing.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -35,12 +36,12 @@ def main(checkpoint):
 
     assert os.path.realpath(ab.__file__).startswith(PREFIX), ab.__file__
     for missing in ("numpy", "triton"):
-        assert _importable(missing) is False, f"{missing} is here, so nothing shows that the package works without it"
+        assert importlib.util.find_spec(missing) is None, f"{missing} is here, so nothing shows that the package works without it"
     found = _backend.report()
     assert found["backends"]["cpu"]["available"], found
     assert found["selected for CPU tensors"] == "cpu"
     outcomes = list(selftest.run())
-    failures = [f"{o.where}, {o.dtype}: {failure}" for o in outcomes for failure in o.failures]
+    failures = [sentence for o in outcomes for sentence in o.sentences()]
     assert not failures, failures
     ran = {o.where.split(",")[0] for o in outcomes if o.checks}
     assert ran == {"reference", "cpu"} and all(o.checks > 90 for o in outcomes if not o.not_run), outcomes
@@ -48,12 +49,6 @@ def main(checkpoint):
     command_line()
     found["checks"] = sum(o.checks for o in outcomes)
     print(json.dumps(found))
-
-
-def _importable(name):
-    import importlib.util
-
-    return importlib.util.find_spec(name) is not None
 
 
 def train(torch, ab, checkpoint):
