@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.machinery
 import importlib.util
 import json
 import os
 import platform
 import re
 import sys
-import sysconfig
 import warnings
 from functools import cache
 from pathlib import Path
@@ -262,7 +262,7 @@ def _module(name: str) -> ModuleType:
     A wheel has one build of it for each of several Pythons. `import` would also find that of another checkout, to which an
     editable installation has mapped the package's name.
     """
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]  # sysconfig's EXT_SUFFIX, without importing a file of the Python's build
     file = _HERE / f"{name}{suffix}"
     if not file.exists():
         built = sorted(path.name.split(".")[1] for path in _HERE.glob(f"{name}.*.so"))

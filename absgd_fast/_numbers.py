@@ -39,6 +39,12 @@ def is_real(value: object) -> bool:
     return isinstance(value, (Real, Decimal)) and not isinstance(value, bool)
 
 
+def _is_bool(value: object) -> bool:
+    """Whether it is True or False, of Python or NumPy. NumPy before 2.3 takes its own for an index."""
+    kind = getattr(getattr(value, "dtype", None), "kind", None)
+    return isinstance(value, bool) or (kind == "b" and getattr(value, "ndim", None) == 0)
+
+
 def listed(values: Any) -> list[float] | None:
     """The numbers of a sequence or array as Python's, also those of 0-d tensors and arrays; None for anything else."""
     try:
@@ -56,7 +62,7 @@ def integer(value: object, tensors: bool = False) -> int | None:
     """
     if type(value) is int:
         return value
-    if isinstance(value, bool) or (isinstance(value, Tensor) and (not tensors or value.dtype == torch.bool)):
+    if _is_bool(value) or (isinstance(value, Tensor) and (not tensors or value.dtype == torch.bool)):
         return None
     try:
         return index(value)  # type: ignore[arg-type]  # TypeError says that it is no integer
@@ -73,7 +79,7 @@ def plain(value: Any) -> Any:
         return type(value)(map(plain, value))
     if type(value) in (float, int, bool):
         return value
-    if getattr(getattr(value, "dtype", None), "kind", None) == "b" and getattr(value, "ndim", None) == 0:
-        return bool(value)  # NumPy's own
+    if _is_bool(value):
+        return bool(value)
     number = int(value) if isinstance(value, Integral) else real(value)
     return value if number is None else number

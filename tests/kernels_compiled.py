@@ -367,7 +367,10 @@ def row(call, *target):
 
 @pytest.mark.parametrize("call, target", [row(c, t) for c in CALLS for t in TARGETS if t == "sm_90" or c in ONE_OF_EACH])
 def test_compiles(call, target):
-    """To a binary, without spills: only the last program of a robust loss may spill, and little."""
+    """To a binary, without spills: only the last program of a robust loss may spill, and little.
+
+    With Triton 3.7 a program in float64 has 8 bytes of stack, with 3.9 it has none.
+    """
     for made in recorded(call, target):
         compiled = made.compile(target)
         binary = compiled.asm["hsaco" if target == "gfx942" else "cubin"]
@@ -380,7 +383,7 @@ def test_compiles(call, target):
         assert ("robust_logit" in made.name and "64" not in call.split()[-1]) == (capped is not None)
         assert not capped or f".maxnreg {capped}" in compiled.asm["ptx"]
         stack = stack_of(binary)
-        assert stack is None or stack <= (128 if capped else 0), made.name
+        assert stack is None or stack <= (128 if capped else 8 if "fp64" in call else 0), made.name
 
 
 def stack_of(cubin):

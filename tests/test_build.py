@@ -270,7 +270,8 @@ def test_an_older_torch_stops_a_build(source, tools, tmp_path):
     (user / "torch").mkdir(parents=True)
     (user / "torch" / "__init__.py").write_text("__version__ = '2.9.1'\n")
     isolated = {"PYTHONPATH": tools, "PYTHONNOUSERSITE": "1", "PYTHONUSERBASE": str(tmp_path / "user")}
-    done = bdist_wheel(sys._base_executable, source, **isolated)
+    python = Path(sys.base_prefix, "bin", f"python3.{sys.version_info.minor}")  # Python 3.10 has no sys._base_executable for it
+    done = bdist_wheel(python, source, **isolated)
     assert done.returncode != 0 and not list(source.glob("dist/*"))
     assert "this is torch 2.9.1" in done.stderr and "--no-build-isolation absgd_fast" in done.stderr
 

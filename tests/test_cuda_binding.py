@@ -1,5 +1,5 @@
 """One library of CUDA operators serves every torch (csrc/torch_stream.h): it finds torch's stream in the libtorch_cuda that the
-process has loaded, whichever of the two was loaded first. Here a stub stands for libtorch_cuda."""
+process has loaded, whichever of the two was loaded first. Beside a torch without CUDA a stub stands for libtorch_cuda."""
 
 import shutil
 import subprocess
@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from absgd_fast import _backend
 
+OWN = Path(torch.__file__).with_name("lib") / "libtorch_cuda.so"
 LIBRARY = Path(_backend.__file__).with_name("_ops_cuda.so")
 COMPILER = shutil.which("c++") or shutil.which("g++")
 
@@ -80,9 +82,19 @@ def run(stub, *steps):
     return done.stdout.splitlines()
 
 
+stubbed = pytest.mark.skipif(OWN.exists(), reason="this torch has loaded its own libtorch_cuda, which hides a stub")
 ABSENT = "no libtorch_cuda.so is loaded in this process"
 
 
+@pytest.mark.skipif(not OWN.exists(), reason="this torch was built without CUDA, and has no libtorch_cuda")
+def test_torchs_own_library_is_bound():
+    """Without a GPU it has no stream to tell."""
+    asked, failing, _ = run(OWN, "load_operators", "ask")
+    assert asked.endswith(" | bound") and (torch.cuda.is_available() == asked.startswith("0x"))
+    assert failing == "torch could not tell its current stream | bound"
+
+
+@stubbed
 @pytest.mark.parametrize(
     "steps, answers",
     [
@@ -97,11 +109,13 @@ def test_the_stream_is_torchs(stub, steps, answers):
     assert run(stub(), *steps) == [*answers, "torch could not tell its current stream | bound", "2"]
 
 
+@stubbed
 def test_a_torch_without_the_symbol(stub):
     missing = "libtorch_cuda.so has no aoti_torch_get_current_cuda_stream, which torch 2.10 and later have"
     assert run(stub("-DEMPTY"), "load_stub", "load_operators", "ask") == [f"{missing} | {missing}"] * 2 + ["0"]
 
 
+@stubbed
 def test_without_libtorch_cuda(stub):
     assert run(stub(), "load_operators", "ask") == [f"{ABSENT} | {ABSENT}"] * 2 + ["None"]
 

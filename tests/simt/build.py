@@ -89,7 +89,10 @@ def compiler():
 
 @functools.cache
 def cuda_headers():
-    """Folders that have cuda_runtime.h, cuda_fp16.h, cuda_bf16.h: those of nvcc, of Triton's and of NVIDIA's wheels."""
+    """Folders that have cuda_runtime.h, cuda_fp16.h, cuda_bf16.h: those of nvcc, of Triton's and of NVIDIA's wheels.
+
+    The wheels that come with torch lack what these files include, such as crt/host_defines.h.
+    """
     found = []
     if nvcc := shutil.which("nvcc"):
         dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
@@ -98,7 +101,7 @@ def cuda_headers():
         found.append(Path(spec.origin).parent / "backends" / "nvidia" / "include")
     if spec := importlib.util.find_spec("nvidia"):
         found += [p.parent for root in spec.submodule_search_locations for p in Path(root).glob("*/include/cuda_runtime.h")]
-    names = ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h")
+    names = ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h", "crt/host_defines.h")
     return [folder for folder in map(Path, found) if all((folder / name).exists() for name in names)]
 
 
