@@ -1,4 +1,4 @@
-# make demo        environment, build, the two experiments of the README, and its picture, docs/noise.png
+# make demo        environment, build, the two experiments of the README, and its picture, demo/noise.png
 # make lint        formatting, lint rules and types, in half a minute; `make format` mends what can be mended
 # make test        environment, build, lint, and the tests that need an answer soon
 # make test-deep   the rest of the tests
@@ -26,7 +26,7 @@ demo: $(VENV)/.installed
 	@rm -f demo/*/checkpoint.pt  # of a demo that was stopped: `train` would not begin another in its place
 	$(train) --noise symmetric --noise-rate 0.4 --model mlp --lam -0.5 --warmup 0.3 --weight-decay 1e-4 --out demo/noise
 	$(train) --imbalance lt --rho 100 --model linear --lam 0.5 --warmup 0.5 --weight-decay 5e-4 --out demo/longtail
-	$(bin)/python -m benchmarks.readme demo docs/noise.png
+	$(bin)/python -m benchmarks.readme demo demo/noise.png
 
 # Learning to reweight examples: wrong labels, and its paper's protocol for imbalance. Ten minutes.
 l2rw: $(VENV)/.installed
@@ -72,6 +72,7 @@ test-deep: $(VENV)/.installed $(VENV)/.docs
 # A warning is an error. (Without --quiet, which would hide the warnings from --strict as well.)
 docs: $(VENV)/.installed $(VENV)/.docs
 	$(bin)/mkdocs build --strict
+	@echo "The site is in build/site. To look at it: python3 -m http.server --directory build/site"
 
 bench: $(VENV)/.installed
 	$(bin)/pytest benchmarks

@@ -8,10 +8,12 @@ ABSGD_FAST_CUDA             0 leaves out the operators of CUDA, even where there
 ABSGD_FAST_EAGER            0 leaves out the eager module (csrc/eager.cpp), which serves the torch of the build alone
 ABSGD_FAST_PYTHONS          interpreters, separated by spaces. The modules of Python are built for each of them, and the wheel is
                             tagged py3-none: it then serves every Python, though without these modules where one has none
+ABSGD_FAST_URL              the address of the repository, which the links of the package's page on an index then begin with
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,8 +26,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 PYTHONS = os.environ.get("ABSGD_FAST_PYTHONS", "").split()
-
-
+URL = os.environ.get("ABSGD_FAST_URL", "").rstrip("/")
 CUDA = {"0": "OFF", "1": "ON"}.get(os.environ.get("ABSGD_FAST_CUDA", ""), "AUTO")
 NO_TORCH = """
 This build does not see torch 2.10 or later, and the kernels are built against its headers. Install torch first.
@@ -48,7 +49,7 @@ def run_cmake(path, *arguments):
     if done.returncode:
         lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
         where = next((i for i, line in enumerate(lines) if "error" in line.lower()), -3)
-        why = " ".join(lines[where:][:4]).split("(message): ")[-1].split("(project): ")[-1]
+        why = " ".join(lines[where:][:4]).split("Call Stack")[0].split("(message): ")[-1].split("(project): ")[-1].strip()
         raise RuntimeError(f"the kernels could not be built: {why}")
 
 
@@ -113,4 +114,20 @@ class Wheel(bdist_wheel):
         return ("py3", "none", machine) if PYTHONS else (python, abi, machine)
 
 
-setup(ext_modules=[Extension("absgd_fast._native", sources=[])], cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel})
+def page():
+    """README.md as an index shows it, which has no other file of the repository."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(
+        r"(!?)(\[[^]]*\])\((?!\w+:|#)([^)]+)\)",
+        lambda m: f"{m[1]}{m[2]}({URL}/{'raw' if m[1] else 'blob'}/HEAD/{m[3]})" if URL else m[0],
+        text,
+    )
+
+
+setup(
+    ext_modules=[Extension("absgd_fast._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+    long_description=page(),
+    long_description_content_type="text/markdown",
+    project_urls={"Source": URL, "Changelog": f"{URL}/blob/HEAD/CHANGELOG.md"} if URL else {},
+)

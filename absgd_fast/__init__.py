@@ -14,6 +14,13 @@ from a checkout that is not installed.
 
 from importlib import metadata as _metadata
 
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as _error:
+    if _error.name != "torch":
+        raise
+    raise ModuleNotFoundError("absgd_fast needs PyTorch 2.10 or later: pip install torch", name="torch") from None
+
 from . import functional, meta, reference, weights
 from .audit import LabelAudit
 from .class_weights import adrw_weights, class_balanced_weights

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from absgd_fast import __version__
 from absgd_fast.commands import audit, bench, doctor, report, train, tune
 from absgd_fast.commands.common import PROGRAM, Parser, Refused, fail
 
@@ -60,6 +61,7 @@ def main(argv: Iterable[object] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(PROGRAM, description="Checks, tries and measures Attentional-Biased SGD for PyTorch.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"absgd_fast {__version__}")
     commands = parser.add_subparsers(metavar=" | ".join(COMMANDS), required=True, parser_class=Parser)
     for add_parser in COMMANDS.values():
         add_parser(commands)

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -274,6 +275,31 @@ def test_an_older_torch_stops_a_build(source, tools, tmp_path):
     done = bdist_wheel(python, source, **isolated)
     assert done.returncode != 0 and not list(source.glob("dist/*"))
     assert "this is torch 2.9.1" in done.stderr and "--no-build-isolation absgd_fast" in done.stderr
+
+
+@pytest.mark.parametrize("url", ["", "https://example.org/somebody/absgd_fast"])
+def test_the_page_on_an_index(source, url):
+    """An index shows the README alone. So its links and its picture need the address of the repository, which a release knows."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (source / "README.md").write_text(readme, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "dist_info", "--output-dir", "."],
+        cwd=source,
+        env=os.environ | {"ABSGD_FAST_URL": url},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (folder,) = source.glob("*.dist-info")
+    metadata = (folder / "METADATA").read_text(encoding="utf-8")
+    assert "Description-Content-Type: text/markdown" in metadata
+    assert (readme.strip() in metadata) == (not url)
+    assert (f"Project-URL: Source, {url}\n" in metadata) == bool(url) == ("Project-URL" in metadata)
+    relative = re.findall(r"\]\((?!https:|#)([^)]+)\)", readme)
+    assert len(relative) > 40
+    for path in relative:
+        kind = "raw" if path.endswith(".png") else "blob"
+        assert (f"]({url}/{kind}/HEAD/{path})" in metadata) == bool(url) and (f"]({path})" in metadata) == (not url)
 
 
 def test_required_cuda(source):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import absgd_fast
 from absgd_fast import __main__ as cli
 from absgd_fast.commands import bench, common
 from absgd_fast.experiments import report, train
@@ -111,9 +112,37 @@ def test_out_must_be_writable(monkeypatch, capsys, in_an_empty_folder):
     assert f"{in_an_empty_folder} cannot be written to" in refused(capsys, *QUICK, "--out", "new/folder")
 
 
-@pytest.mark.parametrize("argv", [[], ["trane"], ["--version"]])
+@pytest.mark.parametrize("argv", [[], ["trane"], ["--nonsense"]])
 def test_unknown_command(argv, capsys):
     assert "doctor" in refused(capsys, *argv)
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"absgd_fast {absgd_fast.__version__}\n"
+
+
+HIDES_TORCH = """
+import importlib.abc, sys
+
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == "torch":
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+sys.meta_path.insert(0, Hide())
+"""
+
+
+@pytest.mark.parametrize("hides, says", [(HIDES_TORCH, "pip install torch"), ("", "No module named 'nowhere'")])
+def test_without_torch(hides, says, tmp_path):
+    """The last line of the error says what to install; but not if a torch is there that lacks something itself."""
+    (tmp_path / "torch.py").write_text("import nowhere")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-c", hides + "import absgd_fast"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and says in done.stderr.splitlines()[-1]
+    assert ("pip install torch" in done.stderr) == bool(hides)
 
 
 def test_help(capsys):

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 import absgd_fast as ab
 from absgd_fast.selection import Candidate, default_candidates, rule
+from absgd_fast.selection.candidates import is_strongest
 from absgd_fast.selection.record import FILE, Record, packed, unpacked
 from absgd_fast.selection.rule import Curve, Judge, rungs_of
 from absgd_fast.selection.split import split
@@ -224,6 +225,34 @@ def test_the_preference_is_no_test_of_significance():
 
 def test_the_reason_names_ties_as_ties():
     assert "a and b have the same score" in selected(flat(a=0.5, b=0.5)).reason
+
+
+@pytest.mark.parametrize(
+    "names, chosen, is_said",
+    [
+        ("inf -2 -1 -0.5", "-0.5", True),
+        ("inf -2 -1 -0.5", "-1", False),
+        ("inf -2 -1 -0.5", "inf", False),
+        ("inf 0.5 -1", "-1", True),  # the stronger one has the other sign
+        ("inf ess0.9 ess0.7 -0.1", "ess0.7", True),
+        ("inf ess0.9 ess0.7", "ess0.9", False),
+    ],
+)
+def test_the_reason_says_whether_a_stronger_candidate_was_tried(names, chosen, is_said):
+    candidates = [Candidate.named(name) for name in names.split()]
+
+    def train(candidate, train_idx, holdout_idx, budget):
+        for _ in range(budget):
+            yield 0.5 + 0.1 * (candidate.name == chosen)
+
+    found = ab.select(train, candidates, n=100, budget=3, **QUIET)
+    assert found.name == chosen and ("no stronger candidate was tried" in found.reason) == is_said
+
+
+def test_strengths_of_relative_lambdas_compare_with_each_other():
+    weak, strong, absolute = (Candidate(f"{lam}", lam, 0.3) for lam in (ab.RelativeLam(-1), ab.RelativeLam(-0.5), -0.1))
+    assert is_strongest(strong, [weak, strong, absolute]) and not is_strongest(weak, [weak, strong])
+    assert not is_strongest("strong", ["strong"])  # an object of the user
 
 
 def test_a_candidate_that_lags_while_it_ramps_is_not_stopped():

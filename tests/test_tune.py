@@ -383,6 +383,15 @@ def results_of(*outcomes, chosen="inf"):
     }
 
 
+def test_the_strongest_candidate_is_called_so():
+    said = "Ramp to −2 is the strongest candidate."
+    others = [("inf", "finished"), ("-5", "finished"), ("2", "finished"), ("ess0.5", "finished")]
+    assert any(said in note for note in tune_report.notes(results_of(*others, ("-2", "chosen"), chosen="-2")))
+    assert not any("strongest" in note for note in tune_report.notes(results_of(*others, ("-2", "finished"))))
+    stronger = results_of(*others, ("-2", "chosen"), ("-1", "finished"), chosen="-2")
+    assert not any("strongest" in note for note in tune_report.notes(stronger))
+
+
 def test_the_sentences():
     first = tune_report.answers(results_of(("inf", "chosen"), ("-2", "finished")))
     assert first["choice"] == "∞, the plain mean." and "1.00 ± 0.50 points ahead of the next best, ramp to −2" in first["why"]

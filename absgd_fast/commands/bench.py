@@ -23,7 +23,7 @@ def run(argv: Sequence[str]) -> int:
     """Hands the arguments after `bench` over to the benchmarks."""
     checkout = Path(__file__).resolve().parents[2]
     if not (checkout / "benchmarks" / "run.py").is_file():
-        raise Refused("the benchmarks are not part of the installed package: run bench from a source checkout")
+        raise Refused("the installed package has no benchmarks; in a source checkout run: python -m absgd_fast bench")
     if str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))
     return importlib.import_module("benchmarks.run").main(argv)

@@ -54,6 +54,9 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     failures = [sentence for o in outcomes for sentence in o.sentences()]
     for failure in failures:
         print(failure, file=sys.stderr)
+    checks = sum(o.checks for o in outcomes)
+    verdict = f"{len(failures)} of {checks} checks failed." if failures else f"All {checks} checks passed."
+    print(verdict, file=sys.stderr if as_json else sys.stdout)
     return 1 if failures else 0
 
 

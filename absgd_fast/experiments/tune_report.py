@@ -10,6 +10,8 @@ from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.table import Table
 
+from absgd_fast.selection.candidates import Candidate, is_strongest
+
 from .pages import rendered
 from .style import DASHED, DOTTED, legend, make_axes
 from .svg import embedded
@@ -91,11 +93,19 @@ def notes(results: dict[str, Any]) -> list[str]:
     """What a reader must know before trusting the choice. Often there is nothing."""
     failed = [row for row in results["table"] if row["outcome"].startswith("failed")]
     found = [f"{shown(row['candidate'])} {row['outcome']} ({row['epochs']} epochs were trained)." for row in failed]
+    if is_strongest(*_candidates(results)):
+        strongest = _capital(shown(results["chosen"]))
+        found.append(f"{strongest} is the strongest candidate. A stronger one may be better still: see --candidates.")
     if results["held out"] < 100:
         found.append(
             f"Only {results['held out']} images are held out, so small differences cannot be seen. A larger --holdout sees more."
         )
     return found
+
+
+def _candidates(results: dict[str, Any]) -> tuple[Candidate, list[Candidate]]:
+    """The chosen candidate, and all."""
+    return Candidate.named(results["chosen"]), [Candidate.named(row["candidate"]) for row in results["table"]]
 
 
 def table(results: dict[str, Any]) -> Table:

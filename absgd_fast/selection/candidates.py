@@ -177,6 +177,28 @@ def default_candidates(goal: str = "accuracy") -> list[Candidate]:
     return [Candidate.named(text) for text in DEFAULTS[_checks.choice(goal, "goal", tuple(DEFAULTS))]]
 
 
+def is_strongest(chosen: Any, among: Iterable[Any]) -> bool:
+    """Whether none of the candidates weighs more strongly than the chosen one, in its direction.
+
+    It is False for the plain mean, and for what is no `Candidate`.
+
+    >>> candidates = default_candidates()
+    >>> [candidate.name for candidate in candidates if is_strongest(candidate, candidates)]
+    ['-0.5']
+    """
+    direction, strength = _strength(chosen)
+    return strength > 0 and all(other <= strength for way, other in map(_strength, among) if way == direction)
+
+
+def _strength(candidate: Any) -> tuple[object, float]:
+    """(with which candidates it compares, a number that grows with the strength of the weights); 0: it does not weigh."""
+    lam = candidate.lam if isinstance(candidate, Candidate) else math.inf
+    if isinstance(lam, TargetESS):
+        return (TargetESS, lam.sign), 1 - lam.share
+    number = lam.r if isinstance(lam, RelativeLam) else lam
+    return (type(lam), math.copysign(1, number)), 1 / abs(number)
+
+
 def name_of(candidate: Any) -> str:
     """How tables call a candidate: the name of a `Candidate`, a text itself, and the repr of any other object."""
     if isinstance(candidate, Candidate):

@@ -44,7 +44,7 @@ class Selection:
         table: a dict per candidate: candidate, score (the mean of its last epochs), behind (how far it was behind the best score
             when it was compared last), error (the standard error of that), epochs (that it was trained), and outcome.
         scores: {name: the score after each epoch}.
-        reason: why this candidate was chosen, in a sentence.
+        reason: why this candidate was chosen, in a sentence, and whether it was the strongest one.
         rungs: the epochs after which candidates were compared and might be stopped.
         window: the number of epochs whose scores are averaged.
         train_idx, holdout_idx: the samples that were trained on and held out while candidates were compared.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _numbers
-from .candidates import DEFAULTS, Candidate, default_candidates, listed, names_of
+from .candidates import DEFAULTS, Candidate, default_candidates, is_strongest, listed, names_of
 from .contest import Contest, Entrant, folder_of
 from .progress import Progress
 from .record import FILE, Record
@@ -145,6 +145,8 @@ def select(
             result = trainings.refit(best, winner, everything, judge, bar)
     scores = {entrant.name: list(entrant.curve.scores) for entrant in contest.entrants}
     table, reason = contest.table(winner), _reason(contest, winner)
+    if is_strongest(best, chosen_from):
+        reason += "; no stronger candidate was tried, and one may be better still"
     return Selection(best, winner.name, result, table, scores, reason, rungs, judge.window, train_idx, holdout_idx)
 
 
