@@ -117,11 +117,10 @@ class Wheel(bdist_wheel):
 def page():
     """README.md as an index shows it, which has no other file of the repository."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.sub(
-        r"(!?)(\[[^]]*\])\((?!\w+:|#)([^)]+)\)",
-        lambda m: f"{m[1]}{m[2]}({URL}/{'raw' if m[1] else 'blob'}/HEAD/{m[3]})" if URL else m[0],
-        text,
-    )
+    if not URL:
+        return text
+    text = re.sub(r"(!\[[^]]*\])\((?!\w+:)", rf"\1({URL}/raw/HEAD/", text)  # the pictures
+    return re.sub(r"(\[[^]]*\])\((?!\w+:|#)", rf"\1({URL}/blob/HEAD/", text)
 
 
 setup(

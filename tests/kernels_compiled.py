@@ -34,6 +34,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 MODULES = (losses, weights, rectified, scaling, step, weighted)
+OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 
 # ---- recorded launches -----------------------------------------------------------------------------------------------
@@ -371,6 +372,7 @@ def test_compiles(call, target):
 
     With Triton 3.7 a program in float64 has 8 bytes of stack, with 3.9 it has none.
     """
+    of_float64 = 8 if "fp64" in call and OLD_TRITON else 0
     for made in recorded(call, target):
         compiled = made.compile(target)
         binary = compiled.asm["hsaco" if target == "gfx942" else "cubin"]
@@ -383,7 +385,7 @@ def test_compiles(call, target):
         assert ("robust_logit" in made.name and "64" not in call.split()[-1]) == (capped is not None)
         assert not capped or f".maxnreg {capped}" in compiled.asm["ptx"]
         stack = stack_of(binary)
-        assert stack is None or stack <= (128 if capped else 8 if "fp64" in call else 0), made.name
+        assert stack is None or stack <= (128 if capped else of_float64), made.name
 
 
 def stack_of(cubin):

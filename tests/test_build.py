@@ -137,14 +137,20 @@ def source(tmp_path):
     """A copy of the source tree without anything built."""
     tree = tmp_path / "source"
     tree.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, tree)
-    (tree / "README.md").touch()
     shutil.copytree(ROOT / "csrc", tree / "csrc")
     shutil.copytree(
         ROOT / "absgd_fast", tree / "absgd_fast", ignore=shutil.ignore_patterns("_*.so", "_build_info.json", "__pycache__")
     )
     return tree
+
+
+def setup_py(source, *command, python=sys.executable, **environment):
+    """Runs a command of setup.py there, with the cmake of this environment."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path} | environment
+    return subprocess.run([python, "setup.py", *command], cwd=source, env=environment, capture_output=True, text=True)
 
 
 def install(source, target, **environment):
@@ -209,10 +215,7 @@ def test_a_failed_build_leaves_no_old_library(source, tmp_path):
     """An editable install builds into the source tree, where the libraries of an earlier build may lie."""
     stale = source / "absgd_fast" / "_ops_cpu.so"
     stale.write_bytes(b"old")
-    environment = os.environ | {"CXX": shutil.which("false")}
-    done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=source, env=environment, capture_output=True, text=True
-    )
+    done = setup_py(source, "build_ext", "--inplace", CXX=shutil.which("false"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert not stale.exists() and (source / "absgd_fast" / "_build_info.json").exists()
 
@@ -250,17 +253,10 @@ def tools(tmp_path):
     return str(tmp_path / "tools")
 
 
-def bdist_wheel(python, source, **environment):
-    """Builds a wheel, with the cmake of this environment."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": path} | environment
-    return subprocess.run([python, "setup.py", "bdist_wheel"], cwd=source, env=environment, capture_output=True, text=True)
-
-
 def test_a_build_without_torch_says_what_to_do(source, tools, tmp_path):
     """An environment with setuptools alone, as uv and poetry make it for a build."""
     venv.create(tmp_path / "bare", with_pip=False)
-    done = bdist_wheel(tmp_path / "bare" / "bin" / "python", source, PYTHONPATH=tools)
+    done = setup_py(source, "bdist_wheel", python=tmp_path / "bare" / "bin" / "python", PYTHONPATH=tools)
     assert done.returncode != 0 and not list(source.glob("dist/*"))
     assert "No module named 'torch'" in done.stderr and "--no-build-isolation absgd_fast" in done.stderr
 
@@ -272,7 +268,7 @@ def test_an_older_torch_stops_a_build(source, tools, tmp_path):
     (user / "torch" / "__init__.py").write_text("__version__ = '2.9.1'\n")
     isolated = {"PYTHONPATH": tools, "PYTHONNOUSERSITE": "1", "PYTHONUSERBASE": str(tmp_path / "user")}
     python = Path(sys.base_prefix, "bin", f"python3.{sys.version_info.minor}")  # Python 3.10 has no sys._base_executable for it
-    done = bdist_wheel(python, source, **isolated)
+    done = setup_py(source, "bdist_wheel", python=python, **isolated)
     assert done.returncode != 0 and not list(source.glob("dist/*"))
     assert "this is torch 2.9.1" in done.stderr and "--no-build-isolation absgd_fast" in done.stderr
 
@@ -280,15 +276,8 @@ def test_an_older_torch_stops_a_build(source, tools, tmp_path):
 @pytest.mark.parametrize("url", ["", "https://example.org/somebody/absgd_fast"])
 def test_the_page_on_an_index(source, url):
     """An index shows the README alone. So its links and its picture need the address of the repository, which a release knows."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (source / "README.md").write_text(readme, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "setup.py", "dist_info", "--output-dir", "."],
-        cwd=source,
-        env=os.environ | {"ABSGD_FAST_URL": url},
-        capture_output=True,
-        text=True,
-    )
+    readme = (source / "README.md").read_text(encoding="utf-8")
+    done = setup_py(source, "dist_info", "--output-dir", ".", ABSGD_FAST_URL=url)
     assert done.returncode == 0, done.stderr
     (folder,) = source.glob("*.dist-info")
     metadata = (folder / "METADATA").read_text(encoding="utf-8")
@@ -304,17 +293,15 @@ def test_the_page_on_an_index(source, url):
 
 def test_required_cuda(source):
     """`make wheel` sets this, so that no wheel without CUDA code is published by mistake."""
-    done = bdist_wheel(sys.executable, source, ABSGD_FAST_CUDA="1", ABSGD_FAST_REQUIRE_NATIVE="1", CUDACXX=shutil.which("false"))
+    wrong = shutil.which("false")
+    done = setup_py(source, "bdist_wheel", ABSGD_FAST_CUDA="1", ABSGD_FAST_REQUIRE_NATIVE="1", CUDACXX=wrong)
     assert done.returncode != 0 and "needs a working CUDA compiler" in done.stderr and not list(source.glob("dist/*"))
 
 
 @pytest.mark.parametrize("pythons", ["", "python3.10 python3.11"], ids=["this Python", "several Pythons"])
 def test_tag(source, pythons):
     """A wheel for several Pythons is tagged for all of them; the wheel that pip builds is for its own alone."""
-    environment = os.environ | {"CXX": shutil.which("false"), "ABSGD_FAST_PYTHONS": pythons}
-    done = subprocess.run(
-        [sys.executable, "setup.py", "bdist_wheel"], cwd=source, env=environment, capture_output=True, text=True
-    )
+    done = setup_py(source, "bdist_wheel", CXX=shutil.which("false"), ABSGD_FAST_PYTHONS=pythons)
     assert done.returncode == 0, done.stdout + done.stderr
     own = f"cp3{sys.version_info.minor}"
     (name,) = [path.name for path in source.glob("dist/*.whl")]
